@@ -1,0 +1,50 @@
+# Each verb does all its own set-up: a fresh machine needs python3 (with venv), a C++17 compiler and make.
+# The environment is .venv; torch comes first, as $(TORCH), because the package's own dependency on torch
+# would fetch the variant with CUDA. PIP_INDEX_URL and its like choose where packages come from.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+
+bin := .venv/bin
+installed := .venv/.installed
+sources := pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+checked_cpp := $(filter %.h %.cpp %.cu,$(sources))
+
+.PHONY: install demo test lint bench wheel gpu-check
+.DEFAULT_GOAL := install
+.DELETE_ON_ERROR:
+
+install: $(installed)
+
+.venv/.torch:
+	test -x $(bin)/python || $(PYTHON) -m venv .venv
+	$(bin)/python -m pip install --quiet "$(TORCH)"
+	$(bin)/python -m pip install --quiet "scikit-build-core>=0.11" "pybind11>=2.13" cmake ninja
+	@touch $@
+
+$(installed): .venv/.torch $(sources)
+	PATH="$(CURDIR)/$(bin):$$PATH" $(bin)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	@touch $@
+
+demo: $(installed)
+	$(bin)/pyxai-bounds demo --out runs/demo
+
+test: $(installed)
+	$(bin)/python -m pytest
+
+lint: $(installed)
+	$(bin)/ruff check
+	$(bin)/ruff format --check
+	$(bin)/clang-format --dry-run -Werror $(checked_cpp)
+	$(bin)/mypy pyxai_bounds
+
+bench: $(installed)
+	$(bin)/python -m bench
+
+wheel: $(installed)
+	rm -rf dist
+	PATH="$(CURDIR)/$(bin):$$PATH" $(bin)/python -m build --no-isolation --wheel --outdir dist
+
+gpu-check:
+	@echo "gpu-check: this version has no GPU kernels, so there is nothing to check on a GPU." >&2
+	@exit 2

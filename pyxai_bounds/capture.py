@@ -1,0 +1,280 @@
+"""Capture: a Python function on tensors becomes one flat, functional graph of ATen operators.
+
+The first stage of the engine. Whatever the function does through PyTorch, ``torch.autograd.grad`` and
+Captum included, is recorded at fake tensors; in-place operators are then removed. Parameters stay live:
+``get_attr`` nodes hold the very ``nn.Parameter`` objects, so that one capture serves every training step.
+``make_fx`` is semi-public and is imported here alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pyxai_bounds.errors import CaptureError
+
+aten = torch.ops.aten
+
+# Tracing swaps global state (hooks, dispatch modes, the modules' own attributes): one capture at a time.
+_lock = threading.RLock()
+
+_IDENTITIES = frozenset({"aten::detach", "aten::alias", "aten::clone", "aten::lift_fresh", "aten::lift_fresh_copy"})
+
+
+@dataclass
+class Captured:
+    """A function, captured for one set of shapes, dtypes, devices, strides and constants."""
+
+    graph: fx.GraphModule  # one placeholder per tensor argument, in order; one flat tuple of results
+    out_spec: pytree.TreeSpec
+    modules: ModuleWatch
+
+    def is_current(self) -> bool:
+        """Do the modules that the function called still hold the tensors that the graph holds?"""
+        return self.modules.unchanged()
+
+
+@dataclass
+class ModuleWatch:
+    """What a function's modules looked like when it was captured."""
+
+    seen: list[tuple[weakref.ref[nn.Module], tuple]] = field(default_factory=list)
+
+    def add(self, module: nn.Module) -> None:
+        self.seen.append((weakref.ref(module), _fingerprint(module)))
+
+    def unchanged(self) -> bool:
+        for reference, fingerprint in self.seen:
+            module = reference()
+            if module is None or _fingerprint(module) != fingerprint:
+                return False
+        return True
+
+
+def _fingerprint(module: nn.Module) -> tuple:
+    """Mode, and identity and layout of every tensor: values may change freely, the rest may not."""
+    tensors = [*module._parameters.values(), *module._buffers.values()]
+    return module.training, [(id(t), t.dtype, t.device, t.stride()) for t in tensors if t is not None]
+
+
+def unwrap(fn: Callable) -> Callable:
+    """The function or module behind DataParallel, DistributedDataParallel and ``torch.compile``."""
+    while True:
+        if isinstance(fn, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            fn = fn.module
+        elif isinstance(fn, nn.Module) and "_orig_mod" in fn._modules:
+            fn = fn._modules["_orig_mod"]  # type: ignore[assignment]
+        elif hasattr(fn, "_torchdynamo_orig_callable"):
+            fn = fn._torchdynamo_orig_callable
+        else:
+            return fn
+
+
+def capture(fn: Callable, spec: pytree.TreeSpec, leaves: list[Any], *, specialise: bool = False) -> Captured:
+    """Capture ``fn(*args, **kwargs)``, where ``(args, kwargs)`` is ``spec`` with ``leaves``.
+
+    Tensor leaves become placeholders, in order; all other leaves are constants of the graph. With
+    ``specialise``, integer tensors of one element are constants too, because some programs read them.
+    Raises CaptureError for what a fixed graph cannot express: values read back into Python, random
+    numbers, dropout or batch statistics in training mode.
+    """
+    tensor_positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    constants = {
+        i: leaves[i].detach().clone() for i in tensor_positions if specialise and is_one_integer(leaves[i])
+    }
+    out_spec: pytree.TreeSpec | None = None
+
+    def program(*tensors: Tensor) -> list[Any]:
+        nonlocal out_spec
+        values = list(leaves)
+        for i, tensor in zip(tensor_positions, tensors, strict=True):
+            values[i] = constants.get(i, tensor)
+        args, kwargs = pytree.tree_unflatten(values, spec)
+        with torch.enable_grad(), _RefuseReads():
+            results, out_spec = pytree.tree_flatten(fn(*args, **kwargs))
+        return results
+
+    with _lock, _clean_modes(), _watched_modules() as watch:
+        graph = _trace(program, [leaves[i] for i in tensor_positions], record_stack_traces=True)
+        graph = _functional(graph)
+    _simplify(graph)
+    _refuse_randomness(graph)
+    assert out_spec is not None
+    return Captured(graph, out_spec, watch)
+
+
+def retrace(program: Callable, tensors: list[Tensor]) -> fx.GraphModule:
+    """Trace a function that is already functional, such as a captured graph run on intervals."""
+    with _lock, _clean_modes(), torch.no_grad():
+        return _trace(program, tensors)
+
+
+def is_one_integer(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.numel() == 1 and not leaf.is_floating_point()
+
+
+def source_of(node: fx.Node) -> str:
+    """Where in the user's code a node comes from: the innermost line outside PyTorch and this package."""
+    lines = [line.strip() for line in (node.stack_trace or "").splitlines()]
+    frames = [
+        (line, lines[i + 1] if i + 1 < len(lines) else "") for i, line in enumerate(lines) if line.startswith("File ")
+    ]
+    outside = [frame for frame in frames if "/torch/" not in frame[0] and "/pyxai_bounds/" not in frame[0]]
+    if not (outside or frames):
+        return "(unknown source)"
+    where, code = (outside or frames)[-1]
+    return f"{where.removeprefix('File ')}: {code}"
+
+
+def _trace(program: Callable, tensors: list[Tensor], **options: Any) -> fx.GraphModule:
+    # make_fx looks at the signature of what it is given; a lambda hides it.
+    tracer = make_fx(lambda *args: program(*args), tracing_mode="fake", _allow_non_fake_inputs=True, **options)
+    return tracer(*[t.detach() for t in tensors])
+
+
+def _functional(graph: fx.GraphModule) -> fx.GraphModule:
+    """The same graph without in-place operators; every node keeps its line of the user's code."""
+
+    def run(*args: Any) -> Any:
+        return fx.Interpreter(graph).run(*args)
+
+    examples = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+    with torch.no_grad(), fx.traceback.preserve_node_meta():
+        return make_fx(
+            torch.func.functionalize(run, remove="mutations"), tracing_mode="fake", _allow_non_fake_inputs=True
+        )(*examples)
+
+
+@contextlib.contextmanager
+def _clean_modes() -> Iterator[None]:
+    """Gradients possible, no autocast, compiled functions run as written: the graph must not depend on the caller."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        for device_type in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+class _RefuseReads(TorchDispatchMode):
+    """Refuse to bake the value of a parameter or buffer into the graph as a Python number."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is aten._local_scalar_dense.default and (
+            isinstance(args[0], (nn.Parameter, nn.Buffer)) or args[0].requires_grad
+        ):
+            raise CaptureError(
+                "The function reads a parameter's value into Python (.item(), float(), bool() or a comparison in an "
+                "if). The bounds would keep that value for ever. Compute with the tensor itself instead."
+            )
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _watched_modules() -> Iterator[ModuleWatch]:
+    """Record every module that runs, check its mode first, and undo whatever tracing does to it."""
+    watch = ModuleWatch()
+    saved: dict[int, tuple[nn.Module, dict, list]] = {}
+    thread = threading.get_ident()
+
+    def before_forward(module: nn.Module, _: Any) -> None:
+        if threading.get_ident() != thread:
+            return
+        for name, part in module.named_modules():
+            if id(part) not in saved:
+                _check_mode(part, name)
+                grads = [(p, p.grad) for p in part._parameters.values() if p is not None]
+                saved[id(part)] = part, {k: _shallow(v) for k, v in part.__dict__.items()}, grads
+                watch.add(part)
+
+    hook = nn.modules.module.register_module_forward_pre_hook(before_forward)
+    try:
+        yield watch
+    finally:
+        hook.remove()
+        for module, attributes, grads in saved.values():
+            for name in [name for name in module.__dict__ if name not in attributes]:
+                del module.__dict__[name]
+            for name, value in attributes.items():
+                _restore(module.__dict__, name, value)
+            for parameter, grad in grads:
+                parameter.grad = grad
+
+
+def _shallow(value: Any) -> Any:
+    """The attribute, and a copy of its elements if it is a plain container that tracing may fill."""
+    return value, (copy.copy(value) if isinstance(value, (list, dict, set)) else None)
+
+
+def _restore(attributes: dict, name: str, saved: tuple[Any, Any]) -> None:
+    value, elements = saved
+    if isinstance(value, list):
+        value[:] = elements
+    elif elements is not None:
+        value.clear()
+        value.update(elements)
+    attributes[name] = value
+
+
+def _check_mode(module: nn.Module, name: str) -> None:
+    where = f"{type(module).__name__} '{name}'" if name else type(module).__name__
+    if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
+        raise CaptureError(f"{where} is in training mode: its output is random. Call model.eval() before bounding.")
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+        raise CaptureError(
+            f"{where} would normalise with the statistics of the batch, which mixes the samples. Call model.eval() "
+            "before bounding (and keep track_running_stats=True)."
+        )
+
+
+def _simplify(graph: fx.GraphModule) -> None:
+    """Remove what means nothing to values: aliases, copies, profiler marks, writes back into arguments."""
+    for node in list(graph.graph.nodes):
+        if node.op != "call_function":
+            continue
+        name = node.target.name() if isinstance(node.target, torch._ops.OpOverload) else ""
+        base = name.split(".")[0]
+        if base in _IDENTITIES or (base == "aten::_to_copy" and _same_kind(node)):
+            node.replace_all_uses_with(node.args[0])
+        elif base == "aten::copy_":
+            node.replace_all_uses_with(node.args[1])
+    remove_unused(graph)
+
+
+def remove_unused(graph: fx.GraphModule) -> None:
+    """Drop every node without users; a functional graph has no side effects to keep."""
+    for node in reversed(list(graph.graph.nodes)):
+        if not node.users and node.op not in ("placeholder", "output"):
+            graph.graph.erase_node(node)
+    graph.recompile()
+
+
+def _same_kind(node: fx.Node) -> bool:
+    before, after = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
+    return before.dtype == after.dtype and before.device == after.device
+
+
+def _refuse_randomness(graph: fx.GraphModule) -> None:
+    for node in graph.graph.nodes:
+        target = node.target
+        if isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags:
+            raise CaptureError(
+                f"The function draws random numbers ({target.name()} at {source_of(node)}). Bounds hold for one fixed "
+                "program: draw the noise outside and pass it as an argument."
+            )
+        if node.op == "call_function" and target is aten._local_scalar_dense.default:
+            raise CaptureError(f"The function reads a tensor's value into Python at {source_of(node)}.")
+
+
+__all__ = ["Captured", "capture", "is_one_integer", "remove_unused", "retrace", "source_of", "unwrap"]

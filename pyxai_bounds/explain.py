@@ -1,0 +1,160 @@
+"""Gradient explanations as plain functions of (x, target): run them, or bound them like any other function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pyxai_bounds import ops
+from pyxai_bounds.capture import unwrap
+
+Of = Literal["logit", "probability", "loss"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Explanation:
+    """A function (x, target) → attribution in the shape of x, for one model.
+
+    Shapes: x [B, ...]; the model's output [B, K] with an integer target [B], or [B] or [B, 1] with target None.
+    Differentiable in x and in the parameters wherever gradients are enabled, as every PyTorch function is.
+    Two explanations of one model with equal options are the same function to ``bound``.
+    """
+
+    model: Callable[[Tensor], Tensor]
+    of: Of = "logit"
+
+    def __post_init__(self) -> None:
+        if self.of not in ("logit", "probability", "loss"):
+            raise ValueError(f"of={self.of!r} is unknown; choose 'logit', 'probability' or 'loss'.")
+        object.__setattr__(self, "model", unwrap(self.model))
+
+    def __bound_key__(self) -> tuple[Any, Any]:
+        options = {name: value for name, value in vars(self).items() if name != "model"}
+        return self.model, (type(self), *sorted(options.items()))
+
+    def __call__(self, x: Tensor, target: Tensor | None = None) -> Tensor:
+        raise NotImplementedError
+
+    def gradient(self, x: Tensor, target: Tensor | None) -> Tensor:
+        """∂ score[target] / ∂x at every sample."""
+        differentiable = torch.is_grad_enabled()
+        with torch.enable_grad():
+            if not x.requires_grad:
+                x = x.detach().requires_grad_()
+            score = _score(self.model(x), target, self.of)
+            return torch.autograd.grad(score.sum(), x, create_graph=differentiable)[0]
+
+
+class Gradient(_Explanation):
+    """The gradient itself (saliency): see :func:`gradient`."""
+
+    def __call__(self, x: Tensor, target: Tensor | None = None) -> Tensor:
+        return self.gradient(x, target)
+
+
+class GradientXInput(_Explanation):
+    """See :func:`gradient_x_input`."""
+
+    def __call__(self, x: Tensor, target: Tensor | None = None) -> Tensor:
+        return x * self.gradient(x, target)
+
+
+@dataclass(frozen=True, eq=False)
+class IntegratedGradients(_Explanation):
+    """See :func:`integrated_gradients`."""
+
+    steps: int = 50
+    baseline: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps}: the Riemann sum needs at least one step.")
+
+    def __call__(self, x: Tensor, target: Tensor | None = None) -> Tensor:
+        difference = x - self.baseline
+        fractions = torch.arange(1, self.steps + 1, dtype=x.dtype, device=x.device) / self.steps
+        path = self.baseline + fractions.reshape(-1, 1, *[1] * (x.dim() - 1)) * difference
+        targets = None if target is None else target.repeat(self.steps)
+        gradients = self.gradient(path.flatten(0, 1), targets).reshape(path.shape)
+        return difference * gradients.mean(0)
+
+
+class SmoothGrad(_Explanation):
+    """See :func:`smoothgrad`."""
+
+    def __call__(self, x: Tensor, target: Tensor | None, noise: Tensor) -> Tensor:
+        if noise.shape[1:] != x.shape:
+            raise ValueError(
+                f"noise must have shape [S, *x.shape] = [S, {', '.join(map(str, x.shape))}], got {list(noise.shape)}."
+            )
+        targets = None if target is None else target.repeat(len(noise))
+        gradients = self.gradient((x + noise).flatten(0, 1), targets).reshape(noise.shape)
+        return gradients.mean(0)
+
+
+def gradient(model: Callable[[Tensor], Tensor], of: Of = "logit") -> Gradient:
+    """∂ score / ∂x, where the score is the target's logit, its probability, or the cross-entropy loss.
+
+    Call it with (x [B, ...], target [B] integer, or None for a model with one output); it returns [B, ...].
+    Source: Simonyan et al., "Deep inside convolutional networks", 2013 (without the absolute value).
+    """
+    return Gradient(model, of)
+
+
+def gradient_x_input(model: Callable[[Tensor], Tensor], of: Of = "logit") -> GradientXInput:
+    """x ⊙ ∂ score / ∂x. Source: Shrikumar et al., arXiv 1605.01713."""
+    return GradientXInput(model, of)
+
+
+def integrated_gradients(
+    model: Callable[[Tensor], Tensor], of: Of = "logit", steps: int = 50, baseline: float = 0.0
+) -> IntegratedGradients:
+    """(x − x′) ⊙ the mean gradient at x′ + (k / steps)(x − x′), k = 1 … steps: the right Riemann sum.
+
+    Source: Sundararajan et al., "Axiomatic attribution for deep networks", ICML 2017, equation 3.
+    """
+    return IntegratedGradients(model, of, steps, baseline)
+
+
+def smoothgrad(model: Callable[[Tensor], Tensor], of: Of = "logit") -> SmoothGrad:
+    """The mean gradient at x + noise[s]; call it with (x, target, noise [S, B, ...]).
+
+    The noise is an argument, because bounds hold for one fixed program.
+    Source: Smilkov et al., arXiv 1706.03825.
+    """
+    return SmoothGrad(model, of)
+
+
+def _score(output: Tensor, target: Tensor | None, of: Of) -> Tensor:
+    """One number per sample [B] to differentiate."""
+    if target is None:
+        if output.dim() > 2 or (output.dim() == 2 and output.shape[1] != 1):
+            raise ValueError(
+                f"target=None is for a model with one output, but this one returns {list(output.shape)}; pass a target "
+                "of shape [B]."
+            )
+        if of != "logit":
+            raise ValueError(f"of={of!r} needs a target.")
+        return output.reshape(-1)
+    if output.dim() != 2:
+        raise ValueError(f"A target needs logits of shape [B, K]; the model returns {list(output.shape)}.")
+    if not isinstance(target, Tensor) or target.is_floating_point() or target.dtype == torch.bool:
+        kind = target.dtype if isinstance(target, Tensor) else type(target).__name__
+        raise TypeError(f"target must be an integer tensor of shape [B], got {kind}.")
+    if target.shape != output.shape[:1]:
+        raise ValueError(
+            f"target has shape {list(target.shape)}, but the batch has {len(output)} samples: it must be "
+            f"[{len(output)}], one class index each."
+        )
+    if target.device != output.device:
+        raise ValueError(f"target is on {target.device} but the logits are on {output.device}; move one of them.")
+    target = ops.check_target(target.long(), output.shape[1])
+    if of == "loss":
+        return torch.nn.functional.cross_entropy(output, target, reduction="none")
+    score = output if of == "logit" else output.softmax(1)
+    return score.gather(1, target.unsqueeze(1)).squeeze(1)

@@ -1,0 +1,225 @@
+"""Optimise a traced bound program: remove repetition, fuse stages, mark what needs no gradient.
+
+The third stage of the engine. It works on the flat graph of tensors that the rules left behind; every pass
+keeps the computed set the same in real arithmetic.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from pyxai_bounds import ops
+from pyxai_bounds.capture import remove_unused
+
+aten = torch.ops.aten
+
+
+def optimise(graph: fx.GraphModule) -> None:
+    """Run all passes, in place."""
+    _cancel_transposes(graph.graph)
+    _share_equal_nodes(graph)
+    _fold_scale_into_affine(graph)
+    _fold_affine_into_scale_of_gradient(graph)
+    _share_equal_nodes(graph)
+    _fuse_relu_into_affine(graph)
+    _fuse_relu_backward_into_affine_backward(graph)
+    _reshape_instead_of_view(graph.graph)
+    remove_unused(graph)
+    mark_dead_gradients(graph)
+    graph.recompile()
+
+
+def _is(node: Any, target: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target is target
+
+
+def _parts(node: fx.Node) -> dict[int, fx.Node]:
+    """The getitem nodes of a node with several results, by position."""
+    return {user.args[1]: user for user in node.users if _is(user, operator.getitem)}  # type: ignore[misc]
+
+
+def _both_from(mid: Any, rad: Any, target: Any) -> fx.Node | None:
+    """The one node of this target whose first two results are ``mid`` and ``rad``, if they are."""
+    if not (_is(mid, operator.getitem) and _is(rad, operator.getitem)):
+        return None
+    source = mid.args[0]
+    if source is not rad.args[0] or (mid.args[1], rad.args[1]) != (0, 1) or not _is(source, target):
+        return None
+    return source
+
+
+def _only_used_by(parts: list[fx.Node], user: fx.Node) -> bool:
+    return all(set(part.users) == {user} for part in parts)
+
+
+def _nodes(graph: fx.GraphModule, target: Any) -> list[fx.Node]:
+    return graph.graph.find_nodes(op="call_function", target=target)
+
+
+def _cancel_transposes(graph: fx.Graph) -> None:
+    for node in graph.find_nodes(op="call_function", target=aten.t.default):
+        inner = node.args[0]
+        if _is(inner, aten.t.default):
+            node.replace_all_uses_with(inner.args[0])  # type: ignore[union-attr]
+
+
+def _reshape_instead_of_view(graph: fx.Graph) -> None:
+    """The strides that a kernel returns may differ from the ones that tracing foresaw."""
+    for node in graph.find_nodes(op="call_function", target=aten.view.default):
+        node.target = aten.reshape.default
+
+
+def _share_equal_nodes(graph: fx.GraphModule) -> None:
+    """Common-subexpression elimination: the forward and the backward pass both ask for the same scales and |W|."""
+    known: dict[Any, fx.Node] = {}
+    for node in list(graph.graph.nodes):
+        if node.op == "get_attr":
+            key: Any = ("get_attr", id(_attribute(graph, node.target)))
+        elif node.op == "call_function":
+            key = (node.target, _freeze(node.args), _freeze(node.kwargs))
+        else:
+            continue
+        first = known.setdefault(key, node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.graph.erase_node(node)
+
+
+def _attribute(graph: fx.GraphModule, path: str) -> Any:
+    value: Any = graph
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _freeze(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(_freeze(v) for v in value)
+    if isinstance(value, dict):
+        return tuple((k, _freeze(v)) for k, v in value.items())
+    return type(value), value
+
+
+_AFFINE = {ops.interval_linear: 4, ops.interval_conv2d: 8}  # operator → position of its relu flag
+
+
+def _scaled_weight(graph: fx.Graph, weight: fx.Node, scale: fx.Node) -> fx.Node:
+    """weight · scale, one factor per output channel (dimension 0)."""
+    like = weight.meta["val"]
+    column = graph.call_function(aten.reshape.default, (scale, [-1] + [1] * (like.dim() - 1)))
+    column.meta["val"] = scale.meta["val"]
+    product = graph.call_function(aten.mul.Tensor, (weight, column))
+    product.meta["val"] = like
+    return product
+
+
+def _fold_scale_into_affine(graph: fx.GraphModule) -> None:
+    """Batch norm after an affine operator: scale the weight once instead of the activations."""
+    for node in _nodes(graph, ops.interval_scale_shift):
+        mid, rad, scale, shift = node.args
+        for target, relu_at in _AFFINE.items():
+            affine = _both_from(mid, rad, target)
+            if affine is None or affine.args[relu_at] or not _only_used_by([mid, rad], node):  # type: ignore[list-item]
+                continue
+            with graph.graph.inserting_before(node):
+                weight, bias = affine.args[2], affine.args[3]
+                new_bias = shift
+                if bias is not None:
+                    new_bias = graph.graph.call_function(aten.mul.Tensor, (bias, scale))
+                    new_bias.meta["val"] = bias.meta["val"]  # type: ignore[union-attr]
+                    if shift is not None:
+                        new_bias = graph.graph.call_function(aten.add.Tensor, (new_bias, shift))
+                        new_bias.meta["val"] = bias.meta["val"]  # type: ignore[union-attr]
+                new_weight = _scaled_weight(graph.graph, weight, scale)  # type: ignore[arg-type]
+                args = (*affine.args[:2], new_weight, new_bias, *affine.args[4:])
+                _replace(graph.graph, node, target, args, affine.meta["val"])
+
+
+def _fold_affine_into_scale_of_gradient(graph: fx.GraphModule) -> None:
+    """The same batch norm on the way back: its scale goes into the weight of the transposed operator."""
+    for target in (ops.interval_linear_backward, ops.interval_conv2d_backward):
+        for node in _nodes(graph, target):
+            mid, rad, weight, state, *rest = node.args
+            scaling = _both_from(mid, rad, ops.interval_scale_shift)
+            if state is not None or scaling is None or scaling.args[3] is not None:
+                continue
+            if not _only_used_by([mid, rad], node):  # type: ignore[list-item]
+                continue
+            with graph.graph.inserting_before(node):
+                new_weight = _scaled_weight(graph.graph, weight, scaling.args[2])  # type: ignore[arg-type]
+            node.args = (*scaling.args[:2], new_weight, None, *rest)
+
+
+def _fuse_relu_into_affine(graph: fx.GraphModule) -> None:
+    for node in _nodes(graph, ops.interval_relu):
+        for target, relu_at in _AFFINE.items():
+            affine = _both_from(*node.args, target)
+            if affine is None or affine.args[relu_at] or not _only_used_by(list(node.args), node):  # type: ignore[arg-type]
+                continue
+            with graph.graph.inserting_before(node):
+                args = (*affine.args[:relu_at], True)
+                _replace(graph.graph, node, target, args, node.meta["val"])
+
+
+def _fuse_relu_backward_into_affine_backward(graph: fx.GraphModule) -> None:
+    for node in _nodes(graph, ops.interval_linear):
+        mid, rad, weight, bias, relu = node.args
+        relu_backward = _both_from(mid, rad, ops.interval_relu_backward)
+        if relu_backward is None or bias is not None or relu or not _only_used_by([mid, rad], node):  # type: ignore[list-item]
+            continue
+        with graph.graph.inserting_before(node):
+            transposed = graph.graph.call_function(aten.t.default, (weight,))
+            transposed.meta["val"] = weight.meta["val"].t()  # type: ignore[union-attr]
+            plain = weight.args[0] if _is(weight, aten.t.default) else transposed  # type: ignore[union-attr]
+            _replace(graph.graph, node, ops.interval_linear_backward, (mid, rad, plain, None), node.meta["val"][:2])
+    for target in (ops.interval_linear_backward, ops.interval_conv2d_backward):
+        for node in _nodes(graph, target):
+            mid, rad, weight, state, *rest = node.args
+            relu_backward = _both_from(mid, rad, ops.interval_relu_backward)
+            if relu_backward is None or state is not None or not _only_used_by([mid, rad], node):  # type: ignore[list-item]
+                continue
+            gate = _parts(relu_backward).get(2)
+            if gate is None or not gate.users:
+                node.args = (*relu_backward.args[:2], weight, relu_backward.args[2], *rest)
+
+
+def _replace(graph: fx.Graph, node: fx.Node, target: Any, args: tuple, value: Any) -> None:
+    """Put one node with several results in the place of another."""
+    new = graph.call_function(target, args)
+    new.meta["val"] = value
+    new.stack_trace = node.stack_trace
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+
+
+def mark_dead_gradients(graph: fx.GraphModule) -> None:
+    """Run what the results do not depend on differentiably without autograd: less memory, the same gradients.
+
+    A value reaches the results differentiably only along floating-point values. Packed states, masks and indices end
+    the path, so for the logit gradient of a piecewise linear network the whole interval forward pass is dead.
+    """
+    alive: set[fx.Node] = set()
+    pending = list(graph.graph.output_node().all_input_nodes)
+    while pending:
+        node = pending.pop()
+        if node not in alive and _carries_gradient(node):
+            alive.add(node)
+            pending.extend(node.all_input_nodes)
+    enabled = True
+    for node in list(graph.graph.nodes):
+        if node.op != "call_function" or node.target is operator.getitem:
+            continue
+        if (node in alive) != enabled:
+            enabled = not enabled
+            with graph.graph.inserting_before(node):
+                graph.graph.call_function(torch._C._set_grad_enabled, (enabled,))
+
+
+def _carries_gradient(node: fx.Node) -> bool:
+    values = node.meta.get("val")
+    values = values if isinstance(values, (list, tuple)) else [values]
+    return any(isinstance(v, torch.Tensor) and v.is_floating_point() for v in values)

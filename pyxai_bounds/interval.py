@@ -1,0 +1,205 @@
+"""Interval: a set of tensors, stored as a midpoint and a radius. Everything the engine passes is one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyxai_bounds import rounding
+
+
+class Interval:
+    """The set of all tensors t with ``lower <= t <= upper``, elementwise.
+
+    It is stored as (mid, rad) with rad ≥ 0, which keeps tiny radii exact and makes every affine
+    operator two matrix products. The conversions from and to end points round outward: the stored
+    set always contains the requested one, and is equal to it where rad = 0.
+
+    Shapes: lower, upper [...] (equal); dtype: any floating dtype.
+    Raises TypeError for anything but floating tensors; ValueError if the shapes, dtypes or devices
+    disagree, if lower > upper anywhere, or if an end point is NaN or infinite.
+    """
+
+    __slots__ = ("mid", "rad", "state")
+
+    mid: Tensor
+    rad: Tensor
+    state: Any  # packed ReLU state left behind by the rule that made this value, or None
+
+    def __init__(self, lower: Tensor, upper: Tensor) -> None:
+        _check_floating("lower", lower)
+        _check_floating("upper", upper)
+        for what in ("shape", "dtype", "device"):
+            given = getattr(lower, what), getattr(upper, what)
+            if given[0] != given[1]:
+                raise ValueError(f"Interval: lower and upper have different {what}s, {given[0]} and {given[1]}.")
+        _check_finite("lower", lower)
+        _check_finite("upper", upper)
+        wrong = lower > upper
+        if wrong.any():
+            index = tuple(wrong.nonzero()[0].tolist())
+            raise ValueError(
+                f"Interval: lower > upper at {int(wrong.sum())} of {wrong.numel()} elements, first at index "
+                f"{index}: {lower[index].item()} > {upper[index].item()}. Swap the arguments, or sort them "
+                "with torch.minimum and torch.maximum."
+            )
+        self.mid, self.rad = _mid_rad(lower, upper)
+        self.state = None
+
+    @classmethod
+    def of(cls, mid: Tensor, rad: Tensor, state: Any = None) -> Interval:
+        """Wrap a midpoint and a radius as they are, without any check: for rules and tests."""
+        self = cls.__new__(cls)
+        self.mid, self.rad, self.state = mid, rad, state
+        return self
+
+    @classmethod
+    def point(cls, x: Tensor) -> Interval:
+        """The set that holds ``x`` alone."""
+        _check_floating("x", x)
+        return cls.of(x, torch.zeros_like(x))
+
+    @classmethod
+    def linf(cls, x: Tensor, eps: float | Tensor, clip: tuple[float, float] | None = None) -> Interval:
+        """All tensors within ``eps`` of ``x`` in every component, and inside ``clip`` if given.
+
+        Shapes: x [B, ...]; eps a float, or a tensor that broadcasts to x (one radius per sample:
+        shape [B, 1, ...]); clip (low, high) in the units of x. A float eps that the dtype cannot
+        represent is rounded up, so the box never shrinks.
+        Raises ValueError if eps is negative, NaN or infinite, or if x leaves ``clip``.
+        """
+        _check_floating("x", x)
+        _check_finite("x", x)
+        rad = _radius(x, eps)
+        if clip is None:
+            return cls.of(x, rad)
+        low, high = (float(end) for end in clip)
+        if not low < high:
+            raise ValueError(f"Interval.linf: clip=({low}, {high}) is empty; give (low, high) with low < high.")
+        outside = (x < low) | (x > high)
+        if outside.any():
+            index = tuple(outside.nonzero()[0].tolist())
+            raise ValueError(
+                f"Interval.linf: x lies outside clip=({low}, {high}) at {int(outside.sum())} elements, first at "
+                f"index {index}: {x[index].item()}. Scale the data into the range, or pass the range it has."
+            )
+        lower, upper = rounding.add_down(x, -rad), rounding.add_up(x, rad)
+        mid, clipped_rad = _mid_rad(lower.clamp(min=low), upper.clamp(max=high))
+        clipped = (lower < low) | (upper > high)
+        return cls.of(torch.where(clipped, mid, x), torch.where(clipped, clipped_rad, rad))
+
+    @property
+    def lower(self) -> Tensor:
+        """The lower end points, rounded down; exact where rad = 0."""
+        return rounding.add_down(self.mid, -self.rad)
+
+    @property
+    def upper(self) -> Tensor:
+        """The upper end points, rounded up; exact where rad = 0."""
+        return rounding.add_up(self.mid, self.rad)
+
+    @property
+    def width(self) -> Tensor:
+        """``upper - lower`` = 2·rad."""
+        return 2 * self.rad
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.mid.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.mid.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.mid.device
+
+    def __len__(self) -> int:
+        return len(self.mid)
+
+    def __getitem__(self, index: Any) -> Interval:
+        return Interval.of(self.mid[index], self.rad[index])
+
+    def contains(self, t: Tensor) -> Tensor:
+        """Elementwise: does ``t`` lie in the set? Bool, of the broadcast shape. NaN lies nowhere."""
+        return (self.lower <= t) & (t <= self.upper)
+
+    def isfinite(self) -> Tensor:
+        """Elementwise: are both end points finite numbers? Bool, of this shape."""
+        return self.mid.isfinite() & self.rad.isfinite()
+
+    def detach(self) -> Interval:
+        return Interval.of(self.mid.detach(), self.rad.detach())
+
+    def to(self, *args: Any, **kwargs: Any) -> Interval:
+        """Move or convert as ``Tensor.to``; a conversion that rounds widens the set accordingly."""
+        mid = self.mid.to(*args, **kwargs)
+        if not mid.is_floating_point():
+            raise TypeError(f"Interval.to: {mid.dtype} is not a floating dtype.")
+        rad = self.rad.to(*args, **kwargs)
+        if torch.finfo(mid.dtype).eps <= torch.finfo(self.dtype).eps:
+            return Interval.of(mid, rad)
+        # Both numbers were rounded; each is off by at most one step towards its neighbour.
+        inf = torch.full_like(mid, torch.inf)
+        moved = torch.where(mid.to(self.dtype) == self.mid.to(mid.device), 0, torch.nextafter(mid.abs(), inf) - mid.abs())
+        rad = torch.where(rad.to(self.dtype) < self.rad.to(mid.device), torch.nextafter(rad, inf), rad)
+        return Interval.of(mid, rounding.add_up(rad, moved))
+
+    def __repr__(self) -> str:
+        width = f"widest {float(self.width.max()):.3g}" if self.mid.numel() else "empty"
+        return f"Interval(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, {width})"
+
+
+def _mid_rad(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    """Midpoint and radius whose set contains [lower, upper]; exact where the ends are equal."""
+    # Halving first cannot overflow; where the halves underflow the radius still covers both ends.
+    mid = torch.where(lower == upper, lower, lower / 2 + upper / 2)
+    rad = torch.maximum(rounding.add_up(upper, -mid), rounding.add_up(mid, -lower))
+    return mid, rad
+
+
+def _radius(x: Tensor, eps: float | Tensor) -> Tensor:
+    if isinstance(eps, Tensor):
+        if eps.device != x.device and eps.dim() > 0:
+            raise ValueError(f"Interval.linf: eps is on {eps.device} but x on {x.device}; move one of them.")
+        bad = ~(eps.isfinite() & (eps >= 0))
+        if bad.any():
+            raise ValueError(
+                f"Interval.linf: eps must be finite and ≥ 0; {int(bad.sum())} of {eps.numel()} entries are not."
+            )
+        rad = eps.to(device=x.device)
+        if rad.dtype != x.dtype:
+            exact, rad = rad, rad.to(x.dtype)
+            inf = torch.full_like(rad, torch.inf)
+            rad = torch.where(rad.to(torch.float64) < exact.to(torch.float64), torch.nextafter(rad, inf), rad)
+        try:
+            return rad.expand_as(x)
+        except RuntimeError:
+            raise ValueError(
+                f"Interval.linf: eps of shape {tuple(eps.shape)} does not broadcast to x of shape "
+                f"{tuple(x.shape)}; for one radius per sample give it shape [B, 1, ...]."
+            ) from None
+    value = float(eps)
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"Interval.linf: eps must be finite and ≥ 0, got {value}.")
+    return torch.full_like(x, rounding.scalar_up(value, x.dtype))
+
+
+def _check_floating(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"Interval: {name} must be a tensor, got {type(value).__name__}.")
+    if not value.is_floating_point():
+        raise TypeError(f"Interval: {name} must have a floating dtype, got {value.dtype}; convert with .float().")
+
+
+def _check_finite(name: str, value: Tensor) -> None:
+    bad = ~value.isfinite()
+    if bad.any():
+        index = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(
+            f"Interval: {name} is NaN or infinite at {int(bad.sum())} of {value.numel()} elements, first at index "
+            f"{index}: {value[index].item()}. Clean the data first."
+        )

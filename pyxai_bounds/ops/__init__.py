@@ -1,0 +1,419 @@
+"""The fused interval operators: schema, shape inference and autograd, once for all backends.
+
+Each operator is ``torch.ops.pyxai_bounds.<name>`` and takes and returns midpoints and radii. What it
+computes is said, and done in plain PyTorch, by the function of the same name in ``reference.py``.
+Backends are chosen when an operator runs: see :func:`backend`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyxai_bounds.ops import native, reference
+from pyxai_bounds.ops.layout import memory_format, state_size
+
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "native": native}
+_PLANNED = ("triton", "cuda")
+_forced: contextvars.ContextVar[str] = contextvars.ContextVar("pyxai_bounds_backend", default="auto")
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run the fused operators on one backend inside the ``with`` block.
+
+    ``reference`` plain PyTorch, any device and dtype; ``native`` C++, CPU, float32 and float64; ``auto``
+    (the default) the fastest one that supports the tensors.
+    Raises ValueError for an unknown name, RuntimeError for one that is not available here.
+    """
+    if name in _PLANNED:
+        raise RuntimeError(f"The {name} backend is not part of this build; available: {', '.join(available())}.")
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"Unknown backend {name!r}; choose auto, {', '.join(BACKENDS)}.")
+    if name == "native" and not native.available():
+        raise RuntimeError(native.why_not_available())
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def available() -> list[str]:
+    """The names of the backends that can run here."""
+    return ["reference", *(["native"] if native.available() else [])]
+
+
+def _select(mid: Tensor) -> ModuleType:
+    name = _forced.get()
+    if name == "auto":
+        return native if native.supports(mid) else reference
+    chosen = BACKENDS[name]
+    if not chosen.supports(mid):
+        raise ValueError(
+            f"The {name} backend does not support {mid.dtype} tensors on {mid.device}; "
+            "use xb.backend('auto') or xb.backend('reference')."
+        )
+    return chosen
+
+
+_library = torch.library.Library("pyxai_bounds", "DEF")
+
+
+def _define(signature: str, fake: Callable[..., Any], backward: Callable, setup_context: Callable) -> Any:
+    """Define one operator; its implementation is looked up in the selected backend at each call."""
+    name = signature.split("(")[0]
+    _library.define(signature, tags=(torch.Tag.pt2_compliant_tag,))
+
+    def run(mid: Tensor, *args: Any) -> Any:
+        return getattr(_select(mid), name)(mid, *args)
+
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"pyxai_bounds::{name}", fake, lib=_library)
+    torch.library.register_autograd(
+        f"pyxai_bounds::{name}", backward, setup_context=setup_context, lib=_library
+    )
+    return getattr(torch.ops.pyxai_bounds, name).default
+
+
+def _like(t: Tensor, shape: Any = None) -> Tensor:
+    order = memory_format(t)
+    return torch.empty(t.shape if shape is None else shape, dtype=t.dtype, device=t.device, memory_format=order)
+
+
+def _bits(t: Tensor, present: bool = True) -> Tensor:
+    return torch.empty(state_size(t) if present else 0, dtype=torch.uint8, device=t.device)
+
+
+def _optional(grad: Tensor | None, like_shape: Any, like: Tensor) -> Tensor:
+    """The engine leaves out the gradients of unused outputs; the fused formulas want a tensor."""
+    return like.new_zeros(like_shape) if grad is None else grad
+
+
+# --- interval_gate: lower' = a·lower, upper' = b·upper; symmetric, so it is its own adjoint ---------------
+
+
+def _gate_setup(ctx: Any, inputs: tuple, output: Any) -> None:
+    ctx.save_for_backward(inputs[2])
+    ctx.order = memory_format(inputs[0])
+
+
+def _gate_adjoint(mid_grad: Tensor | None, rad_grad: Tensor | None, gate: Tensor, order: Any) -> Any:
+    if mid_grad is None and rad_grad is None:
+        return None, None
+    mid_grad = torch.zeros_like(rad_grad) if mid_grad is None else mid_grad  # type: ignore[arg-type]
+    rad_grad = torch.zeros_like(mid_grad) if rad_grad is None else rad_grad
+    return interval_gate(
+        mid_grad.contiguous(memory_format=order), rad_grad.contiguous(memory_format=order), gate
+    )
+
+
+def _gate_backward(ctx: Any, mid_grad: Tensor, rad_grad: Tensor) -> Any:
+    return *_gate_adjoint(mid_grad, rad_grad, ctx.saved_tensors[0], ctx.order), None
+
+
+interval_gate = _define(
+    "interval_gate(Tensor mid, Tensor rad, Tensor gate) -> (Tensor, Tensor)",
+    lambda mid, rad, gate: (_like(mid), _like(mid)),
+    _gate_backward,
+    _gate_setup,
+)
+
+
+# --- interval_relu, interval_relu_backward: their derivative is the gate they applied ----------------------
+
+
+def _relu_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(output[2])
+    ctx.order = memory_format(inputs[0])
+    ctx.nones = (None,) * (len(inputs) - 2)
+
+
+def _relu_backward(ctx: Any, mid_grad: Tensor, rad_grad: Tensor, _: Any) -> Any:
+    return *_gate_adjoint(mid_grad, rad_grad, ctx.saved_tensors[0], ctx.order), *ctx.nones
+
+
+interval_relu = _define(
+    "interval_relu(Tensor mid, Tensor rad) -> (Tensor, Tensor, Tensor)",
+    lambda mid, rad: (_like(mid), _like(mid), _bits(mid)),
+    _relu_backward,
+    _relu_setup,
+)
+
+interval_relu_backward = _define(
+    "interval_relu_backward(Tensor mid, Tensor rad, Tensor state) -> (Tensor, Tensor, Tensor)",
+    lambda mid, rad, state: (_like(mid), _like(mid), _bits(mid)),
+    _relu_backward,
+    _relu_setup,
+)
+
+
+# --- interval_linear: mid' = mid·Wᵀ + b, rad' = rad·|W|ᵀ, then ReLU ----------------------------------------
+
+
+def _linear_fake(mid: Tensor, rad: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Any:
+    out = mid.new_empty(*mid.shape[:-1], weight.shape[0])
+    return out, torch.empty_like(out), _bits(out, relu)
+
+
+def _affine_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    """Save what the weight gradient needs, and of ReLU the packed state alone."""
+    mid, rad, weight, bias, *ctx.args = inputs
+    ctx.mark_non_differentiable(output[2])
+    if not ctx.needs_input_grad[2]:
+        mid = rad = None  # only the weight's gradient depends on the box
+    ctx.save_for_backward(mid, rad, weight, output[2])
+    ctx.relu = ctx.args[-1]
+    ctx.input_size = inputs[0].shape
+    ctx.order = memory_format(output[0])
+    ctx.out_shape = output[0].shape
+
+
+def _affine_grads(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None) -> tuple[Tensor, Tensor]:
+    weight, state = ctx.saved_tensors[2:]
+    mid_grad = _optional(mid_grad, ctx.out_shape, weight)
+    rad_grad = _optional(rad_grad, ctx.out_shape, weight)
+    return _gate_adjoint(mid_grad, rad_grad, state, ctx.order) if ctx.relu else (mid_grad, rad_grad)
+
+
+def _linear_backward(ctx: Any, mid_grad: Tensor, rad_grad: Tensor, _: Any) -> Any:
+    mid, rad, weight, _state = ctx.saved_tensors
+    need_mid, need_rad, need_weight, need_bias = ctx.needs_input_grad[:4]
+    mid_grad, rad_grad = _affine_grads(ctx, mid_grad, rad_grad)
+    return (
+        mid_grad @ weight if need_mid else None,
+        rad_grad @ weight.abs() if need_rad else None,
+        mid_grad.t() @ mid + weight.sign() * (rad_grad.t() @ rad) if need_weight else None,
+        mid_grad.sum(0) if need_bias else None,
+        None,
+    )
+
+
+interval_linear = _define(
+    "interval_linear(Tensor mid, Tensor rad, Tensor weight, Tensor? bias, bool relu) -> (Tensor, Tensor, Tensor)",
+    _linear_fake,
+    _linear_backward,
+    _affine_setup,
+)
+
+
+# --- interval_linear_backward: ReLU′ prologue, then mid' = mid·W, rad' = rad·|W| ---------------------------
+
+
+def _data_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    """Keep the box before the prologue and its two bits: the gated box is made again when it is needed."""
+    mid, rad, weight, state, *ctx.args = inputs
+    ctx.save_for_backward(mid, rad, weight, state)
+    ctx.out_shape = output[0].shape
+    ctx.order = memory_format(mid)
+
+
+def _gated(ctx: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    mid, rad, _, state = ctx.saved_tensors
+    return (mid, rad, None) if state is None else interval_relu_backward(mid, rad, state)
+
+
+def _ungate(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None, gate: Tensor | None) -> Any:
+    if gate is None:
+        return mid_grad, rad_grad
+    return _gate_adjoint(mid_grad, rad_grad, gate, ctx.order)
+
+
+def _linear_data_backward(ctx: Any, mid_grad: Tensor, rad_grad: Tensor) -> Any:
+    weight = ctx.saved_tensors[2]
+    mid, rad, gate = _gated(ctx)
+    mid_grad = _optional(mid_grad, ctx.out_shape, weight)
+    rad_grad = _optional(rad_grad, ctx.out_shape, weight)
+    weight_grad = box_grad = (None, None)
+    if ctx.needs_input_grad[2]:
+        weight_grad = mid.t() @ mid_grad + weight.sign() * (rad.t() @ rad_grad)
+    else:
+        weight_grad = None
+    if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+        box_grad = _ungate(ctx, mid_grad @ weight.t(), rad_grad @ weight.abs().t(), gate)
+    return *box_grad, weight_grad, None
+
+
+interval_linear_backward = _define(
+    "interval_linear_backward(Tensor mid, Tensor rad, Tensor weight, Tensor? state) -> (Tensor, Tensor)",
+    lambda mid, rad, weight, state: (
+        mid.new_empty(*mid.shape[:-1], weight.shape[1]),
+        mid.new_empty(*mid.shape[:-1], weight.shape[1]),
+    ),
+    _linear_data_backward,
+    _data_setup,
+)
+
+
+# --- interval_conv2d ----------------------------------------------------------------------------------------
+
+
+def _conv2d_fake(mid, rad, weight, bias, stride, padding, dilation, groups, relu):  # type: ignore[no-untyped-def]
+    shape = [mid.shape[0], weight.shape[0]]
+    for size, kernel, s, p, d in zip(mid.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True):
+        shape.append((size + 2 * p - d * (kernel - 1) - 1) // s + 1)
+    out = _like(mid, shape)
+    return out, torch.empty_like(out), _bits(out, relu)
+
+
+def _conv2d_backward(ctx: Any, mid_grad: Tensor, rad_grad: Tensor, _: Any) -> Any:
+    mid, rad, weight, _state = ctx.saved_tensors
+    need_mid, need_rad, need_weight, need_bias = ctx.needs_input_grad[:4]
+    mid_grad, rad_grad = _affine_grads(ctx, mid_grad, rad_grad)
+    args = ctx.args[:4]
+    weight_grad = None
+    if need_weight:
+        weight_grad = reference.conv2d_weight(mid_grad, mid, weight, *args)
+        weight_grad = weight_grad + weight.sign() * reference.conv2d_weight(rad_grad, rad, weight, *args)
+    return (
+        reference.conv2d_input(mid_grad, weight, ctx.input_size, *args) if need_mid else None,
+        reference.conv2d_input(rad_grad, weight.abs(), ctx.input_size, *args) if need_rad else None,
+        weight_grad,
+        mid_grad.sum((0, 2, 3)) if need_bias else None,
+        *(None,) * 5,
+    )
+
+
+interval_conv2d = _define(
+    "interval_conv2d(Tensor mid, Tensor rad, Tensor weight, Tensor? bias, int[] stride, int[] padding, "
+    "int[] dilation, int groups, bool relu) -> (Tensor, Tensor, Tensor)",
+    _conv2d_fake,
+    _conv2d_backward,
+    _affine_setup,
+)
+
+
+# --- interval_conv2d_backward -------------------------------------------------------------------------------
+
+
+def _conv2d_data_backward(ctx: Any, mid_grad: Tensor, rad_grad: Tensor) -> Any:
+    weight = ctx.saved_tensors[2]
+    mid, rad, gate = _gated(ctx)
+    mid_grad = _optional(mid_grad, ctx.out_shape, weight)
+    rad_grad = _optional(rad_grad, ctx.out_shape, weight)
+    args = ctx.args[1:]
+    weight_grad = None
+    box_grad: Any = (None, None)
+    if ctx.needs_input_grad[2]:  # the roles of input and output gradient are exchanged
+        weight_grad = reference.conv2d_weight(mid, mid_grad, weight, *args)
+        weight_grad = weight_grad + weight.sign() * reference.conv2d_weight(rad, rad_grad, weight, *args)
+    if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+        box_grad = _ungate(
+            ctx,
+            torch.conv2d(mid_grad, weight, None, *args),
+            torch.conv2d(rad_grad, weight.abs(), None, *args),
+            gate,
+        )
+    return *box_grad, weight_grad, *(None,) * 6
+
+
+interval_conv2d_backward = _define(
+    "interval_conv2d_backward(Tensor mid, Tensor rad, Tensor weight, Tensor? state, int[] input_size, "
+    "int[] stride, int[] padding, int[] dilation, int groups) -> (Tensor, Tensor)",
+    lambda mid, rad, weight, state, input_size, *args: (_like(mid, input_size), _like(mid, input_size)),
+    _conv2d_data_backward,
+    _data_setup,
+)
+
+
+# --- interval_scale_shift -----------------------------------------------------------------------------------
+
+
+def _scale_shift_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    mid, rad, scale, shift = inputs
+    ctx.save_for_backward(*(mid, rad) if ctx.needs_input_grad[2] else (None, None), scale)
+
+
+def _scale_shift_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None) -> Any:
+    mid, rad, scale = ctx.saved_tensors
+    need_mid, need_rad, need_scale, need_shift = ctx.needs_input_grad
+    some = mid_grad if mid_grad is not None else rad_grad
+    assert some is not None
+    mid_grad, rad_grad = _optional(mid_grad, some.shape, some), _optional(rad_grad, some.shape, some)
+    others = [0, *range(2, some.dim())]
+    per_channel = [1, -1] + [1] * (some.dim() - 2)
+    scale_grad = None
+    if need_scale:
+        scale_grad = (mid_grad * mid).sum(others) + scale.sign() * (rad_grad * rad).sum(others)
+    return (
+        mid_grad * scale.reshape(per_channel) if need_mid else None,
+        rad_grad * scale.abs().reshape(per_channel) if need_rad else None,
+        scale_grad,
+        mid_grad.sum(others) if need_shift else None,
+    )
+
+
+interval_scale_shift = _define(
+    "interval_scale_shift(Tensor mid, Tensor rad, Tensor scale, Tensor? shift) -> (Tensor, Tensor)",
+    lambda mid, rad, scale, shift: (_like(mid), _like(mid)),
+    _scale_shift_backward,
+    _scale_shift_setup,
+)
+
+
+# --- interval_mul -------------------------------------------------------------------------------------------
+
+
+def _mul_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _mul_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None) -> Any:
+    """Each end of the product is one of four end-point products; the gradient flows to the two ends it took."""
+    a_mid, a_rad, b_mid, b_rad = ctx.saved_tensors
+    mid_grad = _optional(mid_grad, a_mid.shape, a_mid)
+    rad_grad = _optional(rad_grad, a_mid.shape, a_mid)
+    a = torch.stack((a_mid - a_rad, a_mid - a_rad, a_mid + a_rad, a_mid + a_rad))
+    b = torch.stack((b_mid - b_rad, b_mid + b_rad, b_mid - b_rad, b_mid + b_rad))
+    products = a * b
+    a_grads = []
+    b_grads = []
+    for chosen, end_grad in (
+        (products.argmin(0, keepdim=True), (mid_grad - rad_grad) * 0.5),
+        (products.argmax(0, keepdim=True), (mid_grad + rad_grad) * 0.5),
+    ):
+        a_end = torch.where(chosen >= 2, 1.0, -1.0).to(a.dtype).squeeze(0)  # +1: the upper end of a
+        b_end = torch.where(chosen % 2 == 1, 1.0, -1.0).to(a.dtype).squeeze(0)
+        a_grads.append((end_grad * b.gather(0, chosen).squeeze(0), a_end))
+        b_grads.append((end_grad * a.gather(0, chosen).squeeze(0), b_end))
+    (a0, s0), (a1, s1) = a_grads
+    (b0, t0), (b1, t1) = b_grads
+    return a0 + a1, a0 * s0 + a1 * s1, b0 + b1, b0 * t0 + b1 * t1
+
+
+interval_mul = _define(
+    "interval_mul(Tensor a_mid, Tensor a_rad, Tensor b_mid, Tensor b_rad) -> (Tensor, Tensor)",
+    lambda a_mid, a_rad, b_mid, b_rad: (_like(a_mid), _like(a_mid)),
+    _mul_backward,
+    _mul_setup,
+)
+
+
+# --- check_target: the one check that needs the data, so it must be part of the captured program ----------
+
+_library.define("check_target(Tensor target, int classes) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _check_target(target: Tensor, classes: int) -> Tensor:
+    wrong = (target < 0) | (target >= classes)
+    if wrong.any():
+        index = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"target[{index}] = {int(target[index])} is out of range: the model has {classes} outputs, so targets "
+            f"must lie in 0 … {classes - 1} ({int(wrong.sum())} of {target.numel()} do not)."
+        )
+    return target.clone()  # an operator may not return its argument
+
+
+_library.impl("check_target", _check_target, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "pyxai_bounds::check_target", lambda target, classes: torch.empty_like(target), lib=_library
+)
+check_target = torch.ops.pyxai_bounds.check_target.default

@@ -1,0 +1,234 @@
+"""The fused interval operators in C++, on the CPU, for float32 and float64: one pass over memory per stage.
+
+The functions are those of ``reference.py``, which leave the matrix products to ATen here too. This file
+allocates, checks what the C++ code could not survive (a wrong shape, dtype or device is a wild pointer),
+and hands over addresses.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from pyxai_bounds.ops import reference
+from pyxai_bounds.ops.layout import dense, memory_format, state_size
+
+# torch is imported above and before _native on purpose: its OpenMP runtime is then the one that both use.
+_native: ModuleType | None
+try:
+    _native = importlib.import_module("pyxai_bounds._native")
+    _failure = ""
+except ImportError as error:
+    _native = None
+    _failure = str(error)
+
+_warned = False
+
+
+def available() -> bool:
+    """Whether the compiled module could be loaded."""
+    return _native is not None
+
+
+def why_not_available() -> str:
+    """What is wrong and how to mend it, as one sentence each; empty if nothing is."""
+    if available():
+        return ""
+    return (
+        f"The native backend is not available: {_failure}. Everything runs on the reference backend, with the "
+        "same results but more slowly. To build it, install a C++17 compiler and run `pip install .` (or `make`) "
+        "in the source tree of pyxai_bounds."
+    )
+
+
+def supports(mid: Tensor) -> bool:
+    """Whether ``mid`` can run here. Says once, when it could but for the missing module, why it cannot."""
+    if mid.device.type != "cpu" or mid.dtype not in (torch.float32, torch.float64):
+        return False
+    if _native is None:
+        _warn_once()
+        return False
+    return True
+
+
+def _warn_once() -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(why_not_available(), RuntimeWarning, stacklevel=2)
+
+
+def interval_gate(mid: Tensor, rad: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    mid, rad = _boxes(mid, rad)
+    gate = _bits_of(gate, mid)
+    out_mid, out_rad = _like(mid), _like(mid)
+    _module().gate(
+        mid.element_size(), mid.numel(), mid.data_ptr(), rad.data_ptr(), gate.data_ptr(),
+        out_mid.data_ptr(), out_rad.data_ptr(),
+    )  # fmt: skip
+    return out_mid, out_rad
+
+
+def interval_relu(mid: Tensor, rad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    mid, rad = _boxes(mid, rad)
+    return _relu_into(mid, rad, _like(mid), _like(mid))
+
+
+def interval_relu_backward(mid: Tensor, rad: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    mid, rad = _boxes(mid, rad)
+    gate = torch.empty(state_size(mid), dtype=torch.uint8)
+    return *_relu_backward_into(mid, rad, state, gate), gate
+
+
+def interval_linear(
+    mid: Tensor, rad: Tensor, weight: Tensor, bias: Tensor | None, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    out = reference.interval_linear(mid, rad, weight, bias, False)
+    return _relu_in_place(out[0], out[1]) if relu else out
+
+
+def interval_linear_backward(
+    mid: Tensor, rad: Tensor, weight: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if state is not None:
+        mid, rad = _relu_backward_into(*_boxes(mid, rad), state, None)
+    return reference.interval_linear_backward(mid, rad, weight, None)
+
+
+def interval_conv2d(
+    mid: Tensor,
+    rad: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    out = reference.interval_conv2d(mid, rad, weight, bias, stride, padding, dilation, groups, False)
+    return _relu_in_place(out[0], out[1]) if relu else out
+
+
+def interval_conv2d_backward(
+    mid: Tensor,
+    rad: Tensor,
+    weight: Tensor,
+    state: Tensor | None,
+    input_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    if state is not None:
+        mid, rad = _relu_backward_into(*_boxes(mid, rad), state, None)
+    return reference.interval_conv2d_backward(
+        mid, rad, weight, None, input_size, stride, padding, dilation, groups
+    )
+
+
+def interval_scale_shift(
+    mid: Tensor, rad: Tensor, scale: Tensor, shift: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    mid, rad = _boxes(mid, rad)
+    channels = mid.shape[1]
+    scale = _per_channel("scale", scale, mid)
+    shift = None if shift is None else _per_channel("shift", shift, mid)
+    channels_last = memory_format(mid) is torch.channels_last
+    inner = 1 if channels_last else mid[0, 0].numel() if mid.numel() else 1
+    out_mid, out_rad = _like(mid), _like(mid)
+    _module().scale_shift(
+        mid.element_size(), mid.numel(), channels, inner, mid.data_ptr(), rad.data_ptr(),
+        scale.data_ptr(), 0 if shift is None else shift.data_ptr(), out_mid.data_ptr(), out_rad.data_ptr(),
+    )  # fmt: skip
+    return out_mid, out_rad
+
+
+def interval_mul(a_mid: Tensor, a_rad: Tensor, b_mid: Tensor, b_rad: Tensor) -> tuple[Tensor, Tensor]:
+    a_mid, a_rad, b_mid, b_rad = _boxes(a_mid, a_rad, b_mid, b_rad)
+    out_mid, out_rad = _like(a_mid), _like(a_mid)
+    _module().mul(
+        a_mid.element_size(), a_mid.numel(), a_mid.data_ptr(), a_rad.data_ptr(),
+        b_mid.data_ptr(), b_rad.data_ptr(), out_mid.data_ptr(), out_rad.data_ptr(),
+    )  # fmt: skip
+    return out_mid, out_rad
+
+
+# --- the stages that two operators share --------------------------------------------------------------------
+
+
+def _relu_into(mid: Tensor, rad: Tensor, out_mid: Tensor, out_rad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    state = torch.empty(state_size(mid), dtype=torch.uint8)
+    _module().relu(
+        mid.element_size(), mid.numel(), mid.data_ptr(), rad.data_ptr(),
+        out_mid.data_ptr(), out_rad.data_ptr(), state.data_ptr(),
+    )  # fmt: skip
+    return out_mid, out_rad, state
+
+
+def _relu_in_place(mid: Tensor, rad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """ReLU as the epilogue of a matrix product, whose results nobody else has seen yet."""
+    mid, rad = _boxes(mid, rad)
+    return _relu_into(mid, rad, mid, rad)
+
+
+def _relu_backward_into(mid: Tensor, rad: Tensor, state: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
+    """ReLU′ on a dense box; the gate that was applied is written where it is asked for."""
+    state = _bits_of(state, mid)
+    out_mid, out_rad = _like(mid), _like(mid)
+    _module().relu_backward(
+        mid.element_size(), mid.numel(), mid.data_ptr(), rad.data_ptr(), state.data_ptr(),
+        out_mid.data_ptr(), out_rad.data_ptr(), 0 if gate is None else gate.data_ptr(),
+    )  # fmt: skip
+    return out_mid, out_rad
+
+
+# --- allocation and checks ----------------------------------------------------------------------------------
+
+
+def _module() -> ModuleType:
+    if _native is None:
+        raise RuntimeError(why_not_available())
+    return _native
+
+
+def _like(mid: Tensor) -> Tensor:
+    return torch.empty(mid.shape, dtype=mid.dtype, memory_format=memory_format(mid))
+
+
+def _boxes(mid: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """All the tensors, dense in the memory order of the first, once they are known to agree with it."""
+    for other in others:
+        if other.shape != mid.shape or other.dtype is not mid.dtype or other.device != mid.device:
+            raise ValueError(
+                f"Midpoints and radii must agree in shape, dtype and device: {_describe(mid)} and {_describe(other)}."
+            )
+    return dense(mid, *others)
+
+
+def _bits_of(packed: Tensor, mid: Tensor) -> Tensor:
+    if packed.shape != state_size(mid) or packed.dtype is not torch.uint8 or packed.device != mid.device:
+        raise ValueError(
+            f"The packed bits of {_describe(mid)} are uint8 {list(state_size(mid))} on the same device, "
+            f"not {_describe(packed)}; pass the state or gate that belongs to this tensor."
+        )
+    return packed.contiguous()
+
+
+def _per_channel(name: str, values: Tensor, mid: Tensor) -> Tensor:
+    if values.numel() != mid.shape[1] or values.dtype is not mid.dtype or values.device != mid.device:
+        raise ValueError(
+            f"{name} needs one {mid.dtype} value for each of the {mid.shape[1]} channels of {_describe(mid)}, "
+            f"not {_describe(values)}."
+        )
+    return values.contiguous()
+
+
+def _describe(t: Tensor) -> str:
+    return f"{t.dtype} {list(t.shape)} on {t.device}"

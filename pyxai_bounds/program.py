@@ -1,0 +1,332 @@
+"""bound(): the captured graph, run on Intervals.
+
+A captured graph is interpreted once with the interval rules while being traced again: what comes out is a flat
+program on tensors alone, midpoints and radii in and out, which is optimised and kept. Calls of the same kind run it.
+"""
+
+from __future__ import annotations
+
+import operator
+import threading
+import types
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+
+from pyxai_bounds import fuse
+from pyxai_bounds.capture import Captured, capture, is_one_integer, retrace, source_of, unwrap
+from pyxai_bounds.errors import UnsupportedOperatorError
+from pyxai_bounds.interval import Interval
+from pyxai_bounds.rules import RULES, Unsupported
+
+aten = torch.ops.aten
+
+CACHE_SIZE = 32  # programs kept per function
+
+
+def bound(fn: Callable, *, sound: bool = False, parameters: Any = None) -> BoundFunction:
+    """Bounds on anything that PyTorch computes.
+
+    ``fn`` is a module or any function of tensors, and may differentiate inside: an explanation is such a function.
+    The result takes the same arguments, each tensor replaced by an :class:`Interval` where it is a set, and returns
+    Intervals in the structure that ``fn`` returns. They are differentiable in the parameters and in the box.
+
+    Raises UnsupportedOperatorError, listing every operator without a rule; CaptureError (a ValueError) if the
+    function is no fixed program; NotImplementedError for ``sound=True`` and ``parameters``, which do not exist yet.
+    """
+    if not callable(fn):
+        raise TypeError(f"bound() takes a module or a function, got {type(fn).__name__}.")
+    if sound:
+        raise NotImplementedError("sound=True (outward rounding) does not exist yet; bounds are rounded to nearest.")
+    if parameters is not None:
+        raise NotImplementedError("Boxes of parameters do not exist yet; leave parameters=None.")
+    return BoundFunction(fn)
+
+
+class BoundFunction:
+    """A function on Intervals. Its compiled programs are shared with every other bound of an equal function."""
+
+    def __init__(self, fn: Callable) -> None:
+        self.fn = unwrap(fn)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        program = self._program(leaves, spec)
+        tensors: list[Tensor] = []
+        for leaf in leaves:
+            if isinstance(leaf, Interval):
+                tensors += (leaf.mid, leaf.rad)
+            elif isinstance(leaf, Tensor):
+                tensors.append(leaf)
+        return program(tensors)
+
+    def graph(self, *args: Any, **kwargs: Any) -> fx.GraphModule:
+        """The compiled program for these arguments, to read or to print."""
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        return self._program(leaves, spec).graph
+
+    def _program(self, leaves: list[Any], spec: pytree.TreeSpec) -> Program:
+        key = (spec, tuple(_leaf_key(leaf) for leaf in leaves))
+        programs = _programs_of(self.fn)
+        program = programs.get(key)
+        if program is _READS_INTEGERS:
+            key = (*key, tuple(leaf.item() for leaf in leaves if is_one_integer(leaf)))
+            program = programs.get(key)
+        if program is None or not program.captured.is_current():
+            _check_leaves(leaves)
+            key, captured = _capture(self.fn, spec, leaves, key, programs)
+            program = Program(captured, leaves)
+            programs.put(key, program)
+        return program
+
+
+def captured_graph(fn: Callable, *args: Any, **kwargs: Any) -> Captured:
+    """The ATen graph of ``fn`` at these tensors: what ``bound`` runs on Intervals, to run or rewrite otherwise."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    leaves = [leaf.mid if isinstance(leaf, Interval) else leaf for leaf in leaves]
+    return _capture(unwrap(fn), spec, leaves, (), _Programs())[1]
+
+
+class Program:
+    """A compiled bound program: tensors in, Intervals out."""
+
+    def __init__(self, captured: Captured, leaves: list[Any]) -> None:
+        self.captured = captured
+        tensors: list[Tensor] = []
+        kinds: list[bool] = []  # per placeholder of the captured graph: is it a set?
+        for leaf in leaves:
+            if isinstance(leaf, Interval):
+                tensors += (leaf.mid, leaf.rad)
+                kinds.append(True)
+            elif isinstance(leaf, Tensor):
+                tensors.append(leaf)
+                kinds.append(False)
+        interpreter = _Interpreter(captured.graph)
+        self.graph = retrace(lambda *flat: interpreter.run_flat(flat, kinds), tensors)
+        self.constants = interpreter.constants
+        fuse.optimise(self.graph)
+
+    def __call__(self, tensors: list[Tensor]) -> Any:
+        enabled = torch.is_grad_enabled()
+        try:
+            flat = self.graph(*tensors) if enabled else self._without_grad(tensors)
+        finally:
+            torch._C._set_grad_enabled(enabled)
+        values = iter(flat)
+        results = [
+            Interval.of(next(values), next(values)) if constant is _SET else constant for constant in self.constants
+        ]
+        return pytree.tree_unflatten(results, self.captured.out_spec)
+
+    def _without_grad(self, tensors: list[Tensor]) -> Any:
+        with torch.no_grad():
+            return self._inference_graph()(*tensors)
+
+    def _inference_graph(self) -> fx.GraphModule:
+        """The program without the marks that switch gradients on and off."""
+        if not hasattr(self, "_inference"):
+            graph = fx.Graph()
+            result = graph.graph_copy(self.graph.graph, {})
+            graph.output(result)
+            for node in graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled):
+                graph.erase_node(node)
+            self._inference = fx.GraphModule(self.graph, graph)
+        return self._inference
+
+
+_SET = object()  # marks a result that is a set among results that are constants
+_READS_INTEGERS: Any = object()  # in place of a program: one is needed for each value of the integer arguments
+
+
+class _Unknown:
+    """The result of an operator that has no rule, so that the rest of the graph can still be checked."""
+
+
+class _Interpreter(fx.Interpreter):
+    """Runs a captured graph on Intervals and points, collecting every operator that cannot be bounded."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph)
+        self.unsupported: list[tuple[str, str]] = []
+        self.constants: list[Any] = []
+
+    def run_flat(self, flat: tuple[Tensor, ...], kinds: list[bool]) -> list[Tensor]:
+        tensors = iter(flat)
+        arguments = [Interval.of(next(tensors), next(tensors)) if is_set else next(tensors) for is_set in kinds]
+        results = self.run(*arguments, enable_io_processing=False)
+        if self.unsupported:
+            raise UnsupportedOperatorError(list(dict.fromkeys(self.unsupported)))
+        self.constants = [_SET if isinstance(r, (Interval, Tensor)) else r for r in results]
+        sets = [_floating_point(r) for r in results if isinstance(r, (Interval, Tensor))]
+        return [tensor for s in sets for tensor in (s.mid, s.rad)]
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op != "call_function":
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if n.target is operator.getitem:
+            return args[0] if isinstance(args[0], _Unknown) else args[0][args[1]]
+        rule = RULES.get(n.target)  # type: ignore[arg-type]
+        leaves = pytree.tree_leaves((args, kwargs))
+        if any(isinstance(leaf, _Unknown) for leaf in leaves):
+            return _Unknown() if rule is not None else self._cannot_bound(n, "")
+        if not any(isinstance(leaf, Interval) for leaf in leaves):
+            return _at_point(n.target, args, kwargs)
+        if rule is None:
+            return self._cannot_bound(n, "")
+        if not rule.takes_sets(args, kwargs):
+            args, kwargs = pytree.tree_map_only(Interval, lambda x: x.mid, (args, kwargs))
+            return _at_point(n.target, args, kwargs)
+        try:
+            return rule.function(*args, **kwargs)
+        except Unsupported as reason:
+            return self._cannot_bound(n, f" ({reason})")
+
+    def _cannot_bound(self, node: fx.Node, reason: str) -> _Unknown:
+        name = node.target.name() if isinstance(node.target, torch._ops.OpOverload) else str(node.target)
+        self.unsupported.append((name + reason, source_of(node)))
+        return _Unknown()
+
+
+def _at_point(target: Any, args: tuple, kwargs: dict) -> Any:
+    """The plain operator; ``view`` becomes ``reshape``, since the layout may not be the one it was captured with."""
+    return (aten.reshape.default if target is aten.view.default else target)(*args, **kwargs)
+
+
+def _floating_point(result: Interval | Tensor) -> Interval:
+    """A result as a set; a tensor that depends on no set is a point."""
+    if isinstance(result, Interval):
+        return result
+    return Interval.of(result, torch.zeros_like(result))
+
+
+def _capture(
+    fn: Callable, spec: pytree.TreeSpec, leaves: list[Any], key: tuple, programs: _Programs
+) -> tuple[tuple, Captured]:
+    points = [leaf.mid if isinstance(leaf, Interval) else leaf for leaf in leaves]
+    integers = tuple(leaf.item() for leaf in leaves if is_one_integer(leaf))
+    specialised = len(key) == 3
+    if not specialised:
+        try:
+            return key, capture(fn, spec, points)
+        except Exception:
+            # Some programs look at an integer argument's value, which fake tensors do not have.
+            if not integers:
+                raise
+    captured = capture(fn, spec, points, specialise=True)
+    if not specialised:
+        programs.put(key, _READS_INTEGERS)
+        key = (*key, integers)
+    return key, captured
+
+
+def _leaf_key(leaf: Any) -> Any:
+    if isinstance(leaf, Interval):
+        mid, rad = leaf.mid, leaf.rad
+        return Interval, mid.shape, mid.dtype, mid.device, mid.stride(), rad.stride()
+    if isinstance(leaf, Tensor):
+        return Tensor, leaf.shape, leaf.dtype, leaf.device, leaf.stride()
+    return type(leaf), leaf
+
+
+def _check_leaves(leaves: list[Any]) -> None:
+    devices = {leaf.device for leaf in leaves if isinstance(leaf, (Interval, Tensor))}
+    if len({d for d in devices if d.type != "cpu"} | {d for d in devices if d.type == "cpu"}) > 1:
+        raise ValueError(f"The arguments are on different devices, {', '.join(map(str, devices))}; move them to one.")
+
+
+# --- the cache: programs of equal functions, dropped with the function ---------------------------------------
+
+
+class _Programs:
+    """The most recently used programs of one function."""
+
+    def __init__(self) -> None:
+        self._entries: OrderedDict[Any, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Any) -> Any:
+        with self._lock:
+            if key in self._entries:
+                self._entries.move_to_end(key)
+            return self._entries.get(key)
+
+    def put(self, key: Any, program: Any) -> None:
+        with self._lock:
+            self._entries[key] = program
+            while len(self._entries) > CACHE_SIZE:
+                self._entries.popitem(last=False)
+
+
+class _Same:
+    """Compares an object by identity without keeping it alive."""
+
+    __slots__ = ("_id", "_ref")
+
+    def __init__(self, value: Any) -> None:
+        self._id, self._ref = id(value), weakref.ref(value)
+
+    def __hash__(self) -> int:
+        return self._id
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self._id == other._id and self._ref() is other._ref() is not None
+
+
+_cache: dict[int, tuple[weakref.ref, dict[Any, _Programs]]] = {}
+_cache_lock = threading.Lock()
+
+
+def _programs_of(fn: Callable) -> _Programs:
+    """Equal functions share programs: one model's explanations of one kind, one lambda over the same objects."""
+    anchor, options = _identity(fn)
+    with _cache_lock:
+        entry = _cache.get(id(anchor))
+        if entry is None or entry[0]() is not anchor:
+            number = id(anchor)
+            entry = weakref.ref(anchor, lambda _: _cache.pop(number, None)), {}
+            _cache[number] = entry
+        kinds = entry[1]
+        if options not in kinds:
+            while len(kinds) >= CACHE_SIZE:
+                kinds.pop(next(iter(kinds)))
+            kinds[options] = _Programs()
+        return kinds[options]
+
+
+def _identity(fn: Any) -> tuple[Any, Any]:
+    """What lives as long as the function does, and what tells it from others with the same anchor."""
+    if hasattr(fn, "__bound_key__"):
+        return fn.__bound_key__()
+    if isinstance(fn, nn.Module):
+        return fn, None
+    if isinstance(fn, types.MethodType):
+        return fn.__self__, _Same(fn.__func__)
+    if isinstance(fn, types.FunctionType):
+        try:
+            return fn.__code__, _closure(fn)
+        except TypeError:  # something in the closure can be neither compared nor watched
+            return fn, None
+    return fn, None
+
+
+def _closure(fn: types.FunctionType) -> Any:
+    """What the function refers to: rebinding any of it makes another function."""
+    cells = [cell.cell_contents for cell in fn.__closure__ or ()]
+    defaults = [*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()]
+    names = [name for name in fn.__code__.co_names if name in fn.__globals__]
+    referred = [fn.__globals__[name] for name in names]
+    return tuple(_token(value) for value in (*cells, *defaults, *referred))
+
+
+def _token(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device)):
+        return type(value), value
+    if isinstance(value, (tuple, frozenset)):
+        return type(value), tuple(_token(v) for v in value)
+    return _Same(value)

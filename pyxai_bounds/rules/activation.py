@@ -1,0 +1,224 @@
+"""Activations and their backward sides: the range of φ, and the gradient times the range of φ′."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pyxai_bounds import ops
+from pyxai_bounds.interval import Interval
+from pyxai_bounds.ops.layout import memory_format, pack
+from pyxai_bounds.rules.registry import Value, between, ends, mid_of, monotone, multiply, rad_of, range_of, rule
+
+aten = torch.ops.aten
+
+
+# --- ReLU ---------------------------------------------------------------------------------------------------
+
+
+@rule(aten.relu.default)
+def relu(x: Interval) -> Interval:
+    mid, rad, state = ops.interval_relu(x.mid, x.rad)
+    return Interval.of(mid, rad, state=state)
+
+
+@rule(aten.threshold_backward.default)
+def relu_backward(grad: Value, output: Value, threshold: float) -> Interval:
+    """``output`` is ReLU's; its ends have the signs of the input's, so the state can be read off either."""
+    if not isinstance(output, Interval):
+        return multiply(grad, (output > threshold).to(output.dtype))
+    order = memory_format(output.mid)
+    state = output.state
+    if state is None or threshold != 0:
+        lower, upper = ends(output)
+        state = pack(lower > threshold, upper > threshold)
+    mid = mid_of(grad).contiguous(memory_format=order)
+    rad = rad_of(grad).contiguous(memory_format=order)
+    mid, rad, _ = ops.interval_relu_backward(mid, rad, state)
+    return Interval.of(mid, rad)
+
+
+# --- other piecewise linear activations ---------------------------------------------------------------------
+
+
+@rule(aten.leaky_relu.default)
+def leaky_relu(x: Interval, negative_slope: float = 0.01) -> Interval:
+    def function(t: Tensor) -> Tensor:
+        return aten.leaky_relu(t, negative_slope)
+
+    return range_of(function, x, [(0.0, 0.0)] if negative_slope < 0 else [])
+
+
+@rule(aten.leaky_relu_backward.default)
+def leaky_relu_backward(grad: Value, x: Value, negative_slope: float, self_is_result: bool) -> Interval:
+    """φ′ is 1 above 0 and the slope at and below it."""
+    lower, upper = (torch.where(end > 0, 1.0, negative_slope).to(end.dtype) for end in ends(x))
+    return multiply(grad, _factor(x, torch.minimum(lower, upper), torch.maximum(lower, upper)))
+
+
+@rule(aten.hardtanh.default)
+def hardtanh(x: Interval, min_val: float = -1, max_val: float = 1) -> Interval:
+    return monotone(lambda t: aten.hardtanh(t, min_val, max_val), x)
+
+
+@rule(aten.hardtanh_backward.default)
+def hardtanh_backward(grad: Value, x: Value, min_val: float, max_val: float) -> Interval:
+    """φ′ is 1 strictly between the corners and 0 elsewhere."""
+    lower, upper = ends(x)
+    must = (lower > min_val) & (upper < max_val)
+    may = (upper > min_val) & (lower < max_val)
+    return multiply(grad, _factor(x, must.to(lower.dtype), may.to(lower.dtype)))
+
+
+def _factor(x: Value, lower: Tensor, upper: Tensor) -> Value:
+    """The range of φ′ as a set, or as a point where x is one."""
+    return between(lower, upper) if isinstance(x, Interval) else upper
+
+
+# --- smooth activations: monotone between known critical points ---------------------------------------------
+
+
+def _root(function: Callable[[float], float], a: float, b: float) -> float:
+    """The zero of a function that changes sign on [a, b], by bisection to the last bit."""
+    negative_left = function(a) < 0
+    while a < (middle := (a + b) / 2) < b:
+        a, b = (middle, b) if (function(middle) < 0) == negative_left else (a, middle)
+    return a
+
+
+@rule(aten.tanh.default)
+def tanh(x: Interval) -> Interval:
+    return monotone(torch.tanh, x)
+
+
+@rule(aten.tanh_backward.default)
+def tanh_backward(grad: Value, output: Value) -> Interval:
+    return _times_slope(grad, output, lambda y: 1 - y * y, [(0.0, 1.0)])
+
+
+@rule(aten.sigmoid.default)
+def sigmoid(x: Interval) -> Interval:
+    return monotone(torch.sigmoid, x)
+
+
+@rule(aten.sigmoid_backward.default)
+def sigmoid_backward(grad: Value, output: Value) -> Interval:
+    return _times_slope(grad, output, lambda y: y * (1 - y), [(0.5, 0.25)])
+
+
+@rule(aten.softplus.default)
+def softplus(x: Interval, beta: float = 1, threshold: float = 20) -> Interval:
+    return monotone(lambda t: aten.softplus(t, beta, threshold), x)
+
+
+@rule(aten.softplus_backward.default)
+def softplus_backward(grad: Value, x: Value, beta: float, threshold: float) -> Interval:
+    return _times_slope(grad, x, lambda t: torch.where(t * beta > threshold, 1.0, torch.sigmoid(t * beta)), [])
+
+
+@rule(aten.elu.default)
+def elu(x: Interval, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Interval:
+    critical = [] if alpha * input_scale >= 0 and scale >= 0 else [(0.0, 0.0)]
+    return range_of(lambda t: aten.elu(t, alpha, scale, input_scale), x, critical)
+
+
+@rule(aten.elu_backward.default)
+def elu_backward(
+    grad: Value, alpha: float, scale: float, input_scale: float, is_result: bool, x: Value
+) -> Interval:
+    """φ′ jumps at 0 from scale·alpha·input_scale to scale; with ``is_result`` it is read off φ, scale·α + y below 0."""
+
+    def slope(t: Tensor) -> Tensor:
+        below = (t + alpha * scale) * input_scale if is_result else alpha * scale * input_scale * torch.exp(t * input_scale)
+        return torch.where(t > 0, scale, below)
+
+    return _times_slope(grad, x, slope, [(0.0, alpha * scale * input_scale), (0.0, scale)])
+
+
+_SQRT2 = math.sqrt(2)
+_SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
+
+
+def _gelu_slope_value(x: float) -> float:
+    return 0.5 * (1 + math.erf(x / _SQRT2)) + x * math.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+
+
+def _gelu_slope(x: Tensor) -> Tensor:
+    return 0.5 * (1 + torch.erf(x / _SQRT2)) + x * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+
+
+def _gelu_tanh_slope_value(x: float) -> float:
+    inner = math.tanh(_SQRT_2_OVER_PI * (x + 0.044715 * x**3))
+    return 0.5 * (1 + inner) + 0.5 * x * (1 - inner**2) * _SQRT_2_OVER_PI * (1 + 3 * 0.044715 * x * x)
+
+
+def _gelu_tanh_slope(x: Tensor) -> Tensor:
+    inner = torch.tanh(_SQRT_2_OVER_PI * (x + 0.044715 * x * x * x))
+    return 0.5 * (1 + inner) + 0.5 * x * (1 - inner * inner) * _SQRT_2_OVER_PI * (1 + 3 * 0.044715 * x * x)
+
+
+def _gelu_tanh_curvature(x: float, h: float = 1e-4) -> float:
+    return _gelu_tanh_slope_value(x + h) - _gelu_tanh_slope_value(x - h)
+
+
+# GELU falls to one minimum left of 0 and rises from there; its slope has extrema at ±√2 (φ″ = (2 − x²)·density).
+_GELU_MINIMUM = _root(_gelu_slope_value, -1.0, -0.5)
+_GELU_LEAST = 0.5 * _GELU_MINIMUM * (1 + math.erf(_GELU_MINIMUM / _SQRT2))
+_GELU_TANH_MINIMUM = _root(_gelu_tanh_slope_value, -1.0, -0.5)
+_GELU_TANH_LEAST = (
+    0.5 * _GELU_TANH_MINIMUM * (1 + math.tanh(_SQRT_2_OVER_PI * (_GELU_TANH_MINIMUM + 0.044715 * _GELU_TANH_MINIMUM**3)))
+)
+_GELU_TANH_BEND = _root(_gelu_tanh_curvature, 1.0, 2.0)
+
+
+@rule(aten.gelu.default)
+def gelu(x: Interval, *, approximate: str = "none") -> Interval:
+    least = (_GELU_MINIMUM, _GELU_LEAST) if approximate == "none" else (_GELU_TANH_MINIMUM, _GELU_TANH_LEAST)
+    return range_of(lambda t: aten.gelu(t, approximate=approximate), x, [least])
+
+
+@rule(aten.gelu_backward.default)
+def gelu_backward(grad: Value, x: Value, *, approximate: str = "none") -> Interval:
+    if approximate == "none":
+        return _times_slope(grad, x, _gelu_slope, [(end, _gelu_slope_value(end)) for end in (-_SQRT2, _SQRT2)])
+    # The approximation's slope flattens out where tanh saturates; its further bends lie below rounding error.
+    bends = [(end, _gelu_tanh_slope_value(end)) for end in (-_GELU_TANH_BEND, _GELU_TANH_BEND)]
+    return _times_slope(grad, x, _gelu_tanh_slope, bends)
+
+
+def _silu_slope_value(x: float) -> float:
+    s = 1 / (1 + math.exp(-x))
+    return s * (1 + x * (1 - s))
+
+
+def _silu_curvature(x: float) -> float:
+    """The sign of SiLU″ = s(1 − s)(2 + x(1 − 2s))."""
+    return 2 + x * (1 - 2 / (1 + math.exp(-x)))
+
+
+_SILU_MINIMUM = _root(_silu_slope_value, -2.0, -1.0)
+_SILU_LEAST = _SILU_MINIMUM / (1 + math.exp(-_SILU_MINIMUM))
+_SILU_BEND = _root(_silu_curvature, 2.0, 3.0)
+
+
+@rule(aten.silu.default)
+def silu(x: Interval) -> Interval:
+    return range_of(aten.silu, x, [(_SILU_MINIMUM, _SILU_LEAST)])
+
+
+@rule(aten.silu_backward.default)
+def silu_backward(grad: Value, x: Value) -> Interval:
+    def slope(t: Tensor) -> Tensor:
+        s = torch.sigmoid(t)
+        return s * (1 + t * (1 - s))
+
+    return _times_slope(grad, x, slope, [(end, _silu_slope_value(end)) for end in (-_SILU_BEND, _SILU_BEND)])
+
+
+def _times_slope(
+    grad: Value, x: Value, slope: Callable[[Tensor], Tensor], critical: list[tuple[float, float]]
+) -> Interval:
+    return multiply(grad, range_of(slope, x, critical) if isinstance(x, Interval) else slope(x))

@@ -1,0 +1,105 @@
+"""Pooling. Average pooling is linear; max pooling sends its gradient to the first maximum of each window."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyxai_bounds.interval import Interval
+from pyxai_bounds.rules.registry import Value, between, ends, mid_of, monotone, multiply, positive_linear, rad_of, rule
+
+aten = torch.ops.aten
+
+
+@rule(aten.max_pool2d_with_indices.default)
+def max_pool2d(x: Interval, *geometry: Any) -> tuple[Interval, None]:
+    """The indices of a set have no single value; the backward side works from the input itself."""
+    return monotone(lambda t: aten.max_pool2d_with_indices(t, *geometry)[0], x), None
+
+
+@rule(aten.max_pool2d_with_indices_backward.default, shape_only=("indices",))
+def max_pool2d_backward(
+    grad: Value,
+    x: Value,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    ceil_mode: bool,
+    indices: Any,
+) -> Interval:
+    """Each position of a window receives the gradient times 0, [0, 1] or 1.
+
+    PyTorch sends it to the first maximum in row order. Position i must receive it iff l_i > u_j for all j before i
+    and l_i ≥ u_j for all j after; it may iff u_i > l_j before and u_i ≥ l_j after.
+    """
+    if not isinstance(x, Interval):
+        geometry = (kernel, stride, padding, dilation, ceil_mode, indices)
+        return Interval.of(
+            aten.max_pool2d_with_indices_backward(mid_of(grad), x, *geometry),
+            aten.max_pool2d_with_indices_backward(rad_of(grad), x, *geometry),
+        )
+    kernel, padding, dilation = (_pair(v) for v in (kernel, padding, dilation))
+    stride = _pair(stride or kernel)
+    windows = _Windows(x.mid, grad.shape[-2:], kernel, stride, padding, dilation)
+    lower, upper = (windows.unfold(end) for end in ends(x))
+    must = (lower > _before(upper)) & (lower >= _after(upper))
+    may = (upper > _before(lower)) & (upper >= _after(lower))
+    factor = between(must.to(lower.dtype), may.to(lower.dtype))
+    per_window = (windows.batch, windows.channels, 1, -1)
+    if isinstance(grad, Interval):
+        grad = Interval.of(grad.mid.reshape(per_window), grad.rad.reshape(per_window))
+    else:
+        grad = grad.reshape(per_window)
+    parts = multiply(grad, factor)
+    return Interval.of(windows.fold(parts.mid), windows.fold(parts.rad))
+
+
+class _Windows:
+    """The pooling windows of an image as columns [B, C, positions, windows], padded with −∞, and back."""
+
+    def __init__(
+        self, x: Tensor, out: Any, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int]
+    ) -> None:
+        self.shape = x.shape
+        self.batch, self.channels = (1, x.shape[0]) if x.dim() == 3 else x.shape[:2]
+        self.kernel, self.stride, self.dilation = kernel, stride, dilation
+        height, width = x.shape[-2:]
+        # Exactly what the windows touch, which with ceil_mode is more than the padded image, or else less.
+        self.extent = [(n - 1) * s + d * (k - 1) + 1 for n, s, d, k in zip(out, stride, dilation, kernel, strict=True)]
+        top, left = padding
+        self.pad = [left, self.extent[1] - width - left, top, self.extent[0] - height - top]
+
+    def unfold(self, x: Tensor) -> Tensor:
+        padded = F.pad(x.reshape(self.batch, self.channels, *self.shape[-2:]), self.pad, value=float("-inf"))
+        columns = F.unfold(padded, self.kernel, self.dilation, 0, self.stride)
+        return columns.reshape(self.batch, self.channels, self.kernel[0] * self.kernel[1], -1)
+
+    def fold(self, columns: Tensor) -> Tensor:
+        image = F.fold(columns.flatten(1, 2), self.extent, self.kernel, self.dilation, 0, self.stride)
+        return F.pad(image, [-p for p in self.pad]).reshape(self.shape)
+
+
+def _before(x: Tensor) -> Tensor:
+    """For each position the greatest value at an earlier one (−∞ at the first)."""
+    running = [torch.full_like(x[:, :, 0], float("-inf"))]
+    for position in x.unbind(2)[:-1]:
+        running.append(torch.maximum(running[-1], position))
+    return torch.stack(running, 2)
+
+
+def _after(x: Tensor) -> Tensor:
+    return _before(x.flip(2)).flip(2)
+
+
+def _pair(values: list[int]) -> list[int]:
+    return list(values) * (2 // len(values))
+
+
+positive_linear(aten.avg_pool2d.default, aten._adaptive_avg_pool2d.default)
+positive_linear(
+    aten.avg_pool2d_backward.default, aten._adaptive_avg_pool2d_backward.default, shape_only=("self",)
+)
