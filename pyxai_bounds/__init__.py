@@ -1,10 +1,40 @@
 """pyxai_bounds: guaranteed bounds on anything that PyTorch computes, explanations above all."""
 
-from pyxai_bounds import explain
+from pyxai_bounds import attack, explain
+from pyxai_bounds.certify import (
+    L1,
+    L2,
+    Certificate,
+    Cosine,
+    Linf,
+    MeanSquare,
+    Sign,
+    TopK,
+    certified_radius,
+    certify,
+)
 from pyxai_bounds.errors import CaptureError, UnsupportedOperatorError
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.ops import backend
 from pyxai_bounds.program import bound
 
-__all__ = ["CaptureError", "Interval", "UnsupportedOperatorError", "backend", "bound", "explain"]
+__all__ = [
+    "L1",
+    "L2",
+    "CaptureError",
+    "Certificate",
+    "Cosine",
+    "Interval",
+    "Linf",
+    "MeanSquare",
+    "Sign",
+    "TopK",
+    "UnsupportedOperatorError",
+    "attack",
+    "backend",
+    "bound",
+    "certified_radius",
+    "certify",
+    "explain",
+]
 __version__ = "0.1.0"

@@ -39,6 +39,15 @@ class Captured:
     graph: fx.GraphModule  # one placeholder per tensor argument, in order; one flat tuple of results
     out_spec: pytree.TreeSpec
     modules: ModuleWatch
+    derived: dict[Any, Any] = field(default_factory=dict)  # programs made from this graph
+
+    def constants(self) -> Iterator[Tensor]:
+        """The live tensors that the graph or the modules behind it hold."""
+        for node in self.graph.graph.find_nodes(op="get_attr"):
+            value = getattr(self.graph, node.target)
+            if isinstance(value, Tensor):
+                yield value
+        yield from self.modules.tensors()
 
     def is_current(self) -> bool:
         """Do the modules that the function called still hold the tensors that the graph holds?"""
@@ -53,6 +62,12 @@ class ModuleWatch:
 
     def add(self, module: nn.Module) -> None:
         self.seen.append((weakref.ref(module), _fingerprint(module)))
+
+    def tensors(self) -> Iterator[Tensor]:
+        for reference, _ in self.seen:
+            module = reference()
+            if module is not None:
+                yield from (t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None)
 
     def unchanged(self) -> bool:
         for reference, fingerprint in self.seen:
@@ -249,7 +264,34 @@ def _simplify(graph: fx.GraphModule) -> None:
             node.replace_all_uses_with(node.args[0])
         elif base == "aten::copy_":
             node.replace_all_uses_with(node.args[1])
+        elif name in _CONSTANT_LIKE:
+            _make_constant(graph.graph, node)
     remove_unused(graph)
+
+
+# Tensors made in the shape of another one, with what fills them (None: the argument after the shape).
+_CONSTANT_LIKE = {
+    "aten::zeros_like": 0,
+    "aten::ones_like": 1,
+    "aten::full_like": None,
+    "aten::new_zeros": 0,
+    "aten::new_ones": 1,
+    "aten::new_full": None,
+}
+
+
+def _make_constant(graph: fx.Graph, node: fx.Node) -> None:
+    """The shape is known, so the constant need not keep alive the value it was shaped after."""
+    fill = _CONSTANT_LIKE[node.target.name()]  # type: ignore[union-attr]
+    if fill is None:
+        fill = node.args[2 if "new" in str(node.target) else 1]
+    value = node.meta["val"]
+    with graph.inserting_before(node):
+        constant = graph.call_function(
+            aten.full.default, (list(value.shape), fill), {"dtype": value.dtype, "device": value.device}
+        )
+    constant.meta = node.meta
+    node.replace_all_uses_with(constant)
 
 
 def remove_unused(graph: fx.GraphModule) -> None:

@@ -20,15 +20,19 @@ aten = torch.ops.aten
 
 def optimise(graph: fx.GraphModule) -> None:
     """Run all passes, in place."""
-    _cancel_transposes(graph.graph)
-    _share_equal_nodes(graph)
-    _fold_scale_into_affine(graph)
-    _fold_affine_into_scale_of_gradient(graph)
-    _share_equal_nodes(graph)
-    _fuse_relu_into_affine(graph)
-    _fuse_relu_backward_into_affine_backward(graph)
-    _reshape_instead_of_view(graph.graph)
-    remove_unused(graph)
+    for simplify in (
+        _remove_no_ops,
+        _cancel_transposes,
+        _share_equal_nodes,
+        _fold_scale_into_affine,
+        _fold_scale_of_gradient_into_affine,
+        _share_equal_nodes,
+        _fuse_relu_into_affine,
+        _fuse_relu_backward_into_affine_backward,
+        _reshape_instead_of_view,
+    ):
+        simplify(graph)
+        remove_unused(graph)  # what a pass leaves behind would look like a second user to the next
     mark_dead_gradients(graph)
     graph.recompile()
 
@@ -60,16 +64,26 @@ def _nodes(graph: fx.GraphModule, target: Any) -> list[fx.Node]:
     return graph.graph.find_nodes(op="call_function", target=target)
 
 
-def _cancel_transposes(graph: fx.Graph) -> None:
-    for node in graph.find_nodes(op="call_function", target=aten.t.default):
+def _remove_no_ops(graph: fx.GraphModule) -> None:
+    """Rearrangements to the shape that the argument already has."""
+    for target in (aten.view.default, aten.expand.default, aten.constant_pad_nd.default):
+        for node in _nodes(graph, target):
+            before = node.args[0].meta["val"]  # type: ignore[union-attr]
+            padded = target is aten.constant_pad_nd.default and any(node.args[1])  # type: ignore[arg-type]
+            if before.shape == node.meta["val"].shape and not padded:
+                node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+
+
+def _cancel_transposes(graph: fx.GraphModule) -> None:
+    for node in _nodes(graph, aten.t.default):
         inner = node.args[0]
         if _is(inner, aten.t.default):
             node.replace_all_uses_with(inner.args[0])  # type: ignore[union-attr]
 
 
-def _reshape_instead_of_view(graph: fx.Graph) -> None:
+def _reshape_instead_of_view(graph: fx.GraphModule) -> None:
     """The strides that a kernel returns may differ from the ones that tracing foresaw."""
-    for node in graph.find_nodes(op="call_function", target=aten.view.default):
+    for node in _nodes(graph, aten.view.default):
         node.target = aten.reshape.default
 
 
@@ -139,7 +153,7 @@ def _fold_scale_into_affine(graph: fx.GraphModule) -> None:
                 _replace(graph.graph, node, target, args, affine.meta["val"])
 
 
-def _fold_affine_into_scale_of_gradient(graph: fx.GraphModule) -> None:
+def _fold_scale_of_gradient_into_affine(graph: fx.GraphModule) -> None:
     """The same batch norm on the way back: its scale goes into the weight of the transposed operator."""
     for target in (ops.interval_linear_backward, ops.interval_conv2d_backward):
         for node in _nodes(graph, target):
@@ -172,9 +186,11 @@ def _fuse_relu_backward_into_affine_backward(graph: fx.GraphModule) -> None:
         if relu_backward is None or bias is not None or relu or not _only_used_by([mid, rad], node):  # type: ignore[list-item]
             continue
         with graph.graph.inserting_before(node):
-            transposed = graph.graph.call_function(aten.t.default, (weight,))
-            transposed.meta["val"] = weight.meta["val"].t()  # type: ignore[union-attr]
-            plain = weight.args[0] if _is(weight, aten.t.default) else transposed  # type: ignore[union-attr]
+            if _is(weight, aten.t.default):
+                plain = weight.args[0]  # type: ignore[union-attr]
+            else:
+                plain = graph.graph.call_function(aten.t.default, (weight,))
+                plain.meta["val"] = weight.meta["val"]  # type: ignore[union-attr]
             _replace(graph.graph, node, ops.interval_linear_backward, (mid, rad, plain, None), node.meta["val"][:2])
     for target in (ops.interval_linear_backward, ops.interval_conv2d_backward):
         for node in _nodes(graph, target):

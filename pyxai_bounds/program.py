@@ -26,7 +26,7 @@ from pyxai_bounds.rules import RULES, Unsupported
 
 aten = torch.ops.aten
 
-CACHE_SIZE = 32  # programs kept per function
+CACHE_SIZE = 32  # captures kept per function
 
 
 def bound(fn: Callable, *, sound: bool = False, parameters: Any = None) -> BoundFunction:
@@ -56,40 +56,88 @@ class BoundFunction:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        program = self._program(leaves, spec)
-        tensors: list[Tensor] = []
-        for leaf in leaves:
-            if isinstance(leaf, Interval):
-                tensors += (leaf.mid, leaf.rad)
-            elif isinstance(leaf, Tensor):
-                tensors.append(leaf)
-        return program(tensors)
+        return _program(self.fn, leaves, spec)(_tensors(leaves))
 
     def graph(self, *args: Any, **kwargs: Any) -> fx.GraphModule:
         """The compiled program for these arguments, to read or to print."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        return self._program(leaves, spec).graph
+        return _program(self.fn, leaves, spec).graph
 
-    def _program(self, leaves: list[Any], spec: pytree.TreeSpec) -> Program:
-        key = (spec, tuple(_leaf_key(leaf) for leaf in leaves))
-        programs = _programs_of(self.fn)
-        program = programs.get(key)
-        if program is _READS_INTEGERS:
-            key = (*key, tuple(leaf.item() for leaf in leaves if is_one_integer(leaf)))
-            program = programs.get(key)
-        if program is None or not program.captured.is_current():
-            _check_leaves(leaves)
-            key, captured = _capture(self.fn, spec, leaves, key, programs)
-            program = Program(captured, leaves)
-            programs.put(key, program)
-        return program
+    def constants_are_finite(self) -> bool:
+        """Are all parameters, buffers and other constants that the function has used so far finite numbers?"""
+        tensors = [t for captured in _captures_of(self.fn).values() for t in captured.constants()]
+        return all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point())
 
 
 def captured_graph(fn: Callable, *args: Any, **kwargs: Any) -> Captured:
     """The ATen graph of ``fn`` at these tensors: what ``bound`` runs on Intervals, to run or rewrite otherwise."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    leaves = [leaf.mid if isinstance(leaf, Interval) else leaf for leaf in leaves]
-    return _capture(unwrap(fn), spec, leaves, (), _Programs())[1]
+    return _captured(unwrap(fn), leaves, spec)
+
+
+def _program(fn: Callable, leaves: list[Any], spec: pytree.TreeSpec) -> Program:
+    captured = _captured(fn, leaves, spec)
+    sets = tuple(leaf.rad.stride() if isinstance(leaf, Interval) else None for leaf in leaves)
+    program = captured.derived.get(sets)
+    if program is None:
+        program = captured.derived[sets] = Program(captured, leaves)
+    return program
+
+
+def _captured(fn: Callable, leaves: list[Any], spec: pytree.TreeSpec) -> Captured:
+    """The captured graph for arguments of this kind, from the cache where it is there and still true."""
+    points = [leaf.mid if isinstance(leaf, Interval) else leaf for leaf in leaves]
+    captures = _captures_of(fn)
+    key = (spec, tuple(_leaf_key(leaf) for leaf in points))
+    found = captures.get(key)
+    if found is _READS_INTEGERS:
+        key = (*key, tuple(leaf.item() for leaf in points if is_one_integer(leaf)))
+        found = captures.get(key)
+    if found is None or not found.is_current():
+        _check_devices(points)
+        key, found = _capture(fn, spec, points, key, captures)
+        captures.put(key, found)
+    return found
+
+
+def _capture(
+    fn: Callable, spec: pytree.TreeSpec, points: list[Any], key: tuple, captures: _Captures
+) -> tuple[tuple, Captured]:
+    integers = tuple(leaf.item() for leaf in points if is_one_integer(leaf))
+    if len(key) == 3:
+        return key, capture(fn, spec, points, specialise=True)
+    try:
+        return key, capture(fn, spec, points)
+    except Exception:
+        # Some programs look at an integer argument's value, which fake tensors do not have.
+        if not integers:
+            raise
+    captured = capture(fn, spec, points, specialise=True)
+    captures.put(key, _READS_INTEGERS)
+    return (*key, integers), captured
+
+
+def _tensors(leaves: list[Any]) -> list[Tensor]:
+    """The tensors of the arguments in order; a set gives its midpoint and its radius."""
+    tensors: list[Tensor] = []
+    for leaf in leaves:
+        if isinstance(leaf, Interval):
+            tensors += (leaf.mid, leaf.rad)
+        elif isinstance(leaf, Tensor):
+            tensors.append(leaf)
+    return tensors
+
+
+def _leaf_key(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return Tensor, leaf.shape, leaf.dtype, leaf.device, leaf.stride()
+    return type(leaf), leaf
+
+
+def _check_devices(points: list[Any]) -> None:
+    devices = {str(leaf.device) for leaf in points if isinstance(leaf, Tensor)}
+    if len(devices) > 1:
+        raise ValueError(f"The arguments are on different devices, {' and '.join(sorted(devices))}; move them to one.")
 
 
 class Program:
@@ -97,18 +145,11 @@ class Program:
 
     def __init__(self, captured: Captured, leaves: list[Any]) -> None:
         self.captured = captured
-        tensors: list[Tensor] = []
-        kinds: list[bool] = []  # per placeholder of the captured graph: is it a set?
-        for leaf in leaves:
-            if isinstance(leaf, Interval):
-                tensors += (leaf.mid, leaf.rad)
-                kinds.append(True)
-            elif isinstance(leaf, Tensor):
-                tensors.append(leaf)
-                kinds.append(False)
+        # Per placeholder of the captured graph: is it a set?
+        kinds = [isinstance(leaf, Interval) for leaf in leaves if isinstance(leaf, (Interval, Tensor))]
         interpreter = _Interpreter(captured.graph)
-        self.graph = retrace(lambda *flat: interpreter.run_flat(flat, kinds), tensors)
-        self.constants = interpreter.constants
+        self.graph = retrace(lambda *flat: interpreter.run_flat(flat, kinds), _tensors(leaves))
+        self.results = interpreter.results
         fuse.optimise(self.graph)
 
     def __call__(self, tensors: list[Tensor]) -> Any:
@@ -119,7 +160,7 @@ class Program:
             torch._C._set_grad_enabled(enabled)
         values = iter(flat)
         results = [
-            Interval.of(next(values), next(values)) if constant is _SET else constant for constant in self.constants
+            Interval.of(next(values), next(values)) if result is _SET else result for result in self.results
         ]
         return pytree.tree_unflatten(results, self.captured.out_spec)
 
@@ -140,7 +181,7 @@ class Program:
 
 
 _SET = object()  # marks a result that is a set among results that are constants
-_READS_INTEGERS: Any = object()  # in place of a program: one is needed for each value of the integer arguments
+_READS_INTEGERS: Any = object()  # in place of a capture: one is needed for each value of the integer arguments
 
 
 class _Unknown:
@@ -153,7 +194,7 @@ class _Interpreter(fx.Interpreter):
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__(graph)
         self.unsupported: list[tuple[str, str]] = []
-        self.constants: list[Any] = []
+        self.results: list[Any] = []  # the structure: _SET, or a constant
 
     def run_flat(self, flat: tuple[Tensor, ...], kinds: list[bool]) -> list[Tensor]:
         tensors = iter(flat)
@@ -161,7 +202,7 @@ class _Interpreter(fx.Interpreter):
         results = self.run(*arguments, enable_io_processing=False)
         if self.unsupported:
             raise UnsupportedOperatorError(list(dict.fromkeys(self.unsupported)))
-        self.constants = [_SET if isinstance(r, (Interval, Tensor)) else r for r in results]
+        self.results = [_SET if isinstance(r, (Interval, Tensor)) else r for r in results]
         sets = [_floating_point(r) for r in results if isinstance(r, (Interval, Tensor))]
         return [tensor for s in sets for tensor in (s.mid, s.rad)]
 
@@ -205,46 +246,11 @@ def _floating_point(result: Interval | Tensor) -> Interval:
     return Interval.of(result, torch.zeros_like(result))
 
 
-def _capture(
-    fn: Callable, spec: pytree.TreeSpec, leaves: list[Any], key: tuple, programs: _Programs
-) -> tuple[tuple, Captured]:
-    points = [leaf.mid if isinstance(leaf, Interval) else leaf for leaf in leaves]
-    integers = tuple(leaf.item() for leaf in leaves if is_one_integer(leaf))
-    specialised = len(key) == 3
-    if not specialised:
-        try:
-            return key, capture(fn, spec, points)
-        except Exception:
-            # Some programs look at an integer argument's value, which fake tensors do not have.
-            if not integers:
-                raise
-    captured = capture(fn, spec, points, specialise=True)
-    if not specialised:
-        programs.put(key, _READS_INTEGERS)
-        key = (*key, integers)
-    return key, captured
+# --- the cache: captures of equal functions, dropped with the function ---------------------------------------
 
 
-def _leaf_key(leaf: Any) -> Any:
-    if isinstance(leaf, Interval):
-        mid, rad = leaf.mid, leaf.rad
-        return Interval, mid.shape, mid.dtype, mid.device, mid.stride(), rad.stride()
-    if isinstance(leaf, Tensor):
-        return Tensor, leaf.shape, leaf.dtype, leaf.device, leaf.stride()
-    return type(leaf), leaf
-
-
-def _check_leaves(leaves: list[Any]) -> None:
-    devices = {leaf.device for leaf in leaves if isinstance(leaf, (Interval, Tensor))}
-    if len({d for d in devices if d.type != "cpu"} | {d for d in devices if d.type == "cpu"}) > 1:
-        raise ValueError(f"The arguments are on different devices, {', '.join(map(str, devices))}; move them to one.")
-
-
-# --- the cache: programs of equal functions, dropped with the function ---------------------------------------
-
-
-class _Programs:
-    """The most recently used programs of one function."""
+class _Captures:
+    """The most recently used captures of one function."""
 
     def __init__(self) -> None:
         self._entries: OrderedDict[Any, Any] = OrderedDict()
@@ -256,9 +262,13 @@ class _Programs:
                 self._entries.move_to_end(key)
             return self._entries.get(key)
 
-    def put(self, key: Any, program: Any) -> None:
+    def values(self) -> list[Captured]:
         with self._lock:
-            self._entries[key] = program
+            return [entry for entry in self._entries.values() if isinstance(entry, Captured)]
+
+    def put(self, key: Any, captured: Any) -> None:
+        with self._lock:
+            self._entries[key] = captured
             while len(self._entries) > CACHE_SIZE:
                 self._entries.popitem(last=False)
 
@@ -278,12 +288,12 @@ class _Same:
         return isinstance(other, _Same) and self._id == other._id and self._ref() is other._ref() is not None
 
 
-_cache: dict[int, tuple[weakref.ref, dict[Any, _Programs]]] = {}
+_cache: dict[int, tuple[weakref.ref, dict[Any, _Captures]]] = {}
 _cache_lock = threading.Lock()
 
 
-def _programs_of(fn: Callable) -> _Programs:
-    """Equal functions share programs: one model's explanations of one kind, one lambda over the same objects."""
+def _captures_of(fn: Callable) -> _Captures:
+    """Equal functions share captures: one model's explanations of one kind, one lambda over the same objects."""
     anchor, options = _identity(fn)
     with _cache_lock:
         entry = _cache.get(id(anchor))
@@ -295,7 +305,7 @@ def _programs_of(fn: Callable) -> _Programs:
         if options not in kinds:
             while len(kinds) >= CACHE_SIZE:
                 kinds.pop(next(iter(kinds)))
-            kinds[options] = _Programs()
+            kinds[options] = _Captures()
         return kinds[options]
 
 

@@ -140,8 +140,10 @@ def interval_scale_shift(
     channels = mid.shape[1]
     scale = _per_channel("scale", scale, mid)
     shift = None if shift is None else _per_channel("shift", shift, mid)
-    channels_last = memory_format(mid) is torch.channels_last
-    inner = 1 if channels_last else mid[0, 0].numel() if mid.numel() else 1
+    if memory_format(mid) is torch.channels_last or mid.numel() == 0:
+        inner = 1
+    else:
+        inner = mid.numel() // (mid.shape[0] * channels)
     out_mid, out_rad = _like(mid), _like(mid)
     _module().scale_shift(
         mid.element_size(), mid.numel(), channels, inner, mid.data_ptr(), rad.data_ptr(),
@@ -199,7 +201,7 @@ def _module() -> ModuleType:
 
 
 def _like(mid: Tensor) -> Tensor:
-    return torch.empty(mid.shape, dtype=mid.dtype, memory_format=memory_format(mid))
+    return torch.empty_like(mid, memory_format=memory_format(mid))
 
 
 def _boxes(mid: Tensor, *others: Tensor) -> tuple[Tensor, ...]:

@@ -35,9 +35,12 @@ def interval_gate(mid: Tensor, rad: Tensor, gate: Tensor) -> tuple[Tensor, Tenso
 
 
 def interval_relu(mid: Tensor, rad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """ReLU of the box. The lower end is kept where it is positive, the upper end where it is."""
+    """ReLU of the box. The lower end is kept where it is positive, the upper end where it is not ≤ 0.
+
+    Said this way round, a NaN is unstable, which covers every derivative, and it stays a NaN.
+    """
     mid, rad = dense(mid, rad)
-    state = pack(mid - rad > 0, mid + rad > 0)
+    state = pack(mid - rad > 0, ~(mid + rad <= 0))
     return *interval_gate(mid, rad, state), state
 
 
@@ -45,11 +48,11 @@ def interval_relu_backward(mid: Tensor, rad: Tensor, state: Tensor) -> tuple[Ten
     """The gradient box times ReLU′ ∈ {0, [0, 1], 1}; also the gate that was applied.
 
     dead: nothing is kept; active: both ends are; unstable: hull(0, box), so the lower end is kept where it
-    is negative and the upper end where it is positive.
+    is negative and the upper end where it is positive (each where it is NaN, too).
     """
     mid, rad = dense(mid, rad)
     active, alive = unpack(state, mid)
-    gate = pack(active | (alive & (mid - rad < 0)), active | (alive & (mid + rad > 0)))
+    gate = pack(active | (alive & ~(mid - rad >= 0)), active | (alive & ~(mid + rad <= 0)))
     return *interval_gate(mid, rad, gate), gate
 
 

@@ -34,7 +34,7 @@ def relu_backward(grad: Value, output: Value, threshold: float) -> Interval:
     state = output.state
     if state is None or threshold != 0:
         lower, upper = ends(output)
-        state = pack(lower > threshold, upper > threshold)
+        state = pack(lower > threshold, ~(upper <= threshold))
     mid = mid_of(grad).contiguous(memory_format=order)
     rad = rad_of(grad).contiguous(memory_format=order)
     mid, rad, _ = ops.interval_relu_backward(mid, rad, state)
@@ -55,8 +55,12 @@ def leaky_relu(x: Interval, negative_slope: float = 0.01) -> Interval:
 @rule(aten.leaky_relu_backward.default)
 def leaky_relu_backward(grad: Value, x: Value, negative_slope: float, self_is_result: bool) -> Interval:
     """φ′ is 1 above 0 and the slope at and below it."""
-    lower, upper = (torch.where(end > 0, 1.0, negative_slope).to(end.dtype) for end in ends(x))
-    return multiply(grad, _factor(x, torch.minimum(lower, upper), torch.maximum(lower, upper)))
+    lower, upper = ends(x)
+    at_lower = torch.where(lower > 0, 1.0, negative_slope).to(lower.dtype)
+    at_upper = torch.where(upper <= 0, negative_slope, 1.0).to(upper.dtype)  # a NaN has the whole range
+    if not isinstance(x, Interval):
+        return multiply(grad, at_lower)
+    return multiply(grad, between(torch.minimum(at_lower, at_upper), torch.maximum(at_lower, at_upper)))
 
 
 @rule(aten.hardtanh.default)
@@ -69,13 +73,10 @@ def hardtanh_backward(grad: Value, x: Value, min_val: float, max_val: float) -> 
     """φ′ is 1 strictly between the corners and 0 elsewhere."""
     lower, upper = ends(x)
     must = (lower > min_val) & (upper < max_val)
-    may = (upper > min_val) & (lower < max_val)
-    return multiply(grad, _factor(x, must.to(lower.dtype), may.to(lower.dtype)))
-
-
-def _factor(x: Value, lower: Tensor, upper: Tensor) -> Value:
-    """The range of φ′ as a set, or as a point where x is one."""
-    return between(lower, upper) if isinstance(x, Interval) else upper
+    if not isinstance(x, Interval):
+        return multiply(grad, must.to(lower.dtype))
+    may = ~((upper <= min_val) | (lower >= max_val))  # true for a NaN
+    return multiply(grad, between(must.to(lower.dtype), may.to(lower.dtype)))
 
 
 # --- smooth activations: monotone between known critical points ---------------------------------------------

@@ -69,7 +69,7 @@ def reciprocal(x: Interval) -> Interval:
     """Decreasing on either side of 0; a set that touches 0 has no bound, which is (0, ∞)."""
     lower, upper = ends(x)
     out = between(1 / upper, 1 / lower)
-    touches = (lower <= 0) & (upper >= 0)
+    touches = ~((lower > 0) | (upper < 0))
     unbounded = torch.full_like(lower, float("inf"))
     return Interval.of(torch.where(touches, 0.0, out.mid), torch.where(touches, unbounded, out.rad))
 

@@ -47,7 +47,7 @@ def max_pool2d_backward(
     windows = _Windows(x.mid, grad.shape[-2:], kernel, stride, padding, dilation)
     lower, upper = (windows.unfold(end) for end in ends(x))
     must = (lower > _before(upper)) & (lower >= _after(upper))
-    may = (upper > _before(lower)) & (upper >= _after(lower))
+    may = ~((upper <= _before(lower)) | (upper < _after(lower)))  # true for a NaN
     factor = between(must.to(lower.dtype), may.to(lower.dtype))
     per_window = (windows.batch, windows.channels, 1, -1)
     if isinstance(grad, Interval):

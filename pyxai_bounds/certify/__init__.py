@@ -1,0 +1,18 @@
+"""From bounds to statements: properties of an explanation, certificates, certified radii."""
+
+from pyxai_bounds.certify.certificate import Certificate, certified_radius, certify
+from pyxai_bounds.certify.properties import L1, L2, Cosine, Linf, MeanSquare, Property, Sign, TopK
+
+__all__ = [
+    "L1",
+    "L2",
+    "Certificate",
+    "Cosine",
+    "Linf",
+    "MeanSquare",
+    "Property",
+    "Sign",
+    "TopK",
+    "certified_radius",
+    "certify",
+]

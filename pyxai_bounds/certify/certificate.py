@@ -1,0 +1,154 @@
+"""Certificates: does a property of the explanation hold everywhere in the box, and up to which radius?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyxai_bounds.certify.properties import Property, kept
+from pyxai_bounds.interval import Interval
+from pyxai_bounds.program import BoundFunction, bound
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The verdict for a batch. ``holds`` is a statement about every input in each sample's box.
+
+    holds bool [B]; margin float [B] (positive where it holds, in the property's units); nominal [B, ...] the
+    explanation at x; bounds its Interval over the box; rounding "nearest" or "outward" (a proof in floating point).
+    """
+
+    holds: Tensor
+    margin: Tensor
+    nominal: Tensor
+    bounds: Interval
+    rounding: str
+    property: Property
+
+    @property
+    def fraction(self) -> float:
+        """The share of samples for which it holds."""
+        return self.holds.double().mean().item() if len(self.holds) else math.nan
+
+    def __repr__(self) -> str:
+        count = f"{int(self.holds.sum())} of {len(self.holds)}"
+        return f"Certificate({self.property} holds for {count}, rounding={self.rounding!r})"
+
+
+def certify(
+    fn: Callable[..., Tensor],
+    x: Tensor,
+    target: Tensor | None = None,
+    *,
+    eps: float | Tensor,
+    property: Property,
+    clip: tuple[float, float] | None = None,
+    parameters: Any = None,
+    sound: bool | None = None,
+    batch_size: int = 256,
+) -> Certificate:
+    """Does ``property`` of ``fn(x, target)`` hold for every input within ``eps`` of x (and inside ``clip``)?
+
+    Shapes: x [B, ...]; target integer [B], or None to call ``fn(x)``; eps a float, or a tensor that broadcasts to x.
+    Each sample must be explained independently of the others: large batches are run in pieces of ``batch_size``.
+    ``sound=None`` takes the strongest rounding there is, which the certificate names.
+    A sample with a bound that is not finite is never certified, nor is any if the model holds a NaN or an infinity.
+    Raises what :func:`bound` and :meth:`Interval.linf` raise.
+    """
+    check = _Check(fn, x, target, property, clip, parameters, sound, batch_size)
+    return check.at(eps)
+
+
+def certified_radius(
+    fn: Callable[..., Tensor],
+    x: Tensor,
+    target: Tensor | None = None,
+    *,
+    property: Property,
+    max_eps: float,
+    tol: float = 1e-4,
+    clip: tuple[float, float] | None = None,
+    parameters: Any = None,
+    sound: bool | None = None,
+    batch_size: int = 256,
+) -> Tensor:
+    """For each sample a radius in [0, max_eps] at which ``certify`` holds, within ``tol`` of the largest such: [B].
+
+    Bisection, on all samples at once; bounds grow with the box, so a property that fails at a radius fails beyond it.
+    0 where nothing was certified. The arguments are those of :func:`certify`.
+    Raises ValueError unless 0 < tol and 0 < max_eps.
+    """
+    if not (0 < max_eps < math.inf and tol > 0):
+        raise ValueError(f"certified_radius needs 0 < max_eps < ∞ and tol > 0, got max_eps={max_eps}, tol={tol}.")
+    check = _Check(fn, x, target, property, clip, parameters, sound, batch_size)
+    per_sample = [-1] + [1] * (x.dim() - 1)
+    holds = check.at(max_eps).holds
+    unknown = torch.full((len(x),), max_eps, dtype=x.dtype, device=x.device)
+    safe = torch.where(holds, unknown, torch.zeros_like(unknown))
+    while len(x) and (unknown - safe).max() > tol:
+        middle = (safe + unknown) / 2
+        if not ((middle > safe) & (middle < unknown)).any():
+            break  # neighbours in floating point
+        holds = check.at(middle.reshape(per_sample)).holds
+        safe, unknown = torch.where(holds, middle, safe), torch.where(holds, unknown, middle)
+    return safe
+
+
+class _Check:
+    """One property of one function at one batch, at any radius; what does not depend on the radius is done once."""
+
+    def __init__(
+        self,
+        fn: Callable[..., Tensor],
+        x: Tensor,
+        target: Tensor | None,
+        property: Property,
+        clip: tuple[float, float] | None,
+        parameters: Any,
+        sound: bool | None,
+        batch_size: int,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        if target is not None and target.shape[:1] != x.shape[:1]:
+            raise ValueError(f"x has {len(x)} samples, but target has shape {list(target.shape)}; it must be [{len(x)}].")
+        self.fn, self.x, self.target, self.clip, self.property = fn, x.detach(), target, clip, property
+        self.bounded: BoundFunction = bound(fn, sound=bool(sound), parameters=parameters)
+        self.size = min(batch_size, max(len(x), 1))
+        self.nominal = self._nominal()
+
+    def _nominal(self) -> Tensor:
+        pieces = [self._explain(self.x[i : i + self.size], i) for i in range(0, max(len(self.x), 1), self.size)]
+        return torch.cat(pieces)
+
+    def _explain(self, x: Tensor, start: int) -> Tensor:
+        targets = () if self.target is None else (self.target[start : start + len(x)],)
+        with torch.no_grad():
+            return self.fn(x, *targets).detach()
+
+    @torch.no_grad()
+    def at(self, eps: float | Tensor) -> Certificate:
+        box = Interval.linf(self.x, eps, self.clip)
+        pieces = [self._bounds(box, i) for i in range(0, max(len(self.x), 1), self.size)]
+        bounds = Interval.of(torch.cat([p.mid for p in pieces]), torch.cat([p.rad for p in pieces]))
+        if bounds.shape != self.nominal.shape:
+            raise ValueError(f"The function returned {list(self.nominal.shape)} but its bounds {list(bounds.shape)}.")
+        margin = self.property.margin(self.nominal, bounds)
+        finite = (bounds.isfinite() & self.nominal.isfinite()).flatten(1).all(1)
+        holds = kept(self.property, margin) & finite & self.bounded.constants_are_finite()
+        margin = torch.where(margin.isnan() | ~finite, -torch.inf, margin)
+        return Certificate(holds, margin, self.nominal, bounds, "nearest", self.property)
+
+    def _bounds(self, box: Interval, start: int) -> Interval:
+        """One piece, filled up to the common size so that one compiled program serves all pieces."""
+        index = torch.arange(start, start + self.size, device=self.x.device).clamp(max=max(len(self.x) - 1, 0))
+        index = index[: len(self.x)] if len(self.x) < self.size else index
+        targets = () if self.target is None else (self.target[index],)
+        out = self.bounded(box[index], *targets)
+        count = min(self.size, len(self.x) - start)
+        return out[:count]

@@ -1,0 +1,190 @@
+"""Properties of an explanation that bounds can prove and that an attack can break.
+
+A property compares the explanation at the centre of the box with a set of explanations. Its margin is positive
+where the property is kept by every member of the set; at a single explanation, which is a set of one, the same
+formula is what an attack minimises.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from pyxai_bounds.interval import Interval
+
+
+class Property(Protocol):
+    """What ``certify`` needs of a property."""
+
+    strict: bool  # does a margin of exactly 0 break it?
+
+    def margin(self, nominal: Tensor, bounds: Interval) -> Tensor:
+        """Distance from being broken, [B], for explanations of shape [B, ...]."""
+        ...
+
+
+def kept(property: Property, margin: Tensor) -> Tensor:
+    """Which margins [B] mean that the property is kept; never a NaN."""
+    return margin > 0 if property.strict else margin >= 0
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The k largest entries stay the k largest, as a set, in any order among themselves.
+
+    ``by="abs"`` ranks |v|, ``"signed"`` ranks v; ``channels="sum"`` adds the ranked quantity over dimension 1 first,
+    as R2ET does. With k ≥ the number of entries the property is trivially true.
+    Margin: least lower bound among the top minus greatest upper bound among the rest, in units of the explanation.
+    """
+
+    k: int
+    by: Literal["abs", "signed"] = "abs"
+    channels: Literal["none", "sum"] = "none"
+    strict = True
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"TopK: k must be at least 1, got {self.k}.")
+        if self.by not in ("abs", "signed"):
+            raise ValueError(f"TopK: by={self.by!r} is unknown; choose 'abs' or 'signed'.")
+        if self.channels not in ("none", "sum"):
+            raise ValueError(f"TopK: channels={self.channels!r} is unknown; choose 'none' or 'sum'.")
+
+    def scores(self, bounds: Interval) -> tuple[Tensor, Tensor]:
+        """Lower and upper bounds of what is ranked, [B, D]."""
+        lower, upper = bounds.lower, bounds.upper
+        if self.by == "abs":
+            lower, upper = magnitude(lower, upper)
+        if self.channels == "sum":
+            if lower.dim() < 3:
+                raise ValueError(
+                    f"TopK: channels='sum' needs explanations of shape [B, C, ...], got {list(lower.shape)}."
+                )
+            lower, upper = lower.sum(1), upper.sum(1)
+        return lower.flatten(1), upper.flatten(1)
+
+    def top(self, nominal: Tensor) -> Tensor:
+        """The k top entries of each explanation, bool [B, D]."""
+        score = self.scores(Interval.of(nominal, torch.zeros_like(nominal)))[0]
+        if self.k >= score.shape[1]:
+            return torch.ones_like(score, dtype=torch.bool)
+        return torch.zeros_like(score, dtype=torch.bool).scatter(1, score.topk(self.k, 1).indices, True)
+
+    def margin(self, nominal: Tensor, bounds: Interval) -> Tensor:
+        lower, upper = self.scores(bounds)
+        if self.k >= lower.shape[1]:
+            return torch.full_like(lower[:, 0], torch.inf)
+        top = self.top(nominal)
+        return lower.masked_fill(~top, torch.inf).amin(1) - upper.masked_fill(top, -torch.inf).amax(1)
+
+
+@dataclass(frozen=True)
+class Sign:
+    """Every entry keeps its sign; with ``k``, the k entries of largest magnitude do. A zero has no sign to keep.
+
+    Margin: the least distance of a lower bound above 0 or of an upper bound below 0, in units of the explanation.
+    """
+
+    k: int | None = None
+    strict = True
+
+    def __post_init__(self) -> None:
+        if self.k is not None and self.k < 1:
+            raise ValueError(f"Sign: k must be at least 1 or None, got {self.k}.")
+
+    def margin(self, nominal: Tensor, bounds: Interval) -> Tensor:
+        distance = torch.where(nominal > 0, bounds.lower, -bounds.upper).flatten(1)
+        # A nominal zero keeps no sign, whatever the bounds.
+        distance = distance.masked_fill(nominal.flatten(1) == 0, 0.0).minimum(distance)
+        if self.k is not None and self.k < distance.shape[1]:
+            distance = distance.gather(1, nominal.flatten(1).abs().topk(self.k, 1).indices)
+        return distance.amin(1) if distance.shape[1] else torch.full_like(distance.sum(1), torch.inf)
+
+
+@dataclass(frozen=True)
+class _Deviation:
+    """A norm of the deviation from the nominal explanation stays at most ``tau``. Margin: tau − that norm."""
+
+    tau: float
+    strict = False
+
+    def __post_init__(self) -> None:
+        if not self.tau >= 0:
+            raise ValueError(f"{type(self).__name__}: tau must be ≥ 0, got {self.tau}.")
+
+    def size(self, deviation: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def margin(self, nominal: Tensor, bounds: Interval) -> Tensor:
+        return self.tau - self.size(deviation(nominal, bounds).flatten(1))
+
+
+class L1(_Deviation):
+    """‖v′ − v‖₁ ≤ tau for every explanation v′ in the bounds."""
+
+    def size(self, deviation: Tensor) -> Tensor:
+        return deviation.sum(1)
+
+
+class L2(_Deviation):
+    """‖v′ − v‖₂ ≤ tau for every explanation v′ in the bounds."""
+
+    def size(self, deviation: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(deviation, dim=1)
+
+
+class Linf(_Deviation):
+    """max_j |v′_j − v_j| ≤ tau for every explanation v′ in the bounds."""
+
+    def size(self, deviation: Tensor) -> Tensor:
+        return deviation.amax(1)
+
+
+class MeanSquare(_Deviation):
+    """mean_j (v′_j − v_j)² ≤ tau: REC's untargeted certificate (arXiv 2212.08507, tau = 0.03 in its notebooks)."""
+
+    def size(self, deviation: Tensor) -> Tensor:
+        return deviation.square().mean(1)
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """The cosine between v′ and v stays at least ``least``, for every explanation v′ in the bounds.
+
+    With d the greatest deviation of each entry and r = ‖d‖₂ < ‖v‖ the cosine is at least √(1 − (r/‖v‖)²); it is also at
+    least (‖v‖² − Σ|v_j|d_j) / (‖v‖·‖|v| + d‖₂) where the numerator is ≥ 0. The larger one counts. Margin: it − least.
+    """
+
+    least: float
+    strict = False
+
+    def __post_init__(self) -> None:
+        if not -1 <= self.least <= 1:
+            raise ValueError(f"Cosine: least must lie in [-1, 1], got {self.least}.")
+
+    def margin(self, nominal: Tensor, bounds: Interval) -> Tensor:
+        v, d = nominal.flatten(1), deviation(nominal, bounds).flatten(1)
+        norm = torch.linalg.vector_norm(v, dim=1)
+        ratio = torch.linalg.vector_norm(d, dim=1) / norm
+        by_angle = (1 - ratio.square()).clamp(min=0).sqrt()
+        numerator = norm.square() - (v.abs() * d).sum(1)
+        by_product = numerator / (norm * torch.linalg.vector_norm(v.abs() + d, dim=1))
+        # Where neither argument applies nothing is known: the cosine is at least -1.
+        bound = torch.full_like(norm, -1.0)
+        bound = torch.where(ratio < 1, by_angle, bound)
+        bound = torch.where(numerator >= 0, torch.maximum(bound, by_product), bound)
+        return bound - self.least
+
+
+def deviation(nominal: Tensor, bounds: Interval) -> Tensor:
+    """max(v_U − v, v − v_L): how far each entry can move, in the shape of the explanation."""
+    return torch.maximum(bounds.upper - nominal, nominal - bounds.lower)
+
+
+def magnitude(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower and upper bounds of |v|."""
+    least = torch.where((lower <= 0) & (upper >= 0), 0.0, torch.minimum(lower.abs(), upper.abs()))
+    return least, torch.maximum(lower.abs(), upper.abs())
