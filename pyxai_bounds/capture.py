@@ -10,16 +10,24 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import linecache
+import os
+import sys
 import threading
+import traceback
+import types
+import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyxai_bounds.errors import CaptureError
@@ -58,19 +66,23 @@ class Captured:
 class ModuleWatch:
     """What a function's modules looked like when it was captured."""
 
-    seen: list[tuple[weakref.ref[nn.Module], tuple]] = field(default_factory=list)
+    seen: dict[int, tuple[weakref.ref[nn.Module], tuple]] = field(default_factory=dict)
 
-    def add(self, module: nn.Module) -> None:
-        self.seen.append((weakref.ref(module), _fingerprint(module)))
+    def add(self, module: nn.Module) -> bool:
+        """Watch a module; False if it is watched already."""
+        if id(module) in self.seen:
+            return False
+        self.seen[id(module)] = weakref.ref(module), _fingerprint(module)
+        return True
 
     def tensors(self) -> Iterator[Tensor]:
-        for reference, _ in self.seen:
+        for reference, _ in self.seen.values():
             module = reference()
             if module is not None:
                 yield from (t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None)
 
     def unchanged(self) -> bool:
-        for reference, fingerprint in self.seen:
+        for reference, fingerprint in self.seen.values():
             module = reference()
             if module is None or _fingerprint(module) != fingerprint:
                 return False
@@ -109,6 +121,7 @@ def capture(fn: Callable, spec: pytree.TreeSpec, leaves: list[Any], *, specialis
         i: leaves[i].detach().clone() for i in tensor_positions if specialise and is_one_integer(leaves[i])
     }
     out_spec: pytree.TreeSpec | None = None
+    overwritten: dict[int, tuple[Tensor, Tensor]] = {}
 
     def program(*tensors: Tensor) -> list[Any]:
         nonlocal out_spec
@@ -116,13 +129,21 @@ def capture(fn: Callable, spec: pytree.TreeSpec, leaves: list[Any], *, specialis
         for i, tensor in zip(tensor_positions, tensors, strict=True):
             values[i] = constants.get(i, tensor)
         args, kwargs = pytree.tree_unflatten(values, spec)
-        with torch.enable_grad(), _RefuseReads():
+        with torch.enable_grad(), _Record(overwritten):
             results, out_spec = pytree.tree_flatten(fn(*args, **kwargs))
         return results
 
-    with _lock, _clean_modes(), _watched_modules() as watch:
-        graph = _trace(program, [leaves[i] for i in tensor_positions], record_stack_traces=True)
-        graph = _functional(graph)
+    with _lock, _clean_modes(), _watched_modules(fn) as watch:
+        try:
+            graph = _functional(_trace(program, [leaves[i] for i in tensor_positions]))
+        except (GuardOnDataDependentSymNode, DataDependentOutputException) as error:
+            raise CaptureError(
+                f"The function reads the value of a tensor into Python (a comparison in an if, .item(), float()) at "
+                f"{_users_line_of(error)}. Bounds hold for one fixed program: use torch.where, or pass the number in."
+            ) from error
+        finally:
+            for tensor, value in overwritten.values():
+                tensor.data.copy_(value)
     _simplify(graph)
     _refuse_randomness(graph)
     assert out_spec is not None
@@ -140,22 +161,15 @@ def is_one_integer(leaf: Any) -> bool:
 
 
 def source_of(node: fx.Node) -> str:
-    """Where in the user's code a node comes from: the innermost line outside PyTorch and this package."""
-    lines = [line.strip() for line in (node.stack_trace or "").splitlines()]
-    frames = [
-        (line, lines[i + 1] if i + 1 < len(lines) else "") for i, line in enumerate(lines) if line.startswith("File ")
-    ]
-    outside = [frame for frame in frames if "/torch/" not in frame[0] and "/pyxai_bounds/" not in frame[0]]
-    if not (outside or frames):
-        return "(unknown source)"
-    where, code = (outside or frames)[-1]
-    return f"{where.removeprefix('File ')}: {code}"
+    """Where in the user's code a node comes from: file, line and code."""
+    return node.stack_trace or "(unknown source)"
 
 
-def _trace(program: Callable, tensors: list[Tensor], **options: Any) -> fx.GraphModule:
+def _trace(program: Callable, tensors: list[Tensor]) -> fx.GraphModule:
     # make_fx looks at the signature of what it is given; a lambda hides it.
-    tracer = make_fx(lambda *args: program(*args), tracing_mode="fake", _allow_non_fake_inputs=True, **options)
-    return tracer(*[t.detach() for t in tensors])
+    tracer = make_fx(lambda *args: program(*args), tracing_mode="fake", _allow_non_fake_inputs=True)
+    with fx.traceback.preserve_node_meta():
+        return tracer(*[t.clone() if t.is_inference() else t.detach() for t in tensors])
 
 
 def _functional(graph: fx.GraphModule) -> fx.GraphModule:
@@ -179,11 +193,19 @@ def _clean_modes() -> Iterator[None]:
         for device_type in ("cpu", "cuda"):
             stack.enter_context(torch.autocast(device_type, enabled=False))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
+        # Describing a tensor looks at its .grad, which is no news about the user's program.
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
         yield
 
 
-class _RefuseReads(TorchDispatchMode):
-    """Refuse to bake the value of a parameter or buffer into the graph as a Python number."""
+class _Record(TorchDispatchMode):
+    """Note the user's line of every operator, and refuse to bake a parameter's value into the graph as a number."""
+
+    def __init__(self, overwritten: dict[int, tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self._overwritten = overwritten
+        self._sources: dict[int, str] = {}  # of each forward operator, by its autograd sequence number
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is aten._local_scalar_dense.default and (
@@ -193,38 +215,110 @@ class _RefuseReads(TorchDispatchMode):
                 "The function reads a parameter's value into Python (.item(), float(), bool() or a comparison in an "
                 "if). The bounds would keep that value for ever. Compute with the tensor itself instead."
             )
+        self._save_what_is_written(func, args)
+        fx.traceback.set_stack_trace([self._source()])
         return func(*args, **(kwargs or {}))
+
+    def _save_what_is_written(self, func: Any, args: tuple) -> None:
+        """Tracing really performs in-place operators on tensors that are no arguments, such as counters in buffers."""
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if written and isinstance(value, Tensor) and not isinstance(value, FakeTensor):
+                with torch._C._DisableTorchDispatch():
+                    self._overwritten.setdefault(id(value), (value, value.detach().clone()))
+
+    def _source(self) -> str:
+        """The user's line; of an operator that autograd runs, the line of the operator that it differentiates."""
+        backward = torch._C._current_autograd_node()
+        if backward is not None:
+            forward = self._sources.get(backward._sequence_nr())
+            return f"the backward pass of {forward}" if forward else _users_line()
+        source = _users_line()
+        self._sources[torch.autograd._get_sequence_nr() - 1] = source
+        return source
+
+
+_TORCH = os.path.dirname(torch.__file__)
+_HERE = os.path.dirname(__file__)
+
+
+def _users_line() -> str:
+    return _innermost(traceback.walk_stack(sys._getframe(1)))
+
+
+def _users_line_of(error: BaseException) -> str:
+    return _innermost(reversed(list(traceback.walk_tb(error.__traceback__))))
+
+
+def _innermost(frames: Iterable[tuple[Any, int]]) -> str:
+    """The first of the frames that is the user's: not PyTorch's, not ours, and no library's if there is another."""
+    library = ""
+    for frame, number in frames:
+        filename = frame.f_code.co_filename
+        if not filename.startswith((_TORCH, _HERE, "<")):
+            line = f"{filename}:{number}: {linecache.getline(filename, number).strip()}"
+            if "site-packages" not in filename:
+                return line
+            library = library or line
+    return library or "(unknown source)"
 
 
 @contextlib.contextmanager
-def _watched_modules() -> Iterator[ModuleWatch]:
+def _watched_modules(fn: Callable) -> Iterator[ModuleWatch]:
     """Record every module that runs, check its mode first, and undo whatever tracing does to it."""
     watch = ModuleWatch()
     saved: dict[int, tuple[nn.Module, dict, list]] = {}
     thread = threading.get_ident()
 
+    def save(module: nn.Module) -> None:
+        if id(module) not in saved:
+            grads = [(p, p.grad) for p in module._parameters.values() if p is not None]
+            saved[id(module)] = module, {k: _shallow(v) for k, v in module.__dict__.items() if "hooks" not in k}, grads
+
     def before_forward(module: nn.Module, _: Any) -> None:
         if threading.get_ident() != thread:
             return
         for name, part in module.named_modules():
-            if id(part) not in saved:
+            if watch.add(part):
                 _check_mode(part, name)
-                grads = [(p, p.grad) for p in part._parameters.values() if p is not None]
-                saved[id(part)] = part, {k: _shallow(v) for k, v in part.__dict__.items()}, grads
-                watch.add(part)
+                save(part)
 
+    # Some functions change a model before they run it, say its gradients.
+    for module in _modules_in_reach(fn):
+        save(module)
     hook = nn.modules.module.register_module_forward_pre_hook(before_forward)
     try:
         yield watch
     finally:
         hook.remove()
         for module, attributes, grads in saved.values():
-            for name in [name for name in module.__dict__ if name not in attributes]:
+            for name in [name for name in module.__dict__ if name not in attributes and "hooks" not in name]:
                 del module.__dict__[name]
             for name, value in attributes.items():
                 _restore(module.__dict__, name, value)
             for parameter, grad in grads:
                 parameter.grad = grad
+
+
+def _modules_in_reach(fn: Any, depth: int = 4) -> list[nn.Module]:
+    """The modules that a function refers to: itself, its closure, the globals it names, the attributes of its object."""
+    if isinstance(fn, nn.Module):
+        return list(fn.modules())
+    if depth == 0 or isinstance(fn, (Tensor, type, types.ModuleType, str)):
+        return []
+    nearby: list[Any] = []
+    if isinstance(fn, types.FunctionType):
+        nearby += [cell.cell_contents for cell in fn.__closure__ or ()]
+        nearby += [fn.__globals__[name] for name in fn.__code__.co_names if name in fn.__globals__]
+    elif isinstance(fn, types.MethodType):
+        nearby += [fn.__self__]
+    elif isinstance(fn, (list, tuple)):
+        nearby += fn
+    elif isinstance(fn, dict):
+        nearby += fn.values()
+    else:
+        nearby += getattr(fn, "__dict__", {}).values()
+    return [module for value in nearby for module in _modules_in_reach(value, depth - 1)]
 
 
 def _shallow(value: Any) -> Any:

@@ -1,8 +1,9 @@
-"""Networks by name, for the command line and for checkpoints. They are plain ``torch.nn`` and know nothing of bounds."""
+"""Networks by name, for the command line and for checkpoints: plain ``torch.nn``, which knows nothing of bounds."""
 
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
 from collections.abc import Callable
 
@@ -24,7 +25,8 @@ def build(name: str, input_shape: tuple[int, ...], classes: int) -> nn.Module:
         return model
     if name not in MODELS:
         raise ValueError(
-            f"There is no model {name!r}; choose one of {', '.join(MODELS)}, or name your own as package.module:factory."
+            f"There is no model {name!r}; choose one of {', '.join(MODELS)}, or name your own as "
+            "package.module:factory."
         )
     return MODELS[name](tuple(input_shape), classes)
 
@@ -49,7 +51,7 @@ def _fully_connected(*hidden: int) -> Callable[[tuple[int, ...], int], nn.Module
     def make(input_shape: tuple[int, ...], classes: int) -> nn.Module:
         sizes = [math.prod(input_shape), *hidden]
         layers: list[nn.Module] = [nn.Flatten()]
-        for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True):
+        for inputs, outputs in itertools.pairwise(sizes):
             layers += [nn.Linear(inputs, outputs), nn.ReLU()]
         return nn.Sequential(*layers, nn.Linear(sizes[-1], classes))
 
@@ -84,7 +86,8 @@ def _cnn7(input_shape: tuple[int, ...], classes: int) -> nn.Module:
 def _image(name: str, input_shape: tuple[int, ...]) -> tuple[int, ...]:
     if len(input_shape) != 3:
         raise ValueError(
-            f"{name} takes images [C, H, W], but these inputs have shape {list(input_shape)}; use linear or an fc model."
+            f"{name} takes images [C, H, W], but these inputs have shape {list(input_shape)}; use linear or an "
+            "fc model."
         )
     return input_shape
 

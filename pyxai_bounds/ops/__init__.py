@@ -76,9 +76,7 @@ def _define(signature: str, fake: Callable[..., Any], backward: Callable, setup_
 
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"pyxai_bounds::{name}", fake, lib=_library)
-    torch.library.register_autograd(
-        f"pyxai_bounds::{name}", backward, setup_context=setup_context, lib=_library
-    )
+    torch.library.register_autograd(f"pyxai_bounds::{name}", backward, setup_context=setup_context, lib=_library)
     return getattr(torch.ops.pyxai_bounds, name).default
 
 
@@ -109,9 +107,7 @@ def _gate_adjoint(mid_grad: Tensor | None, rad_grad: Tensor | None, gate: Tensor
         return None, None
     mid_grad = torch.zeros_like(rad_grad) if mid_grad is None else mid_grad  # type: ignore[arg-type]
     rad_grad = torch.zeros_like(mid_grad) if rad_grad is None else rad_grad
-    return interval_gate(
-        mid_grad.contiguous(memory_format=order), rad_grad.contiguous(memory_format=order), gate
-    )
+    return interval_gate(mid_grad.contiguous(memory_format=order), rad_grad.contiguous(memory_format=order), gate)
 
 
 def _gate_backward(ctx: Any, mid_grad: Tensor, rad_grad: Tensor) -> Any:
@@ -165,7 +161,7 @@ def _linear_fake(mid: Tensor, rad: Tensor, weight: Tensor, bias: Tensor | None, 
 
 def _affine_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     """Save what the weight gradient needs, and of ReLU the packed state alone."""
-    mid, rad, weight, bias, *ctx.args = inputs
+    mid, rad, weight, _, *ctx.args = inputs
     ctx.mark_non_differentiable(output[2])
     if not ctx.needs_input_grad[2]:
         mid = rad = None  # only the weight's gradient depends on the box
@@ -231,11 +227,10 @@ def _linear_data_backward(ctx: Any, mid_grad: Tensor, rad_grad: Tensor) -> Any:
     mid, rad, gate = _gated(ctx)
     mid_grad = _optional(mid_grad, ctx.out_shape, weight)
     rad_grad = _optional(rad_grad, ctx.out_shape, weight)
-    weight_grad = box_grad = (None, None)
+    weight_grad = None
+    box_grad: Any = (None, None)
     if ctx.needs_input_grad[2]:
         weight_grad = mid.t() @ mid_grad + weight.sign() * (rad.t() @ rad_grad)
-    else:
-        weight_grad = None
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
         box_grad = _ungate(ctx, mid_grad @ weight.t(), rad_grad @ weight.abs().t(), gate)
     return *box_grad, weight_grad, None
@@ -327,7 +322,7 @@ interval_conv2d_backward = _define(
 
 
 def _scale_shift_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    mid, rad, scale, shift = inputs
+    mid, rad, scale, _ = inputs
     ctx.save_for_backward(*(mid, rad) if ctx.needs_input_grad[2] else (None, None), scale)
 
 

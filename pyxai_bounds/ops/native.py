@@ -92,11 +92,10 @@ def interval_linear(
     return _relu_in_place(out[0], out[1]) if relu else out
 
 
-def interval_linear_backward(
-    mid: Tensor, rad: Tensor, weight: Tensor, state: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def interval_linear_backward(mid: Tensor, rad: Tensor, weight: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
     if state is not None:
-        mid, rad = _relu_backward_into(*_boxes(mid, rad), state, None)
+        mid, rad = _boxes(mid, rad)
+        mid, rad = _relu_backward_into(mid, rad, state, None)
     return reference.interval_linear_backward(mid, rad, weight, None)
 
 
@@ -127,15 +126,12 @@ def interval_conv2d_backward(
     groups: int,
 ) -> tuple[Tensor, Tensor]:
     if state is not None:
-        mid, rad = _relu_backward_into(*_boxes(mid, rad), state, None)
-    return reference.interval_conv2d_backward(
-        mid, rad, weight, None, input_size, stride, padding, dilation, groups
-    )
+        mid, rad = _boxes(mid, rad)
+        mid, rad = _relu_backward_into(mid, rad, state, None)
+    return reference.interval_conv2d_backward(mid, rad, weight, None, input_size, stride, padding, dilation, groups)
 
 
-def interval_scale_shift(
-    mid: Tensor, rad: Tensor, scale: Tensor, shift: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def interval_scale_shift(mid: Tensor, rad: Tensor, scale: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
     mid, rad = _boxes(mid, rad)
     channels = mid.shape[1]
     scale = _per_channel("scale", scale, mid)

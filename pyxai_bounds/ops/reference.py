@@ -65,9 +65,7 @@ def interval_linear(
     return _maybe_relu(out_mid, out_rad, relu)
 
 
-def interval_linear_backward(
-    mid: Tensor, rad: Tensor, weight: Tensor, state: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def interval_linear_backward(mid: Tensor, rad: Tensor, weight: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
     """ReLU′ on the gradient box if a state is given, then its image under g ↦ g·W."""
     if state is not None:
         mid, rad, _ = interval_relu_backward(mid, rad, state)
@@ -117,9 +115,7 @@ def interval_conv2d_backward(
     )
 
 
-def interval_scale_shift(
-    mid: Tensor, rad: Tensor, scale: Tensor, shift: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def interval_scale_shift(mid: Tensor, rad: Tensor, scale: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
     """x ↦ x·scale + shift, one scale and shift per channel (dimension 1)."""
     mid, rad = dense(mid, rad)
     per_channel = [1, -1] + [1] * (mid.dim() - 2)
@@ -166,9 +162,9 @@ def conv2d_weight(
 ) -> Tensor:
     """The weight gradient of a two-dimensional convolution, at one tensor."""
     mask = [False, True, False]
-    return aten.convolution_backward(
-        grad, input, weight, None, stride, padding, dilation, False, [0, 0], groups, mask
-    )[1]
+    return aten.convolution_backward(grad, input, weight, None, stride, padding, dilation, False, [0, 0], groups, mask)[
+        1
+    ]
 
 
 def _maybe_relu(mid: Tensor, rad: Tensor, relu: bool) -> tuple[Tensor, Tensor, Tensor]:

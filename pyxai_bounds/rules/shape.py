@@ -84,12 +84,19 @@ def to_copy(x: Value, **kwargs: Any) -> Interval:
     return Interval.of(aten._to_copy(mid_of(x), **kwargs), aten._to_copy(rad_of(x), **kwargs))
 
 
+@rule(aten.fill.Tensor, aten.copy.default, shape_only=("self",))
+def fill(x: Value, value: Interval, non_blocking: bool = False) -> Interval:
+    """The value in the shape of ``x``."""
+    return Interval.of(value.mid.expand(x.shape), value.rad.expand(x.shape))
+
+
 def _never_called(*args: Any, **kwargs: Any) -> Any:
     raise AssertionError("an operator that uses shapes alone runs at points")
 
 
 # Only the shape of the argument matters: a set in, a point out.
 rule(
+    aten.fill.Scalar,
     aten.zeros_like.default,
     aten.ones_like.default,
     aten.empty_like.default,

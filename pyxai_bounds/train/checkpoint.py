@@ -51,14 +51,14 @@ def load(run_dir: str | Path) -> nn.Module:
     description = read_description(run_dir)
     path = Path(run_dir) / description["weights"]
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing, although run.json names it: copy the whole folder, or train again.")
+        raise FileNotFoundError(
+            f"{path} is missing, although run.json names it: copy the whole folder, or train again."
+        )
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != description["sha256"]:
         raise ValueError(f"{path} is damaged: its content does not have the hash that run.json gives. Train again.")
     with torch.random.fork_rng():  # building draws initial weights; the caller's generator must not notice
-        model = models.build(
-            description["recipe"]["model"], tuple(description["input_shape"]), description["classes"]
-        )
+        model = models.build(description["recipe"]["model"], tuple(description["input_shape"]), description["classes"])
     try:
         model.load_state_dict(safetensors.load(content))
     except RuntimeError as error:

@@ -1,0 +1,19 @@
+"""What a trained network can prove, measured and shown: metrics, evaluations, pictures, the HTML page, the demo.
+
+The pictures need matplotlib, which ``plots`` and ``html`` import when they are first used.
+"""
+
+from pyxai_bounds.report.evaluate import AtRadius, Evaluation, Sample, SoundnessError, evaluate
+from pyxai_bounds.report.metrics import accuracy, certain_members, same_class_cosine, unstable_relu_fraction
+
+__all__ = [
+    "AtRadius",
+    "Evaluation",
+    "Sample",
+    "SoundnessError",
+    "accuracy",
+    "certain_members",
+    "evaluate",
+    "same_class_cosine",
+    "unstable_relu_fraction",
+]

@@ -1,0 +1,168 @@
+"""Everything that a report says about one network on one data set, each certificate beside an attack."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyxai_bounds import attack, explain
+from pyxai_bounds.certify import TopK, certified_radius, certify
+from pyxai_bounds.data import Dataset
+from pyxai_bounds.report.metrics import accuracy, certain_members, same_class_cosine, unstable_relu_fraction
+
+
+class SoundnessError(RuntimeError):
+    """An attack broke what a certificate promised: one of the two is wrong, and no report may hide it."""
+
+
+@dataclass(frozen=True)
+class AtRadius:
+    """Of all samples, the share certified and the share that survived the attack, at one radius."""
+
+    eps: float
+    certified: float
+    survived: float
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One held-out sample and what is known of its explanation in the box of radius eps.
+
+    x, attribution, lower, upper in the shape of an input; top bool [D], the nominal top features; certain bool [D],
+    those that are top features everywhere in the box.
+    """
+
+    x: Tensor
+    target: int
+    predicted: int
+    attribution: Tensor
+    lower: Tensor
+    upper: Tensor
+    top: Tensor
+    certain: Tensor
+    holds: bool
+    radius: float
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """One network's results over all held-out samples. radius [N]: each sample's certified radius, at most max_eps."""
+
+    label: str
+    dataset: Dataset
+    model: str
+    parameters: int
+    property: TopK
+    accuracy: float
+    unstable: float | None
+    cosine: float
+    at: tuple[AtRadius, ...]  # at the radii asked for
+    curve: tuple[AtRadius, ...]  # at these and others, up to max_eps
+    radius: Tensor
+    max_eps: float
+    rounding: str
+    samples: tuple[Sample, ...]
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers alone, as JSON can hold them."""
+        return {
+            "label": self.label,
+            "data": self.dataset.name,
+            "model": self.model,
+            "parameters": self.parameters,
+            "samples": len(self.radius),
+            "k": self.property.k,
+            "rounding": self.rounding,
+            "accuracy": self.accuracy,
+            "unstable_relus": self.unstable,
+            "unstable_relus_at_eps": self.at[0].eps,
+            "same_class_cosine": None if math.isnan(self.cosine) else self.cosine,
+            "at": [vars(row) for row in self.at],
+            "curve": [vars(row) for row in self.curve],
+            "median_radius": self.radius.median().item(),
+            "max_eps": self.max_eps,
+        }
+
+
+def evaluate(
+    model: nn.Module,
+    dataset: Dataset,
+    label: str,
+    *,
+    name: str = "",
+    eps: Sequence[float] = (0.01, 0.02),
+    k: int = 5,
+    attack_steps: int = 20,
+    pictures: int = 4,
+    seed: int = 0,
+    on_progress: Callable[[float], None] | None = None,
+) -> Evaluation:
+    """Certify and attack the top-k features of the true label's logit gradient, on every held-out sample.
+
+    eps: the radii of the table, in the units of the inputs; the curves go on to 2½ times the largest. pictures: how
+    many samples, from the first on, are kept whole. ``on_progress`` is called with the fraction done.
+    Puts the model in evaluation mode. Raises ValueError for no radius, SoundnessError if an attack breaks a
+    certificate, and what ``certify`` raises.
+    """
+    if not eps or min(eps) <= 0:
+        raise ValueError(f"eps={list(eps)} must hold at least one radius, all of them positive.")
+    model.eval()
+    fn, property, clip = explain.gradient(model), TopK(k), dataset.clip
+    x, y = dataset.test_x, dataset.test_y
+    eps, max_eps = sorted(eps), 2.5 * max(eps)
+    tick = on_progress or (lambda _: None)
+
+    certificates = {radius: certify(fn, x, y, eps=radius, property=property, clip=clip) for radius in eps}
+    reach = certified_radius(fn, x, y, property=property, max_eps=max_eps, tol=max_eps / 512, clip=clip)
+    tick(0.1)
+    grid = sorted({*eps, max(eps) / 4, max(eps) * 1.5, max_eps})
+    broken: dict[float, Tensor] = {}
+    so_far = torch.zeros(len(x), dtype=torch.bool)
+    for i, radius in enumerate(grid):
+        found = attack.pgd(fn, x, y, eps=radius, property=property, clip=clip, steps=attack_steps, seed=seed)
+        so_far = so_far | found.broken  # what was found in a smaller box lies in this one
+        broken[radius] = so_far
+        tick(0.1 + 0.9 * (i + 1) / len(grid))
+
+    at = tuple(_row(label, radius, certificates[radius].holds, broken[radius]) for radius in eps)
+    curve = tuple(_row(label, radius, reach >= radius, broken[radius]) for radius in grid)
+    first = certificates[eps[0]]
+    return Evaluation(
+        label=label, dataset=dataset, model=name or type(model).__name__,
+        parameters=sum(p.numel() for p in model.parameters()), property=property,
+        accuracy=accuracy(model, x, y), unstable=unstable_relu_fraction(model, x, eps[0], clip),
+        cosine=same_class_cosine(first.nominal, y), at=at, curve=curve, radius=reach, max_eps=max_eps,
+        rounding=first.rounding, samples=_samples(model, dataset, first, reach, min(pictures, len(x))),
+    )  # fmt: skip
+
+
+def _row(label: str, eps: float, holds: Tensor, broken: Tensor) -> AtRadius:
+    """Certified ≤ true ≤ survived, sample by sample, or there is no row."""
+    wrong = (holds & broken).nonzero().flatten().tolist()
+    if wrong:
+        raise SoundnessError(
+            f"{label}: at eps {eps:g} the attack broke {len(wrong)} certified samples, the first with index "
+            f"{wrong[0]}. A certificate is wrong. Please report this with the model and the data."
+        )
+    return AtRadius(eps, holds.double().mean().item(), 1 - broken.double().mean().item())
+
+
+def _samples(model: nn.Module, dataset: Dataset, certificate: Any, radius: Tensor, count: int) -> tuple[Sample, ...]:
+    property, bounds, nominal = certificate.property, certificate.bounds[:count], certificate.nominal[:count]
+    with torch.no_grad():
+        predicted = model(dataset.test_x[:count]).argmax(1)
+    lower, upper = bounds.lower, bounds.upper
+    top, certain = property.top(nominal), certain_members(property, bounds)
+    return tuple(
+        Sample(
+            x=dataset.test_x[i], target=int(dataset.test_y[i]), predicted=int(predicted[i]),
+            attribution=nominal[i], lower=lower[i], upper=upper[i], top=top[i], certain=certain[i],
+            holds=bool(certificate.holds[i]), radius=radius[i].item(),
+        )
+        for i in range(count)
+    )  # fmt: skip

@@ -1,0 +1,192 @@
+"""One self-contained HTML page of evaluations: pictures inside, nothing fetched, nothing run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from pyxai_bounds.report.evaluate import Evaluation
+from pyxai_bounds.report.metrics import rounded_down
+from pyxai_bounds.report.plots import encode, plot_curves, plot_samples
+
+
+def write_page(path: str | Path, evaluations: Sequence[Evaluation], title: str = "How much of it is certain?") -> Path:
+    """Write the page of these evaluations, grouped by data set; folders are made as needed. Returns the path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(page(evaluations, title), encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def page(evaluations: Sequence[Evaluation], title: str = "How much of it is certain?") -> str:
+    """The page as text. Raises ValueError without evaluations, or with different radii or k on one data set."""
+    if not evaluations:
+        raise ValueError("A report needs at least one evaluation.")
+    groups: dict[str, list[Evaluation]] = {}
+    for evaluation in evaluations:
+        groups.setdefault(evaluation.dataset.name, []).append(evaluation)
+    body = "\n".join(_section(name, group) for name, group in groups.items())
+    return _PAGE.format(title=escape(title), style=_STYLE, body=body, guide=_GUIDE)
+
+
+def _section(name: str, group: list[Evaluation]) -> str:
+    if len({(e.property, tuple(row.eps for row in e.at)) for e in group}) > 1:
+        raise ValueError(f"The evaluations on {name} used different radii or k and cannot share a table.")
+    first = group[0]
+    unit = "pixels lie in [0, 1]" if first.dataset.clip == (0.0, 1.0) else "in standard deviations of each feature"
+    curves = _picture(plot_curves(group)[0], f"Certified and attack-survived fractions against eps on {name}")
+    samples = "\n".join(_sample(group, i) for i in range(min(len(e.samples) for e in group)))
+    return f"""<section>
+<h2>{escape(name)}</h2>
+<p class="lead">{len(first.radius)} held-out samples, each one bounded and attacked. The explanation is the gradient
+of the true label's logit; the statement is that its {first.property.k} largest entries by magnitude stay the
+{first.property.k} largest for <em>every</em> input within eps ({unit}).</p>
+{_table(group)}
+{_warning(group)}
+<h3>Certified fraction against radius</h3>
+<figure>{curves}<figcaption>Solid: guaranteed. Dashed: what an attack could not break. The truth lies between the two,
+in the shaded band; a narrow band means that the certificate is tight.</figcaption></figure>
+<h3>Explanations and their bounds at eps {first.at[0].eps:g}</h3>
+<p>The first held-out samples, not chosen. Blue is negative, red positive, white zero; the lower bound, the explanation
+and the upper bound of a row share one scale.</p>
+{samples}
+</section>"""
+
+
+def _table(group: list[Evaluation]) -> str:
+    first = group[0]
+    radii = "".join(f'<th colspan="2" class="over">top {first.property.k} kept at {row.eps:g}</th>' for row in first.at)
+    kinds = "<th>certified</th><th>survived</th>" * len(first.at)
+    rows = "\n".join(_table_row(evaluation) for evaluation in group)
+    return f"""<div class="scroll"><table>
+<thead>
+<tr><th rowspan="2">network</th><th rowspan="2">accuracy</th>{radii}<th rowspan="2">median<br>radius</th>
+<th rowspan="2">unstable ReLUs<br>at {first.at[0].eps:g}</th><th rowspan="2">same-class<br>cosine</th></tr>
+<tr>{kinds}</tr>
+</thead>
+<tbody>
+{rows}
+</tbody></table></div>"""
+
+
+def _table_row(evaluation: Evaluation) -> str:
+    cells = [f"<th scope='row'>{escape(evaluation.label)}<br><small>{evaluation.parameters:,} parameters</small></th>"]
+    cells.append(f"<td>{evaluation.accuracy:.3f}</td>")
+    for row in evaluation.at:
+        cells.append(_bar(row.certified, "certified"))
+        cells.append(_bar(row.survived, "survived"))
+    median = evaluation.radius.median().item()
+    cells.append(f"<td>{f'≥ {evaluation.max_eps:g}' if median >= evaluation.max_eps else rounded_down(median)}</td>")
+    cells.append(f"<td>{'none' if evaluation.unstable is None else f'{evaluation.unstable:.1%}'}</td>")
+    cells.append(f"<td>{'–' if math.isnan(evaluation.cosine) else f'{evaluation.cosine:.3f}'}</td>")
+    return "<tr>" + "".join(cells) + "</tr>"
+
+
+def _bar(fraction: float, kind: str) -> str:
+    return f'<td class="bar {kind}" style="--share:{100 * fraction:.1f}%">{fraction:.3f}</td>'
+
+
+def _warning(group: list[Evaluation]) -> str:
+    """Name the networks that a linear model on the same data equals."""
+    linear = [e for e in group if e.unstable is None]
+    if not linear:
+        return (
+            '<p class="note">There is no linear model in this table. Add one before praising any row: its certificate '
+            "is perfect and means nothing (see below).</p>"
+        )
+    best = max(e.accuracy for e in linear)
+    collapsed = [e.label for e in group if e.unstable is not None and e.accuracy <= best]
+    if not collapsed:
+        return ""
+    names = ", ".join(escape(label) for label in collapsed)
+    return f'<p class="note">No more accurate than the linear model ({best:.3f}): the certificates of {names}.</p>'
+
+
+def _sample(group: list[Evaluation], index: int) -> str:
+    sample, names = group[0].samples[index], group[0].dataset.class_names
+    wrong = [e.label for e in group if e.samples[index].predicted != e.samples[index].target]
+    verdict = f"misclassified by {escape(', '.join(wrong))}" if wrong else "classified correctly by every network"
+    picture = _picture(plot_samples(group, index)[0], f"Held-out sample {index}: explanations and bounds")
+    return (
+        f"<figure>{picture}<figcaption>Held-out sample {index}, labelled “{escape(names[sample.target])}”, {verdict}."
+        "</figcaption></figure>"
+    )
+
+
+def _picture(figure: Figure, alt: str) -> str:
+    return f'<img alt="{escape(alt)}" src="{encode(figure)}">'
+
+
+_GUIDE = """<section>
+<h2>How to read this page</h2>
+<dl>
+<dt>Certified</dt><dd>The share of samples for which interval bounds prove that the top features cannot change, whatever
+happens to the input inside the box. Not an estimate: no input in the box can contradict it, up to the rounding of
+floating point where bounds are computed to nearest.</dd>
+<dt>Survived</dt><dd>The share of samples for which a gradient attack found no input in the box with other top
+features. The true share lies between the two columns. A report in which certified exceeds survived is refused.</dd>
+<dt>Unstable ReLUs</dt><dd>The share of units whose input may have either sign in the box. Explanations can only move,
+and bounds only widen, where a ReLU is unstable.</dd>
+<dt>Same-class cosine</dt><dd>How alike the explanations of one class are: 1 means that all samples share one.</dd>
+</dl>
+<h3>Beware of the linear model</h3>
+<p>A linear network explains every input in the same way. It is certified at every radius, and says nothing about any
+particular input. A training method that quietly pushes a deep network towards a linear one therefore looks brilliant on
+certificates alone. That is why the linear model stands in the table: a certified network is interesting where it is
+<em>more accurate</em> than the linear one and its same-class cosine is clearly below 1.</p>
+</section>"""
+
+_STYLE = """
+:root { color-scheme: light dark; --page:#fbfbfa; --ink:#22252a; --soft:#62676e; --line:#dcdedf; --good:#009e7333;
+  --attack:#80828526; --note:#e69f0022; }
+@media (prefers-color-scheme: dark) { :root { --page:#16181b; --ink:#e4e5e7; --soft:#9ba0a6; --line:#33373b;
+  --good:#009e7355; --attack:#80828540; --note:#e69f0030; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+main { max-width: 62rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
+h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 .4rem; letter-spacing: -.01em; }
+h2 { font-size: 1.4rem; margin: 2.6rem 0 .5rem; border-top: 1px solid var(--line); padding-top: 1.4rem; }
+h3 { font-size: 1.05rem; margin: 2rem 0 .4rem; }
+p, dd, figcaption { max-width: 46rem; }
+.lead, figcaption, small, dd { color: var(--soft); }
+figure { margin: .8rem 0 2rem; } figcaption { font-size: .88rem; margin-top: .3rem; }
+img { display: block; max-width: 100%; height: auto; width: 50rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; margin: 1rem 0; width: 100%; }
+th, td { padding: .42rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
+thead th { font-weight: 600; vertical-align: bottom; line-height: 1.3; }
+thead tr + tr th { font-weight: 400; text-align: right; }
+.over { text-align: center; border-bottom: 0; }
+
+tr:first-child th:first-child, tbody th { text-align: left; } tbody th { font-weight: 600; line-height: 1.3; } small { font-weight: 400; }
+.bar { background-repeat: no-repeat; background-size: var(--share) 100%; min-width: 4.6rem; }
+.certified { background-image: linear-gradient(var(--good), var(--good)); }
+.survived { background-image: linear-gradient(var(--attack), var(--attack)); }
+.note { background: var(--note); padding: .6rem .9rem; border-radius: .4rem; }
+dt { font-weight: 600; margin-top: .7rem; } dd { margin: 0; }
+"""
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body><main>
+<h1>{title}</h1>
+<p class="lead">An explanation says which features mattered. A certificate says how far the input may move before the
+answer could change. Written by pyxai_bounds.</p>
+{body}
+{guide}
+</main></body>
+</html>
+"""
