@@ -1,0 +1,155 @@
+// The module pyxai_bounds._native, and the only place where Python meets C++. Arrays come in as addresses;
+// pyxai_bounds/ops/native.py allocates them, checks them, and keeps them alive during the call.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <atomic>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "pyxai_bounds/stages.h"
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace py = pybind11;
+
+namespace pyxai_bounds {
+namespace {
+
+using std::int64_t;
+using std::uint8_t;
+using Address = std::uintptr_t;  // 0 where the stage allows an array to be absent
+
+// The stages compiled for one instruction set.
+struct Level {
+    const char* name;
+    Stages<float> single;
+    Stages<double> twice;
+};
+
+const std::vector<Level>& levels() {
+    static const std::vector<Level> runnable = [] {
+        std::vector<Level> best_first;
+#ifdef PYXAI_BOUNDS_X86
+        __builtin_cpu_init();
+        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+            best_first.push_back({"avx512", avx512::stages<float>(), avx512::stages<double>()});
+        if (__builtin_cpu_supports("avx2"))
+            best_first.push_back({"avx2", avx2::stages<float>(), avx2::stages<double>()});
+#endif
+        best_first.push_back({"portable", portable::stages<float>(), portable::stages<double>()});
+        return best_first;
+    }();
+    return runnable;
+}
+
+std::atomic<const Level*> active{&levels().front()};
+
+void set_level(const std::string& name) {
+    std::string names;
+    for (const Level& level : levels()) {
+        if (name == level.name) {
+            active = &level;
+            return;
+        }
+        names += std::string(names.empty() ? "" : ", ") + level.name;
+    }
+    throw std::invalid_argument("This processor does not run level '" + name + "'; choose one of " + names + ".");
+}
+
+int threads() {
+#ifdef _OPENMP
+    return omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+
+template <class T>
+T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// Calls `run` with the stages of the element type that has this size.
+template <class Run>
+void typed(int element_size, Run run) {
+    const Level& level = *active.load(std::memory_order_relaxed);
+    if (element_size == sizeof(float))
+        run(level.single);
+    else if (element_size == sizeof(double))
+        run(level.twice);
+    else
+        throw std::invalid_argument("Elements must be float32 or float64.");
+}
+
+template <class T>
+T element_type(const Stages<T>&);
+
+void relu(int element_size, int64_t n, Address mid, Address rad, Address out_mid, Address out_rad, Address state) {
+    typed(element_size, [=](const auto& stages) {
+        using T = decltype(element_type(stages));
+        stages.relu(n, at<T>(mid), at<T>(rad), at<T>(out_mid), at<T>(out_rad), at<uint8_t>(state));
+    });
+}
+
+void relu_backward(int element_size, int64_t n, Address mid, Address rad, Address state, Address out_mid,
+                   Address out_rad, Address gate) {
+    typed(element_size, [=](const auto& stages) {
+        using T = decltype(element_type(stages));
+        stages.relu_backward(n, at<T>(mid), at<T>(rad), at<uint8_t>(state), at<T>(out_mid), at<T>(out_rad),
+                             at<uint8_t>(gate));
+    });
+}
+
+void gate(int element_size, int64_t n, Address mid, Address rad, Address bits, Address out_mid, Address out_rad) {
+    typed(element_size, [=](const auto& stages) {
+        using T = decltype(element_type(stages));
+        stages.gate(n, at<T>(mid), at<T>(rad), at<uint8_t>(bits), at<T>(out_mid), at<T>(out_rad));
+    });
+}
+
+void scale_shift(int element_size, int64_t n, int64_t channels, int64_t inner, Address mid, Address rad, Address scale,
+                 Address shift, Address out_mid, Address out_rad) {
+    typed(element_size, [=](const auto& stages) {
+        using T = decltype(element_type(stages));
+        stages.scale_shift(n, channels, inner, at<T>(mid), at<T>(rad), at<T>(scale), at<T>(shift), at<T>(out_mid),
+                           at<T>(out_rad));
+    });
+}
+
+void mul(int element_size, int64_t n, Address a_mid, Address a_rad, Address b_mid, Address b_rad, Address out_mid,
+         Address out_rad) {
+    typed(element_size, [=](const auto& stages) {
+        using T = decltype(element_type(stages));
+        stages.mul(n, at<T>(a_mid), at<T>(a_rad), at<T>(b_mid), at<T>(b_rad), at<T>(out_mid), at<T>(out_rad));
+    });
+}
+
+}  // namespace
+}  // namespace pyxai_bounds
+
+PYBIND11_MODULE(_native, m) {
+    using namespace pyxai_bounds;
+    m.doc() = "Elementwise interval stages on arrays given by address; called by pyxai_bounds.ops.native alone.";
+    const py::call_guard<py::gil_scoped_release> no_gil;
+    m.def("relu", &relu, no_gil);
+    m.def("relu_backward", &relu_backward, no_gil);
+    m.def("gate", &gate, no_gil);
+    m.def("scale_shift", &scale_shift, no_gil);
+    m.def("mul", &mul, no_gil);
+    m.def("threads", &threads, "The number of threads that a large stage would use.");
+    m.def("level", [] { return active.load()->name; }, "The instruction-set level in use.");
+    m.def("set_level", &set_level, py::arg("name"), "Use one of levels() from now on, in all threads.");
+    m.def(
+        "levels",
+        [] {
+            std::vector<std::string> names;
+            for (const Level& level : levels()) names.emplace_back(level.name);
+            return names;
+        },
+        "The instruction-set levels that this processor runs, best first.");
+}

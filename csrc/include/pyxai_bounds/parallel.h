@@ -1,0 +1,46 @@
+// Splits a range of elements over OpenMP threads.
+//
+// The runtime is the one that PyTorch runs on, not a second pool: torch is imported first, its libgomp.so.1
+// then satisfies this module's own dependency of that name, and GOMP_parallel binds to torch's copy (seen
+// with LD_DEBUG=bindings and in /proc/self/maps, torch 2.13 for the CPU). Should a wheel of torch rename its
+// libgomp, its global symbols still come first in the search. tests/ops/test_backend.py checks what must
+// follow on every installation: torch.set_num_threads governs these kernels.
+#pragma once
+
+#include <cstdint>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace pyxai_bounds::PYXAI_BOUNDS_LEVEL {
+
+// Elements per thread, at least. ReLU in cache, one thread against two (2-core AVX-512): 16,384 float32
+// elements 2.2 against 3.9 us, 32,768 4.0 against 4.8 us, 131,072 21 against 13 us.
+inline constexpr std::int64_t grain = 32768;
+// Ranges start at multiples of this: 64 bytes of packed bits, so that no two threads write one cache line.
+inline constexpr std::int64_t block = 512;
+
+// Calls f(begin, end) on ranges that cover [0, n); every begin is a multiple of `block`.
+template <class F>
+void parallel_ranges(std::int64_t n, F f) {
+#ifdef _OPENMP
+    const std::int64_t wanted = n / grain;
+    const std::int64_t most = wanted > 1 ? omp_get_max_threads() : 1;
+    const int threads = static_cast<int>(wanted < most ? wanted : most);
+    if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+        {
+            const std::int64_t blocks = (n + block - 1) / block;
+            const std::int64_t team = omp_get_num_threads();
+            const std::int64_t rank = omp_get_thread_num();
+            const std::int64_t begin = blocks * rank / team * block;
+            const std::int64_t end = blocks * (rank + 1) / team * block;
+            if (begin < end) f(begin, end < n ? end : n);
+        }
+        return;
+    }
+#endif
+    if (n > 0) f(0, n);
+}
+
+}  // namespace pyxai_bounds::PYXAI_BOUNDS_LEVEL

@@ -1,0 +1,50 @@
+// The elementwise stages, as a table of functions per floating-point type. bindings.cpp picks one table
+// per instruction-set level; cpu/<op>.cpp, compiled once per level, fills in its own entries.
+#pragma once
+
+#include <cstdint>
+
+namespace pyxai_bounds {
+
+// All arrays are dense and in one memory order. Packed bits are two planes of ceil(n / 8) bytes, "keep the
+// lower end" before "keep the upper end"; element i is bit i % 8 of byte i / 8, bits past n are zero.
+// An output may be the input it is computed from, element for element; other overlaps are not allowed.
+template <class T>
+struct Stages {
+    void (*relu)(std::int64_t n, const T* mid, const T* rad, T* out_mid, T* out_rad, std::uint8_t* state);
+    // `gate` may be null: the gate that was applied is then not written.
+    void (*relu_backward)(std::int64_t n, const T* mid, const T* rad, const std::uint8_t* state, T* out_mid, T* out_rad,
+                          std::uint8_t* gate);
+    void (*gate)(std::int64_t n, const T* mid, const T* rad, const std::uint8_t* gate, T* out_mid, T* out_rad);
+    // Element i belongs to channel (i / inner) % channels. `shift` may be null.
+    void (*scale_shift)(std::int64_t n, std::int64_t channels, std::int64_t inner, const T* mid, const T* rad,
+                        const T* scale, const T* shift, T* out_mid, T* out_rad);
+    void (*mul)(std::int64_t n, const T* a_mid, const T* a_rad, const T* b_mid, const T* b_rad, T* out_mid, T* out_rad);
+};
+
+// Every level has these three functions in a namespace of its own, for float and for double.
+#define PYXAI_BOUNDS_DECLARE_LEVEL(level)             \
+    namespace level {                                 \
+    template <class T>                                \
+    void set_interval_relu(Stages<T>& stages);        \
+    template <class T>                                \
+    void set_interval_scale_shift(Stages<T>& stages); \
+    template <class T>                                \
+    void set_interval_mul(Stages<T>& stages);         \
+    template <class T>                                \
+    Stages<T> stages() {                              \
+        Stages<T> table{};                            \
+        set_interval_relu(table);                     \
+        set_interval_scale_shift(table);              \
+        set_interval_mul(table);                      \
+        return table;                                 \
+    }                                                 \
+    }
+
+PYXAI_BOUNDS_DECLARE_LEVEL(portable)
+#ifdef PYXAI_BOUNDS_X86
+PYXAI_BOUNDS_DECLARE_LEVEL(avx2)
+PYXAI_BOUNDS_DECLARE_LEVEL(avx512)
+#endif
+
+}  // namespace pyxai_bounds

@@ -1,0 +1,161 @@
+// Short vectors, so that a stage is written once as arithmetic and compiled at every instruction-set level.
+//
+// Vec<T> is as wide as a register of the level, Scalar<T> has one lane and serves tails. Both offer
+//     load store fill, + - *, less exceeds both either select, minimum maximum absolute, bits from_bits
+// with the meaning that PyTorch gives them: a comparison with NaN is false (and so `exceeds`, its negation, is
+// true), minimum and maximum return NaN if either argument is NaN. Every operation rounds once (the build sets
+// -ffp-contract=off).
+//
+// Everything here lives in the level's namespace. A function shared between levels would be one weak
+// symbol, of which the linker might keep the AVX-512 copy for a machine that has no AVX-512.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace pyxai_bounds::PYXAI_BOUNDS_LEVEL {
+
+template <class T>
+struct Scalar {
+    static constexpr int lanes = 1;
+    using Mask = bool;
+    T value;
+
+    static Scalar load(const T* p) { return {*p}; }
+    static Scalar fill(T x) { return {x}; }
+    void store(T* p) const { *p = value; }
+    static Mask from_bits(unsigned bits) { return bits & 1u; }
+    static unsigned bits(Mask m) { return m; }
+    friend Scalar operator+(Scalar a, Scalar b) { return {a.value + b.value}; }
+    friend Scalar operator-(Scalar a, Scalar b) { return {a.value - b.value}; }
+    friend Scalar operator*(Scalar a, Scalar b) { return {a.value * b.value}; }
+    static Mask less(Scalar a, Scalar b) { return a.value < b.value; }
+    static Mask exceeds(Scalar a, Scalar b) { return !(a.value <= b.value); }
+    static Mask is_nan(Scalar a) { return a.value != a.value; }
+    static Mask both(Mask a, Mask b) { return a && b; }
+    static Mask either(Mask a, Mask b) { return a || b; }
+    static Scalar select(Mask m, Scalar a, Scalar b) { return m ? a : b; }
+    static Scalar absolute(Scalar a) { return {static_cast<T>(__builtin_fabs(a.value))}; }
+};
+
+#if defined(__AVX512F__)
+
+template <class T>
+struct Vec;
+
+template <>
+struct Vec<float> {
+    static constexpr int lanes = 16;
+    using Mask = __mmask16;
+    __m512 value;
+
+    static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+    static Vec fill(float x) { return {_mm512_set1_ps(x)}; }
+    void store(float* p) const { _mm512_storeu_ps(p, value); }
+    static Mask from_bits(unsigned bits) { return static_cast<Mask>(bits); }
+    static unsigned bits(Mask m) { return m; }
+    friend Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.value, b.value)}; }
+    friend Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.value, b.value)}; }
+    friend Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.value, b.value)}; }
+    static Mask less(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.value, b.value, _CMP_LT_OQ); }
+    static Mask exceeds(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.value, b.value, _CMP_NLE_UQ); }
+    static Mask is_nan(Vec a) { return _mm512_cmp_ps_mask(a.value, a.value, _CMP_UNORD_Q); }
+    static Mask both(Mask a, Mask b) { return _kand_mask16(a, b); }
+    static Mask either(Mask a, Mask b) { return _kor_mask16(a, b); }
+    static Vec select(Mask m, Vec a, Vec b) { return {_mm512_mask_blend_ps(m, b.value, a.value)}; }
+    static Vec absolute(Vec a) { return {_mm512_abs_ps(a.value)}; }
+};
+
+template <>
+struct Vec<double> {
+    static constexpr int lanes = 8;
+    using Mask = __mmask8;
+    __m512d value;
+
+    static Vec load(const double* p) { return {_mm512_loadu_pd(p)}; }
+    static Vec fill(double x) { return {_mm512_set1_pd(x)}; }
+    void store(double* p) const { _mm512_storeu_pd(p, value); }
+    static Mask from_bits(unsigned bits) { return static_cast<Mask>(bits); }
+    static unsigned bits(Mask m) { return m; }
+    friend Vec operator+(Vec a, Vec b) { return {_mm512_add_pd(a.value, b.value)}; }
+    friend Vec operator-(Vec a, Vec b) { return {_mm512_sub_pd(a.value, b.value)}; }
+    friend Vec operator*(Vec a, Vec b) { return {_mm512_mul_pd(a.value, b.value)}; }
+    static Mask less(Vec a, Vec b) { return _mm512_cmp_pd_mask(a.value, b.value, _CMP_LT_OQ); }
+    static Mask exceeds(Vec a, Vec b) { return _mm512_cmp_pd_mask(a.value, b.value, _CMP_NLE_UQ); }
+    static Mask is_nan(Vec a) { return _mm512_cmp_pd_mask(a.value, a.value, _CMP_UNORD_Q); }
+    static Mask both(Mask a, Mask b) { return _kand_mask8(a, b); }
+    static Mask either(Mask a, Mask b) { return _kor_mask8(a, b); }
+    static Vec select(Mask m, Vec a, Vec b) { return {_mm512_mask_blend_pd(m, b.value, a.value)}; }
+    static Vec absolute(Vec a) { return {_mm512_abs_pd(a.value)}; }
+};
+
+#else
+
+#if defined(__AVX2__)
+inline constexpr int register_bytes = 32;
+#else
+inline constexpr int register_bytes = 16;  // SSE2, NEON; the compiler finds its own way elsewhere
+#endif
+
+// The compiler's own vectors (GCC and Clang): a mask is a vector of integers, 0 or −1 per lane.
+template <class T>
+struct Vec {
+    static constexpr int lanes = register_bytes / static_cast<int>(sizeof(T));
+    typedef T Values __attribute__((vector_size(register_bytes)));
+    using Mask = decltype(Values{} < Values{});
+    Values value;
+
+    static Vec load(const T* p) {
+        Vec v;
+        std::memcpy(&v.value, p, sizeof(Values));
+        return v;
+    }
+    static Vec fill(T x) { return {x - Values{}}; }  // x − 0 is x, also for −0
+    void store(T* p) const { std::memcpy(p, &value, sizeof(Values)); }
+    static Mask lane_bits() {
+        Mask m{};
+        for (int i = 0; i < lanes; ++i) m[i] = 1 << i;
+        return m;
+    }
+    static Mask from_bits(unsigned bits) { return (lane_bits() & static_cast<int>(bits)) != 0; }
+    static unsigned bits(Mask m) {
+#if defined(__AVX2__)
+        if constexpr (sizeof(T) == 4) return _mm256_movemask_ps((__m256)m);
+        if constexpr (sizeof(T) == 8) return _mm256_movemask_pd((__m256d)m);
+#elif defined(__SSE2__)
+        if constexpr (sizeof(T) == 4) return _mm_movemask_ps((__m128)m);
+        if constexpr (sizeof(T) == 8) return _mm_movemask_pd((__m128d)m);
+#else
+        unsigned packed = 0;
+        for (int i = 0; i < lanes; ++i) packed |= static_cast<unsigned>(m[i] & 1) << i;
+        return packed;
+#endif
+    }
+    friend Vec operator+(Vec a, Vec b) { return {a.value + b.value}; }
+    friend Vec operator-(Vec a, Vec b) { return {a.value - b.value}; }
+    friend Vec operator*(Vec a, Vec b) { return {a.value * b.value}; }
+    static Mask less(Vec a, Vec b) { return a.value < b.value; }
+    static Mask exceeds(Vec a, Vec b) { return ~(a.value <= b.value); }
+    static Mask is_nan(Vec a) { return a.value != a.value; }
+    static Mask both(Mask a, Mask b) { return a & b; }
+    static Mask either(Mask a, Mask b) { return a | b; }
+    static Vec select(Mask m, Vec a, Vec b) { return {m ? a.value : b.value}; }
+    static Vec absolute(Vec a) { return {(Values)((Mask)a.value & ~(Mask)fill(T(-0.0)).value)}; }
+};
+
+#endif
+
+template <class V>
+V minimum(V a, V b) {
+    return V::select(V::either(V::less(a, b), V::is_nan(a)), a, b);  // a NaN in b fails a < b, so b is returned
+}
+
+template <class V>
+V maximum(V a, V b) {
+    return V::select(V::either(V::less(b, a), V::is_nan(a)), a, b);
+}
+
+}  // namespace pyxai_bounds::PYXAI_BOUNDS_LEVEL

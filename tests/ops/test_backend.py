@@ -1,0 +1,140 @@
+"""How a backend is chosen, what happens without the compiled module, and whose threads it uses."""
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+from pyxai_bounds import ops
+from pyxai_bounds.ops import native, reference
+
+from .cases import LEVELS, assert_identical, box, level, needs_native
+
+
+def test_the_test_environment_has_the_native_backend():
+    """Without it most of tests/ops would be skipped in silence."""
+    assert native.available(), native.why_not_available()
+    assert ops.available()[:2] == ["reference", "native"] and native.why_not_available() == ""
+
+
+@needs_native
+def test_supports_float32_and_float64_on_the_cpu_alone():
+    wanted = {torch.float32: True, torch.float64: True, torch.bfloat16: False, torch.float16: False, torch.int32: False}
+    assert {dtype: native.supports(torch.empty(1, dtype=dtype)) for dtype in wanted} == wanted
+    assert not native.supports(torch.empty(1, device="meta"))
+
+
+def record_calls(monkeypatch):
+    called = []
+    for backend in (native, reference):
+        run = backend.interval_relu
+        name = backend.__name__.rsplit(".", 1)[-1]
+
+        def recorded(*args, run=run, name=name):
+            called.append(name)
+            return run(*args)
+
+        monkeypatch.setattr(backend, "interval_relu", recorded)
+    return called
+
+
+@needs_native
+def test_auto_takes_native_where_it_can_and_the_reference_elsewhere(monkeypatch):
+    called = record_calls(monkeypatch)
+    ops.interval_relu(*box(9))
+    ops.interval_relu(*box(9, dtype=torch.bfloat16))
+    with ops.backend("reference"):
+        ops.interval_relu(*box(9))
+        with ops.backend("native"):
+            ops.interval_relu(*box(9))
+        with ops.backend("auto"):
+            ops.interval_relu(*box(9))
+    assert called == ["native", "reference", "reference", "native", "native"]
+
+
+@needs_native
+def test_native_forced_on_bfloat16_says_what_to_do():
+    with ops.backend("native"), pytest.raises(ValueError, match=r"native backend does not support torch\.bfloat16"):
+        ops.interval_relu(*box(9, dtype=torch.bfloat16))
+
+
+def test_unknown_and_unavailable_backends():
+    with pytest.raises(ValueError, match="Unknown backend 'numpy'"), ops.backend("numpy"):
+        pass
+    with pytest.raises(RuntimeError, match="not part of this build"), ops.backend("triton"):
+        pass
+
+
+def test_without_the_module_the_reference_runs_and_one_warning_says_so(monkeypatch):
+    monkeypatch.setattr(native, "_native", None)
+    monkeypatch.setattr(native, "_failure", "No module named '_native'")
+    monkeypatch.setattr(native, "_warned", False)
+    expected = reference.interval_relu(*box(9))
+    ops.interval_relu(*box(9, dtype=torch.bfloat16))  # the reference's work anyway: nothing to say
+    with pytest.warns(RuntimeWarning, match=r"No module named '_native'.*pip install") as caught:
+        actual = ops.interval_relu(*box(9))
+        ops.interval_relu(*box(9))
+    assert len(caught) == 1
+    for a, e in zip(actual, expected, strict=True):
+        assert_identical(a, e)
+    assert ops.available() == ["reference"]
+    with pytest.raises(RuntimeError, match="native backend is not available"), ops.backend("native"):
+        pass
+    with pytest.raises(RuntimeError, match="native backend is not available"):
+        native.interval_relu(*box(9))
+
+
+def test_importing_without_the_module_is_silent():
+    program = (
+        "import sys; sys.modules['pyxai_bounds._native'] = None\n"
+        "from pyxai_bounds import ops\n"
+        "assert ops.available() == ['reference']\n"
+        "assert 'None in sys.modules' in ops.native.why_not_available()\n"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)
+
+
+@needs_native
+def test_kernels_run_on_the_threads_of_torch():
+    """One OpenMP runtime: what torch.set_num_threads says holds for the kernels. See parallel.h."""
+    for count in (1, 3, 2):
+        torch.set_num_threads(count)
+        assert native._native.threads() == count
+
+
+@needs_native
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_results_do_not_depend_on_the_number_of_threads(count):
+    mid, rad = box(200_003, dtype=torch.float32)
+    expected = reference.interval_relu(mid, rad)
+    torch.set_num_threads(count)
+    for a, e in zip(native.interval_relu(mid, rad), expected, strict=True):
+        assert_identical(a, e)
+
+
+@needs_native
+def test_levels():
+    assert LEVELS[-1] == "portable" and native._native.level() == LEVELS[0]
+    for name in LEVELS:
+        with level(name):
+            assert native._native.level() == name
+    with pytest.raises(ValueError, match=r"does not run level 'sse9'; choose one of .*portable"):
+        native._native.set_level("sse9")
+
+
+def test_operators_do_not_write_to_their_inputs(backend):
+    mid, rad = box(4, 5)
+    weight = box(6, 5, seed=2)[0]
+    state = ops.interval_relu(*box(4, 6, seed=3))[2]
+    grad = box(4, 6, seed=4)
+    tensors = (mid, rad, weight, state, *grad)
+    before = [t.clone() for t in tensors]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ops.interval_relu(mid, rad)
+        ops.interval_linear(mid, rad, weight, None, True)
+        ops.interval_linear_backward(*grad, weight, state)
+        ops.interval_relu_backward(*grad, state)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
