@@ -356,7 +356,7 @@ def _simplify(graph: fx.GraphModule) -> None:
         base = name.split(".")[0]
         if base in _IDENTITIES or (base == "aten::_to_copy" and _same_kind(node)):
             node.replace_all_uses_with(node.args[0])
-        elif base == "aten::copy_":
+        elif base == "aten::copy_" or (base == "aten::copy" and _is_plain_copy(node)):
             node.replace_all_uses_with(node.args[1])
         elif name in _CONSTANT_LIKE:
             _make_constant(graph.graph, node)
@@ -399,6 +399,12 @@ def remove_unused(graph: fx.GraphModule) -> None:
 def _same_kind(node: fx.Node) -> bool:
     before, after = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
     return before.dtype == after.dtype and before.device == after.device
+
+
+def _is_plain_copy(node: fx.Node) -> bool:
+    """``copy`` keeps the first argument's shape and dtype; it has no derivative, and needs none if they are the same."""
+    source, result = node.args[1].meta["val"], node.meta["val"]  # type: ignore[union-attr]
+    return source.shape == result.shape and source.dtype == result.dtype and source.device == result.device
 
 
 def _refuse_randomness(graph: fx.GraphModule) -> None:

@@ -164,8 +164,8 @@ th, td { padding: .42rem .7rem; border-bottom: 1px solid var(--line); text-align
 thead th { font-weight: 600; vertical-align: bottom; line-height: 1.3; }
 thead tr + tr th { font-weight: 400; text-align: right; }
 .over { text-align: center; border-bottom: 0; }
-
-tr:first-child th:first-child, tbody th { text-align: left; } tbody th { font-weight: 600; line-height: 1.3; } small { font-weight: 400; }
+tr:first-child th:first-child, tbody th { text-align: left; }
+tbody th { font-weight: 600; line-height: 1.3; } small { font-weight: 400; }
 .bar { background-repeat: no-repeat; background-size: var(--share) 100%; min-width: 4.6rem; }
 .certified { background-image: linear-gradient(var(--good), var(--good)); }
 .survived { background-image: linear-gradient(var(--attack), var(--attack)); }

@@ -1,0 +1,1 @@
+"""Benchmarks: what the engine must beat, measured in one process. ``python -m bench`` runs them."""

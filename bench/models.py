@@ -1,0 +1,85 @@
+"""The networks that the benchmarks bound: small, seeded, in inference mode, and plain ``torch.nn`` modules."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class ResidualBlock(nn.Module):
+    """Two 3×3 convolutions with batch norm and a shortcut; the ReLU comes after the sum.
+
+    Shapes: [B, inputs, H, W] to [B, outputs, H / stride, W / stride].
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+        super().__init__()
+        self.main = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+            nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        self.shortcut = nn.Sequential()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs)
+            )
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.main(x) + self.shortcut(x))
+
+
+def mlp() -> nn.Sequential:
+    """784-256-256-10; input [B, 784]."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)]
+    return nn.Sequential(*layers).eval()
+
+
+def n4() -> nn.Sequential:
+    """Four convolutions and two linear layers; input [B, 3, 32, 32]."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(32, 64, 4, stride=2, padding=1), nn.ReLU(),
+        nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(64, 64, 4, stride=2, padding=1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(4096, 256), nn.ReLU(), nn.Linear(256, 10),
+    ).eval()  # fmt: skip
+
+
+def cnn7(width: float = 1.0) -> nn.Sequential:
+    """The network that certified training is judged on: 64-64-128-128-128 and 512 wide; input [B, 3, 32, 32]."""
+    torch.manual_seed(0)
+    narrow, wide, hidden = (max(1, round(width * channels)) for channels in (64, 128, 512))
+    return nn.Sequential(
+        nn.Conv2d(3, narrow, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(narrow, narrow, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(narrow, wide, 3, stride=2, padding=1), nn.ReLU(),
+        nn.Conv2d(wide, wide, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(wide, wide, 3, padding=1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(wide * 16 * 16, hidden), nn.ReLU(), nn.Linear(hidden, 10),
+    ).eval()  # fmt: skip
+
+
+def residual(width: int = 32) -> nn.Sequential:
+    """A small ResNet: stem, three blocks (the second halves the image), average pool; input [B, 3, 32, 32]."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+        ResidualBlock(width, width),
+        ResidualBlock(width, 2 * width, stride=2),
+        ResidualBlock(2 * width, 2 * width),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, 10),
+    ).eval()  # fmt: skip
+    # Fresh statistics (mean 0, variance 1) would hide a wrong fold of batch norm into scale and shift.
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.1)
+    return model

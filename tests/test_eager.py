@@ -1,0 +1,105 @@
+"""The engine against the hand-written eager loop of bench/: the same bounds and the same parameter gradients.
+
+The two share no code. float64, relative 1e-9.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pyxai_bounds as xb
+from bench import eager, models
+from tests.networks import images, mlp, residual
+
+NETWORKS = {
+    "mlp": (models.mlp, (784,)),
+    "cnn": (models.n4, (3, 32, 32)),
+    "residual": (lambda: models.residual(width=8), (3, 32, 32)),
+}
+EPS = 1e-3
+
+
+def loss_of(mid: Tensor, rad: Tensor) -> Tensor:
+    """A loss in which midpoint and radius both matter, and differently everywhere."""
+    weights = torch.linspace(0.5, 1.5, mid.numel(), dtype=mid.dtype).reshape(mid.shape)
+    return (weights * (2 * rad).square()).sum() + (weights * mid).sin().sum()
+
+
+def network(name: str) -> tuple[nn.Module, Tensor, Tensor]:
+    make, shape = NETWORKS[name]
+    return make().double(), images(2, shape=shape), torch.tensor([3, 7])
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    """The gradient of every parameter; a parameter that the loss does not reach has a gradient of 0."""
+    found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    named = zip(model.named_parameters(), found, strict=True)
+    return {name: torch.zeros_like(p) if grad is None else grad for (name, p), grad in named}
+
+
+def assert_close(ours: Tensor, theirs: Tensor, what: str, relative: float = 1e-9) -> None:
+    assert (ours - theirs).norm() <= relative * theirs.norm(), what
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_bounds_and_parameter_gradients_equal_the_eager_loops(name: str, channels_last: bool) -> None:
+    model, x, target = network(name)
+    if channels_last and x.dim() == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    box = xb.Interval.linf(x, EPS)
+    ours = xb.bound(xb.explain.gradient(model))(box, target)
+    theirs = eager.gradient_bounds(model, box.mid, box.rad, target, channels_last=channels_last)
+    assert_close(ours.mid, theirs[0], "mid")
+    assert_close(ours.rad, theirs[1], "rad")
+    assert ours.rad.min() > 0
+    mine = gradients(model, loss_of(ours.mid, ours.rad))
+    other = gradients(model, loss_of(*theirs))
+    for parameter in mine:
+        assert_close(mine[parameter], other[parameter], parameter)
+    assert sum(grad.norm() > 0 for grad in mine.values()) >= len(mine) / 2 - 1
+
+
+SMALL = {
+    "mlp": lambda: (mlp(), images(2, shape=(6,)), torch.tensor([1, 3])),
+    "cnn": lambda: (models.cnn7(width=1 / 16).double(), images(1, shape=(3, 32, 32)), torch.tensor([3])),
+    "residual": lambda: (residual(), images(2), torch.tensor([1, 3])),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("of", ["logit", "probability"])
+def test_parameter_gradients_pass_a_finite_difference_check(name: str, of: str) -> None:
+    """Along a random direction of each parameter; for a probability the gradient flows through the forward bounds, too.
+
+    The bounds are piecewise smooth: a step that changes a ReLU's state would compare two pieces, so it is tiny.
+    """
+    model, x, target = SMALL[name]()
+    box = xb.Interval.linf(x, 0.05)
+    bounded = xb.bound(xb.explain.gradient(model, of=of))
+    start = bounded(box, target).detach()
+
+    def loss() -> Tensor:
+        bounds = bounded(box, target)
+        return loss_of(bounds.mid / start.mid.abs().mean(), bounds.rad / start.rad.mean())
+
+    grads = gradients(model, loss())
+    generator = torch.Generator().manual_seed(0)
+    step = 1e-7
+    checked = 0
+    for parameter_name, parameter in model.named_parameters():
+        direction = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+        direction *= parameter.detach().norm() / direction.norm()
+        with torch.no_grad():
+            parameter += step * direction
+            ahead = loss()
+            parameter -= 2 * step * direction
+            behind = loss()
+            parameter += step * direction
+        slope = ((ahead - behind) / (2 * step)).item()
+        expected = (grads[parameter_name] * direction).sum().item()
+        assert abs(slope - expected) <= 1e-4 * max(abs(slope), abs(expected)) + 1e-5, (parameter_name, slope, expected)
+        checked += abs(expected) > 1e-3
+    assert checked >= 3
