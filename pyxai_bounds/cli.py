@@ -249,14 +249,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, float], None]]:
-    """A bar on standard error with the time left; yields the function (what is being done, fraction done)."""
+    """A bar with the time left, on standard error if that is a terminal.
+
+    Yields the function that moves it: (what is being done, fraction done).
+    """
+    console = rich.console.Console(stderr=True)
     progress = rich.progress.Progress(
         rich.progress.BarColumn(),
         rich.progress.TaskProgressColumn(),
         rich.progress.TimeRemainingColumn(),
         rich.progress.TextColumn("{task.description}"),
-        console=rich.console.Console(stderr=True),
+        console=console,
         transient=True,
+        disable=not console.is_terminal,
     )
     with progress:
         task = progress.add_task("starting", total=1.0)
@@ -281,9 +286,11 @@ def _console() -> rich.console.Console:
 def _print_table(rows: list[dict[str, Any]], title: str) -> None:
     """One line for what is certified and, under it, one for what survived: the table fits 80 columns."""
     radii = [key.partition("@")[2] for key in rows[0] if key.startswith("certified@")]
-    columns = ["accuracy", *(f"top 5 at {eps}\ncertified\n[dim]survived[/dim]" for eps in radii)]
+    columns = ["accuracy", *(f"top 5 @{eps}\ncertified\n[dim]survived[/dim]" for eps in radii)]
     columns += ["unstable\nReLUs", "same-class\ncosine"]
-    grid = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    grid = rich.table.Table(
+        title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+    )
     grid.add_column("network", no_wrap=True)
     for name in columns:
         grid.add_column(name, justify="right", no_wrap=True)
@@ -306,15 +313,20 @@ def _number(value: tuple[float, float | None] | None, percent: bool = False) -> 
     if value is None:
         return "–"
     mean, spread = value
+    mean_text, spread_text = f"{mean:.3f}", f"±{spread:.3f}" if spread is not None else ""
     if percent:
-        return f"{mean:.1%}" + ("" if spread is None else f" ± {100 * spread:.1f}")
-    return f"{mean:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
+        mean_text, spread_text = f"{mean:.1%}", f"±{100 * spread:.1f}" if spread is not None else ""
+    return mean_text + spread_text
 
 
 def _labels(runs: Sequence[Path]) -> list[str]:
-    """Folder names, or whole paths where two folders share a name."""
-    names = [path.resolve().name for path in runs]
-    return [name if names.count(name) == 1 else str(path) for name, path in zip(names, runs, strict=True)]
+    """As few last parts of each path as tell them all apart."""
+    paths = [path.resolve().parts for path in runs]
+    for length in range(1, max(map(len, paths)) + 1):
+        labels = ["/".join(parts[-length:]) for parts in paths]
+        if len(set(labels)) == len(set(paths)):
+            break
+    return labels
 
 
 # --- what is installed --------------------------------------------------------------------------------------

@@ -207,7 +207,8 @@ def _replace(graph: fx.Graph, node: fx.Node, target: Any, args: tuple, value: An
     """Put one node with several results in the place of another."""
     new = graph.call_function(target, args)
     new.meta["val"] = value
-    new.stack_trace = node.stack_trace
+    if node.stack_trace:
+        new.stack_trace = node.stack_trace
     node.replace_all_uses_with(new)
     graph.erase_node(node)
 

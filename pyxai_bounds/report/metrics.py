@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import decimal
 from collections.abc import Callable
 from typing import Any
 
@@ -100,7 +100,5 @@ def certain_members(property: TopK, bounds: Interval) -> Tensor:
 
 def rounded_down(radius: float) -> str:
     """A certified radius as text, two significant digits, never more than was certified."""
-    if radius <= 0:
-        return "0"
-    step = 10.0 ** (math.floor(math.log10(radius)) - 1)
-    return f"{math.floor(radius / step) * step:.2g}"
+    two_digits = decimal.Context(prec=2, rounding=decimal.ROUND_FLOOR)
+    return f"{two_digits.create_decimal(repr(radius)).normalize():f}"

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
@@ -32,9 +31,10 @@ def plot_curves(evaluations: Sequence[Evaluation], axes: Axes | None = None) -> 
     figure, axes = _axes(axes, (8.4, 4.3))
     for number, evaluation in enumerate(evaluations):
         colour = COLOURS[number % len(COLOURS)]
-        eps = torch.linspace(0, evaluation.max_eps, 201, dtype=torch.float64)
-        certified = (evaluation.radius.double().unsqueeze(0) >= eps.unsqueeze(1)).double().mean(1)
-        certified[0] = (evaluation.radius > 0).double().mean()
+        radius = evaluation.radius.double().cpu().numpy()
+        eps = np.linspace(0, evaluation.max_eps, 201)
+        certified = (radius[None] >= eps[:, None]).mean(1)
+        certified[0] = (radius > 0).mean()
         radii = [0.0, *(row.eps for row in evaluation.curve)]
         survived = [1.0, *(row.survived for row in evaluation.curve)]
         axes.fill_between(eps, certified, np.interp(eps, radii, survived), color=colour, alpha=0.09, linewidth=0)
@@ -130,9 +130,9 @@ def _image_row(row: Sequence[Axes], evaluation: Evaluation, sample: Sample) -> N
     )
 
 
-def _image(values: Tensor) -> Tensor:
+def _image(values: Tensor) -> np.ndarray:
     """[C, H, W] → [H, W]: one channel as it is, several as their mean."""
-    return values.mean(0)
+    return values.mean(0).detach().cpu().numpy()
 
 
 def _plot_tables(evaluations: Sequence[Evaluation], index: int, shown: int = 10) -> tuple[Figure, Any]:

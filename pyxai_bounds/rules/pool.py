@@ -49,7 +49,7 @@ def max_pool2d_backward(
     must = (lower > _before(upper)) & (lower >= _after(upper))
     may = ~((upper <= _before(lower)) | (upper < _after(lower)))  # true for a NaN
     factor = between(must.to(lower.dtype), may.to(lower.dtype))
-    per_window = (windows.batch, windows.channels, 1, -1)
+    per_window = (windows.batch, windows.channels, 1, windows.count)
     if isinstance(grad, Interval):
         grad = Interval.of(grad.mid.reshape(per_window), grad.rad.reshape(per_window))
     else:
@@ -67,6 +67,7 @@ class _Windows:
         self.shape = x.shape
         self.batch, self.channels = (1, x.shape[0]) if x.dim() == 3 else x.shape[:2]
         self.kernel, self.stride, self.dilation = kernel, stride, dilation
+        self.count = out[0] * out[1]
         height, width = x.shape[-2:]
         # Exactly what the windows touch, which with ceil_mode is more than the padded image, or else less.
         self.extent = [(n - 1) * s + d * (k - 1) + 1 for n, s, d, k in zip(out, stride, dilation, kernel, strict=True)]
@@ -76,7 +77,7 @@ class _Windows:
     def unfold(self, x: Tensor) -> Tensor:
         padded = F.pad(x.reshape(self.batch, self.channels, *self.shape[-2:]), self.pad, value=float("-inf"))
         columns = F.unfold(padded, self.kernel, self.dilation, 0, self.stride)
-        return columns.reshape(self.batch, self.channels, self.kernel[0] * self.kernel[1], -1)
+        return columns.reshape(self.batch, self.channels, self.kernel[0] * self.kernel[1], self.count)
 
     def fold(self, columns: Tensor) -> Tensor:
         image = F.fold(columns.flatten(1, 2), self.extent, self.kernel, self.dilation, 0, self.stride)

@@ -1,0 +1,78 @@
+"""The attack stays in its box, never breaks what is certified, and finds what random search does not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import pyxai_bounds as xb
+from tests.networks import images, mlp, residual, sample
+
+X = images(12, shape=(6,))
+TARGET = torch.arange(12) % 4
+
+
+@pytest.mark.parametrize(
+    "property", [xb.TopK(2), xb.Sign(k=2), xb.L2(0.05), xb.Linf(0.02), xb.Cosine(0.95)], ids=str
+)
+def test_the_attack_stays_in_the_box_and_respects_certificates(property) -> None:
+    fn = xb.explain.gradient(mlp())
+    for eps in (0.02, 0.2):
+        found = xb.attack.pgd(fn, X, TARGET, eps=eps, property=property, clip=(0.0, 1.0), restarts=2)
+        box = xb.Interval.linf(X, eps, clip=(0.0, 1.0))
+        exact_lower, exact_upper = box.mid - box.rad, box.mid + box.rad
+        assert ((found.x >= exact_lower) & (found.x <= exact_upper)).all() and box.contains(found.x).all()
+        assert torch.allclose(found.attribution, fn(found.x, TARGET).detach())
+        certificate = xb.certify(fn, X, TARGET, eps=eps, property=property, clip=(0.0, 1.0))
+        assert not (certificate.holds & found.broken).any()
+        assert (found.margin >= certificate.margin - 1e-9).all()
+
+
+def test_the_attack_beats_random_search() -> None:
+    model = mlp((6, 40, 40, 4))
+    fn = xb.explain.gradient(model)
+    nominal = fn(X, TARGET).detach()
+    property = xb.Linf(0.0)
+    found = xb.attack.pgd(fn, X, TARGET, eps=0.2, property=property, steps=20, restarts=3)
+    box = xb.Interval.linf(X, 0.2)
+    best = torch.full((12,), torch.inf, dtype=torch.float64)
+    for seed in range(60):  # as many evaluations as the attack had
+        there = fn(sample(box, seed, corners=True), TARGET).detach()
+        best = best.minimum(property.margin(nominal, xb.Interval.of(there, torch.zeros_like(there))))
+    assert (found.margin < best).double().mean() > 0.5
+
+
+def test_a_constant_explanation_cannot_be_moved() -> None:
+    fn = xb.explain.gradient(nn.Linear(6, 4).double())
+    found = xb.attack.pgd(fn, X, TARGET, eps=1.0, property=xb.TopK(2))
+    assert not found.broken.any()
+
+
+def test_the_same_seed_gives_the_same_attack() -> None:
+    fn = xb.explain.gradient(residual())
+    args = {"eps": 0.01, "property": xb.TopK(3), "steps": 4}
+    one, two, other = (xb.attack.pgd(fn, images(2), torch.tensor([0, 1]), seed=s, **args) for s in (0, 0, 1))
+    assert torch.equal(one.x, two.x) and not torch.equal(one.x, other.x)
+
+
+def test_the_smooth_twin_approaches_the_network() -> None:
+    fn = xb.explain.gradient(residual())
+    x, y = images(2), torch.tensor([0, 1])
+    errors = [(xb.attack.smooth(fn, x, y, beta=beta)(x, y) - fn(x, y)).abs().max().item() for beta in (1e2, 1e4, 1e6)]
+    assert errors[2] < 1e-6 and errors[0] > errors[2]
+    x.requires_grad_()
+    (slope,) = torch.autograd.grad(xb.attack.smooth(fn, x, y, beta=10.0)(x, y).square().sum(), x)
+    assert slope.abs().max() > 0
+
+
+def test_leaky_relu_has_a_smooth_twin_too() -> None:
+    model = mlp()
+    model[1] = nn.LeakyReLU(0.1)
+    fn = xb.explain.gradient(model)
+    assert torch.allclose(xb.attack.smooth(fn, X, TARGET, beta=1e7)(X, TARGET), fn(X, TARGET), atol=1e-6)
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(ValueError, match="steps ≥ 1"):
+        xb.attack.pgd(xb.explain.gradient(mlp()), X, TARGET, eps=0.1, property=xb.TopK(2), steps=0)

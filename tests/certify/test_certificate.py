@@ -1,0 +1,103 @@
+"""certify and certified_radius: verdicts, padding, radii, and what must never be certified."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import pyxai_bounds as xb
+from tests.networks import images, mlp, residual
+
+X = images(7, shape=(6,))
+TARGET = torch.arange(7) % 4
+
+
+def test_a_linear_model_is_certified_at_any_radius() -> None:
+    certificate = xb.certify(xb.explain.gradient(nn.Linear(6, 4).double()), X, TARGET, eps=10.0, property=xb.TopK(2))
+    assert certificate.holds.all() and certificate.fraction == 1.0
+    assert certificate.rounding == "nearest"
+    assert "7 of 7" in repr(certificate)
+
+
+def test_pieces_and_padding_change_nothing() -> None:
+    fn = xb.explain.gradient(mlp())
+    whole = xb.certify(fn, X, TARGET, eps=0.05, property=xb.TopK(2))
+    pieces = xb.certify(fn, X, TARGET, eps=0.05, property=xb.TopK(2), batch_size=3)
+    assert torch.equal(whole.holds, pieces.holds)
+    assert torch.allclose(whole.margin, pieces.margin) and torch.allclose(whole.bounds.rad, pieces.bounds.rad)
+    assert torch.allclose(whole.nominal, pieces.nominal)
+    assert whole.holds.any() and not whole.holds.all()
+
+
+def test_verdicts_per_sample_radius_and_clip() -> None:
+    fn = xb.explain.gradient(mlp())
+    eps = torch.linspace(0, 0.3, 7, dtype=torch.float64).reshape(7, 1)
+    mixed = xb.certify(fn, X, TARGET, eps=eps, property=xb.TopK(2), clip=(0.0, 1.0))
+    for i in range(7):
+        one = xb.certify(fn, X[i : i + 1], TARGET[i : i + 1], eps=eps[i].item(), property=xb.TopK(2), clip=(0.0, 1.0))
+        assert one.holds[0] == mixed.holds[i]
+    assert mixed.holds[0]
+    clipped = xb.certify(fn, X, TARGET, eps=0.3, property=xb.TopK(2), clip=(0.0, 1.0))
+    free = xb.certify(fn, X, TARGET, eps=0.3, property=xb.TopK(2))
+    assert (clipped.bounds.rad <= free.bounds.rad + 1e-12).all()
+
+
+def test_empty_batch() -> None:
+    fn = xb.explain.gradient(mlp())
+    certificate = xb.certify(fn, X[:0], TARGET[:0], eps=0.1, property=xb.TopK(2))
+    assert certificate.holds.shape == (0,) and certificate.bounds.shape == (0, 6)
+    assert xb.certified_radius(fn, X[:0], TARGET[:0], property=xb.TopK(2), max_eps=0.1).shape == (0,)
+
+
+def test_certified_radius_brackets_the_verdict() -> None:
+    fn = xb.explain.gradient(mlp())
+    tol = 1e-4
+    radius = xb.certified_radius(fn, X, TARGET, property=xb.TopK(2), max_eps=0.5, tol=tol)
+    assert (radius > 0).any() and (radius < 0.5).any()
+    at = xb.certify(fn, X, TARGET, eps=radius[:, None], property=xb.TopK(2))
+    assert at.holds[radius > 0].all()
+    beyond = xb.certify(fn, X, TARGET, eps=(radius + 2 * tol)[:, None], property=xb.TopK(2))
+    assert not beyond.holds[radius < 0.5].any()
+    everywhere = xb.certified_radius(nn.Linear(6, 4).double(), X, property=xb.Sign(k=1), max_eps=0.0625, tol=1e-3)
+    assert (everywhere >= 0).all()
+    constant = xb.explain.gradient(nn.Linear(6, 4).double())
+    assert (xb.certified_radius(constant, X, TARGET, property=xb.TopK(2), max_eps=0.25) == 0.25).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["0.weight", "0.bias", "2.weight", "2.bias", "4.weight", "4.bias"])
+def test_a_model_with_a_nan_or_an_infinity_is_never_certified(name: str, value: float) -> None:
+    model = mlp()
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[1] = value
+    for property in (xb.TopK(2), xb.TopK(6), xb.Sign(k=1), xb.L2(1e9), xb.Cosine(-1.0)):
+        certificate = xb.certify(xb.explain.gradient(model), X, TARGET, eps=1e-3, property=property)
+        assert not certificate.holds.any(), property
+
+
+def test_a_nan_buffer_and_an_overflow_are_never_certified() -> None:
+    model = residual()
+    model.norm1.running_var[2] = float("nan")
+    x, y = images(2), torch.tensor([0, 1])
+    assert not xb.certify(xb.explain.gradient(model), x, y, eps=0.0, property=xb.TopK(500)).holds.any()
+    huge = mlp().float()
+    with torch.no_grad():
+        for parameter in huge.parameters():
+            parameter.mul_(1e20)
+    certificate = xb.certify(xb.explain.gradient(huge), X.float(), TARGET, eps=0.1, property=xb.L2(1e30))
+    assert not certificate.holds.any()
+
+
+def test_bad_arguments() -> None:
+    fn = xb.explain.gradient(mlp())
+    with pytest.raises(ValueError, match="x has 7 samples, but target has shape"):
+        xb.certify(fn, X, TARGET[:3], eps=0.1, property=xb.TopK(2))
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        xb.certify(fn, X, TARGET, eps=0.1, property=xb.TopK(2), batch_size=0)
+    with pytest.raises(ValueError, match="x lies outside clip"):
+        xb.certify(fn, X + 5, TARGET, eps=0.1, property=xb.TopK(2), clip=(0.0, 1.0))
+    with pytest.raises(NotImplementedError, match="sound=True"):
+        xb.certify(fn, X, TARGET, eps=0.1, property=xb.TopK(2), sound=True)
+    with pytest.raises(ValueError, match="max_eps"):
+        xb.certified_radius(fn, X, TARGET, property=xb.TopK(2), max_eps=0.0)

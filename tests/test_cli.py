@@ -1,0 +1,153 @@
+"""The command line: exit codes, messages of one line, JSON that is JSON, and what importing the package costs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pyxai_bounds import cli
+from pyxai_bounds.report import demo
+
+
+def call(capsys, *arguments: object) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of one command."""
+    try:
+        code = cli.main([str(argument) for argument in arguments])
+    except SystemExit as stop:  # tyro's own errors
+        code = stop.code
+    streams = capsys.readouterr()
+    return code, streams.out, streams.err
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    for model in ("linear", "fc-128"):
+        assert (
+            cli.main(["train", "--data", "wine", "--model", model, "--epochs", "8", "--out", str(folder / model)]) == 0
+        )
+    return folder
+
+
+def test_train_says_what_it_kept(capsys, tmp_path):
+    code, out, err = call(
+        capsys, "train", "--data", "wine", "--model", "linear", "--epochs", 3, "--out", tmp_path / "a"
+    )
+    assert code == 0 and err == "" and "accuracy" in out and "39 held-out samples" in out
+    recipe = json.loads((tmp_path / "a" / "run.json").read_text())["recipe"]
+    assert (recipe["data"], recipe["model"], recipe["epochs"]) == ("wine", "linear", 3)
+
+
+def test_certify_prints_text_or_json(capsys, runs):
+    code, out, err = call(capsys, "certify", runs / "fc-128", "--eps", 0.05, "--k", 3)
+    assert code == 0 and err == "" and "of 39 certified" in out and "rounding: " in out
+    code, out, err = call(capsys, "certify", runs / "fc-128", "--eps", 0.05, "--k", 3, "--json")
+    result = json.loads(out)
+    assert code == 0 and err == ""
+    assert (result["data"], result["eps"], result["k"], result["samples"]) == ("wine", 0.05, 3, 39)
+    assert result["certified"] == sum(result["holds"]) and len(result["margin"]) == 39
+
+
+def test_json_stays_json_where_every_feature_is_on_top(capsys, runs):
+    code, out, _ = call(capsys, "certify", runs / "linear", "--k", 13, "--json")
+    assert code == 0 and json.loads(out, parse_constant=pytest.fail)["margin"] == [None] * 39
+
+
+def test_report_compares_runs(capsys, runs, tmp_path):
+    page = tmp_path / "page.html"
+    code, out, err = call(capsys, "report", runs / "linear", runs / "fc-128", "--eps", 0.1, "--out", page)
+    assert code == 0 and err == "" and str(page) in out
+    assert "fc-128" in page.read_text(encoding="utf-8")
+
+
+def test_info(capsys):
+    code, out, _ = call(capsys, "info")
+    assert code == 0
+    for word in ("pyxai_bounds", "torch", "cpu", "backend reference", "backend native", "digits-parity", "cnn7"):
+        assert word in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--out", "OUT", "--data", "mnist"], "no data set 'mnist'; choose one of digits"),
+        (["train", "--out", "OUT", "--model", "resnet"], "no model 'resnet'; choose one of linear"),
+        (["train", "--out", "OUT", "--data", "wine", "--model", "cnn7"], "cnn7 takes images"),
+        (["train", "--out", "OUT", "--model", "no_such_module:f"], "cannot be imported"),
+        (["train", "--out", "OUT", "--epochs", "0"], "epochs=0"),
+        (["certify", "OUT"], "is not a run"),
+        (["certify", "RUN", "--eps", "-1"], "eps must be finite and ≥ 0"),
+        (["certify", "RUN", "--k", "0"], "k must be at least 1"),
+        (["report"], "at least one run"),
+        (["report", "RUN", "--eps", "0"], "all of them positive"),
+        (["demo", "--seeds", "0"], "at least one seed"),
+    ],
+)
+def test_a_user_error_is_one_line_and_exit_code_2(capsys, runs, tmp_path, arguments, message):
+    places = {"OUT": tmp_path / "out", "RUN": runs / "fc-128"}
+    code, out, err = call(capsys, *(places.get(a, a) for a in arguments))
+    assert code == 2 and out == ""
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["fly"], ["train"], ["certify", "x", "--k", "many"], ["train", "--out", "x", "--objective", "y"]]
+)
+def test_a_command_that_cannot_be_read_exits_with_2(capsys, arguments):
+    code, _, err = call(capsys, *arguments)
+    assert code == 2 and "Traceback" not in err and err
+
+
+def test_the_demo_writes_a_page_a_table_and_runs(capsys, tmp_path, monkeypatch):
+    recipes = {
+        "linear": demo.Recipe(model="linear", objective="natural", epochs=3),
+        "fc-128, REC": demo.Recipe(model="fc-128", epochs=2, natural_epochs=1),
+    }
+    monkeypatch.setattr(demo, "RECIPES", recipes)
+    code, out, err = call(capsys, "demo", "--out", tmp_path, "--seeds", 2, "--seed", 4)
+    assert code == 0 and err == ""
+    assert "fc-128, REC" in out and "±" in out and "survived" in out
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "linear", "fc-128-rec", "seed-5", "report.html", "results.json", "overview.png",
+    }  # fmt: skip
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [(r["seed"], r["label"]) for r in results] == [(s, name) for s in (4, 5) for name in recipes]
+    assert all(row["certified"] <= row["survived"] for r in results for row in r["at"] + r["curve"])
+    assert call(capsys, "certify", tmp_path / "fc-128-rec")[0] == 0
+
+
+def test_importing_the_package_is_cheap():
+    heavy = ("tyro", "rich", "matplotlib", "sklearn", "safetensors")
+    code = "import pyxai_bounds, pyxai_bounds.train, pyxai_bounds.report, sys; "
+    code += f"print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(cli.__file__).parents[1]
+    )
+    assert done.returncode == 0 and done.stdout.strip() == "[]", done.stderr
+
+
+def test_without_tyro_the_error_names_the_extra(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "_missing", "tyro")
+    code, _, err = call(capsys, "info")
+    assert code == 2 and "pip install 'pyxai-bounds[cli]'" in err
+
+
+def test_without_matplotlib_the_demo_stops_before_it_trains(capsys, monkeypatch, tmp_path):
+    for module in [
+        name
+        for name in sys.modules
+        if name.startswith(("matplotlib", "pyxai_bounds.report.html", "pyxai_bounds.report.plots"))
+    ]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.delattr("pyxai_bounds.report.html", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, _, err = call(capsys, "demo", "--out", tmp_path / "demo")
+    assert code == 2 and "pip install 'pyxai-bounds[report]'" in err and not (tmp_path / "demo").exists()
+
+
+def test_python_dash_m_is_the_same_command():
+    done = subprocess.run([sys.executable, "-m", "pyxai_bounds", "certify", "/nowhere"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: /nowhere is not a run")

@@ -1,0 +1,81 @@
+"""The explanations against their definitions, and their bounds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from captum.attr import IntegratedGradients
+
+import pyxai_bounds as xb
+from tests.networks import assert_encloses_samples, assert_exact_at_zero_radius, images, mlp, residual
+
+TARGET = torch.tensor([1, 3])
+X = images(2, shape=(6,))
+
+
+def test_gradients_of_logit_probability_and_loss() -> None:
+    model = mlp()
+    x = X.clone().requires_grad_()
+    logits = model(x)
+    scores = {
+        "logit": logits[range(2), TARGET],
+        "probability": logits.softmax(1)[range(2), TARGET],
+        "loss": torch.nn.functional.cross_entropy(logits, TARGET, reduction="none"),
+    }
+    for of, score in scores.items():
+        expected = torch.autograd.grad(score.sum(), x, retain_graph=True)[0]
+        assert torch.allclose(xb.explain.gradient(model, of=of)(X, TARGET), expected)
+        assert torch.allclose(xb.explain.gradient_x_input(model, of=of)(X, TARGET), X * expected)
+
+
+def test_integrated_gradients() -> None:
+    model = mlp()
+    ours = xb.explain.integrated_gradients(model, steps=7, baseline=0.2)(X, TARGET)
+    theirs = IntegratedGradients(model).attribute(
+        X.clone().requires_grad_(), torch.full_like(X, 0.2), target=TARGET, n_steps=7, method="riemann_right"
+    )
+    assert torch.allclose(ours, theirs)
+    # Completeness: with many steps the attributions add up to the difference of the logits.
+    many = xb.explain.integrated_gradients(model, steps=4000)(X, TARGET)
+    difference = model(X)[range(2), TARGET] - model(torch.zeros_like(X))[range(2), TARGET]
+    assert torch.allclose(many.sum(1), difference, atol=2e-3)
+
+
+def test_smoothgrad_is_the_mean_over_the_noise() -> None:
+    model = mlp()
+    noise = 0.1 * torch.randn(5, *X.shape, generator=torch.Generator().manual_seed(0), dtype=X.dtype)
+    expected = torch.stack([xb.explain.gradient(model)(X + n, TARGET) for n in noise]).mean(0)
+    assert torch.allclose(xb.explain.smoothgrad(model)(X, TARGET, noise), expected)
+    with pytest.raises(ValueError, match=r"noise must have shape .*\[S, 2, 6\]"):
+        xb.explain.smoothgrad(model)(X, TARGET, noise[:, :1])
+
+
+@pytest.mark.parametrize("of", ["logit", "probability", "loss"])
+def test_bounds_of_every_explanation(of: str) -> None:
+    model = residual()
+    box = xb.Interval.linf(images(2), 2e-3)
+    noise = 0.05 * torch.randn(3, *box.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for explanation, extra in (
+        (xb.explain.gradient(model, of=of), ()),
+        (xb.explain.gradient_x_input(model, of=of), ()),
+        (xb.explain.integrated_gradients(model, of=of, steps=3), ()),
+        (xb.explain.smoothgrad(model, of=of), (noise,)),
+    ):
+        assert_encloses_samples(explanation, box, TARGET, *extra, samples=10)
+        assert_exact_at_zero_radius(explanation, box.mid, TARGET, *extra)
+
+
+def test_an_explanation_is_differentiable_where_gradients_are_enabled() -> None:
+    model = mlp((6, 9, 4))
+    model[1] = torch.nn.Tanh()
+    x = X.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: xb.explain.gradient(model)(x, TARGET), (x,))
+    with torch.no_grad():
+        assert not xb.explain.gradient(model)(X, TARGET).requires_grad
+
+
+def test_bad_options() -> None:
+    with pytest.raises(ValueError, match="choose 'logit', 'probability' or 'loss'"):
+        xb.explain.gradient(mlp(), of="odds")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="at least one step"):
+        xb.explain.integrated_gradients(mlp(), steps=0)

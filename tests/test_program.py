@@ -1,0 +1,251 @@
+"""bound(): structures, errors, modes and caches of the compiled program."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import pyxai_bounds as xb
+from pyxai_bounds import fuse, ops, program
+from tests.networks import assert_encloses, assert_encloses_samples, images, mlp, residual
+
+TARGET = torch.tensor([1, 3])
+VECTORS = images(2, shape=(6,))
+
+
+def test_outputs_of_a_network() -> None:
+    model = residual()
+    assert_encloses_samples(model, xb.Interval.linf(images(2), 0.01))
+
+
+def test_tensors_and_sets_mix_and_points_stay_points() -> None:
+    model = mlp()
+    bounded = xb.bound(lambda x, scale: model(x) * scale)
+    box = xb.Interval.linf(VECTORS, 0.1)
+    scale = torch.rand(4, dtype=torch.float64)
+    one = bounded(box, scale)
+    both = bounded(box, xb.Interval.linf(scale, 0.1))
+    assert (both.rad > one.rad).all()
+    assert bounded(VECTORS, scale).rad.max() == 0
+    assert torch.allclose(bounded(VECTORS, scale).mid, model(VECTORS) * scale)
+
+
+def test_keyword_arguments_and_structures() -> None:
+    def fn(pair: tuple[Tensor, Tensor], *, shift: Tensor, power: int = 1) -> dict[str, Tensor]:
+        return {"sum": pair[0] + pair[1] + shift, "power": pair[0] ** power}
+
+    box = xb.Interval.linf(VECTORS, 0.1)
+    out = xb.bound(fn)((box, VECTORS), shift=VECTORS, power=2)
+    assert torch.allclose(out["sum"].rad, torch.full_like(VECTORS, 0.1))
+    assert_encloses(out["power"], VECTORS**2)
+
+
+def test_a_linear_model_has_a_constant_explanation_without_width() -> None:
+    layer = nn.Linear(6, 4).double()
+    bounds = xb.bound(xb.explain.gradient(layer))(xb.Interval.linf(VECTORS, 0.5), TARGET)
+    assert bounds.rad.max() == 0
+    assert torch.equal(bounds.mid, layer.weight[TARGET])
+
+
+def test_every_unsupported_operator_is_listed_with_its_line() -> None:
+    model = mlp()
+
+    def fn(x: Tensor) -> Tensor:
+        y = torch.lgamma(model(x))
+        z = y.cumprod(1)
+        return torch.special.i0(z) + y
+
+    with pytest.raises(xb.UnsupportedOperatorError) as caught:
+        xb.bound(fn)(xb.Interval.linf(VECTORS, 0.1))
+    message = str(caught.value)
+    for name, line in (("lgamma", "torch.lgamma(model(x))"), ("cumprod", "y.cumprod(1)"), ("i0", "torch.special.i0(z)")):
+        assert name in message and line in message
+    assert "test_program.py" in message
+    assert len(caught.value.operators) == 3
+
+
+def test_unsupported_operators_on_points_are_fine() -> None:
+    bounds = xb.bound(lambda x, y: x * torch.lgamma(y))(xb.Interval.linf(VECTORS, 0.1), VECTORS + 1)
+    assert bounds.rad.max() > 0
+
+
+def test_an_operator_of_the_backward_pass_names_the_forward_line() -> None:
+    def fn(x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        y = torch.special.erfcx(x).sum()
+        return torch.autograd.grad(y, x)[0]
+
+    with pytest.raises(xb.UnsupportedOperatorError, match=r"erfcx\(x\)\.sum\(\)"):
+        xb.bound(fn)(xb.Interval.linf(VECTORS, 0.1))
+
+
+def test_what_does_not_exist_yet_says_so() -> None:
+    with pytest.raises(NotImplementedError, match="sound=True"):
+        xb.bound(mlp(), sound=True)
+    with pytest.raises(NotImplementedError, match="parameters"):
+        xb.bound(mlp(), parameters={"relative": 0.01})
+    with pytest.raises(TypeError, match="module or a function, got int"):
+        xb.bound(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("target", "error", "message"),
+    [
+        (torch.tensor([1, 4]), ValueError, r"target\[1\] = 4 is out of range.*0 … 3"),
+        (torch.tensor([-1, 2]), ValueError, r"target\[0\] = -1 is out of range"),
+        (torch.tensor([1, 2, 3]), ValueError, r"target has shape \[3\], but the batch has 2 samples"),
+        (torch.tensor([[1], [2]]), ValueError, r"target has shape \[2, 1\]"),
+        (torch.tensor([1.0, 2.0]), TypeError, "must be an integer tensor"),
+        ([1, 2], TypeError, "must be an integer tensor"),
+        (None, ValueError, "pass a target"),
+    ],
+)
+def test_wrong_targets(target, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        xb.bound(xb.explain.gradient(mlp()))(xb.Interval.linf(VECTORS, 0.1), target)
+
+
+def test_wrong_device_and_dtype() -> None:
+    model = mlp()
+    with pytest.raises(ValueError, match="different devices, cpu and meta"):
+        xb.bound(lambda x, y: model(x) + y)(xb.Interval.point(VECTORS), torch.ones(2, 4, device="meta"))
+    with pytest.raises(RuntimeError, match="dtype"):
+        xb.bound(model)(xb.Interval.point(VECTORS.float()))
+
+
+def test_empty_batch() -> None:
+    for model, x in ((mlp(), VECTORS[:0]), (residual(), images(2)[:0])):
+        bounds = xb.bound(xb.explain.gradient(model))(xb.Interval.linf(x, 0.1), TARGET[:0])
+        assert bounds.shape == x.shape
+
+
+def test_one_output_needs_no_target() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 1)).double()
+    bounds = xb.bound(xb.explain.gradient(model))(xb.Interval.linf(VECTORS, 0.2))
+    assert_encloses(bounds, xb.explain.gradient(model)(VECTORS).detach())
+
+
+def test_bounds_are_differentiable_in_the_box() -> None:
+    model = mlp()
+    x = VECTORS.clone().requires_grad_()
+    eps = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+
+    def widths(x: Tensor, eps: Tensor) -> Tensor:
+        return xb.bound(model)(xb.Interval.linf(x, eps)).width.sum() + xb.bound(model)(xb.Interval.linf(x, eps)).mid.sum()
+
+    assert torch.autograd.gradcheck(widths, (x, eps))
+
+
+def test_gradient_marks_change_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dead-gradient marking against the same program with autograd everywhere."""
+    for of in ("logit", "probability", "loss"):
+        results = []
+        for mark in (True, False):
+            model = residual()
+            with monkeypatch.context() as patch:
+                if not mark:
+                    patch.setattr(fuse, "mark_dead_gradients", lambda graph: None)
+                bounds = xb.bound(xb.explain.gradient(model, of=of))(xb.Interval.linf(images(2), 0.01), TARGET)
+            (bounds.width.square().sum() + bounds.mid.sum()).backward()
+            results.append({name: p.grad for name, p in model.named_parameters()})
+        for name, grad in results[0].items():
+            other = results[1][name]
+            zero = torch.zeros_like(model.get_parameter(name))
+            assert torch.allclose(zero if grad is None else grad, zero if other is None else other, rtol=1e-12), name
+
+
+def test_the_forward_pass_of_a_logit_gradient_runs_without_autograd() -> None:
+    model = residual()
+    bounds = xb.bound(xb.explain.gradient(model))(xb.Interval.linf(images(2), 0.01), TARGET)
+    names = set()
+    pending = [bounds.rad.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in names:
+            names.add(node)
+            pending += [parent for parent, _ in node.next_functions]
+    kinds = {type(node).__name__ for node in names}
+    assert any("interval_conv2d_backward" in kind for kind in kinds)
+    assert not any("interval_conv2d_default" in kind or "interval_relu_default" in kind for kind in kinds)
+
+
+def test_fusion_leaves_no_separate_stage() -> None:
+    """In a plain convnet with batch norm every ReLU and ReLU′ is part of an affine operator, and no norm is left."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(),
+        nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 4),
+    ).double().eval()  # fmt: skip
+    graph = xb.bound(xb.explain.gradient(model)).graph(xb.Interval.linf(images(2), 0.01), TARGET)
+    targets = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+    for fused in (ops.interval_relu, ops.interval_scale_shift):
+        assert fused not in targets
+    assert targets.count(ops.interval_conv2d) == 2 and targets.count(ops.interval_linear) == 1
+    assert targets.count(ops.interval_conv2d_backward) == 2 and targets.count(ops.interval_linear_backward) == 1
+    # The last hidden layer's ReLU′ meets a point, so its one stage stands alone.
+    assert targets.count(ops.interval_relu_backward) <= 1
+
+
+def test_grad_mode_is_restored_after_an_error() -> None:
+    model = mlp()
+    bounded = xb.bound(xb.explain.gradient(model))
+    box = xb.Interval.linf(VECTORS, 0.1)
+    bounded(box, TARGET)
+    with pytest.raises(ValueError, match="out of range"):
+        bounded(box, TARGET + 3)
+    assert torch.is_grad_enabled()
+    with torch.no_grad():
+        bounded(box, TARGET)
+        assert not torch.is_grad_enabled()
+
+
+def test_a_program_compiles_whole() -> None:
+    """What runs is a flat graph of tensors, which torch.compile takes without a break."""
+    model = mlp()
+    box = xb.Interval.linf(VECTORS, 0.1)
+    graph = xb.bound(xb.explain.gradient(model)).graph(box, TARGET)
+    compiled = torch.compile(graph, fullgraph=True, backend="aot_eager")
+    expected = graph(box.mid, box.rad, TARGET)
+    for ours, theirs in zip(compiled(box.mid, box.rad, TARGET), expected, strict=True):
+        assert torch.allclose(ours, theirs)
+
+
+def test_bounds_grow_with_eps_and_sub_boxes_lie_inside() -> None:
+    model = residual()
+    bounded = xb.bound(xb.explain.gradient(model))
+    small, large = (bounded(xb.Interval.linf(images(2), eps), TARGET).detach() for eps in (0.002, 0.01))
+    assert (small.lower >= large.lower - 1e-12).all() and (small.upper <= large.upper + 1e-12).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    model = mlp()
+    exact = xb.bound(xb.explain.gradient(model))(xb.Interval.linf(VECTORS, 0.1), TARGET)
+    rough = xb.bound(xb.explain.gradient(model.to(dtype)))(xb.Interval.linf(VECTORS.to(dtype), 0.1), TARGET)
+    assert rough.dtype is dtype
+    tolerance = 40 * torch.finfo(dtype).eps * exact.mid.abs().max()
+    # A state may flip where a pre-activation's bound is next to 0: most entries agree, and none is wild.
+    agree = (rough.rad.double() - exact.rad).abs() <= tolerance
+    assert agree.double().mean() > 0.8
+
+
+def test_program_cache_ignores_values_but_not_kinds() -> None:
+    model = mlp()
+    bounded = xb.bound(model)
+    bounded(xb.Interval.linf(VECTORS, 0.1))
+    bounded(xb.Interval.linf(VECTORS * 2, 0.3))
+    bounded(VECTORS)
+    (captured,) = program._captures_of(model).values()
+    assert len(captured.derived) == 2
+
+
+def test_softmax_attention_of_sets() -> None:
+    """Products of two sets: a small attention layer with an input box."""
+
+    def attention(x: Tensor) -> Tensor:
+        weights = F.softmax(x @ x.transpose(1, 2) / 2, dim=-1)
+        return weights @ x
+
+    assert_encloses_samples(attention, xb.Interval.linf(images(2, shape=(3, 4)), 0.05))
