@@ -1,6 +1,6 @@
 """pyxai_bounds: guaranteed bounds on anything that PyTorch computes, explanations above all."""
 
-from pyxai_bounds import attack, explain
+from pyxai_bounds import attack, data, explain, train
 from pyxai_bounds.certify import (
     L1,
     L2,
@@ -17,6 +17,7 @@ from pyxai_bounds.errors import CaptureError, UnsupportedOperatorError
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.ops import backend
 from pyxai_bounds.program import bound
+from pyxai_bounds.train import load
 
 __all__ = [
     "L1",
@@ -35,6 +36,9 @@ __all__ = [
     "bound",
     "certified_radius",
     "certify",
+    "data",
     "explain",
+    "load",
+    "train",
 ]
 __version__ = "0.1.0"

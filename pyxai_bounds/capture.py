@@ -117,9 +117,7 @@ def capture(fn: Callable, spec: pytree.TreeSpec, leaves: list[Any], *, specialis
     numbers, dropout or batch statistics in training mode.
     """
     tensor_positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    constants = {
-        i: leaves[i].detach().clone() for i in tensor_positions if specialise and is_one_integer(leaves[i])
-    }
+    constants = {i: leaves[i].detach().clone() for i in tensor_positions if specialise and is_one_integer(leaves[i])}
     out_spec: pytree.TreeSpec | None = None
     overwritten: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -301,7 +299,7 @@ def _watched_modules(fn: Callable) -> Iterator[ModuleWatch]:
 
 
 def _modules_in_reach(fn: Any, depth: int = 4) -> list[nn.Module]:
-    """The modules that a function refers to: itself, its closure, the globals it names, the attributes of its object."""
+    """The modules that a function refers to: itself, its closure, the globals it names, its object's attributes."""
     if isinstance(fn, nn.Module):
         return list(fn.modules())
     if depth == 0 or isinstance(fn, (Tensor, type, types.ModuleType, str)):
@@ -402,7 +400,7 @@ def _same_kind(node: fx.Node) -> bool:
 
 
 def _is_plain_copy(node: fx.Node) -> bool:
-    """``copy`` keeps the first argument's shape and dtype; it has no derivative, and needs none if they are the same."""
+    """``copy`` keeps the first argument's shape and dtype; it has no derivative, so it goes where they are equal."""
     source, result = node.args[1].meta["val"], node.meta["val"]  # type: ignore[union-attr]
     return source.shape == result.shape and source.dtype == result.dtype and source.device == result.device
 

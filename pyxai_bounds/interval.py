@@ -144,7 +144,9 @@ class Interval:
             return Interval.of(mid, rad)
         # Both numbers were rounded; each is off by at most one step towards its neighbour.
         inf = torch.full_like(mid, torch.inf)
-        moved = torch.where(mid.to(self.dtype) == self.mid.to(mid.device), 0, torch.nextafter(mid.abs(), inf) - mid.abs())
+        moved = torch.where(
+            mid.to(self.dtype) == self.mid.to(mid.device), 0, torch.nextafter(mid.abs(), inf) - mid.abs()
+        )
         rad = torch.where(rad.to(self.dtype) < self.rad.to(mid.device), torch.nextafter(rad, inf), rad)
         return Interval.of(mid, rounding.add_up(rad, moved))
 

@@ -159,9 +159,7 @@ class Program:
         finally:
             torch._C._set_grad_enabled(enabled)
         values = iter(flat)
-        results = [
-            Interval.of(next(values), next(values)) if result is _SET else result for result in self.results
-        ]
+        results = [Interval.of(next(values), next(values)) if result is _SET else result for result in self.results]
         return pytree.tree_unflatten(results, self.captured.out_spec)
 
     def _without_grad(self, tensors: list[Tensor]) -> Any:

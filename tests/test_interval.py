@@ -133,7 +133,11 @@ def test_bad_input_says_what_where_and_how_to_mend_it() -> None:
     wrong = torch.zeros(2, 3)
     wrong[0, 1] = 5.0
     raises(ValueError, r"lower > upper at 1 of 6 elements, first at index \(0, 1\)", lambda: xb.Interval(wrong, one))
-    raises(ValueError, r"upper is NaN or infinite at 1 of 6 elements, first at index \(1, 2\)", lambda: xb.Interval(zero, nan))
+    raises(
+        ValueError,
+        r"upper is NaN or infinite at 1 of 6 elements, first at index \(1, 2\)",
+        lambda: xb.Interval(zero, nan),
+    )
     raises(ValueError, "lower is NaN or infinite", lambda: xb.Interval(zero - float("inf"), one))
     raises(ValueError, "different shapes", lambda: xb.Interval(zero, torch.ones(3)))
     raises(ValueError, "different dtypes", lambda: xb.Interval(zero, one.double()))
@@ -144,7 +148,9 @@ def test_bad_input_says_what_where_and_how_to_mend_it() -> None:
     raises(ValueError, "eps must be finite", lambda: xb.Interval.linf(zero, float("nan")))
     raises(ValueError, "eps must be finite", lambda: xb.Interval.linf(zero, float("inf")))
     raises(ValueError, "1 of 2 entries", lambda: xb.Interval.linf(zero, torch.tensor([[0.1], [-0.1]])))
-    raises(ValueError, r"does not broadcast.*\[B, 1, \.\.\.\]", lambda: xb.Interval.linf(zero, torch.tensor([0.1, 0.1])))
+    raises(
+        ValueError, r"does not broadcast.*\[B, 1, \.\.\.\]", lambda: xb.Interval.linf(zero, torch.tensor([0.1, 0.1]))
+    )
     raises(ValueError, "x is NaN|x is infinite|NaN or infinite", lambda: xb.Interval.linf(nan, 0.1))
     raises(ValueError, r"x lies outside clip=\(0.0, 1.0\) at 1 elements, first at index \(0, 1\): 5.0",
            lambda: xb.Interval.linf(wrong, 0.1, clip=(0, 1)))  # fmt: skip

@@ -60,7 +60,11 @@ def test_every_unsupported_operator_is_listed_with_its_line() -> None:
     with pytest.raises(xb.UnsupportedOperatorError) as caught:
         xb.bound(fn)(xb.Interval.linf(VECTORS, 0.1))
     message = str(caught.value)
-    for name, line in (("lgamma", "torch.lgamma(model(x))"), ("cumprod", "y.cumprod(1)"), ("i0", "torch.special.i0(z)")):
+    for name, line in (
+        ("lgamma", "torch.lgamma(model(x))"),
+        ("cumprod", "y.cumprod(1)"),
+        ("i0", "torch.special.i0(z)"),
+    ):
         assert name in message and line in message
     assert "test_program.py" in message
     assert len(caught.value.operators) == 3
@@ -133,7 +137,9 @@ def test_bounds_are_differentiable_in_the_box() -> None:
     eps = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
 
     def widths(x: Tensor, eps: Tensor) -> Tensor:
-        return xb.bound(model)(xb.Interval.linf(x, eps)).width.sum() + xb.bound(model)(xb.Interval.linf(x, eps)).mid.sum()
+        return (
+            xb.bound(model)(xb.Interval.linf(x, eps)).width.sum() + xb.bound(model)(xb.Interval.linf(x, eps)).mid.sum()
+        )
 
     assert torch.autograd.gradcheck(widths, (x, eps))
 

@@ -40,9 +40,9 @@ def pgd(
 ) -> Attack:
     """Search each sample's box for an input whose explanation breaks ``property``.
 
-    Sign steps descend the margin of the smooth twin of ``fn`` (see :mod:`surrogate`), from a random start; every point on
-    the way is judged by ``fn`` itself and the worst is kept. The arguments are those of :func:`certify`; a property
-    that is certified is never broken here, which makes the two a test of each other.
+    Sign steps descend the margin of the smooth twin of ``fn`` (see :mod:`surrogate`), from a random start; every
+    point on the way is judged by ``fn`` itself and the worst is kept. The arguments are those of :func:`certify`; a
+    property that is certified is never broken here, which makes the two a test of each other.
     Source: Ghorbani et al., "Interpretation of neural networks is fragile", AAAI 2019, with random restarts.
     """
     if steps < 1 or restarts < 1:

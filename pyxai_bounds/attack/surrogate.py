@@ -1,7 +1,7 @@
 """A smooth twin of a captured program: ReLU becomes softplus, on the way forward and on the way back.
 
 The gradient explanation of a ReLU network is piecewise constant in the input, so its own gradient is zero almost
-everywhere and says nothing about where to go. Only attacks use the twin; what they find is judged by the program itself.
+everywhere and says nothing about where to go. Only attacks use the twin; what they find is judged by the program.
 """
 
 from __future__ import annotations

@@ -116,7 +116,9 @@ class _Check:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         if target is not None and target.shape[:1] != x.shape[:1]:
-            raise ValueError(f"x has {len(x)} samples, but target has shape {list(target.shape)}; it must be [{len(x)}].")
+            raise ValueError(
+                f"x has {len(x)} samples, but target has shape {list(target.shape)}; it must be [{len(x)}]."
+            )
         self.fn, self.x, self.target, self.clip, self.property = fn, x.detach(), target, clip, property
         self.bounded: BoundFunction = bound(fn, sound=bool(sound), parameters=parameters)
         self.size = min(batch_size, max(len(x), 1))

@@ -144,11 +144,15 @@ def conv2d_input(
     groups: int,
 ) -> Tensor:
     """The backward-data pass of a two-dimensional convolution, at one tensor."""
-    shape_only = grad.new_empty(1).expand(list(input_size))
-    mask = [True, False, False]
-    return aten.convolution_backward(
-        grad, shape_only, weight, None, stride, padding, dilation, False, [0, 0], groups, mask
-    )[0]
+    # The transposed convolution, not aten.convolution_backward: that one first copies an input of which it needs the
+    # shape alone, and channels-last takes 1.5 times as long (2 cores, four 64-channel layers at 32², float32).
+    leftover = [
+        size - ((out - 1) * s - 2 * p + d * (k - 1) + 1)
+        for size, out, s, p, d, k in zip(
+            input_size[2:], grad.shape[2:], stride, padding, dilation, weight.shape[2:], strict=True
+        )
+    ]
+    return torch.conv_transpose2d(grad, weight, None, stride, padding, leftover, groups, dilation)
 
 
 def conv2d_weight(

@@ -127,13 +127,13 @@ def elu(x: Interval, alpha: float = 1, scale: float = 1, input_scale: float = 1)
 
 
 @rule(aten.elu_backward.default)
-def elu_backward(
-    grad: Value, alpha: float, scale: float, input_scale: float, is_result: bool, x: Value
-) -> Interval:
+def elu_backward(grad: Value, alpha: float, scale: float, input_scale: float, is_result: bool, x: Value) -> Interval:
     """φ′ jumps at 0 from scale·alpha·input_scale to scale; with ``is_result`` it is read off φ, scale·α + y below 0."""
 
     def slope(t: Tensor) -> Tensor:
-        below = (t + alpha * scale) * input_scale if is_result else alpha * scale * input_scale * torch.exp(t * input_scale)
+        below = (
+            (t + alpha * scale) * input_scale if is_result else alpha * scale * input_scale * torch.exp(t * input_scale)
+        )
         return torch.where(t > 0, scale, below)
 
     return _times_slope(grad, x, slope, [(0.0, alpha * scale * input_scale), (0.0, scale)])
@@ -170,7 +170,9 @@ _GELU_MINIMUM = _root(_gelu_slope_value, -1.0, -0.5)
 _GELU_LEAST = 0.5 * _GELU_MINIMUM * (1 + math.erf(_GELU_MINIMUM / _SQRT2))
 _GELU_TANH_MINIMUM = _root(_gelu_tanh_slope_value, -1.0, -0.5)
 _GELU_TANH_LEAST = (
-    0.5 * _GELU_TANH_MINIMUM * (1 + math.tanh(_SQRT_2_OVER_PI * (_GELU_TANH_MINIMUM + 0.044715 * _GELU_TANH_MINIMUM**3)))
+    0.5
+    * _GELU_TANH_MINIMUM
+    * (1 + math.tanh(_SQRT_2_OVER_PI * (_GELU_TANH_MINIMUM + 0.044715 * _GELU_TANH_MINIMUM**3)))
 )
 _GELU_TANH_BEND = _root(_gelu_tanh_curvature, 1.0, 2.0)
 

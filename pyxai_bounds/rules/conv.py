@@ -27,8 +27,9 @@ def convolution(
     groups: int,
 ) -> Interval:
     if _is_fused(x, weight, transposed) and not isinstance(bias, Interval):
+        x = _in_fast_order(x)  # type: ignore[arg-type]
         args = (*(_pair(a) for a in (stride, padding, dilation)), groups)
-        mid, rad, _ = ops.interval_conv2d(x.mid, x.rad, weight, bias, *args, False)  # type: ignore[union-attr]
+        mid, rad, _ = ops.interval_conv2d(x.mid, x.rad, weight, bias, *args, False)  # type: ignore[arg-type]
         return Interval.of(mid, rad)
 
     def product(a: Tensor, b: Tensor) -> Tensor:
@@ -83,7 +84,9 @@ def convolution_backward(
         results[1] = _product(weight_grad, grad, x)
     if output_mask[2]:
         over = [0, *range(2, len(grad.shape))]
-        results[2] = Interval.of(grad.mid.sum(over), grad.rad.sum(over)) if isinstance(grad, Interval) else grad.sum(over)
+        results[2] = (
+            Interval.of(grad.mid.sum(over), grad.rad.sum(over)) if isinstance(grad, Interval) else grad.sum(over)
+        )
     return results
 
 
@@ -107,6 +110,13 @@ def _product(product: Any, a: Value, b: Value) -> Value:
 
 def _is_fused(x: Value, weight: Value, transposed: bool) -> bool:
     return isinstance(x, Interval) and isinstance(weight, Tensor) and weight.dim() == 4 and not transposed
+
+
+def _in_fast_order(x: Interval) -> Interval:
+    """Channels-last where oneDNN runs it about twice as fast; every stage after keeps the order it is given."""
+    if x.device.type == "cpu" and x.dtype is torch.float32 and x.shape[1] > 1:
+        return Interval.of(*(part.contiguous(memory_format=torch.channels_last) for part in (x.mid, x.rad)))
+    return x
 
 
 def _pair(values: list[int]) -> list[int]:

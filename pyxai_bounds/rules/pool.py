@@ -101,6 +101,4 @@ def _pair(values: list[int]) -> list[int]:
 
 
 positive_linear(aten.avg_pool2d.default, aten._adaptive_avg_pool2d.default)
-positive_linear(
-    aten.avg_pool2d_backward.default, aten._adaptive_avg_pool2d_backward.default, shape_only=("self",)
-)
+positive_linear(aten.avg_pool2d_backward.default, aten._adaptive_avg_pool2d_backward.default, shape_only=("self",))

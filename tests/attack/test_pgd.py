@@ -13,9 +13,7 @@ X = images(12, shape=(6,))
 TARGET = torch.arange(12) % 4
 
 
-@pytest.mark.parametrize(
-    "property", [xb.TopK(2), xb.Sign(k=2), xb.L2(0.05), xb.Linf(0.02), xb.Cosine(0.95)], ids=str
-)
+@pytest.mark.parametrize("property", [xb.TopK(2), xb.Sign(k=2), xb.L2(0.05), xb.Linf(0.02), xb.Cosine(0.95)], ids=str)
 def test_the_attack_stays_in_the_box_and_respects_certificates(property) -> None:
     fn = xb.explain.gradient(mlp())
     for eps in (0.02, 0.2):
