@@ -374,7 +374,7 @@ _CONSTANT_LIKE = {
 
 def _make_constant(graph: fx.Graph, node: fx.Node) -> None:
     """The shape is known, so the constant need not keep alive the value it was shaped after."""
-    fill = _CONSTANT_LIKE[node.target.name()]  # type: ignore[union-attr]
+    fill: Any = _CONSTANT_LIKE[node.target.name()]  # type: ignore[union-attr]
     if fill is None:
         fill = node.args[2 if "new" in str(node.target) else 1]
     value = node.meta["val"]

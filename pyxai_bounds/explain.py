@@ -87,7 +87,7 @@ class IntegratedGradients(_Explanation):
 class SmoothGrad(_Explanation):
     """See :func:`smoothgrad`."""
 
-    def __call__(self, x: Tensor, target: Tensor | None, noise: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, target: Tensor | None, noise: Tensor) -> Tensor:  # type: ignore[override]
         if noise.shape[1:] != x.shape:
             raise ValueError(
                 f"noise must have shape [S, *x.shape] = [S, {', '.join(map(str, x.shape))}], got {list(noise.shape)}."

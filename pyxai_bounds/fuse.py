@@ -78,7 +78,7 @@ def _cancel_transposes(graph: fx.GraphModule) -> None:
     for node in _nodes(graph, aten.t.default):
         inner = node.args[0]
         if _is(inner, aten.t.default):
-            node.replace_all_uses_with(inner.args[0])  # type: ignore[union-attr]
+            node.replace_all_uses_with(inner.args[0])  # type: ignore[union-attr, arg-type]
 
 
 def _reshape_instead_of_view(graph: fx.GraphModule) -> None:
@@ -171,7 +171,7 @@ def _fold_scale_of_gradient_into_affine(graph: fx.GraphModule) -> None:
 def _fuse_relu_into_affine(graph: fx.GraphModule) -> None:
     for node in _nodes(graph, ops.interval_relu):
         for target, relu_at in _AFFINE.items():
-            affine = _both_from(*node.args, target)
+            affine = _both_from(node.args[0], node.args[1], target)
             if affine is None or affine.args[relu_at] or not _only_used_by(list(node.args), node):  # type: ignore[arg-type]
                 continue
             with graph.graph.inserting_before(node):

@@ -88,7 +88,7 @@ def _captured(fn: Callable, leaves: list[Any], spec: pytree.TreeSpec) -> Capture
     """The captured graph for arguments of this kind, from the cache where it is there and still true."""
     points = [leaf.mid if isinstance(leaf, Interval) else leaf for leaf in leaves]
     captures = _captures_of(fn)
-    key = (spec, tuple(_leaf_key(leaf) for leaf in points))
+    key: tuple[Any, ...] = (spec, tuple(_leaf_key(leaf) for leaf in points))
     found = captures.get(key)
     if found is _READS_INTEGERS:
         key = (*key, tuple(leaf.item() for leaf in points if is_one_integer(leaf)))
@@ -210,7 +210,7 @@ class _Interpreter(fx.Interpreter):
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if n.target is operator.getitem:
             return args[0] if isinstance(args[0], _Unknown) else args[0][args[1]]
-        rule = RULES.get(n.target)  # type: ignore[arg-type]
+        rule = RULES.get(n.target)  # type: ignore[call-overload]
         leaves = pytree.tree_leaves((args, kwargs))
         if any(isinstance(leaf, _Unknown) for leaf in leaves):
             return _Unknown() if rule is not None else self._cannot_bound(n, "")

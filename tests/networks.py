@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -54,7 +55,7 @@ def images(count: int = 3, seed: int = 0, shape: tuple[int, ...] = (3, 8, 8)) ->
 def mlp(sizes: tuple[int, ...] = (6, 9, 7, 4), seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
-    for before, after in zip(sizes[:-1], sizes[1:], strict=True):
+    for before, after in itertools.pairwise(sizes):
         layers += [nn.Linear(before, after), nn.ReLU()]
     return nn.Sequential(*layers[:-1]).double()
 

@@ -93,7 +93,7 @@ def test_modes_are_checked_again_on_every_call() -> None:
     bounded = xb.bound(lambda x: model(x))
     bounded(xb.Interval.point(images(2)))
     model.train()
-    with pytest.raises(xb.CaptureError, match="training mode|statistics"):
+    with pytest.raises(xb.CaptureError, match=r"training mode|statistics"):
         bounded(xb.Interval.point(images(2)))
     model.eval()
     bounded(xb.Interval.point(images(2)))

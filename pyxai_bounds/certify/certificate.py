@@ -28,7 +28,6 @@ class Certificate:
     nominal: Tensor
     bounds: Interval
     rounding: str
-    property: Property
 
     @property
     def fraction(self) -> float:
@@ -37,7 +36,7 @@ class Certificate:
 
     def __repr__(self) -> str:
         count = f"{int(self.holds.sum())} of {len(self.holds)}"
-        return f"Certificate({self.property} holds for {count}, rounding={self.rounding!r})"
+        return f"Certificate(holds for {count}, rounding={self.rounding!r})"
 
 
 def certify(
@@ -144,7 +143,7 @@ class _Check:
         finite = (bounds.isfinite() & self.nominal.isfinite()).flatten(1).all(1)
         holds = kept(self.property, margin) & finite & self.bounded.constants_are_finite()
         margin = torch.where(margin.isnan() | ~finite, -torch.inf, margin)
-        return Certificate(holds, margin, self.nominal, bounds, "nearest", self.property)
+        return Certificate(holds, margin, self.nominal, bounds, "nearest")
 
     def _bounds(self, box: Interval, start: int) -> Interval:
         """One piece, filled up to the common size so that one compiled program serves all pieces."""

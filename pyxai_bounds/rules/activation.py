@@ -29,7 +29,7 @@ def relu(x: Interval) -> Interval:
 def relu_backward(grad: Value, output: Value, threshold: float) -> Interval:
     """``output`` is ReLU's; its ends have the signs of the input's, so the state can be read off either."""
     if not isinstance(output, Interval):
-        return multiply(grad, (output > threshold).to(output.dtype))
+        return multiply(grad, (~(output <= threshold)).to(output.dtype))  # 1 for a NaN, as in PyTorch
     order = memory_format(output.mid)
     state = output.state
     if state is None or threshold != 0:
@@ -56,8 +56,9 @@ def leaky_relu(x: Interval, negative_slope: float = 0.01) -> Interval:
 def leaky_relu_backward(grad: Value, x: Value, negative_slope: float, self_is_result: bool) -> Interval:
     """φ′ is 1 above 0 and the slope at and below it."""
     lower, upper = ends(x)
-    at_lower = torch.where(lower > 0, 1.0, negative_slope).to(lower.dtype)
-    at_upper = torch.where(upper <= 0, negative_slope, 1.0).to(upper.dtype)  # a NaN has the whole range
+    one = torch.ones_like(lower)
+    at_lower = torch.where(lower > 0, one, negative_slope)
+    at_upper = torch.where(upper <= 0, negative_slope, one)  # a NaN has the whole range
     if not isinstance(x, Interval):
         return multiply(grad, at_lower)
     return multiply(grad, between(torch.minimum(at_lower, at_upper), torch.maximum(at_lower, at_upper)))
@@ -73,9 +74,9 @@ def hardtanh_backward(grad: Value, x: Value, min_val: float, max_val: float) -> 
     """φ′ is 1 strictly between the corners and 0 elsewhere."""
     lower, upper = ends(x)
     must = (lower > min_val) & (upper < max_val)
-    if not isinstance(x, Interval):
-        return multiply(grad, must.to(lower.dtype))
     may = ~((upper <= min_val) | (lower >= max_val))  # true for a NaN
+    if not isinstance(x, Interval):
+        return multiply(grad, may.to(lower.dtype))
     return multiply(grad, between(must.to(lower.dtype), may.to(lower.dtype)))
 
 
@@ -112,7 +113,10 @@ def sigmoid_backward(grad: Value, output: Value) -> Interval:
 
 @rule(aten.softplus.default)
 def softplus(x: Interval, beta: float = 1, threshold: float = 20) -> Interval:
-    return monotone(lambda t: aten.softplus(t, beta, threshold), x)
+    """Increasing, but for a jump where it becomes the identity, which lies lower."""
+    jump = threshold / beta
+    before = (max(threshold, 0.0) + math.log1p(math.exp(-abs(threshold)))) / beta
+    return range_of(lambda t: aten.softplus(t, beta, threshold), x, [(jump, before), (jump, jump)])
 
 
 @rule(aten.softplus_backward.default)
@@ -128,7 +132,7 @@ def elu(x: Interval, alpha: float = 1, scale: float = 1, input_scale: float = 1)
 
 @rule(aten.elu_backward.default)
 def elu_backward(grad: Value, alpha: float, scale: float, input_scale: float, is_result: bool, x: Value) -> Interval:
-    """φ′ jumps at 0 from scale·alpha·input_scale to scale; with ``is_result`` it is read off φ, scale·α + y below 0."""
+    """φ′ jumps after 0 from scale·alpha·input_scale to scale; with ``is_result`` it is read off φ, scale·α + y below 0."""
 
     def slope(t: Tensor) -> Tensor:
         below = (
@@ -136,7 +140,7 @@ def elu_backward(grad: Value, alpha: float, scale: float, input_scale: float, is
         )
         return torch.where(t > 0, scale, below)
 
-    return _times_slope(grad, x, slope, [(0.0, alpha * scale * input_scale), (0.0, scale)])
+    return _times_slope(grad, x, slope, [(0.0, alpha * scale * input_scale)])
 
 
 _SQRT2 = math.sqrt(2)

@@ -104,13 +104,14 @@ def range_of(
 ) -> Interval:
     """The range of a function that is monotone between its critical points, given as (point, value) pairs.
 
-    A function that jumps lists the point of the jump once with each one-sided limit.
+    A function that jumps lists the point of the jump once with each one-sided limit. A set of one element takes
+    the function's own value there.
     """
     lower, upper = ends(x)
     at_lower, at_upper = function(lower), function(upper)
     least, greatest = torch.minimum(at_lower, at_upper), torch.maximum(at_lower, at_upper)
     for point, value in critical:
-        inside = (lower <= point) & (point <= upper)
+        inside = (lower <= point) & (point <= upper) & (lower < upper)
         least = torch.where(inside, least.clamp(max=value), least)
         greatest = torch.where(inside, greatest.clamp(min=value), greatest)
     return between(least, greatest)
