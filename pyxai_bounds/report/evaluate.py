@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyxai_bounds import attack, explain
-from pyxai_bounds.certify import TopK, certified_radius, certify
+from pyxai_bounds.certify import Certificate, TopK, certified_radius, certify
 from pyxai_bounds.data import Dataset
 from pyxai_bounds.report.metrics import accuracy, certain_members, same_class_cosine, unstable_relu_fraction
 
@@ -137,7 +137,7 @@ def evaluate(
         parameters=sum(p.numel() for p in model.parameters()), property=property,
         accuracy=accuracy(model, x, y), unstable=unstable_relu_fraction(model, x, eps[0], clip),
         cosine=same_class_cosine(first.nominal, y), at=at, curve=curve, radius=reach, max_eps=max_eps,
-        rounding=first.rounding, samples=_samples(model, dataset, first, reach, min(pictures, len(x))),
+        rounding=first.rounding, samples=_samples(model, dataset, property, first, reach, min(pictures, len(x))),
     )  # fmt: skip
 
 
@@ -152,8 +152,10 @@ def _row(label: str, eps: float, holds: Tensor, broken: Tensor) -> AtRadius:
     return AtRadius(eps, holds.double().mean().item(), 1 - broken.double().mean().item())
 
 
-def _samples(model: nn.Module, dataset: Dataset, certificate: Any, radius: Tensor, count: int) -> tuple[Sample, ...]:
-    property, bounds, nominal = certificate.property, certificate.bounds[:count], certificate.nominal[:count]
+def _samples(
+    model: nn.Module, dataset: Dataset, property: TopK, certificate: Certificate, radius: Tensor, count: int
+) -> tuple[Sample, ...]:
+    bounds, nominal = certificate.bounds[:count], certificate.nominal[:count]
     with torch.no_grad():
         predicted = model(dataset.test_x[:count]).argmax(1)
     lower, upper = bounds.lower, bounds.upper

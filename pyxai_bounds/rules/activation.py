@@ -34,7 +34,8 @@ def relu_backward(grad: Value, output: Value, threshold: float) -> Interval:
     state = output.state
     if state is None or threshold != 0:
         lower, upper = ends(output)
-        state = pack(lower > threshold, ~(upper <= threshold))
+        keep_lower = (lower > threshold).contiguous(memory_format=order)  # bits are packed in the order of the first
+        state = pack(keep_lower, ~(upper <= threshold))
     mid = mid_of(grad).contiguous(memory_format=order)
     rad = rad_of(grad).contiguous(memory_format=order)
     mid, rad, _ = ops.interval_relu_backward(mid, rad, state)
@@ -122,6 +123,11 @@ def softplus(x: Interval, beta: float = 1, threshold: float = 20) -> Interval:
 @rule(aten.softplus_backward.default)
 def softplus_backward(grad: Value, x: Value, beta: float, threshold: float) -> Interval:
     return _times_slope(grad, x, lambda t: torch.where(t * beta > threshold, 1.0, torch.sigmoid(t * beta)), [])
+
+
+@rule(aten.celu.default)
+def celu(x: Interval, alpha: float = 1) -> Interval:
+    return elu(x, alpha, 1, 1 / alpha)
 
 
 @rule(aten.elu.default)

@@ -61,7 +61,7 @@ CASES = [
     Case("stride that leaves a rest", conv(3, 4, 2, 3, stride=(3, 2)), IMAGE),
     Case("rectangular", conv(3, 4, 1, 3, padding=(0, 1), stride=(1, 2)), IMAGE),
     Case("asymmetric padding", conv(3, 4, 3, 3, pad=[2, 0, 1, 3], stride=2), IMAGE),
-    Case("padding same, even kernel", conv(3, 4, 2, 4, padding="same"), IMAGE),
+    Case("padding same", conv(3, 4, 3, 5, padding="same", dilation=2), IMAGE),
     Case("dilation", conv(3, 4, 2, 2, dilation=(3, 2), padding=2), IMAGE),
     Case("groups", conv(6, 2, 3, 3, groups=2, padding=1), IMAGE),
     Case("depthwise", conv(8, 1, 3, 3, groups=4, stride=2), IMAGE),

@@ -1,0 +1,95 @@
+"""Softmax, its logarithm and the losses on top of it."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import pyxai_bounds as xb
+from tests.rules.cases import Case, case_id, check, rand
+
+TARGET = torch.tensor([2, 0, 3])
+CLASS_WEIGHT = torch.tensor([0.5, 2.0, 0.0, 1.25], dtype=torch.float64)
+SIGNED_WEIGHT = torch.tensor([0.5, -2.0, 3.0, -1.25], dtype=torch.float64)
+MASK = torch.tensor([[False, True, False, False]] * 3)
+SEED = rand(3, 4, seed=6)
+
+
+def loss(x: Tensor, **options: object) -> Tensor:
+    return F.cross_entropy(x, TARGET, **options)  # type: ignore[arg-type]
+
+
+CASES = [
+    Case("softmax", lambda x: x.softmax(1), rand(3, 4)),
+    Case("softmax over dimension 0", lambda x: x.softmax(0), rand(3, 4)),
+    Case("softmax of a vector", lambda x: x.softmax(0), rand(4)),
+    Case("softmax over the middle", lambda x: x.softmax(-2), rand(2, 3, 2)),
+    Case("softmax of one class", lambda x: x.softmax(1), rand(3, 1)),
+    Case("softmax of large numbers", lambda x: (60 * x).softmax(1), rand(3, 4)),
+    Case("softmax with a mask", lambda x: x.masked_fill(MASK, float("-inf")).softmax(1), rand(3, 4)),
+    Case("attention", lambda x: (x @ x.t()).softmax(1) @ x, rand(3, 4), eps=0.05),
+    Case("log-softmax", lambda x: x.log_softmax(1), rand(3, 4)),
+    Case("log-softmax over dimension 0", lambda x: x.log_softmax(0), rand(3, 4)),
+    Case("log-softmax of one class", lambda x: x.log_softmax(1), rand(3, 1)),
+    Case("log-softmax of large numbers", lambda x: (60 * x).log_softmax(1), rand(3, 4)),
+    Case("cross-entropy", lambda x: loss(x, reduction="none"), rand(3, 4)),
+    Case("mean cross-entropy", loss, rand(3, 4)),
+    Case("summed cross-entropy", lambda x: loss(x, reduction="sum"), rand(3, 4)),
+    Case("cross-entropy, ignored class", lambda x: loss(x, ignore_index=2), rand(3, 4)),
+    Case("cross-entropy, class weights", lambda x: loss(x, weight=CLASS_WEIGHT), rand(3, 4)),
+    *(
+        Case(f"{reduction} of cross-entropy, class weights of both signs",
+             lambda x, reduction=reduction: loss(x, weight=SIGNED_WEIGHT, reduction=reduction), rand(3, 4))
+        for reduction in ("none", "sum", "mean")
+    ),
+    Case("cross-entropy, smoothed labels", lambda x: loss(x, label_smoothing=0.1), rand(3, 4)),
+    Case("negative likelihood of a vector", lambda x: F.nll_loss(x.log_softmax(0), TARGET[0]), rand(4)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_against_autograd(case: Case) -> None:
+    check(case)
+
+
+def test_softmax_bounds_are_attained_at_corners() -> None:
+    box = xb.Interval.of(rand(2, 4), rand(2, 4, seed=1).abs())
+    corners = torch.tensor(list(itertools.product((-1, 1), repeat=4)), dtype=torch.float64)
+    points = box.mid.unsqueeze(1) + corners * box.rad.unsqueeze(1)
+    for fn in (lambda x: x.softmax(-1), lambda x: x.log_softmax(-1)):
+        bounds, values = xb.bound(fn)(box), fn(points)
+        assert torch.allclose(bounds.lower, values.min(1).values, atol=1e-12, rtol=0)
+        assert torch.allclose(bounds.upper, values.max(1).values, atol=1e-12, rtol=0)
+
+
+def test_small_probabilities_keep_their_relative_precision() -> None:
+    """p and log p of a hopeless class come from the others' sum, not from 1 minus something."""
+    x = torch.tensor([[0.0, -50.0, 3.0]], dtype=torch.float64)
+    for fn in (lambda x: x.softmax(1), lambda x: x.log_softmax(1)):
+        bounds = xb.bound(fn)(xb.Interval.linf(x, 1e-6))
+        assert ((bounds.mid - fn(x)).abs() <= 1e-5 * fn(x).abs() + 1e-5 * (fn(x) < 0)).all()
+        assert bounds.contains(fn(x)).all()
+
+
+def test_a_gradient_that_is_a_set_through_a_softmax_at_a_point() -> None:
+    """The other way round: p is known, what comes back to it is not."""
+    p = SEED.softmax(1).detach().requires_grad_()
+
+    def fn(g: Tensor) -> Tensor:
+        with torch.enable_grad():
+            logits = SEED.clone().requires_grad_()
+            first = torch.autograd.grad((logits.softmax(1) * g).sum(), logits, create_graph=True)[0]
+            second = torch.autograd.grad((logits.log_softmax(1) * g).sum(), logits, create_graph=True)[0]
+        return first + 2 * second
+
+    assert p.requires_grad
+    check(Case("set as gradient", fn, rand(3, 4)))
+    box = xb.Interval.linf(rand(3, 4), 0.3)
+    bounds = xb.bound(fn)(box)
+    jacobian = torch.autograd.functional.jacobian(fn, box.mid).flatten(2).flatten(0, 1)
+    exact = (jacobian.abs() @ box.rad.flatten()).reshape(3, 4)
+    assert (bounds.rad >= exact - 1e-12).all()  # p_j is used twice: not tight, but not too narrow
