@@ -191,9 +191,10 @@ def _clean_modes() -> Iterator[None]:
         for device_type in ("cpu", "cuda"):
             stack.enter_context(torch.autocast(device_type, enabled=False))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        # Describing a tensor looks at its .grad, which is no news about the user's program.
+        # What tracing itself provokes is no news about the user's program: it looks at .grad, and it hooks modules.
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+        warnings.filterwarnings("ignore", message=r"Using `torch.compile\(module\)` when there are global hooks")
         yield
 
 

@@ -38,7 +38,7 @@ def add(a: Any, b: Any, alpha: float = 1) -> Interval:
 @rule(aten.sub.Tensor, aten.sub.Scalar)
 def sub(a: Any, b: Any, alpha: float = 1) -> Interval:
     if a is b and alpha == 1:
-        return Interval.of(torch.zeros_like(a.mid), torch.zeros_like(a.rad))
+        return Interval.of(a.mid - a.mid, a.rad - a.rad)  # 0, or NaN where nothing is known
     return _add(a, b, -alpha)
 
 
@@ -81,7 +81,7 @@ def abs_(x: Interval) -> Interval:
 
 @rule(aten.sign.default, aten.sgn.default)
 def sign(x: Interval) -> Interval:
-    return monotone(torch.sign, x)
+    return monotone(lambda t: torch.where(t.isnan(), t, torch.sign(t)), x)
 
 
 def square(x: Interval) -> Interval:

@@ -7,17 +7,29 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._ops import OpOverload
 
 from pyxai_bounds.interval import Interval
-from pyxai_bounds.rules.registry import Value, between, ends, mid_of, monotone, multiply, positive_linear, rad_of, rule
+from pyxai_bounds.rules.registry import (
+    NO_VALUE,
+    Value,
+    between,
+    ends,
+    mid_of,
+    monotone,
+    multiply,
+    positive_linear,
+    rad_of,
+    rule,
+)
 
 aten = torch.ops.aten
 
 
 @rule(aten.max_pool2d_with_indices.default)
-def max_pool2d(x: Interval, *geometry: Any) -> tuple[Interval, None]:
+def max_pool2d(x: Interval, *geometry: Any) -> tuple[Interval, object]:
     """The indices of a set have no single value; the backward side works from the input itself."""
-    return monotone(lambda t: aten.max_pool2d_with_indices(t, *geometry)[0], x), None
+    return monotone(lambda t: aten.max_pool2d_with_indices(t, *geometry)[0], x), NO_VALUE
 
 
 @rule(aten.max_pool2d_with_indices_backward.default, shape_only=("indices",))
@@ -75,7 +87,9 @@ class _Windows:
         self.pad = [left, self.extent[1] - width - left, top, self.extent[0] - height - top]
 
     def unfold(self, x: Tensor) -> Tensor:
-        padded = F.pad(x.reshape(self.batch, self.channels, *self.shape[-2:]), self.pad, value=float("-inf"))
+        image = x.reshape(self.batch, self.channels, *self.shape[-2:])
+        # An element of −∞ can be the maximum of its window, which the padding cannot.
+        padded = F.pad(image.clamp(min=torch.finfo(x.dtype).min), self.pad, value=float("-inf"))
         columns = F.unfold(padded, self.kernel, self.dilation, 0, self.stride)
         return columns.reshape(self.batch, self.channels, self.kernel[0] * self.kernel[1], self.count)
 
@@ -100,5 +114,26 @@ def _pair(values: list[int]) -> list[int]:
     return list(values) * (2 // len(values))
 
 
-positive_linear(aten.avg_pool2d.default, aten._adaptive_avg_pool2d.default)
-positive_linear(aten.avg_pool2d_backward.default, aten._adaptive_avg_pool2d_backward.default, shape_only=("self",))
+positive_linear(aten._adaptive_avg_pool2d.default, aten._adaptive_avg_pool3d.default)
+positive_linear(
+    aten._adaptive_avg_pool2d_backward.default, aten._adaptive_avg_pool3d_backward.default, shape_only=("self",)
+)
+
+
+def _average(operator: OpOverload) -> None:
+    """Average pools are linear; all coefficients have the sign of ``divisor_override``, which may be negative."""
+
+    def apply(x: Interval, *args: Any) -> Interval:
+        points = [mid_of(arg) for arg in args]
+        return Interval.of(operator(x.mid, *points), operator(x.rad, *points).abs())
+
+    rule(operator, shape_only=("self",) if "backward" in operator.name() else ())(apply)
+
+
+for _operator in (
+    aten.avg_pool2d.default,
+    aten.avg_pool2d_backward.default,
+    aten.avg_pool3d.default,
+    aten.avg_pool3d_backward.default,
+):
+    _average(_operator)

@@ -48,6 +48,16 @@ def rule(*operators: OpOverload, shape_only: tuple[str, ...] = ()) -> Callable[[
 Value = Tensor | Interval
 
 
+class _NoValue:
+    """Stands for indices that differ within a set. No operator accepts it as None would be, say, by indexing."""
+
+    def __repr__(self) -> str:
+        return "(indices of a set, which have no single value)"
+
+
+NO_VALUE = _NoValue()
+
+
 def mid_of(x: Any) -> Any:
     """The midpoint of a set; anything else as it is."""
     return x.mid if isinstance(x, Interval) else x
@@ -90,6 +100,8 @@ def multiply(a: Any, b: Any) -> Interval:
         return Interval.of(*ops.interval_mul(*parts))
     if not isinstance(a, Interval):
         a, b = b, a
+    if isinstance(b, Tensor) and b.dtype == torch.bool:
+        return Interval.of(a.mid * b, a.rad * b)
     return Interval.of(a.mid * b, a.rad * abs(b))
 
 
@@ -121,11 +133,12 @@ def positive_linear(*operators: OpOverload, shape_only: tuple[str, ...] = ()) ->
     """Register operators that are linear with non-negative coefficients in all their floating arguments together.
 
     Rearrangements, sums and averages are of this kind. The midpoints go through the operator, and so do the radii,
-    where a point counts as zeros; indices, masks and numbers go through unchanged.
+    where a point counts as zeros (an integer one too: it is promoted); indices, masks and numbers go through unchanged.
     """
     for op in operators:
         names = [argument.name for argument in op._schema.arguments]
         ignored = {names.index(name) for name in shape_only if name in names}
+        ignored |= {i for i, name in enumerate(names) if name in ("index", "indices", "condition")}
 
         def apply(*args: Any, _op: OpOverload = op, _ignored: set[int] = ignored, **kwargs: Any) -> Any:
             def part(pick: Callable[[Any], Any]) -> Any:
@@ -141,4 +154,4 @@ def positive_linear(*operators: OpOverload, shape_only: tuple[str, ...] = ()) ->
 
 
 def _radius_part(x: Any) -> Any:
-    return rad_of(x) if isinstance(x, Interval) or (isinstance(x, Tensor) and x.is_floating_point()) else x
+    return rad_of(x) if isinstance(x, Interval | Tensor) else x

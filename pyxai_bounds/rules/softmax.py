@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -73,16 +74,31 @@ def log_softmax_backward(grad: Value, output: Value, dim: int, input_dtype: torc
     return Interval.of(mid_of(grad) - product.mid, rad_of(grad) + product.rad)
 
 
+class Reduction(IntEnum):
+    """ATen's numbers for what a loss does with its samples."""
+
+    NONE = 0
+    MEAN = 1
+    SUM = 2
+
+
 @rule(aten.nll_loss_forward.default)
 def nll_loss(
     x: Interval, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int
 ) -> tuple[Interval, Tensor]:
-    """Linear with coefficients ≤ 0, so the radius is what minus the operator makes of it."""
+    """Linear with coefficients ≤ 0, so the radius is what minus the operator makes of it.
+
+    Class weights may have any sign: their absolute values weigh the radii, the mean's divisor stays what it is.
+    """
     if isinstance(weight, Interval):
         raise Unsupported("has a set for its class weights")
     mid, total = aten.nll_loss_forward(x.mid, target, weight, reduction, ignore_index)
-    rad = -aten.nll_loss_forward(x.rad, target, weight, reduction, ignore_index)[0]
-    return Interval.of(mid, rad), total
+    if weight is None:
+        rad = -aten.nll_loss_forward(x.rad, target, None, reduction, ignore_index)[0]
+        return Interval.of(mid, rad), total
+    summed = Reduction.NONE if reduction == Reduction.NONE else Reduction.SUM
+    rad = -aten.nll_loss_forward(x.rad, target, weight.abs(), summed, ignore_index)[0]
+    return Interval.of(mid, rad / total.abs() if reduction == Reduction.MEAN else rad), total
 
 
 @rule(aten.nll_loss_backward.default, shape_only=("self",))

@@ -53,7 +53,7 @@ CASES = [
     Case("without the training flag", lambda x: aten._native_batch_norm_legit_no_training(
         x, SCALE, SHIFT, MEAN, VARIANCE, 0.1, 1e-5)[0], rand(2, 3, 4, 5)),
     *(
-        Case(f"module {dimensions}d, affine={affine}", module(dimensions, affine), rand(2, 3, *[3] * (dimensions - 1)))
+        Case(f"module {dimensions}d, affine={affine}", module(dimensions, affine), rand(2, 3, *[3] * dimensions))
         for dimensions in (1, 2, 3)
         for affine in (True, False)
     ),

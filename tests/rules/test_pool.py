@@ -42,7 +42,7 @@ CASES = [
     Case("max, unbatched", max_pool(3, 2, 1), IMAGE[0]),
     Case("max, channels-last", max_pool(3, 2, 1), LAST),
     Case("max, channels-last, one channel", max_pool(3, 2, 1), LAST[:, :1]),
-    Case("max, padded by -∞", lambda x: F.max_pool2d(F.pad(x, (0, 1, 1, 2), value=float("-inf")), 2), IMAGE),
+    Case("max, padded by -∞", lambda x: F.max_pool2d(F.pad(x, (1, 0, 1, 0), value=float("-inf")), 2), IMAGE),
     Case("max after ReLU", lambda x: F.max_pool2d(F.relu(x), 3, 2, 1), IMAGE),
     Case("max of max", lambda x: F.max_pool2d(F.max_pool2d(x, 2, 1), 2, 1), IMAGE),
     Case("max 1d", lambda x: F.max_pool1d(x, 3, 2, 1), rand(2, 3, 9)),
@@ -115,17 +115,6 @@ def test_constant_background_stays_exact() -> None:
     assert bounds.rad.max() == 0 and torch.equal(bounds.mid, gradient(x))
 
 
-def test_a_window_of_minus_infinity_sends_its_gradient_to_its_first_position() -> None:
-    def gradient(x: Tensor) -> Tensor:
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            return torch.autograd.grad(F.max_pool2d(F.pad(x, (2, 0)).exp().log(), 2, padding=1).sum(), x)[0]
-
-    x = torch.full((1, 1, 4, 4), -1e5, dtype=torch.float64)  # exp underflows: all are -∞ after log
-    bounds = xb.bound(lambda t: pooled_gradient(t))(xb.Interval.point(x))
-    assert torch.equal(bounds.mid, pooled_gradient(x))
-
-
 def pooled_gradient(x: Tensor) -> Tensor:
     """The gradient of the pooled sum with respect to an image of -∞."""
     image = (x - float("inf")).detach()
@@ -134,14 +123,21 @@ def pooled_gradient(x: Tensor) -> Tensor:
         return torch.autograd.grad(F.max_pool2d(image, 2, padding=1).sum(), image)[0]
 
 
+def test_a_window_of_minus_infinity_sends_its_gradient_to_its_first_position() -> None:
+    x = rand(1, 1, 4, 4)
+    bounds = xb.bound(pooled_gradient)(xb.Interval.linf(x, 0.1))
+    assert torch.equal(bounds.mid, pooled_gradient(x)) and bounds.rad.max() == 0
+
+
 def test_the_indices_of_a_set_cannot_be_used() -> None:
     """They have no single value: nothing may be computed from them as if they had."""
     x = IMAGE[:1, :1]
-    flat = torch.arange(42, dtype=torch.float64)
+    flat = torch.arange(84, dtype=torch.float64).reshape(42, 2)
+    zero = torch.zeros(1, dtype=torch.int64)
 
     def fn(x: Tensor) -> Tensor:
         _, indices = F.max_pool2d(x, 2, return_indices=True)
-        return x.sum() + flat[indices]
+        return x.sum() + flat[indices, zero]
 
-    with pytest.raises((xb.UnsupportedOperatorError, TypeError)):
+    with pytest.raises(Exception, match="no single value|NoValue"):
         xb.bound(fn)(xb.Interval.linf(x, 0.1))
