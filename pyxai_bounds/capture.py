@@ -186,11 +186,14 @@ def _functional(graph: fx.GraphModule) -> fx.GraphModule:
 @contextlib.contextmanager
 def _clean_modes() -> Iterator[None]:
     """Gradients possible, no autocast, compiled functions run as written: the graph must not depend on the caller."""
+    import torch._dynamo  # takes a second, which whoever captures nothing need not wait for
+
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         for device_type in ("cpu", "cuda"):
             stack.enter_context(torch.autocast(device_type, enabled=False))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(torch._dynamo.config.patch(error_on_nested_fx_trace=False))  # torch 2.11 refuses instead
         # What tracing itself provokes is no news about the user's program: it looks at .grad, and it hooks modules.
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
