@@ -9,18 +9,16 @@ Captum included, is recorded at fake tensors; in-place operators are then remove
 from __future__ import annotations
 
 import contextlib
-import copy
 import linecache
+import math
 import os
 import sys
 import threading
 import traceback
-import types
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.utils._pytree as pytree
@@ -28,9 +26,11 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyxai_bounds.errors import CaptureError
+from pyxai_bounds.watch import ModuleWatch, preserved
 
 aten = torch.ops.aten
 
@@ -62,52 +62,6 @@ class Captured:
         return self.modules.unchanged()
 
 
-@dataclass
-class ModuleWatch:
-    """What a function's modules looked like when it was captured."""
-
-    seen: dict[int, tuple[weakref.ref[nn.Module], tuple]] = field(default_factory=dict)
-
-    def add(self, module: nn.Module) -> bool:
-        """Watch a module; False if it is watched already."""
-        if id(module) in self.seen:
-            return False
-        self.seen[id(module)] = weakref.ref(module), _fingerprint(module)
-        return True
-
-    def tensors(self) -> Iterator[Tensor]:
-        for reference, _ in self.seen.values():
-            module = reference()
-            if module is not None:
-                yield from (t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None)
-
-    def unchanged(self) -> bool:
-        for reference, fingerprint in self.seen.values():
-            module = reference()
-            if module is None or _fingerprint(module) != fingerprint:
-                return False
-        return True
-
-
-def _fingerprint(module: nn.Module) -> tuple:
-    """Mode, and identity and layout of every tensor: values may change freely, the rest may not."""
-    tensors = [*module._parameters.values(), *module._buffers.values()]
-    return module.training, [(id(t), t.dtype, t.device, t.stride()) for t in tensors if t is not None]
-
-
-def unwrap(fn: Callable) -> Callable:
-    """The function or module behind DataParallel, DistributedDataParallel and ``torch.compile``."""
-    while True:
-        if isinstance(fn, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            fn = fn.module
-        elif isinstance(fn, nn.Module) and "_orig_mod" in fn._modules:
-            fn = fn._modules["_orig_mod"]  # type: ignore[assignment]
-        elif hasattr(fn, "_torchdynamo_orig_callable"):
-            fn = fn._torchdynamo_orig_callable
-        else:
-            return fn
-
-
 def capture(fn: Callable, spec: pytree.TreeSpec, leaves: list[Any], *, specialise: bool = False) -> Captured:
     """Capture ``fn(*args, **kwargs)``, where ``(args, kwargs)`` is ``spec`` with ``leaves``.
 
@@ -117,9 +71,10 @@ def capture(fn: Callable, spec: pytree.TreeSpec, leaves: list[Any], *, specialis
     numbers, dropout or batch statistics in training mode.
     """
     tensor_positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    tensors = [leaves[i] for i in tensor_positions]
     constants = {i: leaves[i].detach().clone() for i in tensor_positions if specialise and is_one_integer(leaves[i])}
     out_spec: pytree.TreeSpec | None = None
-    overwritten: dict[int, tuple[Tensor, Tensor]] = {}
+    record = _Record(readable=list(constants.values()))
 
     def program(*tensors: Tensor) -> list[Any]:
         nonlocal out_spec
@@ -127,23 +82,34 @@ def capture(fn: Callable, spec: pytree.TreeSpec, leaves: list[Any], *, specialis
         for i, tensor in zip(tensor_positions, tensors, strict=True):
             values[i] = constants.get(i, tensor)
         args, kwargs = pytree.tree_unflatten(values, spec)
-        with torch.enable_grad(), _Record(overwritten):
+        with torch.enable_grad(), record, _RefuseConversions(record):
             results, out_spec = pytree.tree_flatten(fn(*args, **kwargs))
         return results
 
-    with _lock, _clean_modes(), _watched_modules(fn) as watch:
-        try:
-            graph = _functional(_trace(program, [leaves[i] for i in tensor_positions]))
-        except (GuardOnDataDependentSymNode, DataDependentOutputException) as error:
-            raise CaptureError(
-                f"The function reads the value of a tensor into Python (a comparison in an if, .item(), float()) at "
-                f"{_users_line_of(error)}. Bounds hold for one fixed program: use torch.where, or pass the number in."
-            ) from error
-        finally:
-            for tensor, value in overwritten.values():
-                tensor.data.copy_(value)
+    def traced(clear_grads: bool) -> tuple[fx.GraphModule, ModuleWatch]:
+        with preserved(fn, _check_mode, clear_grads=clear_grads) as (watch, saved):
+            try:
+                graph = _trace(program, tensors)
+                _refuse_randomness(graph)
+                return _functional(graph), watch
+            except (GuardOnDataDependentSymNode, DataDependentOutputException) as error:
+                raise CaptureError(
+                    "The function reads the value of a tensor into Python (a comparison in an if, .item(), float()) "
+                    f"at {_users_line_of(error)}. Bounds hold for one fixed program: use torch.where, or pass the "
+                    "number in."
+                ) from error
+            except Exception:
+                # A function that calls .backward() would add to gradients that are real: try it without them.
+                if clear_grads or not saved.had_grads():
+                    raise
+            finally:
+                record.undo_writes()
+        return traced(clear_grads=True)
+
+    with _lock, _clean_modes():
+        graph, watch = traced(clear_grads=False)
     _simplify(graph)
-    _refuse_randomness(graph)
+    _refuse_lost_writes(graph, record)
     assert out_spec is not None
     return Captured(graph, out_spec, watch)
 
@@ -171,16 +137,36 @@ def _trace(program: Callable, tensors: list[Tensor]) -> fx.GraphModule:
 
 
 def _functional(graph: fx.GraphModule) -> fx.GraphModule:
-    """The same graph without in-place operators; every node keeps its line of the user's code."""
+    """The same graph without in-place operators; every node keeps its line of the user's code.
+
+    Raises CaptureError where a result is written into a live tensor, which PyTorch cannot make functional.
+    """
 
     def run(*args: Any) -> Any:
         return fx.Interpreter(graph).run(*args)
 
     examples = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-    with torch.no_grad(), fx.traceback.preserve_node_meta():
-        return make_fx(
-            torch.func.functionalize(run, remove="mutations"), tracing_mode="fake", _allow_non_fake_inputs=True
-        )(*examples)
+    functional = torch.func.functionalize(run, remove="mutations")
+    try:
+        with torch.no_grad(), fx.traceback.preserve_node_meta():
+            return make_fx(functional, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)
+    except RuntimeError as error:
+        if "INTERNAL ASSERT" not in str(error):
+            raise
+        raise CaptureError(
+            "The function writes a result into a tensor that it did not get as an argument (a buffer, a tensor of its "
+            "closure). Build a new tensor instead of writing in place."
+        ) from error
+
+
+@contextlib.contextmanager
+def as_captured() -> Iterator[None]:
+    """Run with what a capture assumes: no autocast, whose lower precision the bounds would not cover."""
+    if not torch._C._is_any_autocast_enabled():
+        yield
+        return
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
 
 
 @contextlib.contextmanager
@@ -190,8 +176,7 @@ def _clean_modes() -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
-        for device_type in ("cpu", "cuda"):
-            stack.enter_context(torch.autocast(device_type, enabled=False))
+        stack.enter_context(as_captured())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch._dynamo.config.patch(error_on_nested_fx_trace=False))  # torch 2.11 refuses instead
         # What tracing itself provokes is no news about the user's program: it looks at .grad, and it hooks modules.
@@ -202,32 +187,36 @@ def _clean_modes() -> Iterator[None]:
 
 
 class _Record(TorchDispatchMode):
-    """Note the user's line of every operator, and refuse to bake a parameter's value into the graph as a number."""
+    """Note the user's line of every operator and what is written in place; refuse to bake values into the graph."""
 
-    def __init__(self, overwritten: dict[int, tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, readable: list[Tensor]) -> None:
         super().__init__()
-        self._overwritten = overwritten
+        self._readable = {id(t) for t in readable}
         self._sources: dict[int, str] = {}  # of each forward operator, by its autograd sequence number
+        self.written: dict[int, tuple[Tensor, Tensor]] = {}  # tensors that are no arguments, with their values before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is aten._local_scalar_dense.default and (
-            isinstance(args[0], (nn.Parameter, nn.Buffer)) or args[0].requires_grad
-        ):
-            raise CaptureError(
-                "The function reads a parameter's value into Python (.item(), float(), bool() or a comparison in an "
-                "if). The bounds would keep that value for ever. Compute with the tensor itself instead."
-            )
+        if func is aten._local_scalar_dense.default and (self.is_live(args[0]) or args[0].requires_grad):
+            _refuse_read()
         self._save_what_is_written(func, args)
         fx.traceback.set_stack_trace([self._source()])
         return func(*args, **(kwargs or {}))
+
+    def is_live(self, value: Any) -> bool:
+        """Is it a real tensor, which the function did not get as an argument?"""
+        return isinstance(value, Tensor) and not isinstance(value, FakeTensor) and id(value) not in self._readable
 
     def _save_what_is_written(self, func: Any, args: tuple) -> None:
         """Tracing really performs in-place operators on tensors that are no arguments, such as counters in buffers."""
         for argument, value in zip(func._schema.arguments, args, strict=False):
             written = argument.alias_info is not None and argument.alias_info.is_write
-            if written and isinstance(value, Tensor) and not isinstance(value, FakeTensor):
+            if written and self.is_live(value):
                 with torch._C._DisableTorchDispatch():
-                    self._overwritten.setdefault(id(value), (value, value.detach().clone()))
+                    self.written.setdefault(id(value), (value, value.detach().clone()))
+
+    def undo_writes(self) -> None:
+        for tensor, value in self.written.values():
+            tensor.data.copy_(value)
 
     def _source(self) -> str:
         """The user's line; of an operator that autograd runs, the line of the operator that it differentiates."""
@@ -238,6 +227,27 @@ class _Record(TorchDispatchMode):
         source = _users_line()
         self._sources[torch.autograd._get_sequence_nr() - 1] = source
         return source
+
+
+class _RefuseConversions(TorchFunctionMode):
+    """The same for conversions of a whole tensor, which read its memory without passing through an operator."""
+
+    def __init__(self, record: _Record) -> None:
+        super().__init__()
+        self._record = record
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func in (Tensor.tolist, Tensor.numpy, Tensor.__array__) and self._record.is_live(args[0]):
+            _refuse_read()
+        return func(*args, **(kwargs or {}))
+
+
+def _refuse_read() -> NoReturn:
+    raise CaptureError(
+        "The function reads a parameter's value, or that of another tensor it did not get as an argument, into Python "
+        f"(.item(), float(), bool(), .tolist() or a comparison in an if) at {_users_line()}. The bounds would keep "
+        "that value for ever. Compute with the tensor itself instead."
+    )
 
 
 _TORCH = os.path.dirname(torch.__file__)
@@ -265,79 +275,6 @@ def _innermost(frames: Iterable[tuple[Any, int]]) -> str:
     return library or "(unknown source)"
 
 
-@contextlib.contextmanager
-def _watched_modules(fn: Callable) -> Iterator[ModuleWatch]:
-    """Record every module that runs, check its mode first, and undo whatever tracing does to it."""
-    watch = ModuleWatch()
-    saved: dict[int, tuple[nn.Module, dict, list]] = {}
-    thread = threading.get_ident()
-
-    def save(module: nn.Module) -> None:
-        if id(module) not in saved:
-            grads = [(p, p.grad) for p in module._parameters.values() if p is not None]
-            saved[id(module)] = module, {k: _shallow(v) for k, v in module.__dict__.items() if "hooks" not in k}, grads
-
-    def before_forward(module: nn.Module, _: Any) -> None:
-        if threading.get_ident() != thread:
-            return
-        for name, part in module.named_modules():
-            if watch.add(part):
-                _check_mode(part, name)
-                save(part)
-
-    # Some functions change a model before they run it, say its gradients.
-    for module in _modules_in_reach(fn):
-        save(module)
-    hook = nn.modules.module.register_module_forward_pre_hook(before_forward)
-    try:
-        yield watch
-    finally:
-        hook.remove()
-        for module, attributes, grads in saved.values():
-            for name in [name for name in module.__dict__ if name not in attributes and "hooks" not in name]:
-                del module.__dict__[name]
-            for name, value in attributes.items():
-                _restore(module.__dict__, name, value)
-            for parameter, grad in grads:
-                parameter.grad = grad
-
-
-def _modules_in_reach(fn: Any, depth: int = 4) -> list[nn.Module]:
-    """The modules that a function refers to: itself, its closure, the globals it names, its object's attributes."""
-    if isinstance(fn, nn.Module):
-        return list(fn.modules())
-    if depth == 0 or isinstance(fn, (Tensor, type, types.ModuleType, str)):
-        return []
-    nearby: list[Any] = []
-    if isinstance(fn, types.FunctionType):
-        nearby += [cell.cell_contents for cell in fn.__closure__ or ()]
-        nearby += [fn.__globals__[name] for name in fn.__code__.co_names if name in fn.__globals__]
-    elif isinstance(fn, types.MethodType):
-        nearby += [fn.__self__]
-    elif isinstance(fn, (list, tuple)):
-        nearby += fn
-    elif isinstance(fn, dict):
-        nearby += fn.values()
-    else:
-        nearby += getattr(fn, "__dict__", {}).values()
-    return [module for value in nearby for module in _modules_in_reach(value, depth - 1)]
-
-
-def _shallow(value: Any) -> Any:
-    """The attribute, and a copy of its elements if it is a plain container that tracing may fill."""
-    return value, (copy.copy(value) if isinstance(value, (list, dict, set)) else None)
-
-
-def _restore(attributes: dict, name: str, saved: tuple[Any, Any]) -> None:
-    value, elements = saved
-    if isinstance(value, list):
-        value[:] = elements
-    elif elements is not None:
-        value.clear()
-        value.update(elements)
-    attributes[name] = value
-
-
 def _check_mode(module: nn.Module, name: str) -> None:
     where = f"{type(module).__name__} '{name}'" if name else type(module).__name__
     if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
@@ -360,6 +297,12 @@ def _simplify(graph: fx.GraphModule) -> None:
             node.replace_all_uses_with(node.args[0])
         elif base == "aten::copy_" or (base == "aten::copy" and _is_plain_copy(node)):
             node.replace_all_uses_with(node.args[1])
+        elif base in ("aten::as_strided", "aten::as_strided_scatter") and _same_elements(node):
+            shown = node.args[0 if base == "aten::as_strided" else 1]
+            with graph.graph.inserting_before(node):
+                same = graph.graph.call_function(aten.reshape.default, (shown, list(node.meta["val"].shape)))
+            same.meta = node.meta
+            node.replace_all_uses_with(same)
         elif name in _CONSTANT_LIKE:
             _make_constant(graph.graph, node)
     remove_unused(graph)
@@ -367,6 +310,7 @@ def _simplify(graph: fx.GraphModule) -> None:
 
 # Tensors made in the shape of another one, with what fills them (None: the argument after the shape).
 _CONSTANT_LIKE = {
+    "aten::zero": 0,
     "aten::zeros_like": 0,
     "aten::ones_like": 1,
     "aten::full_like": None,
@@ -403,10 +347,41 @@ def _same_kind(node: fx.Node) -> bool:
     return before.dtype == after.dtype and before.device == after.device
 
 
+def _same_elements(node: fx.Node) -> bool:
+    """Does a strided view show all elements of the tensor in their order? The stride of a size of 1 is free.
+
+    Averages of channels-last images are captured so.
+    """
+    whole: Tensor = node.args[0].meta["val"]  # type: ignore[union-attr]
+    size, stride, *offset = node.args[2 if "scatter" in str(node.target) else 1 :]
+    view, held = _strides_that_count(size, stride), _strides_that_count(whole.shape, whole.stride())
+    in_order = [_strides_that_count(s, torch.empty(s, device="meta").stride()) for s in (size, whole.shape)]
+    return (
+        math.prod(size) == whole.numel()  # type: ignore[arg-type]
+        and (not offset or offset[0] in (None, whole.storage_offset()))
+        and ((list(size) == list(whole.shape) and view == held) or [view, held] == in_order)  # type: ignore[arg-type]
+    )
+
+
+def _strides_that_count(size: Any, stride: Any) -> list[int]:
+    return [step for n, step in zip(size, stride, strict=True) if n > 1]
+
+
 def _is_plain_copy(node: fx.Node) -> bool:
     """``copy`` keeps the first argument's shape and dtype; it has no derivative, so it goes where they are equal."""
     source, result = node.args[1].meta["val"], node.meta["val"]  # type: ignore[union-attr]
     return source.shape == result.shape and source.dtype == result.dtype and source.device == result.device
+
+
+def _refuse_lost_writes(graph: fx.GraphModule, record: _Record) -> None:
+    """A live tensor that the function writes and then uses has no one value that the graph could hold."""
+    for node in graph.graph.find_nodes(op="get_attr"):
+        if id(getattr(graph, node.target)) in record.written:
+            raise CaptureError(
+                "The function writes into a tensor that it did not get as an argument (a buffer, say) and then "
+                f"computes with it, at {source_of(next(iter(node.users)))}. Build a new tensor instead of writing in "
+                "place."
+            )
 
 
 def _refuse_randomness(graph: fx.GraphModule) -> None:
@@ -417,8 +392,6 @@ def _refuse_randomness(graph: fx.GraphModule) -> None:
                 f"The function draws random numbers ({target.name()} at {source_of(node)}). Bounds hold for one fixed "
                 "program: draw the noise outside and pass it as an argument."
             )
-        if node.op == "call_function" and target is aten._local_scalar_dense.default:
-            raise CaptureError(f"The function reads a tensor's value into Python at {source_of(node)}.")
 
 
-__all__ = ["Captured", "capture", "is_one_integer", "remove_unused", "retrace", "source_of", "unwrap"]
+__all__ = ["Captured", "as_captured", "capture", "is_one_integer", "remove_unused", "retrace", "source_of"]

@@ -140,14 +140,15 @@ class Interval:
         if not mid.is_floating_point():
             raise TypeError(f"Interval.to: {mid.dtype} is not a floating dtype.")
         rad = self.rad.to(*args, **kwargs)
-        if torch.finfo(mid.dtype).eps <= torch.finfo(self.dtype).eps:
-            return Interval.of(mid, rad)
+        old, new = torch.finfo(self.dtype), torch.finfo(mid.dtype)
+        if new.eps <= old.eps and new.tiny <= old.tiny and new.max >= old.max:
+            return Interval.of(mid, rad)  # every number of the old type is one of the new
         # Both numbers were rounded; each is off by at most one step towards its neighbour.
         inf = torch.full_like(mid, torch.inf)
-        moved = torch.where(
-            mid.to(self.dtype) == self.mid.to(mid.device), 0, torch.nextafter(mid.abs(), inf) - mid.abs()
-        )
-        rad = torch.where(rad.to(self.dtype) < self.rad.to(mid.device), torch.nextafter(rad, inf), rad)
+        exact_mid, exact_rad = (part.to(mid.device, torch.float64) for part in (self.mid, self.rad))
+        step = torch.nextafter(mid.abs(), inf) - mid.abs()
+        moved = torch.where(mid.to(torch.float64) == exact_mid, 0, step)
+        rad = torch.where(rad.to(torch.float64) < exact_rad, torch.nextafter(rad, inf), rad)
         return Interval.of(mid, rounding.add_up(rad, moved))
 
     def __repr__(self) -> str:
@@ -184,6 +185,8 @@ def _radius(x: Tensor, eps: float | Tensor) -> Tensor:
                 f"Interval.linf: eps of shape {tuple(eps.shape)} does not broadcast to x of shape "
                 f"{tuple(x.shape)}; for one radius per sample give it shape [B, 1, ...]."
             ) from None
+    if not isinstance(eps, (int, float)):
+        raise TypeError(f"Interval.linf: eps must be a number or a tensor, got {type(eps).__name__}.")
     value = float(eps)
     if not 0 <= value < float("inf"):
         raise ValueError(f"Interval.linf: eps must be finite and ≥ 0, got {value}.")

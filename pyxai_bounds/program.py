@@ -7,8 +7,8 @@ program on tensors alone, midpoints and radii in and out, which is optimised and
 from __future__ import annotations
 
 import operator
+import re
 import threading
-import types
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
@@ -16,17 +16,18 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from pyxai_bounds import fuse
-from pyxai_bounds.capture import Captured, capture, is_one_integer, retrace, source_of, unwrap
+from pyxai_bounds.capture import Captured, as_captured, capture, is_one_integer, retrace, source_of
 from pyxai_bounds.errors import UnsupportedOperatorError
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.rules import RULES, Unsupported
+from pyxai_bounds.watch import identity, is_dead, tensors_of, token, unwrap
 
 aten = torch.ops.aten
 
-CACHE_SIZE = 32  # captures kept per function
+CACHE_SIZE = 128  # captures kept per function
 
 
 def bound(fn: Callable, *, sound: bool = False, parameters: Any = None) -> BoundFunction:
@@ -108,13 +109,27 @@ def _capture(
         return key, capture(fn, spec, points, specialise=True)
     try:
         return key, capture(fn, spec, points)
-    except Exception:
+    except Exception as error:
         # Some programs look at an integer argument's value, which fake tensors do not have.
         if not integers:
+            _explain_mismatch(fn, points, error)
             raise
     captured = capture(fn, spec, points, specialise=True)
     captures.put(key, _READS_INTEGERS)
     return (*key, integers), captured
+
+
+def _explain_mismatch(fn: Callable, points: list[Any], error: Exception) -> None:
+    """Say which dtypes and devices meet where PyTorch says that some do not fit."""
+    if not isinstance(error, RuntimeError) or not re.search("dtype|device", str(error)):
+        return
+    arguments = {f"{t.dtype} on {t.device}" for t in points if isinstance(t, Tensor) and t.is_floating_point()}
+    held = {f"{t.dtype} on {t.device}" for t in tensors_of(fn) if t.is_floating_point()}
+    if held and arguments != held:
+        raise ValueError(
+            f"The arguments are {' and '.join(sorted(arguments))}, the model's tensors {' and '.join(sorted(held))}: "
+            f"convert one of them, for example x.to(...) or model.to(...). ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def _tensors(leaves: list[Any]) -> list[Tensor]:
@@ -131,7 +146,9 @@ def _tensors(leaves: list[Any]) -> list[Tensor]:
 def _leaf_key(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
         return Tensor, leaf.shape, leaf.dtype, leaf.device, leaf.stride()
-    return type(leaf), leaf
+    if type(leaf).__module__ == "numpy" and not isinstance(leaf, (float, int)):
+        raise TypeError(f"An argument is a numpy {type(leaf).__name__}; convert it with torch.from_numpy or float().")
+    return token(leaf)
 
 
 def _check_devices(points: list[Any]) -> None:
@@ -155,7 +172,8 @@ class Program:
     def __call__(self, tensors: list[Tensor]) -> Any:
         enabled = torch.is_grad_enabled()
         try:
-            flat = self.graph(*tensors) if enabled else self._without_grad(tensors)
+            with as_captured():
+                flat = self.graph(*tensors) if enabled else self._without_grad(tensors)
         finally:
             torch._C._set_grad_enabled(enabled)
         values = iter(flat)
@@ -191,6 +209,7 @@ class _Interpreter(fx.Interpreter):
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__(graph)
+        self.extra_traceback = False  # the user's line is in our own messages, and nothing else helps
         self.unsupported: list[tuple[str, str]] = []
         self.results: list[Any] = []  # the structure: _SET, or a constant
 
@@ -271,28 +290,13 @@ class _Captures:
                 self._entries.popitem(last=False)
 
 
-class _Same:
-    """Compares an object by identity without keeping it alive."""
-
-    __slots__ = ("_id", "_ref")
-
-    def __init__(self, value: Any) -> None:
-        self._id, self._ref = id(value), weakref.ref(value)
-
-    def __hash__(self) -> int:
-        return self._id
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self._id == other._id and self._ref() is other._ref() is not None
-
-
 _cache: dict[int, tuple[weakref.ref, dict[Any, _Captures]]] = {}
 _cache_lock = threading.Lock()
 
 
 def _captures_of(fn: Callable) -> _Captures:
     """Equal functions share captures: one model's explanations of one kind, one lambda over the same objects."""
-    anchor, options = _identity(fn)
+    anchor, options = identity(fn)
     with _cache_lock:
         entry = _cache.get(id(anchor))
         if entry is None or entry[0]() is not anchor:
@@ -301,40 +305,9 @@ def _captures_of(fn: Callable) -> _Captures:
             _cache[number] = entry
         kinds = entry[1]
         if options not in kinds:
+            for gone in [kind for kind in kinds if is_dead(kind)]:
+                del kinds[gone]
             while len(kinds) >= CACHE_SIZE:
                 kinds.pop(next(iter(kinds)))
             kinds[options] = _Captures()
         return kinds[options]
-
-
-def _identity(fn: Any) -> tuple[Any, Any]:
-    """What lives as long as the function does, and what tells it from others with the same anchor."""
-    if hasattr(fn, "__bound_key__"):
-        return fn.__bound_key__()
-    if isinstance(fn, nn.Module):
-        return fn, None
-    if isinstance(fn, types.MethodType):
-        return fn.__self__, _Same(fn.__func__)
-    if isinstance(fn, types.FunctionType):
-        try:
-            return fn.__code__, _closure(fn)
-        except TypeError:  # something in the closure can be neither compared nor watched
-            return fn, None
-    return fn, None
-
-
-def _closure(fn: types.FunctionType) -> Any:
-    """What the function refers to: rebinding any of it makes another function."""
-    cells = [cell.cell_contents for cell in fn.__closure__ or ()]
-    defaults = [*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()]
-    names = [name for name in fn.__code__.co_names if name in fn.__globals__]
-    referred = [fn.__globals__[name] for name in names]
-    return tuple(_token(value) for value in (*cells, *defaults, *referred))
-
-
-def _token(value: Any) -> Any:
-    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device)):
-        return type(value), value
-    if isinstance(value, (tuple, frozenset)):
-        return type(value), tuple(_token(v) for v in value)
-    return _Same(value)

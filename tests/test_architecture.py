@@ -20,6 +20,7 @@ ORDER = [
     ["interval", "data", "models"],
     ["ops"],
     ["rules"],
+    ["watch"],
     ["capture"],
     ["fuse"],
     ["program"],

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import threading
+import types
 import weakref
 
 import pytest
@@ -182,6 +184,215 @@ def test_rebinding_a_closure_or_a_global_makes_another_function() -> None:
     bounded(xb.Interval.point(x))
     model = mlp(seed=5)
     assert torch.allclose(bounded(xb.Interval.point(x)).mid, model(x))
+
+
+def check_follows(fn, change, x: Tensor) -> None:
+    """Bound, change something, bound again: the bounds are those of the function as it is now."""
+    bounded = xb.bound(fn)
+    before = bounded(xb.Interval.point(x)).mid.detach()
+    change()
+    after = bounded(xb.Interval.point(x)).mid.detach()
+    with torch.enable_grad():
+        expected = fn(x).detach()
+    assert torch.allclose(after, expected), "stale"
+    assert not torch.allclose(before, after), "the change changes nothing: the test is blind"
+
+
+class Bent(nn.Module):
+    """A module whose attributes, children, hooks and forward a user may change at any time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 6), nn.LeakyReLU(0.1), nn.Linear(6, 4))
+        self.scale, self.options = 2.0, {"shift": 0.0}
+        self.extra: list[nn.Module] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x) * self.scale + self.options["shift"]
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.layers[0].forward(x) * self.scale
+
+
+X6 = images(3, shape=(6,)) - 0.5
+CHANGES = {
+    "attribute": lambda m: setattr(m, "scale", 3.0),
+    "option in a dict": lambda m: m.options.update(shift=1.0),
+    "attribute of a child": lambda m: setattr(m.layers[1], "negative_slope", 0.9),
+    "child": lambda m: m.extra.append(m.layers[2]) or m.layers.__setitem__(2, nn.Linear(6, 4).double()),
+    "other activation": lambda m: m.extra.append(m.layers[1]) or m.layers.__setitem__(1, nn.Tanh()),
+    "appended child": lambda m: m.layers.append(nn.ReLU()),
+    "hook": lambda m: m.layers[0].register_forward_hook(lambda module, args, out: out * 2) and None,
+    "forward": lambda m: setattr(m, "forward", lambda x: m.layers(x) * 7),
+    "class": lambda m: setattr(m.layers[1], "__class__", nn.Identity),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("through", ["module", "lambda", "explanation"])
+def test_changing_a_module_is_noticed(change: str, through: str) -> None:
+    torch.manual_seed(0)
+    model = Bent().double()
+    targets = torch.tensor([0, 1, 2])
+    fn = {
+        "module": model,
+        "lambda": lambda x: model(x),
+        "explanation": lambda x: xb.explain.gradient_x_input(model, of="loss")(x, targets) + model(x).sum(),
+    }[through]
+    check_follows(fn, lambda: CHANGES[change](model), X6)
+
+
+def test_parts_of_a_model_that_are_not_called_are_watched_too() -> None:
+    model = Bent().double()
+
+    def replace() -> None:
+        model.layers[0].weight = nn.Parameter(torch.rand(6, 6, dtype=torch.float64))
+
+    check_follows(model.features, replace, X6)
+    check_follows(lambda x: x @ model.layers[0].weight.T, replace, X6)
+    dropping = nn.Dropout(0.5).eval()
+    bounded = xb.bound(lambda x: F.dropout(x, 0.5, dropping.training))
+    bounded(xb.Interval.point(X6))
+    dropping.train()
+    with pytest.raises(xb.CaptureError, match="random"):
+        bounded(xb.Interval.point(X6))
+
+
+SCALE = torch.tensor(2.0, dtype=torch.float64)
+FACTORS = [1.0]
+
+
+def helper(x: Tensor) -> Tensor:
+    return sum(x * SCALE * factor for factor in FACTORS)
+
+
+def test_everything_a_function_refers_to_is_watched() -> None:
+    global SCALE
+    weight, options = torch.tensor(2.0, dtype=torch.float64), {"s": [1.0]}
+
+    class Callable:
+        def __init__(self) -> None:
+            self.factor = 2.0
+
+        def __call__(self, x: Tensor) -> Tensor:
+            return x * self.factor
+
+        def method(self, x: Tensor) -> Tensor:
+            return x * self.factor
+
+    def rebind() -> None:
+        nonlocal weight
+        weight = weight + 1
+
+    def rebind_global() -> None:
+        global SCALE
+        SCALE = SCALE + 1
+
+    def keyword(x: Tensor, *, a: float = 2.0, b: float = 3.0) -> Tensor:
+        return x * a + b
+
+    thing, inner = Callable(), lambda x: x * weight
+    for fn, change in (
+        (lambda x: x * weight * len(FACTORS), rebind),
+        (lambda x: x * options["s"][0], lambda: options["s"].__setitem__(0, 5.0)),
+        (lambda x: helper(x), rebind_global),
+        (functools.partial(helper), rebind_global),
+        (lambda x: helper(x), lambda: FACTORS.append(2.0)),
+        (lambda x: inner(x), rebind),
+        (lambda x: sum(x * SCALE for _ in range(2)), rebind_global),
+        (thing, lambda: setattr(thing, "factor", 3.0)),
+        (thing.method, lambda: setattr(thing, "factor", 4.0)),
+        (keyword, lambda: setattr(keyword, "__kwdefaults__", {"b": 2.0, "a": 3.0})),
+    ):
+        check_follows(fn, change, X6)
+    explanation = xb.explain.gradient(lambda x: (x * weight).square())
+    targets = torch.tensor([0, 1, 2])
+    before = xb.bound(explanation)(xb.Interval.point(X6), targets).mid
+    rebind()
+    assert not torch.allclose(before, xb.bound(explanation)(xb.Interval.point(X6), targets).mid)
+
+
+def test_an_option_object_changed_in_place_is_another_argument() -> None:
+    config = types.SimpleNamespace(scale=2.0)
+    bounded = xb.bound(lambda x, c: x * c.scale)
+    bounded(xb.Interval.point(X6), config)
+    config.scale = 5.0
+    assert torch.allclose(bounded(xb.Interval.point(X6), config).mid, 5 * X6)
+
+
+def test_values_of_live_tensors_are_never_baked_in() -> None:
+    flag, index = torch.tensor(True), torch.tensor([0, 2])
+    model = nn.Module()
+    model.register_buffer("temperature", torch.tensor(2.0))
+    for fn in (
+        lambda x: x * float(model.temperature),
+        lambda x: x if flag else -x,
+        lambda x: x[:, index.tolist()],
+        lambda x: x[:, list(index.numpy())],
+    ):
+        with pytest.raises(xb.CaptureError, match=r"reads a parameter's value|reads the value"):
+            xb.bound(fn)(xb.Interval.point(X6))
+    buffer = torch.zeros(6, dtype=torch.float64)
+    before = buffer.clone()
+    for fn in (
+        lambda x: x * buffer.add_(1.0),
+        lambda x: x + buffer.normal_(),
+        lambda x: buffer.copy_(x.mean(0)) + x,
+    ):
+        with pytest.raises(xb.CaptureError, match=r"writes|random"):
+            xb.bound(fn)(xb.Interval.point(X6))
+        assert torch.equal(buffer, before)
+
+
+def test_backward_inside_a_function_works_on_a_model_that_has_gradients() -> None:
+    model = mlp()
+    model(X6).sum().backward()
+    grads = [p.grad for p in model.parameters()]
+
+    def fn(x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        model(x).sum().backward()
+        return x.grad
+
+    bounds = xb.bound(fn)(xb.Interval.linf(X6, 0.05))
+    assert all(p.grad is grad for p, grad in zip(model.parameters(), grads, strict=True))
+    assert_encloses(bounds, fn(X6))
+
+
+def test_no_fake_tensor_is_left_behind_in_the_users_objects() -> None:
+    holder = types.SimpleNamespace(last=None, all=[])
+    leaf = torch.ones(6, dtype=torch.float64, requires_grad=True)
+
+    def fn(x: Tensor) -> Tensor:
+        out = x * leaf
+        holder.last = out
+        holder.all.append(out)
+        out.sum().backward()
+        return out
+
+    xb.bound(fn)(xb.Interval.point(X6))
+    assert holder.last is None and holder.all == [] and leaf.grad is None
+
+
+@pytest.mark.parametrize("layout", ["channels-last", "transposed", "expanded"])
+def test_layouts_through_an_average_pool_and_a_flatten(layout: str) -> None:
+    """What every ResNet ends with; channels-last it is captured with strided views."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4),
+    ).double()  # fmt: skip
+    x = images(2)
+    x = {
+        "channels-last": x.to(memory_format=torch.channels_last),
+        "transposed": x.transpose(2, 3).contiguous().transpose(2, 3),
+        "expanded": x[:, :, :1].expand(-1, -1, 8, -1),
+    }[layout]
+    for fn in (model, lambda x: xb.explain.gradient(model, of="probability")(x, TARGET)):
+        bounds = xb.bound(fn)(xb.Interval.linf(x, 1e-3)).detach()
+        with torch.enable_grad():
+            assert_encloses(bounds, fn(x).detach())
+        assert bounds.mid.abs().max() > 0
 
 
 def test_equal_functions_share_captures_and_unequal_ones_do_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,6 +104,8 @@ def test_contains_width_and_the_rest() -> None:
 def test_converting_to_a_coarser_dtype_widens() -> None:
     lower = torch.rand(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     box = xb.Interval(lower, lower + 1e-3)
+    tiny = xb.Interval.linf(torch.full((3,), 1e-20, dtype=torch.bfloat16), 1e-22).to(torch.float16)
+    assert (tiny.mid.double() + tiny.rad.double() >= 1.01e-20).all()  # float16 is finer but ends sooner
     for dtype in (torch.float32, torch.bfloat16):
         coarse = box.to(dtype)
         assert (coarse.mid.double() - coarse.rad.double() <= lower).all()

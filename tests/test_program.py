@@ -115,8 +115,13 @@ def test_wrong_device_and_dtype() -> None:
     model = mlp()
     with pytest.raises(ValueError, match="different devices, cpu and meta"):
         xb.bound(lambda x, y: model(x) + y)(xb.Interval.point(VECTORS), torch.ones(2, 4, device="meta"))
-    with pytest.raises(RuntimeError, match="dtype"):
+    with pytest.raises(ValueError, match=r"box of dtype torch.float32 meets a weight of dtype torch.float64: convert"):
         xb.bound(model)(xb.Interval.point(VECTORS.float()))
+    elsewhere = mlp().to("meta")
+    with pytest.raises(ValueError, match=r"arguments are torch.float64 on cpu, the model's .* on meta"):
+        xb.bound(xb.explain.gradient(elsewhere))(xb.Interval.point(VECTORS), TARGET)
+    with pytest.raises(TypeError, match="numpy ndarray; convert it"):
+        xb.bound(lambda x, y: x + y)(xb.Interval.point(VECTORS), VECTORS.numpy())
 
 
 def test_empty_batch() -> None:
@@ -244,6 +249,27 @@ def test_program_cache_ignores_values_but_not_kinds() -> None:
     bounded(VECTORS)
     (captured,) = program._captures_of(model).values()
     assert len(captured.derived) == 2
+
+
+def test_autocast_around_the_call_changes_nothing() -> None:
+    model = mlp().float()
+    box = xb.Interval.linf(VECTORS.float(), 1e-5)
+    expected = xb.bound(model)(box)
+    with torch.autocast("cpu", torch.bfloat16):
+        bounds = xb.bound(model)(box)
+        certificate = xb.certify(xb.explain.gradient(model), box.mid, TARGET, eps=1e-5, property=xb.TopK(2))
+    assert bounds.dtype is torch.float32 and torch.equal(bounds.mid, expected.mid)
+    assert certificate.nominal.dtype is torch.float32
+
+
+def test_jacobians_by_vmap() -> None:
+    model = mlp()
+    jacobian = torch.vmap(torch.func.jacrev(model))
+    bounds = xb.bound(jacobian)(xb.Interval.linf(VECTORS, 0.05))
+    assert bounds.shape == (2, 4, 6)
+    assert_encloses(bounds, jacobian(VECTORS).detach())
+    label = xb.bound(xb.explain.gradient(model))(xb.Interval.linf(VECTORS, 0.05), TARGET)
+    assert torch.allclose(bounds.rad[range(2), TARGET], label.rad)
 
 
 def test_softmax_attention_of_sets() -> None:

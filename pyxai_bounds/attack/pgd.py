@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyxai_bounds.attack.surrogate import smooth
+from pyxai_bounds.certify.certificate import evaluate, usual
 from pyxai_bounds.certify.properties import Property, kept
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.rounding import add_down, add_up
@@ -16,7 +17,10 @@ from pyxai_bounds.rounding import add_down, add_up
 
 @dataclass(frozen=True)
 class Attack:
-    """The worst input found per sample: x [B, ...] in the box, its attribution, the margin [B], broken bool [B]."""
+    """The worst input found per sample: x [B, ...] in the box, its attribution, the margin [B], broken bool [B].
+
+    A margin of NaN breaks nothing.
+    """
 
     x: Tensor
     attribution: Tensor
@@ -47,16 +51,32 @@ def pgd(
     """
     if steps < 1 or restarts < 1:
         raise ValueError(f"pgd needs steps ≥ 1 and restarts ≥ 1, got steps={steps}, restarts={restarts}.")
-    x = x.detach()
+    with torch.inference_mode(False):
+        return _attack(fn, usual(x), target, eps, property, clip, steps, restarts, seed, beta, batch_size)
+
+
+def _attack(
+    fn: Callable[..., Tensor],
+    x: Tensor,
+    target: Tensor | None,
+    eps: float | Tensor,
+    property: Property,
+    clip: tuple[float, float] | None,
+    steps: int,
+    restarts: int,
+    seed: int,
+    beta: float,
+    batch_size: int,
+) -> Attack:
     box = Interval.linf(x, eps, clip)
     generator = torch.Generator(device="cpu").manual_seed(seed)
     pieces = []
     for start in range(0, max(len(x), 1), batch_size):
         piece = slice(start, start + batch_size)
         targets = () if target is None else (target[piece],)
-        pieces.append(_search(fn, x[piece], targets, box[piece], property, steps, restarts, generator, beta))
+        pieces.append(_search(fn, x[piece], targets, box[piece], clip, property, steps, restarts, generator, beta))
     worst, attribution, margin = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-    return Attack(worst, attribution, margin, ~kept(property, margin))
+    return Attack(worst, attribution, margin, ~kept(property, margin) & ~margin.isnan())
 
 
 def _search(
@@ -64,6 +84,7 @@ def _search(
     x: Tensor,
     targets: tuple[Tensor, ...],
     box: Interval,
+    clip: tuple[float, float] | None,
     property: Property,
     steps: int,
     restarts: int,
@@ -73,28 +94,27 @@ def _search(
     twin = smooth(fn, x, *targets, beta=beta)
     # Rounded towards the middle: what is found must lie in the very box that the certificate is about.
     lower, upper = add_up(box.mid, -box.rad), add_down(box.mid, box.rad)
-
-    def explain(at: Tensor) -> Tensor:
-        with torch.no_grad():
-            return fn(at, *targets).detach()
+    if clip is not None:
+        lower, upper = lower.clamp(*clip), upper.clamp(*clip)
 
     def margin_of(attribution: Tensor, of: Tensor) -> Tensor:
         return property.margin(of, Interval.of(attribution, torch.zeros_like(attribution)))
 
-    nominal = explain(x)
+    nominal = evaluate(fn, x, *targets)
     worst, attribution, margin = x, nominal, margin_of(nominal, nominal)
     for _ in range(restarts):
         start = torch.rand(x.shape, generator=generator, dtype=torch.float64).to(x)
         at = torch.lerp(lower, upper, start).clamp(lower, upper)
         for step in range(steps):
             at = at.detach().requires_grad_()
-            loss = margin_of(twin(at, *targets), nominal).sum()
-            (slope,) = torch.autograd.grad(loss, at, allow_unused=True)
+            with torch.enable_grad():
+                loss = margin_of(twin(at, *targets), nominal).sum()
+            slope = torch.autograd.grad(loss, at, allow_unused=True)[0] if loss.requires_grad else None
             if slope is None:
                 break  # a constant explanation: nowhere to go
             length = box.rad * (2 * (1 - step / steps))
             at = (at.detach() - length * slope.sign()).clamp(lower, upper)
-            there = explain(at)
+            there = evaluate(fn, at, *targets)
             found = margin_of(there, nominal)
             better = found < margin
             margin = torch.where(better, found, margin)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyxai_bounds.certify.properties import Property, kept
+from pyxai_bounds.capture import as_captured
+from pyxai_bounds.certify.properties import Property, flat, kept
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.program import BoundFunction, bound
 
@@ -112,13 +114,20 @@ class _Check:
         sound: bool | None,
         batch_size: int,
     ) -> None:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"x must be a floating tensor [B, ...], got {kind}.")
+        if target is not None and not isinstance(target, Tensor):
+            raise TypeError(f"target must be an integer tensor [B] or None, got {type(target).__name__}.")
+        if not hasattr(property, "margin"):
+            raise TypeError(f"property must be one such as TopK(5), got {property!r}.")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         if target is not None and target.shape[:1] != x.shape[:1]:
             raise ValueError(
                 f"x has {len(x)} samples, but target has shape {list(target.shape)}; it must be [{len(x)}]."
             )
-        self.fn, self.x, self.target, self.clip, self.property = fn, x.detach(), target, clip, property
+        self.fn, self.x, self.target, self.clip, self.property = fn, usual(x), target, clip, property
         self.bounded: BoundFunction = bound(fn, sound=bool(sound), parameters=parameters)
         self.size = min(batch_size, max(len(x), 1))
         self.nominal = self._nominal()
@@ -129,8 +138,7 @@ class _Check:
 
     def _explain(self, x: Tensor, start: int) -> Tensor:
         targets = () if self.target is None else (self.target[start : start + len(x)],)
-        with torch.no_grad():
-            return self.fn(x, *targets).detach()
+        return evaluate(self.fn, x, *targets)
 
     @torch.no_grad()
     def at(self, eps: float | Tensor) -> Certificate:
@@ -140,10 +148,28 @@ class _Check:
         if bounds.shape != self.nominal.shape:
             raise ValueError(f"The function returned {list(self.nominal.shape)} but its bounds {list(bounds.shape)}.")
         margin = self.property.margin(self.nominal, bounds)
-        finite = (bounds.isfinite() & self.nominal.isfinite()).flatten(1).all(1)
-        holds = kept(self.property, margin) & finite & self.bounded.constants_are_finite()
-        margin = torch.where(margin.isnan() | ~finite, -torch.inf, margin)
+        usable = flat(bounds.isfinite() & self.nominal.isfinite()).all(1) & ~self._strays(bounds)
+        holds = kept(self.property, margin) & usable & self.bounded.constants_are_finite()
+        margin = torch.where(margin.isnan() | ~usable, -torch.inf, margin)
         return Certificate(holds, margin, self.nominal, bounds, "nearest")
+
+    def _strays(self, bounds: Interval) -> Tensor:
+        """Samples whose own explanation lies outside its bounds by more than rounding: bounds of something else.
+
+        The cheapest test there is that the captured program is still the function that was given.
+        """
+        gap = flat((self.nominal - bounds.mid).abs() - bounds.rad)
+        scale = flat(bounds.mid.abs() + bounds.rad).amax(1, keepdim=True) if gap.shape[1] else gap
+        strays = (gap > 1e3 * torch.finfo(gap.dtype).eps * scale).any(1)
+        if strays.any():
+            warnings.warn(
+                f"The explanations of {int(strays.sum())} of {len(strays)} samples lie outside their own bounds; none "
+                "of these is certified. Does the function return something else each time, or does its value change by "
+                "leaps within rounding error?",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+        return strays
 
     def _bounds(self, box: Interval, start: int) -> Interval:
         """One piece, filled up to the common size so that one compiled program serves all pieces."""
@@ -153,3 +179,15 @@ class _Check:
         out = self.bounded(box[index], *targets)
         count = min(self.size, len(self.x) - start)
         return out[:count]
+
+
+def usual(x: Tensor) -> Tensor:
+    """``x`` without its history, and usable by autograd even if it was made in inference mode."""
+    with torch.inference_mode(False):
+        return x.clone() if x.is_inference() else x.detach()
+
+
+def evaluate(fn: Callable[..., Tensor], *args: Tensor) -> Tensor:
+    """``fn`` at points, as it was captured: gradients possible inside it, no autocast; the result is detached."""
+    with torch.inference_mode(False), torch.enable_grad(), as_captured():
+        return fn(*args).detach()

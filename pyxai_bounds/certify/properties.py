@@ -31,6 +31,11 @@ def kept(property: Property, margin: Tensor) -> Tensor:
     return margin > 0 if property.strict else margin >= 0
 
 
+def flat(t: Tensor) -> Tensor:
+    """[B, ...] as [B, D]; an explanation of one number per sample has D = 1."""
+    return t.reshape(len(t), t.shape[1:].numel())
+
+
 @dataclass(frozen=True)
 class TopK:
     """The k largest entries stay the k largest, as a set, in any order among themselves.
@@ -64,7 +69,7 @@ class TopK:
                     f"TopK: channels='sum' needs explanations of shape [B, C, ...], got {list(lower.shape)}."
                 )
             lower, upper = lower.sum(1), upper.sum(1)
-        return lower.flatten(1), upper.flatten(1)
+        return flat(lower), flat(upper)
 
     def top(self, nominal: Tensor) -> Tensor:
         """The k top entries of each explanation, bool [B, D]."""
@@ -96,11 +101,11 @@ class Sign:
             raise ValueError(f"Sign: k must be at least 1 or None, got {self.k}.")
 
     def margin(self, nominal: Tensor, bounds: Interval) -> Tensor:
-        distance = torch.where(nominal > 0, bounds.lower, -bounds.upper).flatten(1)
+        distance = flat(torch.where(nominal > 0, bounds.lower, -bounds.upper))
         # A nominal zero keeps no sign, whatever the bounds.
-        distance = distance.masked_fill(nominal.flatten(1) == 0, 0.0).minimum(distance)
+        distance = distance.masked_fill(flat(nominal) == 0, 0.0).minimum(distance)
         if self.k is not None and self.k < distance.shape[1]:
-            distance = distance.gather(1, nominal.flatten(1).abs().topk(self.k, 1).indices)
+            distance = distance.gather(1, flat(nominal).abs().topk(self.k, 1).indices)
         return distance.amin(1) if distance.shape[1] else torch.full_like(distance.sum(1), torch.inf)
 
 
@@ -119,7 +124,7 @@ class _Deviation:
         raise NotImplementedError
 
     def margin(self, nominal: Tensor, bounds: Interval) -> Tensor:
-        return self.tau - self.size(deviation(nominal, bounds).flatten(1))
+        return self.tau - self.size(flat(deviation(nominal, bounds)))
 
 
 class L1(_Deviation):
@@ -166,7 +171,7 @@ class Cosine:
             raise ValueError(f"Cosine: least must lie in [-1, 1], got {self.least}.")
 
     def margin(self, nominal: Tensor, bounds: Interval) -> Tensor:
-        v, d = nominal.flatten(1), deviation(nominal, bounds).flatten(1)
+        v, d = flat(nominal), flat(deviation(nominal, bounds))
         norm = torch.linalg.vector_norm(v, dim=1)
         ratio = torch.linalg.vector_norm(d, dim=1) / norm
         by_angle = (1 - ratio.square()).clamp(min=0).sqrt()

@@ -154,7 +154,17 @@ interval_relu_backward = _define(
 # --- interval_linear: mid' = mid·Wᵀ + b, rad' = rad·|W|ᵀ, then ReLU ----------------------------------------
 
 
+def _check_weight(mid: Tensor, weight: Tensor) -> None:
+    for what in ("dtype", "device"):
+        if getattr(mid, what) != getattr(weight, what):
+            raise ValueError(
+                f"A box of {what} {getattr(mid, what)} meets a weight of {what} {getattr(weight, what)}: convert one "
+                "of them, with x.to(...) or model.to(...)."
+            )
+
+
 def _linear_fake(mid: Tensor, rad: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Any:
+    _check_weight(mid, weight)
     out = mid.new_empty(*mid.shape[:-1], weight.shape[0])
     return out, torch.empty_like(out), _bits(out, relu)
 
@@ -251,6 +261,7 @@ interval_linear_backward = _define(
 
 
 def _conv2d_fake(mid, rad, weight, bias, stride, padding, dilation, groups, relu):  # type: ignore[no-untyped-def]
+    _check_weight(mid, weight)
     shape = [mid.shape[0], weight.shape[0]]
     for size, kernel, s, p, d in zip(mid.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True):
         shape.append((size + 2 * p - d * (kernel - 1) - 1) // s + 1)

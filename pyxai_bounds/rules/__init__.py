@@ -5,7 +5,7 @@ while the program is traced: what it computes with tensors becomes part of the c
 decides in Python is decided for good.
 """
 
-from pyxai_bounds.rules import activation, conv, elementwise, linear, norm, pool, reduce, shape, softmax  # noqa: F401
+from pyxai_bounds.rules import activation, conv, elementwise, linear, logic, norm, pool, reduce, shape, softmax  # noqa: F401
 from pyxai_bounds.rules.registry import RULES, Rule, Unsupported, rule
 
 __all__ = ["RULES", "Rule", "Unsupported", "rule"]

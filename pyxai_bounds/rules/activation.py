@@ -30,6 +30,10 @@ def relu_backward(grad: Value, output: Value, threshold: float) -> Interval:
     """``output`` is ReLU's; its ends have the signs of the input's, so the state can be read off either."""
     if not isinstance(output, Interval):
         return multiply(grad, (~(output <= threshold)).to(output.dtype))  # 1 for a NaN, as in PyTorch
+    if grad.shape != output.shape:  # under vmap one of them is shared by many samples
+        shape = torch.broadcast_shapes(grad.shape, output.shape)
+        output = Interval.of(output.mid.expand(shape), output.rad.expand(shape))
+        grad = Interval.of(mid_of(grad).expand(shape), rad_of(grad).expand(shape))
     order = memory_format(output.mid)
     state = output.state
     if state is None or threshold != 0:
@@ -138,7 +142,7 @@ def elu(x: Interval, alpha: float = 1, scale: float = 1, input_scale: float = 1)
 
 @rule(aten.elu_backward.default)
 def elu_backward(grad: Value, alpha: float, scale: float, input_scale: float, is_result: bool, x: Value) -> Interval:
-    """φ′ jumps after 0 from scale·alpha·input_scale to scale; with ``is_result`` it is read off φ, scale·α + y below 0."""
+    """φ′ jumps after 0 from scale·alpha·input_scale to scale; with ``is_result`` it is read off φ as scale·α + y."""
 
     def slope(t: Tensor) -> Tensor:
         below = (

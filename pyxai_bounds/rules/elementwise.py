@@ -8,7 +8,18 @@ import torch
 from torch import Tensor
 
 from pyxai_bounds.interval import Interval
-from pyxai_bounds.rules.registry import Unsupported, Value, between, ends, mid_of, monotone, multiply, range_of, rule
+from pyxai_bounds.rules.registry import (
+    Truth,
+    Unsupported,
+    Value,
+    between,
+    ends,
+    mid_of,
+    monotone,
+    multiply,
+    range_of,
+    rule,
+)
 
 aten = torch.ops.aten
 
@@ -17,7 +28,13 @@ def _add(a: Any, b: Any, factor: float) -> Interval:
     mid = mid_of(a) + factor * mid_of(b) if factor not in (1, -1) else _plus(mid_of(a), mid_of(b), factor)
     rads = [r for r in (_radius(a, 1), _radius(b, abs(factor))) if r is not None]
     rad = rads[0] if len(rads) == 1 else rads[0] + rads[1]
-    return Interval.of(mid, rad.expand_as(mid))
+    return Interval.of(mid, rad.expand_as(mid).to(mid.dtype))
+
+
+def _refuse_truth(a: Any, b: Any) -> None:
+    """A sum or product of two booleans is another boolean, not a number."""
+    if all(isinstance(x, Truth) or (isinstance(x, Tensor) and x.dtype == torch.bool) for x in (a, b)):
+        raise Unsupported("adds or multiplies truth values; use | and &, or convert them with .to(dtype)")
 
 
 def _plus(a: Any, b: Any, sign: float) -> Tensor:
@@ -32,6 +49,7 @@ def _radius(x: Any, factor: float) -> Tensor | None:
 
 @rule(aten.add.Tensor, aten.add.Scalar)
 def add(a: Any, b: Any, alpha: float = 1) -> Interval:
+    _refuse_truth(a, b)
     return _add(a, b, alpha)
 
 
@@ -54,6 +72,7 @@ def neg(x: Interval) -> Interval:
 
 @rule(aten.mul.Tensor, aten.mul.Scalar)
 def mul(a: Any, b: Any) -> Interval:
+    _refuse_truth(a, b)
     return square(a) if a is b else multiply(a, b)
 
 
@@ -90,12 +109,11 @@ def square(x: Interval) -> Interval:
 
 @rule(aten.pow.Tensor_Scalar)
 def pow_(x: Interval, exponent: float) -> Interval:
-    if exponent == 0.5:
-        return sqrt(x)
-    if exponent == -1:
-        return reciprocal(x)
-    if exponent != int(exponent) or exponent < 1:
-        raise Unsupported(f"raises a set to the power {exponent}; whole powers ≥ 1, 0.5 and -1 are supported")
+    """Negative powers are reciprocals; where a root meets a negative number the result is NaN, which has no bound."""
+    if exponent < 0:
+        return reciprocal(pow_(x, -exponent))
+    if exponent == 0:
+        return Interval.of(torch.ones_like(x.mid), torch.zeros_like(x.rad))
     return range_of(lambda t: aten.pow(t, exponent), x, [(0.0, 0.0)] if exponent % 2 == 0 else [])
 
 
@@ -113,6 +131,11 @@ def rsqrt(x: Interval) -> Interval:
 @rule(aten.exp.default)
 def exp(x: Interval) -> Interval:
     return monotone(torch.exp, x)
+
+
+@rule(aten.expm1.default)
+def expm1(x: Interval) -> Interval:
+    return monotone(torch.expm1, x)
 
 
 @rule(aten.log.default)

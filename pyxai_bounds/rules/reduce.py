@@ -8,7 +8,7 @@ import torch
 
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.rules.elementwise import square
-from pyxai_bounds.rules.registry import Unsupported, monotone, positive_linear, range_of, rule
+from pyxai_bounds.rules.registry import NO_VALUE, Unsupported, monotone, positive_linear, range_of, rule
 
 aten = torch.ops.aten
 
@@ -29,6 +29,26 @@ def amax(x: Interval, *args: Any) -> Interval:
 @rule(aten.amin.default)
 def amin(x: Interval, *args: Any) -> Interval:
     return monotone(lambda t: aten.amin(t, *args), x)
+
+
+@rule(aten.max.default)
+def max_of_all(x: Interval) -> Interval:
+    return monotone(torch.max, x)
+
+
+@rule(aten.min.default)
+def min_of_all(x: Interval) -> Interval:
+    return monotone(torch.min, x)
+
+
+@rule(aten.max.dim)
+def max_dim(x: Interval, *args: Any) -> tuple[Interval, object]:
+    return monotone(lambda t: torch.max(t, *args).values, x), NO_VALUE
+
+
+@rule(aten.min.dim)
+def min_dim(x: Interval, *args: Any) -> tuple[Interval, object]:
+    return monotone(lambda t: torch.min(t, *args).values, x), NO_VALUE
 
 
 @rule(aten.logsumexp.default)

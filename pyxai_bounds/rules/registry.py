@@ -48,14 +48,25 @@ def rule(*operators: OpOverload, shape_only: tuple[str, ...] = ()) -> Callable[[
 Value = Tensor | Interval
 
 
-class _NoValue:
-    """Stands for indices that differ within a set. No operator accepts it as None would be, say, by indexing."""
+class Truth(Interval):
+    """A boolean that is true, false or either: [1, 1], [0, 0] or [0, 1], so that it can be multiplied and summed."""
 
-    def __repr__(self) -> str:
-        return "(indices of a set, which have no single value)"
+    __slots__ = ()
 
 
-NO_VALUE = _NoValue()
+class _Indices(Interval):
+    """The places of a set's maxima, which have no single value: whatever is computed from them is refused."""
+
+    __slots__ = ()
+
+    @property
+    def mid(self) -> Tensor:  # type: ignore[override]
+        raise Unsupported("uses indices that differ within a set")
+
+    rad = mid  # type: ignore[assignment]
+
+
+NO_VALUE = _Indices.__new__(_Indices)
 
 
 def mid_of(x: Any) -> Any:
@@ -145,10 +156,16 @@ def positive_linear(*operators: OpOverload, shape_only: tuple[str, ...] = ()) ->
                 picked = [mid_of(a) if i in _ignored else pytree.tree_map(pick, a) for i, a in enumerate(args)]
                 return _op(*picked, **kwargs)
 
+            leaves = pytree.tree_leaves(args)
             mids, rads = part(mid_of), part(_radius_part)
+            kind = Interval
+            if any(isinstance(leaf, Truth) for leaf in leaves):
+                # Rearranged truth values are truth values; summed ones are numbers.
+                plain = pytree.tree_leaves(part(lambda a: a.mid > 0 if isinstance(a, Truth) else mid_of(a)))
+                kind = Truth if plain[0].dtype == torch.bool else Interval
             if isinstance(mids, Tensor):
-                return Interval.of(mids, rads)
-            return [Interval.of(mid, rad) for mid, rad in zip(mids, rads, strict=True)]
+                return kind.of(mids, rads)
+            return [kind.of(mid, rad) for mid, rad in zip(mids, rads, strict=True)]
 
         rule(op, shape_only=shape_only)(apply)
 

@@ -39,17 +39,20 @@ positive_linear(
     aten.index.Tensor,
     aten.scatter.src,
     aten.scatter_add.default,
-    aten.index_add.default,
+    aten.index_copy.default,
     aten.index_put.default,
-    aten.where.self,
     aten.select_backward.default,
     aten.slice_backward.default,
     aten.select_scatter.default,
     aten.slice_scatter.default,
     aten.unfold_backward.default,
     aten.diagonal_backward.default,
+    aten.reflection_pad1d.default,
     aten.reflection_pad2d.default,
+    aten.reflection_pad3d.default,
+    aten.replication_pad1d.default,
     aten.replication_pad2d.default,
+    aten.replication_pad3d.default,
     aten.upsample_nearest2d.default,
     aten.upsample_bilinear2d.default,
     aten.upsample_nearest2d_backward.default,
@@ -59,21 +62,64 @@ positive_linear(
     aten.im2col.default,
     aten.col2im.default,
 )
+positive_linear(
+    aten.reflection_pad1d_backward.default,
+    aten.reflection_pad2d_backward.default,
+    aten.reflection_pad3d_backward.default,
+    aten.replication_pad1d_backward.default,
+    aten.replication_pad2d_backward.default,
+    aten.replication_pad3d_backward.default,
+    shape_only=("self",),
+)
+
+
+@rule(aten.index_add.default)
+def index_add(x: Value, dim: int, index: torch.Tensor, source: Value, *, alpha: float = 1) -> Interval:
+    return Interval.of(
+        aten.index_add(mid_of(x), dim, index, mid_of(source), alpha=alpha),
+        aten.index_add(rad_of(x), dim, index, rad_of(source), alpha=abs(alpha)),
+    )
+
+
+@rule(aten.scatter.value)
+def scatter_value(x: Interval, dim: int, index: torch.Tensor, value: float) -> Interval:
+    return Interval.of(aten.scatter(x.mid, dim, index, value), aten.scatter(x.rad, dim, index, 0))
+
+
+def _same_elements(x: Value, size: list[int], stride: list[int], offset: int | None) -> None:
+    """Refuse ``as_strided`` unless it restates the layout of ``x`` with other strides for dimensions of size 1.
+
+    That is what a global average pool does to a channels-last image; anything else would depend on the layout.
+    """
+    like = mid_of(x)
+    kept = [n > 1 for n in like.shape]
+    same = all(a == b for a, b, keep in zip(stride, like.stride(), kept, strict=False) if keep)
+    if list(size) != list(like.shape) or offset or not same:
+        raise Unsupported("reinterprets memory")
+
+
+@rule(aten.as_strided.default)
+def as_strided(x: Interval, size: list[int], stride: list[int], offset: int | None = None) -> Interval:
+    _same_elements(x, size, stride, offset)
+    return x
+
+
+@rule(aten.as_strided_scatter.default)
+def as_strided_scatter(
+    x: Value, source: Value, size: list[int], stride: list[int], offset: int | None = None
+) -> Interval:
+    _same_elements(x, size, stride, offset)
+    return Interval.of(mid_of(source), rad_of(source))
 
 
 @rule(aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 def reshape(x: Interval, size: list[int]) -> Interval:
-    return Interval.of(x.mid.reshape(size), x.rad.reshape(size))
+    return type(x).of(x.mid.reshape(size), x.rad.reshape(size))
 
 
 @rule(aten.constant_pad_nd.default)
 def constant_pad_nd(x: Interval, pad: list[int], value: float = 0) -> Interval:
     return Interval.of(aten.constant_pad_nd(x.mid, pad, value), aten.constant_pad_nd(x.rad, pad, 0))
-
-
-@rule(aten.masked_fill.Scalar)
-def masked_fill(x: Interval, mask: torch.Tensor, value: float) -> Interval:
-    return Interval.of(aten.masked_fill(x.mid, mask, value), aten.masked_fill(x.rad, mask, 0))
 
 
 @rule(aten._to_copy.default)
@@ -87,7 +133,9 @@ def to_copy(x: Value, **kwargs: Any) -> Interval:
 @rule(aten.fill.Tensor, aten.copy.default, shape_only=("self",))
 def fill(x: Value, value: Interval, non_blocking: bool = False) -> Interval:
     """The value in the shape of ``x``."""
-    return Interval.of(value.mid.expand(x.shape), value.rad.expand(x.shape))
+    if not x.dtype.is_floating_point:
+        raise Unsupported(f"writes a set into a tensor of {x.dtype}")
+    return Interval.of(value.mid.to(x.dtype).expand(x.shape), value.rad.to(x.dtype).expand(x.shape))
 
 
 def _never_called(*args: Any, **kwargs: Any) -> Any:

@@ -47,6 +47,25 @@ def test_a_constant_explanation_cannot_be_moved() -> None:
     assert not found.broken.any()
 
 
+def test_the_attack_stays_inside_a_clip_that_floats_cannot_hit() -> None:
+    model = mlp().float()
+    x = X.float().clamp(0.1, 0.9)
+    for seed in range(5):
+        found = xb.attack.pgd(
+            xb.explain.gradient(model), x, TARGET, eps=0.3, property=xb.Linf(0.0), clip=(0.1, 0.9), seed=seed
+        )
+        xb.Interval.linf(found.x, 0.1, clip=(0.1, 0.9))
+
+
+def test_explanations_that_depend_on_nothing_and_nan() -> None:
+    frozen = nn.Linear(6, 4).double().requires_grad_(False)
+    assert not xb.attack.pgd(xb.explain.gradient(frozen), X, TARGET, eps=0.1, property=xb.TopK(2)).broken.any()
+    broken = mlp()
+    with torch.no_grad():
+        broken[4].weight.fill_(float("nan"))
+    assert not xb.attack.pgd(xb.explain.gradient(broken), X, TARGET, eps=0.1, property=xb.TopK(2)).broken.any()
+
+
 def test_the_same_seed_gives_the_same_attack() -> None:
     fn = xb.explain.gradient(residual())
     args = {"eps": 0.01, "property": xb.TopK(3), "steps": 4}

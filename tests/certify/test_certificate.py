@@ -89,10 +89,45 @@ def test_a_nan_buffer_and_an_overflow_are_never_certified() -> None:
     assert not certificate.holds.any()
 
 
+def test_a_function_that_changes_between_calls_is_never_certified() -> None:
+    """The bounds cannot contain an explanation that is another one each time."""
+    state = iter(range(1000))
+
+    def fn(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x * 0 + float(next(state)) + torch.arange(6.0)
+
+    with pytest.warns(RuntimeWarning, match="7 of 7 samples lie outside their own bounds"):
+        assert not xb.certify(fn, X, TARGET, eps=0.1, property=xb.TopK(2)).holds.any()
+
+
+def test_explanations_of_one_number_and_hand_written_gradients() -> None:
+    model = mlp()
+    one = xb.certify(lambda x: model(x)[:, 0], X, eps=1e-3, property=xb.Sign())
+    assert one.holds.shape == (7,)
+
+    def by_hand(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(model(x).gather(1, y[:, None]).sum(), x)[0]
+
+    with torch.inference_mode():
+        inside = X.clone()
+        certificate = xb.certify(by_hand, inside, TARGET, eps=0.05, property=xb.TopK(2))
+        xb.attack.pgd(by_hand, inside, TARGET, eps=0.05, property=xb.TopK(2), steps=2)
+    expected = xb.certify(xb.explain.gradient(model), X, TARGET, eps=0.05, property=xb.TopK(2))
+    assert torch.equal(certificate.holds, expected.holds)
+
+
 def test_bad_arguments() -> None:
     fn = xb.explain.gradient(mlp())
     with pytest.raises(ValueError, match="x has 7 samples, but target has shape"):
         xb.certify(fn, X, TARGET[:3], eps=0.1, property=xb.TopK(2))
+    for arguments, message in (
+        ({"x": X.numpy()}, "x must be a floating tensor"),
+        ({"target": [0, 1]}, "target must be an integer tensor"),
+        ({"property": "topk"}, "property must be one such as"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            xb.certify(fn, **{"x": X, "target": TARGET, "eps": 0.1, "property": xb.TopK(2), **arguments})
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         xb.certify(fn, X, TARGET, eps=0.1, property=xb.TopK(2), batch_size=0)
     with pytest.raises(ValueError, match="x lies outside clip"):

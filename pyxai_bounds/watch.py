@@ -1,0 +1,402 @@
+"""What a function depends on besides its arguments: whether it is still what was captured, and how to put it back.
+
+A captured graph is true as long as the function, the objects it refers to and the modules it calls stay what they were,
+tensor *values* apart, which are live. ``capture`` uses this while tracing, ``program`` to key its cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import os
+import threading
+import types
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+_PRIMITIVES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout)
+_CONTAINERS = (list, tuple, set, frozenset, deque)
+_LIBRARIES = (os.path.dirname(torch.__file__), os.path.dirname(__file__), os.path.dirname(os.__file__))
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_MANY = 1000  # elements or objects that are looked at, at most: a closure over a data set must not cost seconds
+_DEPTH = 5
+
+
+def unwrap(fn: Callable) -> Callable:
+    """The function or module behind DataParallel, DistributedDataParallel and ``torch.compile``."""
+    while True:
+        if isinstance(fn, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            fn = fn.module
+        elif isinstance(fn, nn.Module) and "_orig_mod" in fn._modules:
+            fn = fn._modules["_orig_mod"]  # type: ignore[assignment]
+        elif hasattr(fn, "_torchdynamo_orig_callable"):
+            fn = fn._torchdynamo_orig_callable
+        else:
+            return fn
+
+
+# --- what a function refers to -------------------------------------------------------------------------------
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    """The global names that a function uses, functions defined inside it included."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
+
+
+def _referents(value: Any) -> list[tuple[Any, Any]]:
+    """The objects one step away, each with the name or position that it has there."""
+    if isinstance(value, (*_PRIMITIVES, Tensor, type, types.ModuleType, types.BuiltinFunctionType)):
+        return []
+    if isinstance(value, types.FunctionType):
+        found = [(i, cell.cell_contents) for i, cell in enumerate(value.__closure__ or ()) if _is_set(cell)]
+        found += enumerate(value.__defaults__ or ())
+        found += (value.__kwdefaults__ or {}).items()
+        file = value.__code__.co_filename
+        if file.startswith(_LIBRARIES) or "site-packages" in file:
+            return found  # a library's globals are its own affair
+        scope = value.__globals__
+        return found + [(name, scope[name]) for name in dict.fromkeys(_names(value.__code__)) if name in scope]
+    if isinstance(value, types.MethodType):
+        return [("self", value.__self__), ("function", value.__func__)]
+    if isinstance(value, functools.partial):
+        return [("function", value.func), ("args", value.args), ("keywords", value.keywords)]
+    if isinstance(value, dict):
+        return list(value.items()) if len(value) <= _MANY else []
+    if isinstance(value, _CONTAINERS):
+        return list(enumerate(value)) if len(value) <= _MANY else []
+    return list(getattr(value, "__dict__", {}).items())
+
+
+def _is_set(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
+
+
+def _in_reach(fn: Any) -> list[Any]:
+    """Everything that a function refers to, directly or through a few steps."""
+    seen: dict[int, Any] = {}
+    level = [fn]
+    for _ in range(_DEPTH):
+        level = [value for value in level if id(value) not in seen and not isinstance(value, _PRIMITIVES)]
+        seen.update((id(value), value) for value in level)
+        if len(seen) > _MANY:
+            break
+        level = [other for value in level for other in _neighbours(value)]
+    return list(seen.values())
+
+
+def _neighbours(value: Any) -> Iterable[Any]:
+    if isinstance(value, nn.Module):  # however deep it is
+        return [*value.modules(), *(other for other in value.__dict__.values() if not isinstance(other, dict))]
+    return [other for _, other in _referents(value)]
+
+
+def tensors_of(fn: Any) -> Iterator[Tensor]:
+    """The parameters and buffers of all modules that a function refers to."""
+    for value in _in_reach(fn):
+        if isinstance(value, nn.Module):
+            yield from _tensors(value)
+
+
+# --- is it the same function? --------------------------------------------------------------------------------
+
+
+class _Same:
+    """Compares an object by identity, without keeping it alive where that can be."""
+
+    __slots__ = ("_id", "_ref")
+
+    def __init__(self, value: Any) -> None:
+        self._id = id(value)
+        try:
+            self._ref: Callable[[], Any] = weakref.ref(value)
+        except TypeError:
+            self._ref = lambda: value
+
+    def __hash__(self) -> int:
+        return self._id
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self._id == other._id and self._ref() is other._ref() is not None
+
+    def is_dead(self) -> bool:
+        return self._ref() is None
+
+
+def token(value: Any, depth: int = _DEPTH, budget: list[None] | None = None) -> Any:
+    """Equal for what computes the same: identity of tensors, modules and objects, value of everything plain.
+
+    Objects are followed for a few steps, so that an option changed in place, or a helper's global rebound, is noticed.
+    ``budget`` is a list that loses one element for every object followed; when it is empty identity has to do.
+    """
+    budget = [None] * _MANY if budget is None else budget
+    if isinstance(value, _PRIMITIVES):
+        return type(value), repr(value) if isinstance(value, (float, complex)) else value  # 0.0 is not -0.0
+    if isinstance(value, slice):
+        return slice, token((value.start, value.stop, value.step))
+    if depth == 0 or not budget or isinstance(value, (nn.Module, Tensor)):  # modules have their own watch
+        return _Same(value)
+    budget.pop()
+    parts = tuple((token(name, 1), token(v, depth - 1, budget)) for name, v in _referents(value))
+    if isinstance(value, (dict, *_CONTAINERS)) and len(value) <= _MANY:
+        return type(value), parts
+    if isinstance(value, types.FunctionType):
+        return _Same(value.__code__), parts
+    if isinstance(value, (types.MethodType, functools.partial)):
+        return type(value), parts
+    return _Same(value), parts
+
+
+def is_dead(key: Any) -> bool:
+    """Does a token hold an object that is gone?"""
+    if isinstance(key, tuple):
+        return any(is_dead(part) for part in key)
+    return isinstance(key, _Same) and key.is_dead()
+
+
+def identity(fn: Any) -> tuple[Any, Any]:
+    """An object that lives about as long as the function, and what tells the function from others that share it."""
+    if hasattr(fn, "__bound_key__"):  # an explanation: its model and its options
+        model, options = fn.__bound_key__()
+        anchor, key = identity(model)
+        return anchor, (key, options)
+    if isinstance(fn, nn.Module):
+        return fn, None
+    if isinstance(fn, types.FunctionType):
+        return fn.__code__, token(fn)
+    if isinstance(fn, types.MethodType):
+        return fn.__self__, token(fn)
+    return fn, token(fn)
+
+
+# --- are the modules what they were? -------------------------------------------------------------------------
+
+
+class ModuleWatch:
+    """What a function's modules looked like when it was captured."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, _Watched] = {}
+
+    def add(self, module: nn.Module, hooks: bool) -> None:
+        """Watch a module from now on; its hooks, too, if the function has not been entered yet."""
+        if id(module) not in self._seen:
+            self._seen[id(module)] = _Watched(module, hooks)
+
+    def settle(self) -> None:
+        """Stop watching what tracing itself changed: counters and caches, which the graph does not depend on."""
+        for watched in self._seen.values():
+            watched.settle()
+
+    def tensors(self) -> Iterator[Tensor]:
+        for watched in self._seen.values():
+            module = watched.reference()
+            if module is not None:
+                yield from _tensors(module)
+
+    def unchanged(self) -> bool:
+        return all(watched.unchanged() for watched in self._seen.values())
+
+
+class _Watched:
+    """One module: its class, children, hooks, plain attributes, and its tensors' identity and layout."""
+
+    def __init__(self, module: nn.Module, hooks: bool) -> None:
+        self.reference = weakref.ref(module)
+        attributes = module.__dict__
+        self._class, self._size = type(module), len(attributes)
+        self._names = list(attributes)
+        self._ids = list(map(id, attributes.values()))
+        # An id is a proof of identity only while its object lives: plain values are kept, others are watched.
+        self._kept = [value for value in attributes.values() if isinstance(value, (*_PRIMITIVES, dict, *_CONTAINERS))]
+        self._others = {
+            name: _Same(value)
+            for name, value in attributes.items()
+            if not isinstance(value, (*_PRIMITIVES, dict, *_CONTAINERS))
+        }
+        self._containers = {
+            name: token(value, 2)
+            for name, value in attributes.items()
+            if isinstance(value, (dict, *_CONTAINERS)) and not _is_internal(name)
+        }
+        self._children = _children(module)
+        self._layout = _layout(module)
+        self._hooks = _hooks(module) if hooks else None
+
+    def settle(self) -> None:
+        module = self.reference()
+        if module is None:
+            return
+        attributes = module.__dict__
+        same = [id(attributes.get(name)) == number for name, number in zip(self._names, self._ids, strict=True)]
+        self._ids = [number for number, kept in zip(self._ids, same, strict=True) if kept]
+        self._names = [name for name, kept in zip(self._names, same, strict=True) if kept]
+        self._others = {name: other for name, other in self._others.items() if name in self._names}
+        for name, before in list(self._containers.items()):
+            if name not in attributes or token(attributes[name], 2) != before:
+                del self._containers[name]
+
+    def unchanged(self) -> bool:
+        module = self.reference()
+        if module is None or type(module) is not self._class:
+            return False
+        attributes = module.__dict__
+        return (
+            len(attributes) == self._size
+            and list(map(id, map(attributes.get, self._names))) == self._ids
+            and not any(other.is_dead() for other in self._others.values())
+            and _children(module) == self._children
+            and _layout(module) == self._layout
+            and (self._hooks is None or _hooks(module) == self._hooks)
+            and all(token(attributes.get(name), 2) == before for name, before in self._containers.items())
+        )
+
+
+def _is_internal(name: str) -> bool:
+    return "hooks" in name or name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+
+
+def _children(module: nn.Module) -> list[tuple[str, int]]:
+    return [(name, id(child)) for name, child in module._modules.items()]  # each is watched itself
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+
+
+def _layout(module: nn.Module) -> list[tuple]:
+    return [(id(t), t.dtype, t.device, t.stride(), t.requires_grad) for t in _tensors(module)]
+
+
+def _hooks(module: nn.Module) -> list[int]:
+    return [id(hook) for name in _HOOKS for hook in module.__dict__[name].values()]
+
+
+# --- put back what tracing changed ---------------------------------------------------------------------------
+
+
+class Saved:
+    """The attributes and gradients of modules and objects, to be put back after tracing."""
+
+    def __init__(self, clear_grads: bool) -> None:
+        self._attributes: dict[int, tuple[Any, dict[str, tuple[Any, Any]]]] = {}
+        self._grads: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self._clear_grads = clear_grads
+
+    def save(self, value: Any) -> None:
+        """Remember a module, a plain object or a tensor as it is now."""
+        if isinstance(value, Tensor):
+            self._save_grad(value)
+        elif isinstance(value, nn.Module):
+            for tensor in _tensors(value):
+                self._save_grad(tensor)
+            self._save_attributes(value)
+        elif hasattr(value, "__dict__") and not isinstance(value, (type, types.ModuleType, types.FunctionType)):
+            self._save_attributes(value)
+
+    def _save_grad(self, tensor: Tensor) -> None:
+        if tensor.is_leaf and tensor.requires_grad and id(tensor) not in self._grads:
+            self._grads[id(tensor)] = tensor, tensor.grad
+            if self._clear_grads:
+                tensor.grad = None
+
+    def _save_attributes(self, value: Any) -> None:
+        if id(value) not in self._attributes:
+            saved = {name: (v, _elements(v)) for name, v in vars(value).items() if "hooks" not in name}
+            self._attributes[id(value)] = value, saved
+
+    def had_grads(self) -> bool:
+        return any(grad is not None for _, grad in self._grads.values())
+
+    def restore(self) -> None:
+        for value, saved in self._attributes.values():
+            attributes = vars(value)
+            # Of a module everything, its counters included; of other objects, which other threads may use, only traces.
+            whole = isinstance(value, nn.Module)
+            for name in [name for name in attributes if name not in saved and "hooks" not in name]:
+                if whole or _holds_fake(attributes[name]):
+                    del attributes[name]
+            for name, (attribute, elements) in saved.items():
+                if whole or _holds_fake(attributes.get(name)):
+                    _restore_elements(attribute, elements)
+                    attributes[name] = attribute
+        for tensor, grad in self._grads.values():
+            # Only what tracing left behind: a gradient that another thread has computed meanwhile is its own.
+            if isinstance(tensor.grad, FakeTensor) or (tensor.grad is None and grad is not None):
+                tensor.grad = grad
+
+
+def _holds_fake(value: Any, depth: int = 2) -> bool:
+    if isinstance(value, FakeTensor):
+        return True
+    return (
+        depth > 0
+        and isinstance(value, (dict, *_CONTAINERS))
+        and any(_holds_fake(v, depth - 1) for _, v in _referents(value))
+    )
+
+
+def _elements(value: Any, depth: int = 2) -> Any:
+    """A copy of a container that tracing may fill, and of the containers in it."""
+    if not isinstance(value, (list, dict, set, deque)) or len(value) > _MANY:
+        return None
+    inner = [(v, _elements(v, depth - 1)) for _, v in _referents(value)] if depth else []
+    return copy.copy(value), inner
+
+
+def _restore_elements(value: Any, elements: Any) -> None:
+    if elements is None:
+        return
+    before, inner = elements
+    for child, child_elements in inner:
+        _restore_elements(child, child_elements)
+    value.clear()
+    (value.update if isinstance(value, (dict, set)) else value.extend)(before)
+
+
+@contextlib.contextmanager
+def preserved(
+    fn: Callable, check_mode: Callable[[nn.Module, str], None], *, clear_grads: bool = False
+) -> Iterator[tuple[ModuleWatch, Saved]]:
+    """Watch every module that the function refers to or runs, and undo what the block does to them.
+
+    ``check_mode(module, name)`` is called before a module runs for the first time. With ``clear_grads`` the parameters
+    have no gradients inside the block. The models must not train in another thread meanwhile.
+    """
+    watch, saved = ModuleWatch(), Saved(clear_grads)
+    thread, checked = threading.get_ident(), set()
+
+    def before_forward(module: nn.Module, _: Any) -> None:
+        if threading.get_ident() != thread:
+            return
+        for name, part in module.named_modules():
+            if id(part) not in checked:
+                checked.add(id(part))
+                check_mode(part, name)
+                watch.add(part, hooks=False)
+                saved.save(part)
+
+    for value in _in_reach(fn):
+        if isinstance(value, nn.Module):
+            watch.add(value, hooks=True)
+        saved.save(value)
+    hook = nn.modules.module.register_module_forward_pre_hook(before_forward)
+    try:
+        yield watch, saved
+    finally:
+        hook.remove()
+        watch.settle()
+        saved.restore()
