@@ -409,7 +409,8 @@ def test_equal_functions_share_captures_and_unequal_ones_do_not(monkeypatch: pyt
     assert len(calls) == 5
 
 
-def test_the_cache_neither_keeps_models_alive_nor_grows_without_limit() -> None:
+def test_the_cache_neither_keeps_models_alive_nor_grows_without_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program, "CACHE_SIZE", 4)
     model = mlp()
     gone = weakref.ref(model)
     xb.bound(xb.explain.gradient(model))(xb.Interval.point(images(2, shape=(6,))), TARGET)

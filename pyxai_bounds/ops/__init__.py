@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pyxai_bounds.ops import native, reference
-from pyxai_bounds.ops.layout import memory_format, state_size
+from pyxai_bounds.ops.layout import memory_format, order_of, state_size
 
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "native": native}
 _PLANNED = ("triton", "cuda")
@@ -80,8 +80,9 @@ def _define(signature: str, fake: Callable[..., Any], backward: Callable, setup_
     return getattr(torch.ops.pyxai_bounds, name).default
 
 
-def _like(t: Tensor, shape: Any = None) -> Tensor:
-    order = memory_format(t)
+def _like(t: Tensor, shape: Any = None, bits: Tensor | None = None) -> Tensor:
+    """Uninitialised, in the memory order of the bits if there are any, else of the tensor."""
+    order = memory_format(t) if bits is None else order_of(bits)
     return torch.empty(t.shape if shape is None else shape, dtype=t.dtype, device=t.device, memory_format=order)
 
 
@@ -99,24 +100,23 @@ def _optional(grad: Tensor | None, like_shape: Any, like: Tensor) -> Tensor:
 
 def _gate_setup(ctx: Any, inputs: tuple, output: Any) -> None:
     ctx.save_for_backward(inputs[2])
-    ctx.order = memory_format(inputs[0])
 
 
-def _gate_adjoint(mid_grad: Tensor | None, rad_grad: Tensor | None, gate: Tensor, order: Any) -> Any:
+def _gate_adjoint(mid_grad: Tensor | None, rad_grad: Tensor | None, gate: Tensor) -> Any:
     if mid_grad is None and rad_grad is None:
         return None, None
     mid_grad = torch.zeros_like(rad_grad) if mid_grad is None else mid_grad  # type: ignore[arg-type]
     rad_grad = torch.zeros_like(mid_grad) if rad_grad is None else rad_grad
-    return interval_gate(mid_grad.contiguous(memory_format=order), rad_grad.contiguous(memory_format=order), gate)
+    return interval_gate(mid_grad, rad_grad, gate)
 
 
 def _gate_backward(ctx: Any, mid_grad: Tensor, rad_grad: Tensor) -> Any:
-    return *_gate_adjoint(mid_grad, rad_grad, ctx.saved_tensors[0], ctx.order), None
+    return *_gate_adjoint(mid_grad, rad_grad, ctx.saved_tensors[0]), None
 
 
 interval_gate = _define(
     "interval_gate(Tensor mid, Tensor rad, Tensor gate) -> (Tensor, Tensor)",
-    lambda mid, rad, gate: (_like(mid), _like(mid)),
+    lambda mid, rad, gate: (_like(mid, bits=gate), _like(mid, bits=gate)),
     _gate_backward,
     _gate_setup,
 )
@@ -128,12 +128,11 @@ interval_gate = _define(
 def _relu_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.mark_non_differentiable(output[2])
     ctx.save_for_backward(output[2])
-    ctx.order = memory_format(inputs[0])
     ctx.nones = (None,) * (len(inputs) - 2)
 
 
 def _relu_backward(ctx: Any, mid_grad: Tensor, rad_grad: Tensor, _: Any) -> Any:
-    return *_gate_adjoint(mid_grad, rad_grad, ctx.saved_tensors[0], ctx.order), *ctx.nones
+    return *_gate_adjoint(mid_grad, rad_grad, ctx.saved_tensors[0]), *ctx.nones
 
 
 interval_relu = _define(
@@ -145,7 +144,7 @@ interval_relu = _define(
 
 interval_relu_backward = _define(
     "interval_relu_backward(Tensor mid, Tensor rad, Tensor state) -> (Tensor, Tensor, Tensor)",
-    lambda mid, rad, state: (_like(mid), _like(mid), _bits(mid)),
+    lambda mid, rad, state: (_like(mid, bits=state), _like(mid, bits=state), torch.empty_like(state)),
     _relu_backward,
     _relu_setup,
 )
@@ -178,7 +177,6 @@ def _affine_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(mid, rad, weight, output[2])
     ctx.relu = ctx.args[-1]
     ctx.input_size = inputs[0].shape
-    ctx.order = memory_format(output[0])
     ctx.out_shape = output[0].shape
 
 
@@ -186,7 +184,7 @@ def _affine_grads(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None) ->
     weight, state = ctx.saved_tensors[2:]
     mid_grad = _optional(mid_grad, ctx.out_shape, weight)
     rad_grad = _optional(rad_grad, ctx.out_shape, weight)
-    return _gate_adjoint(mid_grad, rad_grad, state, ctx.order) if ctx.relu else (mid_grad, rad_grad)
+    return _gate_adjoint(mid_grad, rad_grad, state) if ctx.relu else (mid_grad, rad_grad)
 
 
 def _linear_backward(ctx: Any, mid_grad: Tensor, rad_grad: Tensor, _: Any) -> Any:
@@ -218,7 +216,6 @@ def _data_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     mid, rad, weight, state, *ctx.args = inputs
     ctx.save_for_backward(mid, rad, weight, state)
     ctx.out_shape = output[0].shape
-    ctx.order = memory_format(mid)
 
 
 def _gated(ctx: Any) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -229,7 +226,7 @@ def _gated(ctx: Any) -> tuple[Tensor, Tensor, Tensor | None]:
 def _ungate(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None, gate: Tensor | None) -> Any:
     if gate is None:
         return mid_grad, rad_grad
-    return _gate_adjoint(mid_grad, rad_grad, gate, ctx.order)
+    return _gate_adjoint(mid_grad, rad_grad, gate)
 
 
 def _linear_data_backward(ctx: Any, mid_grad: Tensor, rad_grad: Tensor) -> Any:
@@ -323,7 +320,10 @@ def _conv2d_data_backward(ctx: Any, mid_grad: Tensor, rad_grad: Tensor) -> Any:
 interval_conv2d_backward = _define(
     "interval_conv2d_backward(Tensor mid, Tensor rad, Tensor weight, Tensor? state, int[] input_size, "
     "int[] stride, int[] padding, int[] dilation, int groups) -> (Tensor, Tensor)",
-    lambda mid, rad, weight, state, input_size, *args: (_like(mid, input_size), _like(mid, input_size)),
+    lambda mid, rad, weight, state, input_size, *args: (
+        _like(mid, input_size, state),
+        _like(mid, input_size, state),
+    ),
     _conv2d_data_backward,
     _data_setup,
 )

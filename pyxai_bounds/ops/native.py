@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pyxai_bounds.ops import reference
-from pyxai_bounds.ops.layout import dense, memory_format, state_size
+from pyxai_bounds.ops.layout import dense, in_order_of, memory_format, state_size
 
 # torch is imported above and before _native on purpose: its OpenMP runtime is then the one that both use.
 _native: ModuleType | None
@@ -64,7 +64,7 @@ def _warn_once() -> None:
 
 
 def interval_gate(mid: Tensor, rad: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    mid, rad = _boxes(mid, rad)
+    mid, rad = in_order_of(gate, *_boxes(mid, rad))
     gate = _bits_of(gate, mid)
     out_mid, out_rad = _like(mid), _like(mid)
     _module().gate(
@@ -80,8 +80,7 @@ def interval_relu(mid: Tensor, rad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def interval_relu_backward(mid: Tensor, rad: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    mid, rad = _boxes(mid, rad)
-    gate = torch.empty(state_size(mid), dtype=torch.uint8)
+    gate = torch.empty_like(state)
     return *_relu_backward_into(mid, rad, state, gate), gate
 
 
@@ -94,7 +93,6 @@ def interval_linear(
 
 def interval_linear_backward(mid: Tensor, rad: Tensor, weight: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
     if state is not None:
-        mid, rad = _boxes(mid, rad)
         mid, rad = _relu_backward_into(mid, rad, state, None)
     return reference.interval_linear_backward(mid, rad, weight, None)
 
@@ -126,7 +124,6 @@ def interval_conv2d_backward(
     groups: int,
 ) -> tuple[Tensor, Tensor]:
     if state is not None:
-        mid, rad = _boxes(mid, rad)
         mid, rad = _relu_backward_into(mid, rad, state, None)
     return reference.interval_conv2d_backward(mid, rad, weight, None, input_size, stride, padding, dilation, groups)
 
@@ -177,7 +174,8 @@ def _relu_in_place(mid: Tensor, rad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _relu_backward_into(mid: Tensor, rad: Tensor, state: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
-    """ReLU′ on a dense box; the gate that was applied is written where it is asked for."""
+    """ReLU′ on a box; the gate that was applied is written where it is asked for."""
+    mid, rad = in_order_of(state, *_boxes(mid, rad))
     state = _bits_of(state, mid)
     out_mid, out_rad = _like(mid), _like(mid)
     _module().relu_backward(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyxai_bounds.ops.layout import dense, memory_format, pack, unpack
+from pyxai_bounds.ops.layout import dense, in_order_of, memory_format, pack, unpack
 
 aten = torch.ops.aten
 
@@ -25,7 +25,7 @@ def interval_gate(mid: Tensor, rad: Tensor, gate: Tensor) -> tuple[Tensor, Tenso
 
     This one linear map, which is its own adjoint, is the derivative of ReLU and of ReLU′ on intervals.
     """
-    mid, rad = dense(mid, rad)
+    mid, rad = in_order_of(gate, mid, rad)
     keep_lower, keep_upper = unpack(gate, mid)
     zero = torch.zeros((), dtype=mid.dtype, device=mid.device)
     lower = torch.where(keep_lower, mid - rad, zero)
@@ -50,7 +50,7 @@ def interval_relu_backward(mid: Tensor, rad: Tensor, state: Tensor) -> tuple[Ten
     dead: nothing is kept; active: both ends are; unstable: hull(0, box), so the lower end is kept where it
     is negative and the upper end where it is positive (each where it is NaN, too).
     """
-    mid, rad = dense(mid, rad)
+    mid, rad = in_order_of(state, mid, rad)
     active, alive = unpack(state, mid)
     gate = pack(active | (alive & ~(mid - rad >= 0)), active | (alive & ~(mid + rad <= 0)))
     return *interval_gate(mid, rad, gate), gate
@@ -105,9 +105,9 @@ def interval_conv2d_backward(
 ) -> tuple[Tensor, Tensor]:
     """ReLU′ on the gradient box if a state is given, then the convolution's backward-data pass."""
     mid, rad = dense(mid, rad)
-    order = memory_format(mid)
     if state is not None:
         mid, rad, _ = interval_relu_backward(mid, rad, state)
+    order = memory_format(mid)
     args = (input_size, stride, padding, dilation, groups)
     return (
         conv2d_input(mid, weight, *args).contiguous(memory_format=order),

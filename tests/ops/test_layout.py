@@ -2,7 +2,8 @@
 
 import torch
 
-from pyxai_bounds.ops.layout import dense, memory_format, pack, state_size, unpack
+from pyxai_bounds import ops
+from pyxai_bounds.ops.layout import dense, memory_format, order_of, pack, state_size, unpack
 
 
 def test_bits_are_packed_from_the_least_significant_in_two_planes():
@@ -23,7 +24,25 @@ def test_bits_follow_the_memory_order_of_a_channels_last_tensor():
     mask[0, 2, 0, 0] = True
     assert pack(mask, mask)[0].tolist() == [0, 1]  # element 8 of 12
     last = mask.contiguous(memory_format=torch.channels_last)
-    assert pack(last, last)[0].tolist() == [1 << 2, 0]  # element 2 of 12
+    assert pack(last, last)[0].squeeze(-1).tolist() == [1 << 2, 0]  # element 2 of 12
+
+
+def test_bits_bring_tensors_into_their_own_order(backend):
+    """A kernel may return another memory order than the one that the bits were packed in."""
+    torch.manual_seed(0)
+    grad, rad, x = torch.randn(2, 3, 4, 5), torch.rand(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
+    orders = (torch.contiguous_format, torch.channels_last)
+    with ops.backend(backend):
+        expected = None
+        for bits_order in orders:
+            state = ops.interval_relu(x.contiguous(memory_format=bits_order), 0.5 * rad)[2]
+            assert order_of(state) is bits_order
+            for order in orders:
+                out = ops.interval_relu_backward(grad.contiguous(memory_format=order), rad, state)
+                again = ops.interval_gate(grad.contiguous(memory_format=order), rad, out[2])
+                expected = out if expected is None else expected
+                assert torch.equal(out[0], expected[0]) and torch.equal(out[1], expected[1])
+                assert torch.equal(again[0], expected[0]) and torch.equal(again[1], expected[1])
 
 
 def test_unpack_inverts_pack():
