@@ -353,13 +353,14 @@ def _same_elements(node: fx.Node) -> bool:
     Averages of channels-last images are captured so.
     """
     whole: Tensor = node.args[0].meta["val"]  # type: ignore[union-attr]
-    size, stride, *offset = node.args[2 if "scatter" in str(node.target) else 1 :]
+    geometry: Any = node.args[2 if "scatter" in str(node.target) else 1 :]
+    size, stride, *offset = geometry
     view, held = _strides_that_count(size, stride), _strides_that_count(whole.shape, whole.stride())
     in_order = [_strides_that_count(s, torch.empty(s, device="meta").stride()) for s in (size, whole.shape)]
     return (
-        math.prod(size) == whole.numel()  # type: ignore[arg-type]
+        math.prod(size) == whole.numel()
         and (not offset or offset[0] in (None, whole.storage_offset()))
-        and ((list(size) == list(whole.shape) and view == held) or [view, held] == in_order)  # type: ignore[arg-type]
+        and ((list(size) == list(whole.shape) and view == held) or [view, held] == in_order)
     )
 
 

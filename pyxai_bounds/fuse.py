@@ -17,6 +17,8 @@ from pyxai_bounds.capture import remove_unused
 
 aten = torch.ops.aten
 
+VIEWS = (aten.view.default, aten._unsafe_view.default)  # they ask for a layout, which reshape does not
+
 
 def optimise(graph: fx.GraphModule) -> None:
     """Run all passes, in place."""
@@ -83,8 +85,9 @@ def _cancel_transposes(graph: fx.GraphModule) -> None:
 
 def _reshape_instead_of_view(graph: fx.GraphModule) -> None:
     """The strides that a kernel returns may differ from the ones that tracing foresaw."""
-    for node in _nodes(graph, aten.view.default):
-        node.target = aten.reshape.default
+    for view in VIEWS:
+        for node in _nodes(graph, view):
+            node.target = aten.reshape.default
 
 
 def _share_equal_nodes(graph: fx.GraphModule) -> None:

@@ -22,7 +22,7 @@ from pyxai_bounds import fuse
 from pyxai_bounds.capture import Captured, as_captured, capture, is_one_integer, retrace, source_of
 from pyxai_bounds.errors import UnsupportedOperatorError
 from pyxai_bounds.interval import Interval
-from pyxai_bounds.rules import RULES, Unsupported
+from pyxai_bounds.rules import RULES, UnsupportedArgumentsError
 from pyxai_bounds.watch import identity, is_dead, tensors_of, token, unwrap
 
 aten = torch.ops.aten
@@ -242,7 +242,7 @@ class _Interpreter(fx.Interpreter):
             return _at_point(n.target, args, kwargs)
         try:
             return rule.function(*args, **kwargs)
-        except Unsupported as reason:
+        except UnsupportedArgumentsError as reason:
             return self._cannot_bound(n, f" ({reason})")
 
     def _cannot_bound(self, node: fx.Node, reason: str) -> _Unknown:
@@ -253,7 +253,7 @@ class _Interpreter(fx.Interpreter):
 
 def _at_point(target: Any, args: tuple, kwargs: dict) -> Any:
     """The plain operator; ``view`` becomes ``reshape``, since the layout may not be the one it was captured with."""
-    return (aten.reshape.default if target is aten.view.default else target)(*args, **kwargs)
+    return (aten.reshape.default if target in fuse.VIEWS else target)(*args, **kwargs)
 
 
 def _floating_point(result: Interval | Tensor) -> Interval:

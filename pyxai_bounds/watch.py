@@ -58,7 +58,9 @@ def _referents(value: Any) -> list[tuple[Any, Any]]:
     if isinstance(value, (*_PRIMITIVES, Tensor, type, types.ModuleType, types.BuiltinFunctionType)):
         return []
     if isinstance(value, types.FunctionType):
-        found = [(i, cell.cell_contents) for i, cell in enumerate(value.__closure__ or ()) if _is_set(cell)]
+        found: list[tuple[Any, Any]] = [
+            (i, cell.cell_contents) for i, cell in enumerate(value.__closure__ or ()) if _is_set(cell)
+        ]
         found += enumerate(value.__defaults__ or ())
         found += (value.__kwdefaults__ or {}).items()
         file = value.__code__.co_filename

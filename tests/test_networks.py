@@ -99,7 +99,7 @@ EXPLANATIONS: dict[str, Callable[[nn.Module], Callable]] = {
 }
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(
     network(), st.sampled_from(sorted(EXPLANATIONS)), st.sampled_from([1e-3, 0.02, 0.3]), st.booleans(), st.booleans()
 )

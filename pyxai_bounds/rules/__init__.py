@@ -6,6 +6,6 @@ decides in Python is decided for good.
 """
 
 from pyxai_bounds.rules import activation, conv, elementwise, linear, logic, norm, pool, reduce, shape, softmax  # noqa: F401
-from pyxai_bounds.rules.registry import RULES, Rule, Unsupported, rule
+from pyxai_bounds.rules.registry import RULES, Rule, UnsupportedArgumentsError, rule
 
-__all__ = ["RULES", "Rule", "Unsupported", "rule"]
+__all__ = ["RULES", "Rule", "UnsupportedArgumentsError", "rule"]

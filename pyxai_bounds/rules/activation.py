@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyxai_bounds import ops
 from pyxai_bounds.interval import Interval
-from pyxai_bounds.ops.layout import memory_format, pack
+from pyxai_bounds.ops.layout import pack
 from pyxai_bounds.rules.registry import Value, between, ends, mid_of, monotone, multiply, rad_of, range_of, rule
 
 aten = torch.ops.aten
@@ -34,15 +34,11 @@ def relu_backward(grad: Value, output: Value, threshold: float) -> Interval:
         shape = torch.broadcast_shapes(grad.shape, output.shape)
         output = Interval.of(output.mid.expand(shape), output.rad.expand(shape))
         grad = Interval.of(mid_of(grad).expand(shape), rad_of(grad).expand(shape))
-    order = memory_format(output.mid)
     state = output.state
     if state is None or threshold != 0:
         lower, upper = ends(output)
-        keep_lower = (lower > threshold).contiguous(memory_format=order)  # bits are packed in the order of the first
-        state = pack(keep_lower, ~(upper <= threshold))
-    mid = mid_of(grad).contiguous(memory_format=order)
-    rad = rad_of(grad).contiguous(memory_format=order)
-    mid, rad, _ = ops.interval_relu_backward(mid, rad, state)
+        state = pack(lower > threshold, ~(upper <= threshold))
+    mid, rad, _ = ops.interval_relu_backward(mid_of(grad), rad_of(grad), state)
     return Interval.of(mid, rad)
 
 
@@ -83,6 +79,39 @@ def hardtanh_backward(grad: Value, x: Value, min_val: float, max_val: float) -> 
     if not isinstance(x, Interval):
         return multiply(grad, may.to(lower.dtype))
     return multiply(grad, between(must.to(lower.dtype), may.to(lower.dtype)))
+
+
+@rule(aten.hardsigmoid.default)
+def hardsigmoid(x: Interval) -> Interval:
+    return monotone(aten.hardsigmoid, x)
+
+
+_SIXTH = float(torch.tensor(1 / 6))  # PyTorch's kernel rounds 1/6 to float32 for every dtype
+
+
+@rule(aten.hardsigmoid_backward.default)
+def hardsigmoid_backward(grad: Value, x: Value) -> Interval:
+    """φ′ is 1/6 strictly between −3 and 3 and 0 elsewhere."""
+
+    def slope(t: Tensor) -> Tensor:
+        return torch.where(t.isnan(), t, aten.hardsigmoid_backward(torch.ones_like(t), t))
+
+    return _times_slope(grad, x, slope, [(-3.0, 0.0), (-3.0, _SIXTH), (3.0, _SIXTH), (3.0, 0.0)])
+
+
+@rule(aten.hardswish.default)
+def hardswish(x: Interval) -> Interval:
+    return range_of(aten.hardswish, x, [(-1.5, -0.375)])
+
+
+@rule(aten.hardswish_backward.default)
+def hardswish_backward(grad: Value, x: Value) -> Interval:
+    """φ′ jumps at −3 from 0 to −1/2, rises to 3/2, and jumps at 3 to 1."""
+
+    def slope(t: Tensor) -> Tensor:
+        return torch.where(t.isnan(), t, aten.hardswish_backward(torch.ones_like(t), t))
+
+    return _times_slope(grad, x, slope, [(-3.0, 0.0), (-3.0, -0.5), (3.0, 1.5), (3.0, 1.0)])
 
 
 # --- smooth activations: monotone between known critical points ---------------------------------------------

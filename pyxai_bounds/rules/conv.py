@@ -29,7 +29,7 @@ def convolution(
     if _is_fused(x, weight, transposed) and not isinstance(bias, Interval):
         x = _in_fast_order(x)  # type: ignore[arg-type]
         args = (*(_pair(a) for a in (stride, padding, dilation)), groups)
-        mid, rad, _ = ops.interval_conv2d(x.mid, x.rad, weight, bias, *args, False)  # type: ignore[arg-type]
+        mid, rad, _ = ops.interval_conv2d(x.mid, x.rad, weight, bias, *args, False)
         return Interval.of(mid, rad)
 
     def product(a: Tensor, b: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.rules.registry import (
     Truth,
-    Unsupported,
+    UnsupportedArgumentsError,
     Value,
     between,
     ends,
@@ -34,7 +34,7 @@ def _add(a: Any, b: Any, factor: float) -> Interval:
 def _refuse_truth(a: Any, b: Any) -> None:
     """A sum or product of two booleans is another boolean, not a number."""
     if all(isinstance(x, Truth) or (isinstance(x, Tensor) and x.dtype == torch.bool) for x in (a, b)):
-        raise Unsupported("adds or multiplies truth values; use | and &, or convert them with .to(dtype)")
+        raise UnsupportedArgumentsError("adds or multiplies truth values; use | and &, or convert them with .to(dtype)")
 
 
 def _plus(a: Any, b: Any, sign: float) -> Tensor:

@@ -30,9 +30,9 @@ def mm(a: Value, b: Value) -> Interval:
 
 @rule(aten.addmm.default)
 def addmm(bias: Value, a: Value, b: Value, *, beta: float = 1, alpha: float = 1) -> Interval:
-    if beta == 1 and alpha == 1 and isinstance(bias, Tensor) and bias.dim() == 1:
-        if isinstance(a, Interval) or isinstance(b, Interval):
-            return matmul(a, b, bias)
+    has_set = isinstance(a, Interval) or isinstance(b, Interval)
+    if has_set and beta == 1 and alpha == 1 and isinstance(bias, Tensor) and bias.dim() == 1:
+        return matmul(a, b, bias)
     return _add_product(bias, a, b, torch.mm, beta, alpha)
 
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from pyxai_bounds.interval import Interval
-from pyxai_bounds.rules.registry import Truth, Unsupported, Value, between, ends, mid_of, rad_of, rule
+from pyxai_bounds.rules.registry import Truth, UnsupportedArgumentsError, Value, between, ends, mid_of, rad_of, rule
 
 aten = torch.ops.aten
 
 
-def _truth(must: Tensor, may: Tensor, *operands: Any) -> Truth:
+def _truth(must: Tensor, may: Tensor, *operands: Any) -> Interval:
     """True where it must be, unknown where it only may be; in the dtype of the sets that were compared."""
     dtype = next(x.dtype for x in operands if isinstance(x, Interval))
     lower, upper = must.to(dtype), may.to(dtype)
@@ -27,62 +27,62 @@ def _must_and_may(x: Value) -> tuple[Tensor, Tensor]:
 
 
 @rule(aten.lt.Tensor, aten.lt.Scalar)
-def lt(a: Any, b: Any) -> Truth:
+def lt(a: Any, b: Any) -> Interval:
     (al, au), (bl, bu) = ends(a), ends(b)
     return _truth(au < bl, ~(al >= bu), a, b)
 
 
 @rule(aten.le.Tensor, aten.le.Scalar)
-def le(a: Any, b: Any) -> Truth:
+def le(a: Any, b: Any) -> Interval:
     (al, au), (bl, bu) = ends(a), ends(b)
     return _truth(au <= bl, ~(al > bu), a, b)
 
 
 @rule(aten.gt.Tensor, aten.gt.Scalar)
-def gt(a: Any, b: Any) -> Truth:
+def gt(a: Any, b: Any) -> Interval:
     (al, au), (bl, bu) = ends(a), ends(b)
     return _truth(al > bu, ~(au <= bl), a, b)
 
 
 @rule(aten.ge.Tensor, aten.ge.Scalar)
-def ge(a: Any, b: Any) -> Truth:
+def ge(a: Any, b: Any) -> Interval:
     (al, au), (bl, bu) = ends(a), ends(b)
     return _truth(al >= bu, ~(au < bl), a, b)
 
 
 @rule(aten.eq.Tensor, aten.eq.Scalar)
-def eq(a: Any, b: Any) -> Truth:
+def eq(a: Any, b: Any) -> Interval:
     """Only points are known to be equal."""
     (al, au), (bl, bu) = ends(a), ends(b)
     return _truth((al == bu) & (au == bl), ~((au < bl) | (al > bu)), a, b)
 
 
 @rule(aten.ne.Tensor, aten.ne.Scalar)
-def ne(a: Any, b: Any) -> Truth:
+def ne(a: Any, b: Any) -> Interval:
     return logical_not(eq(a, b))
 
 
 @rule(aten.isnan.default)
-def isnan(x: Interval) -> Truth:
+def isnan(x: Interval) -> Interval:
     """Only where nothing finite is known may there be a NaN."""
     may = ~x.isfinite()
     return _truth(torch.zeros_like(may), may, x)
 
 
 @rule(aten.logical_not.default, aten.bitwise_not.default)
-def logical_not(x: Interval) -> Truth:
+def logical_not(x: Interval) -> Interval:
     must, may = _must_and_may(x)
     return _truth(~may, ~must, x)
 
 
 @rule(aten.logical_and.default, aten.bitwise_and.Tensor)
-def logical_and(a: Value, b: Value) -> Truth:
+def logical_and(a: Value, b: Value) -> Interval:
     (must, may), (b_must, b_may) = _must_and_may(a), _must_and_may(b)
     return _truth(must & b_must, may & b_may, a, b)
 
 
 @rule(aten.logical_or.default, aten.bitwise_or.Tensor)
-def logical_or(a: Value, b: Value) -> Truth:
+def logical_or(a: Value, b: Value) -> Interval:
     (must, may), (b_must, b_may) = _must_and_may(a), _must_and_may(b)
     return _truth(must | b_must, may | b_may, a, b)
 
@@ -93,14 +93,14 @@ def where(condition: Value, a: Any, b: Any) -> Interval:
     mids = mid_of(a), mid_of(b)
     rads = rad_of(a), rad_of(b)
     if isinstance(a, Truth) or isinstance(b, Truth):
-        raise Unsupported("selects between truth values")
+        raise UnsupportedArgumentsError("selects between truth values")
     if not isinstance(condition, Interval):
         return Interval.of(torch.where(condition, *mids), torch.where(condition, *rads))
     must, may = _must_and_may(condition)
     (al, au), (bl, bu) = ends(a), ends(b)
     dtype = torch.result_type(*mids)
     if not dtype.is_floating_point:
-        raise Unsupported(f"selects between points of {dtype} by a set")
+        raise UnsupportedArgumentsError(f"selects between points of {dtype} by a set")
     hull = between(torch.minimum(al.to(dtype), bl.to(dtype)), torch.maximum(au.to(dtype), bu.to(dtype)))
     return Interval.of(
         torch.where(must, mids[0], torch.where(may, hull.mid, mids[1])),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyxai_bounds import ops
 from pyxai_bounds.interval import Interval
-from pyxai_bounds.rules.registry import RULES, Rule, Unsupported, Value, rule
+from pyxai_bounds.rules.registry import RULES, Rule, UnsupportedArgumentsError, Value, rule
 
 aten = torch.ops.aten
 
@@ -33,9 +33,9 @@ def native_batch_norm(
     eps: float,
 ) -> tuple[Interval, Tensor, Tensor]:
     if training or mean is None or variance is None:
-        raise Unsupported(_MODE)
+        raise UnsupportedArgumentsError(_MODE)
     if not isinstance(x, Interval) or isinstance(weight, Interval) or isinstance(bias, Interval):
-        raise Unsupported("has a set for its weight or bias")
+        raise UnsupportedArgumentsError("has a set for its weight or bias")
     scale = _scale(weight, variance, eps)
     shift = -mean * scale if bias is None else bias - mean * scale
     unused = x.mid.new_empty(0)  # the batch statistics, which inference does not compute
@@ -62,9 +62,9 @@ def native_batch_norm_backward(
     output_mask: list[bool],
 ) -> tuple[Any, Any, Any]:
     if train or variance is None:
-        raise Unsupported(_MODE)
+        raise UnsupportedArgumentsError(_MODE)
     if output_mask[1] or isinstance(weight, Interval) or not isinstance(grad, Interval):
-        raise Unsupported("is asked for the gradient of its weight, or has a set for its weight")
+        raise UnsupportedArgumentsError("is asked for the gradient of its weight, or has a set for its weight")
     over = [0, *range(2, len(grad.shape))]
     bias_grad = Interval.of(grad.mid.sum(over), grad.rad.sum(over)) if output_mask[2] else None
     scale = _scale(weight, variance, eps)

@@ -90,11 +90,11 @@ class _Windows:
         image = x.reshape(self.batch, self.channels, *self.shape[-2:])
         # An element of −∞ can be the maximum of its window, which the padding cannot.
         padded = F.pad(image.clamp(min=torch.finfo(x.dtype).min), self.pad, value=float("-inf"))
-        columns = F.unfold(padded, self.kernel, self.dilation, 0, self.stride)
+        columns = aten.im2col(padded, self.kernel, self.dilation, [0, 0], self.stride)
         return columns.reshape(self.batch, self.channels, self.kernel[0] * self.kernel[1], self.count)
 
     def fold(self, columns: Tensor) -> Tensor:
-        image = F.fold(columns.flatten(1, 2), self.extent, self.kernel, self.dilation, 0, self.stride)
+        image = aten.col2im(columns.flatten(1, 2), self.extent, self.kernel, self.dilation, [0, 0], self.stride)
         return F.pad(image, [-p for p in self.pad]).reshape(self.shape)
 
 

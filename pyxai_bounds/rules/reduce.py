@@ -8,7 +8,7 @@ import torch
 
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.rules.elementwise import square
-from pyxai_bounds.rules.registry import NO_VALUE, Unsupported, monotone, positive_linear, range_of, rule
+from pyxai_bounds.rules.registry import NO_VALUE, UnsupportedArgumentsError, monotone, positive_linear, range_of, rule
 
 aten = torch.ops.aten
 
@@ -67,4 +67,4 @@ def vector_norm(x: Interval, ord: float = 2, dim: Any = None, keepdim: bool = Fa
     if ord in (1, float("inf")):
         magnitude = range_of(torch.abs, x, [(0.0, 0.0)])
         return monotone(lambda t: aten.linalg_vector_norm(t, ord, dim, keepdim, **kwargs), magnitude)
-    raise Unsupported(f"is a norm of order {ord}; 1, 2 and inf are supported")
+    raise UnsupportedArgumentsError(f"is a norm of order {ord}; 1, 2 and inf are supported")

@@ -15,7 +15,7 @@ from pyxai_bounds import ops
 from pyxai_bounds.interval import Interval
 
 
-class Unsupported(NotImplementedError):
+class UnsupportedArgumentsError(NotImplementedError):
     """Raised by a rule for arguments that it cannot bound; the message completes 'this operator …'."""
 
 
@@ -61,9 +61,9 @@ class _Indices(Interval):
 
     @property
     def mid(self) -> Tensor:  # type: ignore[override]
-        raise Unsupported("uses indices that differ within a set")
+        raise UnsupportedArgumentsError("uses indices that differ within a set")
 
-    rad = mid  # type: ignore[assignment]
+    rad = mid
 
 
 NO_VALUE = _Indices.__new__(_Indices)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from pyxai_bounds.interval import Interval
-from pyxai_bounds.rules.registry import Unsupported, Value, mid_of, positive_linear, rad_of, rule
+from pyxai_bounds.rules.registry import UnsupportedArgumentsError, Value, mid_of, positive_linear, rad_of, rule
 
 aten = torch.ops.aten
 
@@ -86,32 +86,6 @@ def scatter_value(x: Interval, dim: int, index: torch.Tensor, value: float) -> I
     return Interval.of(aten.scatter(x.mid, dim, index, value), aten.scatter(x.rad, dim, index, 0))
 
 
-def _same_elements(x: Value, size: list[int], stride: list[int], offset: int | None) -> None:
-    """Refuse ``as_strided`` unless it restates the layout of ``x`` with other strides for dimensions of size 1.
-
-    That is what a global average pool does to a channels-last image; anything else would depend on the layout.
-    """
-    like = mid_of(x)
-    kept = [n > 1 for n in like.shape]
-    same = all(a == b for a, b, keep in zip(stride, like.stride(), kept, strict=False) if keep)
-    if list(size) != list(like.shape) or offset or not same:
-        raise Unsupported("reinterprets memory")
-
-
-@rule(aten.as_strided.default)
-def as_strided(x: Interval, size: list[int], stride: list[int], offset: int | None = None) -> Interval:
-    _same_elements(x, size, stride, offset)
-    return x
-
-
-@rule(aten.as_strided_scatter.default)
-def as_strided_scatter(
-    x: Value, source: Value, size: list[int], stride: list[int], offset: int | None = None
-) -> Interval:
-    _same_elements(x, size, stride, offset)
-    return Interval.of(mid_of(source), rad_of(source))
-
-
 @rule(aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 def reshape(x: Interval, size: list[int]) -> Interval:
     return type(x).of(x.mid.reshape(size), x.rad.reshape(size))
@@ -126,7 +100,7 @@ def constant_pad_nd(x: Interval, pad: list[int], value: float = 0) -> Interval:
 def to_copy(x: Value, **kwargs: Any) -> Interval:
     dtype = kwargs.get("dtype") or x.dtype
     if not dtype.is_floating_point:
-        raise Unsupported(f"converts a set to {dtype}")
+        raise UnsupportedArgumentsError(f"converts a set to {dtype}")
     return Interval.of(aten._to_copy(mid_of(x), **kwargs), aten._to_copy(rad_of(x), **kwargs))
 
 
@@ -134,7 +108,7 @@ def to_copy(x: Value, **kwargs: Any) -> Interval:
 def fill(x: Value, value: Interval, non_blocking: bool = False) -> Interval:
     """The value in the shape of ``x``."""
     if not x.dtype.is_floating_point:
-        raise Unsupported(f"writes a set into a tensor of {x.dtype}")
+        raise UnsupportedArgumentsError(f"writes a set into a tensor of {x.dtype}")
     return Interval.of(value.mid.to(x.dtype).expand(x.shape), value.rad.to(x.dtype).expand(x.shape))
 
 

@@ -10,7 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyxai_bounds.interval import Interval
-from pyxai_bounds.rules.registry import Unsupported, Value, between, ends, mid_of, multiply, rad_of, range_of, rule
+from pyxai_bounds.rules.registry import (
+    UnsupportedArgumentsError,
+    Value,
+    between,
+    ends,
+    mid_of,
+    multiply,
+    rad_of,
+    range_of,
+    rule,
+)
 
 aten = torch.ops.aten
 
@@ -91,7 +101,7 @@ def nll_loss(
     Class weights may have any sign: their absolute values weigh the radii, the mean's divisor stays what it is.
     """
     if isinstance(weight, Interval):
-        raise Unsupported("has a set for its class weights")
+        raise UnsupportedArgumentsError("has a set for its class weights")
     mid, total = aten.nll_loss_forward(x.mid, target, weight, reduction, ignore_index)
     if weight is None:
         rad = -aten.nll_loss_forward(x.rad, target, None, reduction, ignore_index)[0]

@@ -39,20 +39,15 @@ class Case:
     def __str__(self) -> str:
         return self.name
 
-    def __post_init__(self) -> None:
-        fn, gradient = self.fn, self.gradient
-
-        def explained(x: Tensor) -> tuple[Tensor, ...]:
-            """The value, and the gradient of Σ weight · tanh(value)."""
-            if not gradient:
-                return (fn(x),)
-            with torch.enable_grad():
-                x = x.detach().requires_grad_()
-                value = fn(x)
-                score = (weights(value.shape) * torch.tanh(value)).sum()
-                return value, torch.autograd.grad(score, x)[0]
-
-        self.explained = explained
+    def explained(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The value, and the gradient of Σ weight · tanh(value)."""
+        if not self.gradient:
+            return (self.fn(x),)
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            value = self.fn(x)
+            score = (weights(value.shape) * torch.tanh(value)).sum()
+            return value, torch.autograd.grad(score, x)[0]
 
 
 def weights(shape: Any) -> Tensor:
@@ -109,7 +104,7 @@ def assert_nan_is_not_hidden(case: Case) -> None:
     chosen = torch.zeros_like(case.x, dtype=torch.bool)
     chosen[tuple(size // 2 for size in case.x.shape)] = True
     unknown = case.x.masked_fill(chosen, float("nan"))
-    for replacement in (float("nan"), float("inf"), -3.0, 0.0, 5.0):
+    for replacement in (float("nan"), -3.0, 5.0):
         filled = case.x.masked_fill(chosen, replacement)
         box = xb.Interval.of(unknown, torch.zeros_like(unknown))
         for bounds, value in zip(xb.bound(case.explained)(box), case.explained(filled), strict=True):
@@ -128,7 +123,7 @@ def check(case: Case) -> None:
         outer = [bounds.detach() for bounds in bounded(box)]
         if case.finite:
             assert all(bounds.isfinite().all() for bounds in outer)
-        for seed in range(16):
+        for seed in range(10):
             for bounds, value in zip(outer, case.explained(sample(box, seed, corners=seed % 2 == 0)), strict=True):
                 assert_encloses(bounds, value)
         shifted = xb.Interval.linf(sample(xb.Interval.linf(x, case.eps / 2), 99, corners=True), case.eps / 2)
@@ -200,7 +195,7 @@ def check_direct(case: Direct) -> None:
         assert not any(isinstance(arg, xb.Interval) for arg in pytree.tree_leaves(used))
         return
     bounds = pytree.tree_leaves(rule.function(*args, **kwargs))
-    for seed in range(16):
+    for seed in range(10):
         point = pytree.tree_map_only(xb.Interval, lambda s, seed=seed: sample(s, seed, corners=seed % 2 == 0), args)
         for b, value in zip(bounds, pytree.tree_leaves(case.op(*point, **kwargs)), strict=True):
             if isinstance(b, xb.Interval):

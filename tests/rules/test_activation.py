@@ -41,6 +41,8 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], float, float]] = {
     "gelu": (F.gelu, -6, 6),
     "gelu, tanh": (lambda x: F.gelu(x, approximate="tanh"), -6, 6),
     "silu": (F.silu, -12, 12),
+    "hardsigmoid": (F.hardsigmoid, -5, 5),
+    "hardswish": (F.hardswish, -5, 5),
 }
 
 
@@ -93,6 +95,8 @@ def slope(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         ("elu, alpha 2.5", [0.0]),
         ("softplus, low threshold", [0.5]),
         ("softplus", [20.0]),
+        ("hardsigmoid", [-3.0, 3.0]),
+        ("hardswish", [-3.0, 3.0]),
     ],
 )
 def test_slope_at_a_kink_follows_pytorch_and_covers_both_sides_around_it(name: str, kinks: list[float]) -> None:

@@ -33,15 +33,18 @@ def transposed(*weight: int, bias: bool = True, **geometry: Any) -> Callable[[Te
     return lambda x: TRANSPOSED[len(weight) - 2](x, w, b, **geometry)
 
 
-def weight_gradient(*weight: int, operator: Callable = F.conv2d, **geometry: Any) -> Callable[[Tensor], Tensor]:
+def weight_gradient(
+    *weight: int, operator: Callable = F.conv2d, nonlinear: bool = True, **geometry: Any
+) -> Callable[[Tensor], Tensor]:
     """∂ loss / ∂ weight and ∂ loss / ∂ bias, as one vector."""
+    outer = torch.tanh if nonlinear else torch.positive
     start = rand(*weight, seed=1)
     start_bias = rand(weight[0], seed=2)
 
     def fn(x: Tensor) -> Tensor:
         with torch.enable_grad():
             w, b = start.clone().requires_grad_(), start_bias.clone().requires_grad_()
-            loss = torch.tanh(operator(x, w, b, **geometry)).sum()
+            loss = outer(operator(x, w, b, **geometry)).sum()
             grads = torch.autograd.grad(loss, (w, b), create_graph=True)
         return torch.cat([grad.flatten() for grad in grads])
 
@@ -94,6 +97,7 @@ CASES = [
     Case("two sets", lambda x: F.conv2d(x, x[:, :, :3, :2].tanh(), x[:, 0, 0, 0]), IMAGE, eps=0.05),
     Case("two sets 1d", lambda x: F.conv1d(x, x[:, :, :3].tanh()), rand(2, 4, 7), eps=0.05),
     Case("weight gradient", weight_gradient(3, 4, 3, 3, stride=2, padding=1), IMAGE, eps=0.05),
+    Case("weight gradient of a linear loss", weight_gradient(3, 4, 3, 3, nonlinear=False), IMAGE),
     Case("weight gradient, groups, dilation", weight_gradient(4, 2, 2, 2, groups=2, dilation=2), IMAGE, eps=0.05),
     Case("weight gradient 1d", weight_gradient(3, 4, 3, operator=F.conv1d), rand(2, 4, 7), eps=0.05),
     Case("weight gradient 3d", weight_gradient(2, 2, 2, 2, 2, operator=F.conv3d), rand(1, 2, 3, 3, 2), eps=0.05),

@@ -1,0 +1,111 @@
+"""Three-valued comparisons of sets, logic on them, and selection by them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import pyxai_bounds as xb
+from tests.rules.cases import Case, Direct, case_id, check, rand
+
+aten = torch.ops.aten
+X = rand(3, 4)
+OTHER = rand(3, 4, seed=1)
+KEEP = torch.tensor([[True, False, True, True]] * 3)
+
+COMPARISONS = {
+    "lt": (torch.lt, aten.lt),
+    "le": (torch.le, aten.le),
+    "gt": (torch.gt, aten.gt),
+    "ge": (torch.ge, aten.ge),
+    "eq": (torch.eq, aten.eq),
+    "ne": (torch.ne, aten.ne),
+}
+
+
+def selected(condition: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda x: torch.where(condition(x), 2 * x, OTHER - x)
+
+
+CASES = [
+    *(Case(f"{name} a number", selected(lambda x, fn=fn: fn(x, 0.0)), X) for name, (fn, _) in COMPARISONS.items()),
+    *(Case(f"{name} a point", selected(lambda x, fn=fn: fn(x, OTHER)), X) for name, (fn, _) in COMPARISONS.items()),
+    *(
+        Case(f"{name} a set", selected(lambda x, fn=fn: fn(x, x.flip(1))), X)
+        for name, (fn, _) in COMPARISONS.items()
+    ),
+    Case("point lt set", selected(lambda x: x > OTHER), X),
+    Case("and", selected(lambda x: (x > 0) & (x < OTHER)), X),
+    Case("and with a point", selected(lambda x: (x > 0) & KEEP), X),
+    Case("or", selected(lambda x: (x > 0) | (x < OTHER)), X),
+    Case("not", selected(lambda x: ~(x > 0)), X),
+    Case("logical and", selected(lambda x: torch.logical_and(x, x > OTHER)), X),
+    Case("logical or", selected(lambda x: torch.logical_or(x > OTHER, x)), X),
+    Case("isnan", selected(lambda x: torch.isnan(x) | (x > 0)), X),
+    Case("logical not", selected(lambda x: torch.logical_not(x)), X),
+    Case("where, number", lambda x: torch.where(x > 0, x, -1.5), X),
+    Case("where, both points", lambda x: torch.where(x > 0, OTHER, 2.0) + x, X),
+    Case("masked_fill", lambda x: x.masked_fill(x > 0, -1.5), X),
+    Case("masked_fill by a set", lambda x: x.masked_fill(x.t().reshape(3, 4) > 0, x[0, 0]), X),
+    Case("masked_fill, point mask", lambda x: OTHER.masked_fill(KEEP, x[0, 0]), X),
+    Case("mask as a number", lambda x: x * (x > 0), X),
+    Case("mask converted", lambda x: x + (x > OTHER).to(x.dtype), X),
+    Case("masks counted", lambda x: x + (x > 0).sum(1, keepdim=True), X),
+    Case("masks rearranged", selected(lambda x: torch.cat([(x > 0)[:, 2:], KEEP[:, :2]], 1)), X),
+    Case("mask repeated and reshaped",
+         selected(lambda x: (x[:, :2] > 0).reshape(3, 1, 2).repeat(1, 2, 1).view(3, 4)), X),
+]  # fmt: skip
+
+A, B = xb.Interval.linf(X, 0.3), xb.Interval.linf(OTHER, 0.3)
+DIRECT = [Direct(op.Scalar, (A, 0.25)) for _, op in COMPARISONS.values()]
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_against_autograd(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_comparisons_are_exact_for_all_positions_of_two_sets(name: str) -> None:
+    """Brute force over whole numbers; every result that occurs is allowed, and no other, but for equality."""
+    ends = list(itertools.combinations_with_replacement(range(4), 2))
+    pairs = torch.tensor(list(itertools.product(ends, ends)), dtype=torch.float64)
+    a, b = (xb.Interval(pairs[:, i, 0], pairs[:, i, 1]) for i in (0, 1))
+    fn = COMPARISONS[name][0]
+    bounds = xb.bound(lambda a, b: fn(a, b))(a, b)
+    least, greatest = torch.ones(len(pairs)).double(), torch.zeros(len(pairs)).double()
+    for x, y in itertools.product(torch.arange(0, 3.25, 0.5).double(), repeat=2):
+        inside = (a.contains(x)) & (b.contains(y))
+        value = fn(x, y).double()
+        least[inside], greatest[inside] = least[inside].clamp(max=value), greatest[inside].clamp(min=value)
+    assert torch.equal(bounds.lower, least) and torch.equal(bounds.upper, greatest)
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_nan_is_neither_certainly_true_nor_certainly_false(name: str) -> None:
+    nan = xb.Interval.of(torch.full((1,), float("nan")).double(), torch.zeros(1).double())
+    bounds = xb.bound(lambda x: COMPARISONS[name][0](x, 0.0))(nan)
+    assert bounds.lower == 0 and bounds.upper == 1
+
+
+def test_sums_and_products_of_truth_values_are_refused() -> None:
+    for fn in (
+        lambda x: (x > 0) + (x > 1),
+        lambda x: (x > 0) * KEEP,
+        lambda x: (x > 0).view(4, 3) + (x < 1).view(4, 3),
+    ):
+        with pytest.raises(xb.UnsupportedOperatorError, match="truth values"):
+            xb.bound(fn)(A)
+
+
+@pytest.mark.parametrize("case", DIRECT, ids=case_id)
+def test_scalar_overloads(case: Direct) -> None:
+    bounds = xb.rules.RULES[case.op].function(*case.args)
+    for value in (A.lower, A.mid, A.upper):
+        assert bounds.contains(case.op(value, 0.25).double()).all()
+    check_points = xb.rules.RULES[case.op].function(xb.Interval.point(X), 0.25)
+    assert torch.equal(check_points.mid, case.op(X, 0.25).double()) and check_points.rad.max() == 0
