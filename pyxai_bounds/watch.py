@@ -23,6 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 _PRIMITIVES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout)
 _CONTAINERS = (list, tuple, set, frozenset, deque)
+# What has parts rather than attributes.
+_TRANSPARENT = (types.FunctionType, types.MethodType, functools.partial, dict, *_CONTAINERS)
 _LIBRARIES = (os.path.dirname(torch.__file__), os.path.dirname(__file__), os.path.dirname(os.__file__))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _MANY = 1000  # elements or objects that are looked at, at most: a closure over a data set must not cost seconds
@@ -138,11 +140,47 @@ class _Same:
         return self._ref() is None
 
 
-def token(value: Any, depth: int = _DEPTH, budget: list[None] | None = None) -> Any:
+_names_in: weakref.WeakKeyDictionary[Any, dict[tuple, frozenset[str]]] = weakref.WeakKeyDictionary()
+
+
+def _names_used(fn: Any) -> frozenset[str]:
+    """Every name that the function's code mentions, or that of a function or method which it mentions.
+
+    Of an object only attributes with such a name can matter: a trainer's step counter does not change its model.
+    """
+    code = getattr(getattr(fn, "__func__", fn), "__code__", type(fn))
+    known = _names_in.setdefault(code, {})
+    kinds = tuple(type(value) for _, value in _referents(fn))  # one code may run on objects of several classes
+    if kinds not in known:
+        pending: list[types.CodeType] = []
+        methods: dict[str, list[types.CodeType]] = {}
+        for value in _in_reach(fn):
+            if isinstance(value, types.FunctionType):
+                pending.append(value.__code__)
+            elif not isinstance(value, (nn.Module, Tensor, type, types.ModuleType)):
+                for kind in type(value).__mro__:
+                    for name, member in vars(kind).items():
+                        member = getattr(member, "fget", getattr(member, "__func__", member))
+                        if isinstance(member, types.FunctionType):
+                            methods.setdefault(name, []).append(member.__code__)
+        names = {"__call__"}
+        pending += methods.get("__call__", [])
+        while pending:
+            for name in set(_names(pending.pop())) - names:
+                names.add(name)
+                pending += methods.get(name, [])
+        known[kinds] = frozenset(names)
+    return known[kinds]
+
+
+def token(
+    value: Any, depth: int = _DEPTH, budget: list[None] | None = None, names: frozenset[str] | None = None
+) -> Any:
     """Equal for what computes the same: identity of tensors, modules and objects, value of everything plain.
 
     Objects are followed for a few steps, so that an option changed in place, or a helper's global rebound, is noticed.
-    ``budget`` is a list that loses one element for every object followed; when it is empty identity has to do.
+    ``budget`` is a list that loses one element for every object followed; when it is empty identity has to do. With
+    ``names`` only attributes of these names count.
     """
     budget = [None] * _MANY if budget is None else budget
     if isinstance(value, _PRIMITIVES):
@@ -152,7 +190,10 @@ def token(value: Any, depth: int = _DEPTH, budget: list[None] | None = None) -> 
     if depth == 0 or not budget or isinstance(value, (nn.Module, Tensor)):  # modules have their own watch
         return _Same(value)
     budget.pop()
-    parts = tuple((token(name, 1), token(v, depth - 1, budget)) for name, v in _referents(value))
+    referents = _referents(value)
+    if names is not None and not isinstance(value, _TRANSPARENT):
+        referents = [(name, v) for name, v in referents if name in names]
+    parts = tuple((token(name, 1), token(v, depth - 1, budget, names)) for name, v in referents)
     if isinstance(value, (dict, *_CONTAINERS)) and len(value) <= _MANY:
         return type(value), parts
     if isinstance(value, types.FunctionType):
@@ -177,11 +218,12 @@ def identity(fn: Any) -> tuple[Any, Any]:
         return anchor, (key, options)
     if isinstance(fn, nn.Module):
         return fn, None
+    key = token(fn, names=_names_used(fn))
     if isinstance(fn, types.FunctionType):
-        return fn.__code__, token(fn)
+        return fn.__code__, key
     if isinstance(fn, types.MethodType):
-        return fn.__self__, token(fn)
-    return fn, token(fn)
+        return fn.__self__, key
+    return fn, key
 
 
 # --- are the modules what they were? -------------------------------------------------------------------------

@@ -312,6 +312,57 @@ def test_everything_a_function_refers_to_is_watched() -> None:
     assert not torch.allclose(before, xb.bound(explanation)(xb.Interval.point(X6), targets).mid)
 
 
+def test_one_code_on_objects_of_two_classes() -> None:
+    class First:
+        factor = 2.0
+
+        def apply(self, x: Tensor) -> Tensor:
+            return x * self.factor
+
+    class Second:
+        def __init__(self) -> None:
+            self.other = 3.0
+
+        def apply(self, x: Tensor) -> Tensor:
+            return x * self.other
+
+    def explained_by(thing):
+        return lambda x: thing.apply(x)
+
+    first, second = First(), Second()
+    check_follows(explained_by(first), lambda: setattr(first, "factor", 5.0), X6)
+    check_follows(explained_by(second), lambda: setattr(second, "other", 5.0), X6)
+
+
+def test_what_a_function_does_not_look_at_needs_no_new_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trainer counts its steps and keeps its losses beside the model that it explains."""
+
+    class Trainer:
+        def __init__(self) -> None:
+            self.model, self.options = mlp(), {"scale": 2.0}
+            self.steps, self.losses = 0, [0.0]
+
+        def explain(self, x: Tensor) -> Tensor:
+            return self.scaled(x)
+
+        def scaled(self, x: Tensor) -> Tensor:
+            return self.model(x) * self.options["scale"]
+
+        def step(self) -> None:
+            self.steps += 1
+            self.losses.append(float(self.steps))
+
+    trainer = Trainer()
+    calls = captures(monkeypatch)
+    for _ in range(3):
+        xb.bound(trainer.explain)(xb.Interval.point(X6))
+        xb.bound(lambda x: trainer.explain(x))(xb.Interval.point(X6))
+        trainer.step()
+    assert len(calls) == 2
+    trainer.options["scale"] = 3.0
+    assert torch.allclose(xb.bound(trainer.explain)(xb.Interval.point(X6)).mid, trainer.explain(X6))
+
+
 def test_an_option_object_changed_in_place_is_another_argument() -> None:
     config = types.SimpleNamespace(scale=2.0)
     bounded = xb.bound(lambda x, c: x * c.scale)
