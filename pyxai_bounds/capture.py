@@ -58,7 +58,7 @@ class Captured:
         yield from self.modules.tensors()
 
     def is_current(self) -> bool:
-        """Do the modules that the function called still hold the tensors that the graph holds?"""
+        """Are the modules that the function refers to or calls still what they were?"""
         return self.modules.unchanged()
 
 

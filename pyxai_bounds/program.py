@@ -6,6 +6,7 @@ program on tensors alone, midpoints and radii in and out, which is optimised and
 
 from __future__ import annotations
 
+import functools
 import operator
 import re
 import threading
@@ -182,18 +183,16 @@ class Program:
 
     def _without_grad(self, tensors: list[Tensor]) -> Any:
         with torch.no_grad():
-            return self._inference_graph()(*tensors)
+            return self._inference_graph(*tensors)
 
+    @functools.cached_property
     def _inference_graph(self) -> fx.GraphModule:
         """The program without the marks that switch gradients on and off."""
-        if not hasattr(self, "_inference"):
-            graph = fx.Graph()
-            result = graph.graph_copy(self.graph.graph, {})
-            graph.output(result)
-            for node in graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled):
-                graph.erase_node(node)
-            self._inference = fx.GraphModule(self.graph, graph)
-        return self._inference
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(self.graph.graph, {}))
+        for node in graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled):
+            graph.erase_node(node)
+        return fx.GraphModule(self.graph, graph)
 
 
 _SET = object()  # marks a result that is a set among results that are constants

@@ -1,8 +1,9 @@
-"""What all tests share: the backends that run here."""
+"""What all tests share: the backends that run here, and how many threads they run on."""
 
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from pyxai_bounds import ops
 
@@ -12,3 +13,12 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once on each backend."""
     with ops.backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tests of tiny tensors: on a busy machine a second thread makes each of them wait for its turn."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

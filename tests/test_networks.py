@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 import pyxai_bounds as xb
 from pyxai_bounds import ops
 from tests.networks import assert_encloses, assert_exact_at_zero_radius, images, sample
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CLASSES = 4
 ACTIVATIONS = [nn.ReLU, nn.LeakyReLU, nn.Hardtanh, lambda: nn.ReLU(inplace=True), nn.ReLU6]
@@ -29,15 +31,6 @@ class Branches(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         left, right = self.left(x), self.right(x)
         return torch.cat([left, right], 1) if self.concatenate else left + right
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tiny tensors: threads would cost more than they bring."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @st.composite

@@ -28,6 +28,7 @@ class Attack:
     broken: Tensor
 
 
+@torch.inference_mode(False)
 def pgd(
     fn: Callable[..., Tensor],
     x: Tensor,
@@ -51,23 +52,7 @@ def pgd(
     """
     if steps < 1 or restarts < 1:
         raise ValueError(f"pgd needs steps ≥ 1 and restarts ≥ 1, got steps={steps}, restarts={restarts}.")
-    with torch.inference_mode(False):
-        return _attack(fn, usual(x), target, eps, property, clip, steps, restarts, seed, beta, batch_size)
-
-
-def _attack(
-    fn: Callable[..., Tensor],
-    x: Tensor,
-    target: Tensor | None,
-    eps: float | Tensor,
-    property: Property,
-    clip: tuple[float, float] | None,
-    steps: int,
-    restarts: int,
-    seed: int,
-    beta: float,
-    batch_size: int,
-) -> Attack:
+    x = usual(x)
     box = Interval.linf(x, eps, clip)
     generator = torch.Generator(device="cpu").manual_seed(seed)
     pieces = []

@@ -133,12 +133,9 @@ class _Check:
         self.nominal = self._nominal()
 
     def _nominal(self) -> Tensor:
-        pieces = [self._explain(self.x[i : i + self.size], i) for i in range(0, max(len(self.x), 1), self.size)]
-        return torch.cat(pieces)
-
-    def _explain(self, x: Tensor, start: int) -> Tensor:
-        targets = () if self.target is None else (self.target[start : start + len(x)],)
-        return evaluate(self.fn, x, *targets)
+        arguments = [self.x] if self.target is None else [self.x, self.target]
+        pieces = zip(*(argument.split(self.size) for argument in arguments), strict=True)
+        return torch.cat([evaluate(self.fn, *piece) for piece in pieces])
 
     @torch.no_grad()
     def at(self, eps: float | Tensor) -> Certificate:

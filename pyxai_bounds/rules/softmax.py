@@ -57,10 +57,9 @@ def log_softmax(x: Interval, dim: int, half_to_float: bool) -> Interval:
 def softmax_backward(grad: Value, output: Value, dim: int, input_dtype: torch.dtype) -> Interval:
     """p_j·(g_j − Σ_k g_k p_k), written as g_j·p_j(1 − p_j) − p_j·Σ_{k≠j} g_k p_k to use p_j's own range once."""
     if not isinstance(output, Interval):
-        centred = Interval.of(mid_of(grad), rad_of(grad))
-        weighted = multiply(centred, output)
+        weighted = multiply(grad, output)
         total = Interval.of(weighted.mid.sum(dim, keepdim=True), weighted.rad.sum(dim, keepdim=True))
-        return multiply(Interval.of(centred.mid - total.mid, centred.rad + total.rad), output)
+        return multiply(Interval.of(mid_of(grad) - total.mid, rad_of(grad) + total.rad), output)
     own = multiply(grad, range_of(lambda p: p * (1 - p), output, [(0.5, 0.25)]))
     terms = multiply(grad, output)
     others = Interval.of(

@@ -7,19 +7,10 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def dirty_memory() -> Iterator[None]:
+def dirty_memory(one_thread: None) -> Iterator[None]:
     """Fresh tensors are full of NaN (255 for bytes), so that an element nobody wrote is seen."""
     assert torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These tensors are tiny: on a busy machine a second thread makes each of them wait for its turn."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

@@ -1,14 +1,8 @@
-"""Tiny tensors on one thread: the threads' meetings would cost more than the work."""
-
-from collections.abc import Iterator
+"""The tensors of the rules' tests are tiny."""
 
 import pytest
-import torch
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(autouse=True)
+def tiny(one_thread: None) -> None:
+    """One thread for every test in this folder."""
