@@ -89,19 +89,20 @@ void typed(int element_size, Run run) {
 template <class T>
 T element_type(const Stages<T>&);
 
-void relu(int element_size, int64_t n, Address mid, Address rad, Address out_mid, Address out_rad, Address state) {
+void relu(int element_size, int64_t n, Address mid, Address rad, Address out_mid, Address out_rad, Address state,
+          bool outward) {
     typed(element_size, [=](const auto& stages) {
         using T = decltype(element_type(stages));
-        stages.relu(n, at<T>(mid), at<T>(rad), at<T>(out_mid), at<T>(out_rad), at<uint8_t>(state));
+        stages.relu(n, at<T>(mid), at<T>(rad), at<T>(out_mid), at<T>(out_rad), at<uint8_t>(state), outward);
     });
 }
 
 void relu_backward(int element_size, int64_t n, Address mid, Address rad, Address state, Address out_mid,
-                   Address out_rad, Address gate) {
+                   Address out_rad, Address gate, bool outward) {
     typed(element_size, [=](const auto& stages) {
         using T = decltype(element_type(stages));
         stages.relu_backward(n, at<T>(mid), at<T>(rad), at<uint8_t>(state), at<T>(out_mid), at<T>(out_rad),
-                             at<uint8_t>(gate));
+                             at<uint8_t>(gate), outward);
     });
 }
 

@@ -74,27 +74,29 @@ def interval_gate(mid: Tensor, rad: Tensor, gate: Tensor) -> tuple[Tensor, Tenso
     return out_mid, out_rad
 
 
-def interval_relu(mid: Tensor, rad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def interval_relu(mid: Tensor, rad: Tensor, rounding: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     mid, rad = _boxes(mid, rad)
-    return _relu_into(mid, rad, _like(mid), _like(mid))
+    return _relu_into(mid, rad, _like(mid), _like(mid), rounding)
 
 
-def interval_relu_backward(mid: Tensor, rad: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def interval_relu_backward(mid: Tensor, rad: Tensor, state: Tensor, rounding: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     gate = torch.empty_like(state)
-    return *_relu_backward_into(mid, rad, state, gate), gate
+    return *_relu_backward_into(mid, rad, state, gate, rounding), gate
 
 
 def interval_linear(
-    mid: Tensor, rad: Tensor, weight: Tensor, bias: Tensor | None, relu: bool
+    mid: Tensor, rad: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, rounding: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    out = reference.interval_linear(mid, rad, weight, bias, False)
-    return _relu_in_place(out[0], out[1]) if relu else out
+    out = reference.interval_linear(mid, rad, weight, bias, False, rounding)
+    return _relu_in_place(out[0], out[1], rounding) if relu else out
 
 
-def interval_linear_backward(mid: Tensor, rad: Tensor, weight: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+def interval_linear_backward(
+    mid: Tensor, rad: Tensor, weight: Tensor, state: Tensor | None, rounding: int = 0
+) -> tuple[Tensor, Tensor]:
     if state is not None:
-        mid, rad = _relu_backward_into(mid, rad, state, None)
-    return reference.interval_linear_backward(mid, rad, weight, None)
+        mid, rad = _relu_backward_into(mid, rad, state, None, rounding)
+    return reference.interval_linear_backward(mid, rad, weight, None, rounding)
 
 
 def interval_conv2d(
@@ -107,9 +109,10 @@ def interval_conv2d(
     dilation: Sequence[int],
     groups: int,
     relu: bool,
+    rounding: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    out = reference.interval_conv2d(mid, rad, weight, bias, stride, padding, dilation, groups, False)
-    return _relu_in_place(out[0], out[1]) if relu else out
+    out = reference.interval_conv2d(mid, rad, weight, bias, stride, padding, dilation, groups, False, rounding)
+    return _relu_in_place(out[0], out[1], rounding) if relu else out
 
 
 def interval_conv2d_backward(
@@ -122,13 +125,25 @@ def interval_conv2d_backward(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    rounding: int = 0,
 ) -> tuple[Tensor, Tensor]:
     if state is not None:
-        mid, rad = _relu_backward_into(mid, rad, state, None)
-    return reference.interval_conv2d_backward(mid, rad, weight, None, input_size, stride, padding, dilation, groups)
+        mid, rad = _relu_backward_into(mid, rad, state, None, rounding)
+    args = (input_size, stride, padding, dilation, groups)
+    return reference.interval_conv2d_backward(mid, rad, weight, None, *args, rounding)
 
 
-def interval_scale_shift(mid: Tensor, rad: Tensor, scale: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+def interval_scale_shift(
+    mid: Tensor,
+    rad: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    scale_rad: Tensor | None = None,
+    shift_rad: Tensor | None = None,
+    rounding: int = 0,
+) -> tuple[Tensor, Tensor]:
+    if rounding or scale_rad is not None or shift_rad is not None:
+        return reference.interval_scale_shift(mid, rad, scale, shift, scale_rad, shift_rad, rounding)
     mid, rad = _boxes(mid, rad)
     channels = mid.shape[1]
     scale = _per_channel("scale", scale, mid)
@@ -145,7 +160,11 @@ def interval_scale_shift(mid: Tensor, rad: Tensor, scale: Tensor, shift: Tensor 
     return out_mid, out_rad
 
 
-def interval_mul(a_mid: Tensor, a_rad: Tensor, b_mid: Tensor, b_rad: Tensor) -> tuple[Tensor, Tensor]:
+def interval_mul(
+    a_mid: Tensor, a_rad: Tensor, b_mid: Tensor, b_rad: Tensor, rounding: int = 0
+) -> tuple[Tensor, Tensor]:
+    if rounding:
+        return reference.interval_mul(a_mid, a_rad, b_mid, b_rad, rounding)
     a_mid, a_rad, b_mid, b_rad = _boxes(a_mid, a_rad, b_mid, b_rad)
     out_mid, out_rad = _like(a_mid), _like(a_mid)
     _module().mul(
@@ -158,29 +177,33 @@ def interval_mul(a_mid: Tensor, a_rad: Tensor, b_mid: Tensor, b_rad: Tensor) -> 
 # --- the stages that two operators share --------------------------------------------------------------------
 
 
-def _relu_into(mid: Tensor, rad: Tensor, out_mid: Tensor, out_rad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _relu_into(
+    mid: Tensor, rad: Tensor, out_mid: Tensor, out_rad: Tensor, rounding: int
+) -> tuple[Tensor, Tensor, Tensor]:
     state = torch.empty(state_size(mid), dtype=torch.uint8)
     _module().relu(
         mid.element_size(), mid.numel(), mid.data_ptr(), rad.data_ptr(),
-        out_mid.data_ptr(), out_rad.data_ptr(), state.data_ptr(),
+        out_mid.data_ptr(), out_rad.data_ptr(), state.data_ptr(), bool(rounding),
     )  # fmt: skip
     return out_mid, out_rad, state
 
 
-def _relu_in_place(mid: Tensor, rad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _relu_in_place(mid: Tensor, rad: Tensor, rounding: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """ReLU as the epilogue of a matrix product, whose results nobody else has seen yet."""
     mid, rad = _boxes(mid, rad)
-    return _relu_into(mid, rad, mid, rad)
+    return _relu_into(mid, rad, mid, rad, rounding)
 
 
-def _relu_backward_into(mid: Tensor, rad: Tensor, state: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
+def _relu_backward_into(
+    mid: Tensor, rad: Tensor, state: Tensor, gate: Tensor | None, rounding: int = 0
+) -> tuple[Tensor, Tensor]:
     """ReLU′ on a box; the gate that was applied is written where it is asked for."""
     mid, rad = in_order_of(state, *_boxes(mid, rad))
     state = _bits_of(state, mid)
     out_mid, out_rad = _like(mid), _like(mid)
     _module().relu_backward(
         mid.element_size(), mid.numel(), mid.data_ptr(), rad.data_ptr(), state.data_ptr(),
-        out_mid.data_ptr(), out_rad.data_ptr(), 0 if gate is None else gate.data_ptr(),
+        out_mid.data_ptr(), out_rad.data_ptr(), 0 if gate is None else gate.data_ptr(), bool(rounding),
     )  # fmt: skip
     return out_mid, out_rad
 

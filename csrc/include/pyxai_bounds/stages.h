@@ -8,13 +8,14 @@ namespace pyxai_bounds {
 
 // All arrays are dense and in one memory order. Packed bits are two planes of ceil(n / 8) bytes, "keep the
 // lower end" before "keep the upper end"; element i is bit i % 8 of byte i / 8, bits past n are zero.
+// `outward` asks for radii that cover what rounding loses; else every operation rounds to nearest.
 // An output may be the input it is computed from, element for element; other overlaps are not allowed.
 template <class T>
 struct Stages {
-    void (*relu)(std::int64_t n, const T* mid, const T* rad, T* out_mid, T* out_rad, std::uint8_t* state);
+    void (*relu)(std::int64_t n, const T* mid, const T* rad, T* out_mid, T* out_rad, std::uint8_t* state, bool outward);
     // `gate` may be null: the gate that was applied is then not written.
     void (*relu_backward)(std::int64_t n, const T* mid, const T* rad, const std::uint8_t* state, T* out_mid, T* out_rad,
-                          std::uint8_t* gate);
+                          std::uint8_t* gate, bool outward);
     void (*gate)(std::int64_t n, const T* mid, const T* rad, const std::uint8_t* gate, T* out_mid, T* out_rad);
     // Element i belongs to channel (i / inner) % channels. `shift` may be null.
     void (*scale_shift)(std::int64_t n, std::int64_t channels, std::int64_t inner, const T* mid, const T* rad,
