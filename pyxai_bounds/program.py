@@ -14,7 +14,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.utils._pytree as pytree
@@ -25,9 +25,19 @@ from pyxai_bounds import rounding as rd
 from pyxai_bounds.capture import Captured, as_captured, capture, is_one_integer, retrace, source_of
 from pyxai_bounds.errors import UnsupportedOperatorError
 from pyxai_bounds.interval import Interval
+from pyxai_bounds.parameters import ParameterBox
 from pyxai_bounds.rounding import Semantics
 from pyxai_bounds.rules import RULES, UnsupportedArgumentsError
-from pyxai_bounds.rules.registry import NO_VALUE, Rule, evaluated, in_float64, narrow, outward
+from pyxai_bounds.rules.registry import (
+    NO_VALUE,
+    Product,
+    Rule,
+    evaluated,
+    in_float64,
+    narrow,
+    outward,
+    use_product,
+)
 from pyxai_bounds.watch import identity, is_dead, tensors_of, token, unwrap
 
 aten = torch.ops.aten
@@ -35,7 +45,14 @@ aten = torch.ops.aten
 CACHE_SIZE = 128  # captures kept per function
 
 
-def bound(fn: Callable, *, sound: bool = False, semantics: Semantics = "real", parameters: Any = None) -> BoundFunction:
+def bound(
+    fn: Callable,
+    *,
+    sound: bool = False,
+    semantics: Semantics = "real",
+    parameters: ParameterBox | None = None,
+    product: Product = "rump",
+) -> BoundFunction:
     """Bounds on anything that PyTorch computes.
 
     ``fn`` is a module or any function of tensors, and may differentiate inside: an explanation is such a function.
@@ -47,22 +64,31 @@ def bound(fn: Callable, *, sound: bool = False, semantics: Semantics = "real", p
     semantics: with ``sound=True`` and "float32", what float32 arithmetic makes of ``fn``, in any order of summation,
     lies inside as well. ``docs/soundness.md`` says for which algorithms.
 
+    parameters: a :func:`~pyxai_bounds.parameter_box`: the bounds then hold for every network in it as well.
+    product: how matrix products and convolutions of two sets are bounded (a box of inputs with a box of parameters,
+    attention): "rump" needs matrix products alone and is at most 1.5 times too wide, "exact" is slower.
+
     Raises UnsupportedOperatorError, listing every operator without a rule; CaptureError (a ValueError) if the
-    function is no fixed program; NotImplementedError for ``parameters``, which do not exist yet.
+    function is no fixed program; ValueError for options that do not exist, or a parameter box that the function does not
+    use.
     """
     if not callable(fn):
         raise TypeError(f"bound() takes a module or a function, got {type(fn).__name__}.")
-    if parameters is not None:
-        raise NotImplementedError("Boxes of parameters do not exist yet; leave parameters=None.")
-    return BoundFunction(fn, rd.choose(sound, semantics))
+    if parameters is not None and not isinstance(parameters, ParameterBox):
+        raise TypeError(f"parameters must be made by xb.parameter_box(model, …), got {type(parameters).__name__}.")
+    if product not in get_args(Product):
+        raise ValueError(f"product={product!r} is unknown; choose one of {', '.join(get_args(Product))}.")
+    return BoundFunction(fn, rd.choose(sound, semantics), parameters, product)
 
 
 class BoundFunction:
     """A function on Intervals. Its compiled programs are shared with every other bound of an equal function."""
 
-    def __init__(self, fn: Callable, rounding: rd.Rounding = rd.Rounding.NEAREST) -> None:
+    def __init__(self, fn: Callable, rounding: rd.Rounding, parameters: ParameterBox | None, product: Product) -> None:
         self.fn = unwrap(fn)
         self.rounding = rounding
+        self.parameters = parameters
+        self.product = product
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves, spec = pytree.tree_flatten((args, kwargs))
@@ -88,10 +114,11 @@ def captured_graph(fn: Callable, *args: Any, **kwargs: Any) -> Captured:
 def _program(bounded: BoundFunction, leaves: list[Any], spec: pytree.TreeSpec) -> Program:
     captured = _captured(bounded.fn, leaves, spec)
     sets = tuple(leaf.rad.stride() if isinstance(leaf, Interval) else None for leaf in leaves)
-    key = (bounded.rounding, sets)
+    parameters = bounded.parameters
+    key = (bounded.rounding, bounded.product, None if parameters is None else parameters.key, sets)
     program = captured.derived.get(key)
     if program is None:
-        program = captured.derived[key] = Program(captured, leaves, bounded.rounding)
+        program = captured.derived[key] = Program(captured, leaves, bounded)
     return program
 
 
@@ -170,13 +197,13 @@ def _check_devices(points: list[Any]) -> None:
 class Program:
     """A compiled bound program: tensors in, Intervals out."""
 
-    def __init__(self, captured: Captured, leaves: list[Any], rounding: rd.Rounding) -> None:
+    def __init__(self, captured: Captured, leaves: list[Any], bounded: BoundFunction) -> None:
         self.captured = captured
-        self.rounding = rounding
+        self.rounding = bounded.rounding
         # Per placeholder of the captured graph: is it a set?
         kinds = [isinstance(leaf, Interval) for leaf in leaves if isinstance(leaf, (Interval, Tensor))]
-        interpreter = _Interpreter(captured.graph)
-        with rd.use(rounding):
+        interpreter = _Interpreter(captured.graph, bounded.parameters)
+        with rd.use(bounded.rounding), use_product(bounded.product):
             self.graph = retrace(lambda *flat: interpreter.run_flat(flat, kinds), _tensors(leaves))
         self.results = interpreter.results
         fuse.optimise(self.graph)
@@ -220,8 +247,11 @@ class _Unknown:
 class _Interpreter(fx.Interpreter):
     """Runs a captured graph on Intervals and points, collecting every operator that cannot be bounded."""
 
-    def __init__(self, graph: fx.GraphModule) -> None:
+    def __init__(self, graph: fx.GraphModule, parameters: ParameterBox | None) -> None:
         super().__init__(graph)
+        self.parameters = parameters
+        self.boxed = {} if parameters is None else {id(p): name for name, p in parameters.parameters().items()}
+        self.used: set[int] = set()  # which of them the graph reads
         self.extra_traceback = False  # the user's line is in our own messages, and nothing else helps
         self.unsupported: list[tuple[str, str]] = []
         self.results: list[Any] = []  # the structure: _SET, or a constant
@@ -232,9 +262,21 @@ class _Interpreter(fx.Interpreter):
         results = self.run(*arguments, enable_io_processing=False)
         if self.unsupported:
             raise UnsupportedOperatorError(list(dict.fromkeys(self.unsupported)))
+        if self.boxed and not self.used:
+            raise ValueError(
+                f"The function uses none of the parameters in the box ({', '.join(self.boxed.values())}): build the box "
+                "from the model that the function calls."
+            )
         self.results = [_SET if isinstance(r, (Interval, Tensor)) else r for r in results]
         sets = [_floating_point(r) for r in results if isinstance(r, (Interval, Tensor))]
         return [tensor for s in sets for tensor in (s.mid, s.rad)]
+
+    def get_attr(self, target: Any, args: tuple, kwargs: dict) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        if self.parameters is None or id(value) not in self.boxed:
+            return value
+        self.used.add(id(value))
+        return self.parameters.interval(value)
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op != "call_function":

@@ -8,8 +8,10 @@ have. So for float32 the margins cost nothing. The hot operators keep their dtyp
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -107,6 +109,25 @@ def mid_of(x: Any) -> Any:
 def rad_of(x: Any) -> Any:
     """The radius of a set; zeros for a point."""
     return x.rad if isinstance(x, Interval) else torch.zeros_like(x)
+
+
+Product = Literal["rump", "exact"]
+_product: contextvars.ContextVar[Product] = contextvars.ContextVar("pyxai_bounds_product", default="rump")
+
+
+@contextlib.contextmanager
+def use_product(kind: Product) -> Iterator[None]:
+    """Bound products of two sets in this way inside the ``with`` block."""
+    token = _product.set(kind)
+    try:
+        yield
+    finally:
+        _product.reset(token)
+
+
+def exact_product() -> bool:
+    """Are matrix products and convolutions of two sets to be exact?"""
+    return _product.get() == "exact"
 
 
 def outward() -> bool:
