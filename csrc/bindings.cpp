@@ -130,6 +130,22 @@ void mul(int element_size, int64_t n, Address a_mid, Address a_rad, Address b_mi
     });
 }
 
+void widen(int element_size, int64_t n, Address mid, Address rad, double on_mid, double on_rad, double least,
+           Address out) {
+    typed(element_size, [=](const auto& stages) {
+        using T = decltype(element_type(stages));
+        stages.widen(n, at<T>(mid), at<T>(rad), static_cast<T>(on_mid), static_cast<T>(on_rad), static_cast<T>(least),
+                     at<T>(out));
+    });
+}
+
+void magnitude(int element_size, int64_t n, Address weight, double least, Address out) {
+    typed(element_size, [=](const auto& stages) {
+        using T = decltype(element_type(stages));
+        stages.magnitude(n, at<T>(weight), static_cast<T>(least), at<T>(out));
+    });
+}
+
 }  // namespace
 }  // namespace pyxai_bounds
 
@@ -142,6 +158,8 @@ PYBIND11_MODULE(_native, m) {
     m.def("gate", &gate, no_gil);
     m.def("scale_shift", &scale_shift, no_gil);
     m.def("mul", &mul, no_gil);
+    m.def("widen", &widen, no_gil);
+    m.def("magnitude", &magnitude, no_gil);
     m.def("threads", &threads, "The number of threads that a large stage would use.");
     m.def("level", [] { return active.load()->name; }, "The instruction-set level in use.");
     m.def("set_level", &set_level, py::arg("name"), "Use one of levels() from now on, in all threads.");

@@ -57,8 +57,8 @@ class ParameterBox:
                 raise ValueError(f"parameter_box: no parameter is called {pattern!r}; there are {names or 'none'}.")
         if not self.parameters():
             raise ValueError(
-                "parameter_box: the box holds no parameter. Without include it takes those of linear, convolutional and "
-                "batch-norm layers; name others with include='pattern'."
+                "parameter_box: the box holds no parameter. Without include it takes those of linear, convolutional "
+                "and batch-norm layers; name others with include='pattern'."
             )
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -104,7 +104,8 @@ def parameter_box(
     """The networks whose parameters θ′ satisfy |θ′ − θ| ≤ relative·|θ| + absolute: for ``bound(fn, parameters=…)``.
 
     By default all weights, biases and batch-norm affine parameters of linear, convolutional and batch-norm layers move,
-    biases by the same rule as weights. ``include`` and ``exclude`` are patterns of parameter names ("*.weight", "fc.*"):
+    biases by the same rule as weights. ``include`` and ``exclude`` are patterns of parameter names ("*.weight",
+    "fc.*"):
     ``include`` replaces that choice, ``exclude`` takes away from it.
     Raises TypeError for what is no module; ValueError for negative radii, a pattern that matches nothing, an empty box.
     Source: the model perturbations of Wicker et al., ICLR 2023, arXiv 2212.08507 (gamma is ``relative`` there).

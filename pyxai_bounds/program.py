@@ -69,8 +69,8 @@ def bound(
     attention): "rump" needs matrix products alone and is at most 1.5 times too wide, "exact" is slower.
 
     Raises UnsupportedOperatorError, listing every operator without a rule; CaptureError (a ValueError) if the
-    function is no fixed program; ValueError for options that do not exist, or a parameter box that the function does not
-    use.
+    function is no fixed program; ValueError for options that do not exist, or a parameter box that the function does
+    not use.
     """
     if not callable(fn):
         raise TypeError(f"bound() takes a module or a function, got {type(fn).__name__}.")
@@ -264,8 +264,8 @@ class _Interpreter(fx.Interpreter):
             raise UnsupportedOperatorError(list(dict.fromkeys(self.unsupported)))
         if self.boxed and not self.used:
             raise ValueError(
-                f"The function uses none of the parameters in the box ({', '.join(self.boxed.values())}): build the box "
-                "from the model that the function calls."
+                f"The function uses none of the parameters in the box ({', '.join(self.boxed.values())}): build the "
+                "box from the model that the function calls."
             )
         self.results = [_SET if isinstance(r, (Interval, Tensor)) else r for r in results]
         sets = [_floating_point(r) for r in results if isinstance(r, (Interval, Tensor))]
@@ -311,8 +311,7 @@ class _Interpreter(fx.Interpreter):
 
 
 def _apply(rule: Rule, node: fx.Node, args: tuple, kwargs: dict) -> Any:
-    """The rule's result; where bounds are proofs computed in float64 if the rule asks for it, and in the node's dtypes.
-    """
+    """The rule's result; where bounds are proofs computed in float64 if the rule asks for it, and in the node's dtypes."""
     if not outward():
         return rule.function(*args, **kwargs)
     if rule.precision == "wide":
@@ -340,8 +339,7 @@ _MOVING = frozenset(
 
 
 def _is_exact(node: fx.Node, rule: Rule | None, leaves: list[Any]) -> bool:
-    """Does the operator return exact results for points: moved or selected numbers, truth values, integers, constants?
-    """
+    """Does the operator return exact results for points: moved or selected numbers, truth values, integers, constants?"""
     if (rule is not None and rule.precision == "exact") or node.target in _MOVING:
         return True
     values = node.meta["val"] if isinstance(node.meta["val"], (tuple, list)) else [node.meta["val"]]
@@ -351,8 +349,7 @@ def _is_exact(node: fx.Node, rule: Rule | None, leaves: list[Any]) -> bool:
 
 
 def _enclosed(rule: Rule, args: tuple) -> tuple:
-    """The arguments, one of them as a set that holds its point alone: then the rule encloses what the operator rounds.
-    """
+    """The arguments, one of them as a set that holds its point alone: then the rule encloses what the operator rounds."""
     first = args[rule.set_first]
     point = Interval.point(first if first.is_floating_point() else first.double())
     return (*args[: rule.set_first], point, *args[rule.set_first + 1 :])

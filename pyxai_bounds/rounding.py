@@ -96,6 +96,16 @@ class Errors(NamedTuple):
     on_rad: float
     slack: float
 
+    @property
+    def of_mid(self) -> float:
+        """The factor of |mid| in a widened radius."""
+        return self.on_mid * self.slack
+
+    @property
+    def of_rad(self) -> float:
+        """The factor of rad in a widened radius."""
+        return (1 + self.on_rad) * self.slack
+
 
 def errors(
     terms: int,
@@ -153,12 +163,12 @@ def widen(mid: Tensor, rad: Tensor | None, lost: Errors) -> Tensor:
     ``magnitude`` above the underflow threshold, so that it also covers a product that underflows at the midpoint.
     """
     size = mid.detach().abs()
-    spread = size * (lost.on_mid * lost.slack)
+    spread = size * lost.of_mid
     some = size != 0
     if rad is not None:
-        spread = rad * ((1 + lost.on_rad) * lost.slack) + spread
+        spread = rad * lost.of_rad + spread
         some = some | (rad != 0)
-    return spread * (1 + 16 * unit(mid.dtype)) + some * (2 * floor(mid.dtype))
+    return spread * (1 + 16 * unit(mid.dtype)) + some.to(mid.dtype) * (2 * floor(mid.dtype))
 
 
 def bias_error(bias: Tensor | None, lost: Errors) -> Tensor | None:
@@ -166,7 +176,7 @@ def bias_error(bias: Tensor | None, lost: Errors) -> Tensor | None:
     if bias is None:
         return None
     size = bias.detach().abs()
-    return size * (lost.on_mid * lost.slack * (1 + 16 * unit(bias.dtype))) + (size != 0) * tiny(bias.dtype)
+    return size * (lost.of_mid * (1 + 16 * unit(bias.dtype))) + (size != 0).to(bias.dtype) * tiny(bias.dtype)
 
 
 def magnitude(weight: Tensor) -> Tensor:
@@ -178,7 +188,7 @@ def magnitude(weight: Tensor) -> Tensor:
 def narrow_up(x: Tensor, dtype: torch.dtype) -> Tensor:
     """``x`` ≥ 0 in a narrower dtype, rounded up; 0 stays 0."""
     narrow = x.to(dtype)
-    return up(narrow) + (x != 0) * tiny(dtype)
+    return up(narrow) + (x != 0).to(dtype) * tiny(dtype)
 
 
 def floor(dtype: torch.dtype) -> float:

@@ -8,6 +8,7 @@ and hands over addresses.
 from __future__ import annotations
 
 import importlib
+import sys
 import warnings
 from collections.abc import Sequence
 from types import ModuleType
@@ -15,6 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from pyxai_bounds import rounding as rounding_units
 from pyxai_bounds.ops import reference
 from pyxai_bounds.ops.layout import dense, in_order_of, memory_format, state_size
 
@@ -87,7 +89,7 @@ def interval_relu_backward(mid: Tensor, rad: Tensor, state: Tensor, rounding: in
 def interval_linear(
     mid: Tensor, rad: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, rounding: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    out = reference.interval_linear(mid, rad, weight, bias, False, rounding)
+    out = reference.interval_linear(mid, rad, weight, bias, False, rounding, _STAGES)
     return _relu_in_place(out[0], out[1], rounding) if relu else out
 
 
@@ -96,7 +98,7 @@ def interval_linear_backward(
 ) -> tuple[Tensor, Tensor]:
     if state is not None:
         mid, rad = _relu_backward_into(mid, rad, state, None, rounding)
-    return reference.interval_linear_backward(mid, rad, weight, None, rounding)
+    return reference.interval_linear_backward(mid, rad, weight, None, rounding, _STAGES)
 
 
 def interval_conv2d(
@@ -111,7 +113,7 @@ def interval_conv2d(
     relu: bool,
     rounding: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    out = reference.interval_conv2d(mid, rad, weight, bias, stride, padding, dilation, groups, False, rounding)
+    out = reference.interval_conv2d(mid, rad, weight, bias, stride, padding, dilation, groups, False, rounding, _STAGES)
     return _relu_in_place(out[0], out[1], rounding) if relu else out
 
 
@@ -130,7 +132,7 @@ def interval_conv2d_backward(
     if state is not None:
         mid, rad = _relu_backward_into(mid, rad, state, None, rounding)
     args = (input_size, stride, padding, dilation, groups)
-    return reference.interval_conv2d_backward(mid, rad, weight, None, *args, rounding)
+    return reference.interval_conv2d_backward(mid, rad, weight, None, *args, rounding, _STAGES)
 
 
 def interval_scale_shift(
@@ -206,6 +208,31 @@ def _relu_backward_into(
         out_mid.data_ptr(), out_rad.data_ptr(), 0 if gate is None else gate.data_ptr(), bool(rounding),
     )  # fmt: skip
     return out_mid, out_rad
+
+
+def widen(mid: Tensor, rad: Tensor, lost: rounding_units.Errors) -> Tensor:
+    """``rounding.widen``, in one pass over memory."""
+    mid, rad = _boxes(mid, rad)
+    out = _like(mid)
+    _module().widen(
+        mid.element_size(), mid.numel(), mid.data_ptr(), rad.data_ptr(), lost.of_mid, lost.of_rad,
+        2 * rounding_units.floor(mid.dtype), out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
+def magnitude(weight: Tensor) -> Tensor:
+    """``rounding.magnitude``, in one pass over memory."""
+    transposed = weight.dim() == 2 and weight.t().is_contiguous()
+    (weight,) = dense(weight.t() if transposed else weight)
+    out = _like(weight)
+    _module().magnitude(
+        weight.element_size(), weight.numel(), weight.data_ptr(), rounding_units.floor(weight.dtype), out.data_ptr()
+    )
+    return out.t() if transposed else out
+
+
+_STAGES = sys.modules[__name__]  # the reference's affine operators call back for these two
 
 
 # --- allocation and checks ----------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ in real arithmetic; the argument stands at each operator, and in full in ``docs/
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,9 +76,9 @@ def interval_relu_backward(mid: Tensor, rad: Tensor, state: Tensor, rounding: in
 
 
 def interval_linear(
-    mid: Tensor, rad: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, rounding: int = 0
+    mid: Tensor, rad: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, rounding: int = 0, stages: Any = rd
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Image of the box under x ↦ x·Wᵀ + b, then ReLU if asked for."""
+    """Image of the box under x ↦ x·Wᵀ + b, then ReLU if asked for. ``stages`` has the backend's widen and magnitude."""
     linear = torch.nn.functional.linear
     if rounding == rd.Rounding.NEAREST:
         out_mid, out_rad = linear(mid, weight, bias), linear(rad, weight.abs())
@@ -87,19 +88,19 @@ def interval_linear(
         wide = torch.float64
         out_mid = linear(mid.to(wide), weight.to(wide), None if bias is None else bias.to(wide)).to(mid.dtype)
         errors = rd.errors(weight.shape[1], mid.dtype, rounding, computed=wide)
-        out_rad = linear(rd.widen(mid, rad, errors), rd.magnitude(weight), rd.bias_error(bias, errors))
+        out_rad = linear(stages.widen(mid, rad, errors), stages.magnitude(weight), rd.bias_error(bias, errors))
     return _maybe_relu(out_mid, out_rad, relu, rounding)
 
 
 def interval_linear_backward(
-    mid: Tensor, rad: Tensor, weight: Tensor, state: Tensor | None, rounding: int = 0
+    mid: Tensor, rad: Tensor, weight: Tensor, state: Tensor | None, rounding: int = 0, stages: Any = rd
 ) -> tuple[Tensor, Tensor]:
     """ReLU′ on the gradient box if a state is given, then its image under g ↦ g·W."""
     if state is not None:
         mid, rad, _ = interval_relu_backward(mid, rad, state, rounding)
     if rounding == rd.Rounding.NEAREST:
         return mid @ weight, rad @ weight.abs()
-    return interval_linear(mid, rad, weight.t(), None, False, rounding)[:2]
+    return interval_linear(mid, rad, weight.t(), None, False, rounding, stages)[:2]
 
 
 def interval_conv2d(
@@ -113,6 +114,7 @@ def interval_conv2d(
     groups: int,
     relu: bool,
     rounding: int = 0,
+    stages: Any = rd,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Image of the box under a two-dimensional convolution, then ReLU if asked for."""
     mid, rad = dense(mid, rad)
@@ -126,7 +128,7 @@ def interval_conv2d(
         def convolve(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
             return torch.conv2d(x, w, b, *args)
 
-        out_mid, out_rad = _blocked(convolve, mid, rad, weight, bias, 1, groups, rounding)
+        out_mid, out_rad = _blocked(convolve, mid, rad, weight, bias, 1, groups, rounding, stages)
     out_mid, out_rad = out_mid.contiguous(memory_format=order), out_rad.contiguous(memory_format=order)
     return _maybe_relu(out_mid, out_rad, relu, rounding)
 
@@ -142,6 +144,7 @@ def interval_conv2d_backward(
     dilation: Sequence[int],
     groups: int,
     rounding: int = 0,
+    stages: Any = rd,
 ) -> tuple[Tensor, Tensor]:
     """ReLU′ on the gradient box if a state is given, then the convolution's backward-data pass."""
     mid, rad = dense(mid, rad)
@@ -156,7 +159,7 @@ def interval_conv2d_backward(
         def convolve(x: Tensor, w: Tensor, _: Tensor | None) -> Tensor:
             return conv2d_input(x, w, *args)
 
-        out_mid, out_rad = _blocked(convolve, mid, rad, weight, None, 0, groups, rounding)
+        out_mid, out_rad = _blocked(convolve, mid, rad, weight, None, 0, groups, rounding, stages)
     return out_mid.contiguous(memory_format=order), out_rad.contiguous(memory_format=order)
 
 
@@ -172,6 +175,7 @@ def _blocked(
     dim: int,
     groups: int,
     rounding: int,
+    stages: Any,
 ) -> tuple[Tensor, Tensor]:
     """A convolution, forward or backward, rounded outward; ``dim`` is the dimension of the weight that it sums over.
 
@@ -186,8 +190,10 @@ def _blocked(
         wide = torch.float64
         errors = rd.errors(terms, mid.dtype, rounding, computed=wide)
         out_mid = convolve(mid.to(wide), weight.to(wide), None if bias is None else bias.to(wide)).to(mid.dtype)
-        widened, share = rd.widen(mid, rad, errors), rd.bias_error(bias, errors)
-        out_rad = convolve(widened.to(wide), rd.magnitude(weight).to(wide), None if share is None else share.to(wide))
+        widened, share = stages.widen(mid, rad, errors), rd.bias_error(bias, errors)
+        out_rad = convolve(
+            widened.to(wide), stages.magnitude(weight).to(wide), None if share is None else share.to(wide)
+        )
         return out_mid, rd.narrow_up(out_rad, mid.dtype)
     size = max(1, BLOCK // taps) if groups == 1 and rounding == rd.Rounding.OUTWARD else channels
     starts = range(0, channels, size)
@@ -199,7 +205,7 @@ def _blocked(
             length = min(size, channels - start)
             out_mid += convolve(mid[:, start : start + length], weight.narrow(dim, start, length), None)
     errors = rd.errors(terms, mid.dtype, rounding, summed=min(terms, size * taps) + len(starts))
-    return out_mid, convolve(rd.widen(mid, rad, errors), rd.magnitude(weight), rd.bias_error(bias, errors))
+    return out_mid, convolve(stages.widen(mid, rad, errors), stages.magnitude(weight), rd.bias_error(bias, errors))
 
 
 def interval_scale_shift(
@@ -237,7 +243,7 @@ def interval_scale_shift(
     some = (mid != 0) | (rad != 0)
     if shift is not None:
         some = some | (out != 0)
-    return out, out_rad + some * (4 * rd.tiny(mid.dtype))
+    return out, out_rad + some.to(mid.dtype) * (4 * rd.tiny(mid.dtype))
 
 
 def interval_mul(
@@ -259,7 +265,7 @@ def interval_mul(
     reach = (a_mid.abs() + a_rad) * (b_mid.abs() + b_rad)
     some = ((a_mid != 0) | (a_rad != 0)) & ((b_mid != 0) | (b_rad != 0))
     lost = 8 if rounding == rd.Rounding.OUTWARD else 10
-    return mid, (rad + lost * u * reach) * (1 + 16 * u) + some * (4 * rd.tiny(mid.dtype))
+    return mid, (rad + lost * u * reach) * (1 + 16 * u) + some.to(mid.dtype) * (4 * rd.tiny(mid.dtype))
 
 
 def conv2d_input(

@@ -84,7 +84,7 @@ def div(a: Any, b: Any) -> Interval:
     if not outward():
         return quotient
     some = (a.mid != 0) | (a.rad != 0)
-    return Interval.of(quotient.mid, quotient.rad + some * (2 * rd.tiny(quotient.dtype)))
+    return Interval.of(quotient.mid, quotient.rad + some.to(quotient.dtype) * (2 * rd.tiny(quotient.dtype)))
 
 
 @rule(aten.reciprocal.default, ulps=2)

@@ -136,8 +136,7 @@ def outward() -> bool:
 
 
 def ends(x: Any) -> tuple[Any, Any]:
-    """Lower and upper end points; of a point, the point twice. Rounded outward they lie outside the set, or at a point.
-    """
+    """Lower and upper end points; of a point, the point twice. Rounded outward they lie outside the set, or at a point."""
     if isinstance(x, float) and rd.mode() == rd.Rounding.EVALUATED:
         stored = float(torch.tensor(x, dtype=torch.float32))  # a number in the program is one of the dtype when it runs
         return min(x, stored), max(x, stored)
@@ -171,8 +170,7 @@ def settle(mid: Tensor, rad: Tensor, roundings: int = 1) -> Interval:
 
 
 def enclose(lower: Tensor, upper: Tensor, ulps: float, absolute: float = 0.0) -> Interval:
-    """The set between two computed values, each off by at most ``ulps`` u of itself plus ``absolute`` u, and underflow.
-    """
+    """The set between two computed values, each off by at most ``ulps`` u of itself plus ``absolute`` u, and underflow."""
     if outward():
         u = rd.unit(lower.dtype)
         lower = lower - (lower.detach().abs() * (ulps * u) + (absolute * u + 2 * rd.tiny(lower.dtype)))
@@ -196,7 +194,7 @@ def evaluated(x: Interval, ulps: float | Tensor | None, absolute: float | Tensor
     u = rd.unit(torch.float32)
     reach = x.mid.detach().abs() + x.rad.detach()
     some = reach != 0
-    spread = reach * (ulps * u) + some * (absolute * u + 2 * rd.tiny(torch.float32))
+    spread = reach * (ulps * u) + some.to(x.dtype) * (absolute * u + 2 * rd.tiny(torch.float32))
     return settle(x.mid, x.rad + spread, 0)
 
 
@@ -261,12 +259,11 @@ def multiply(a: Any, b: Any) -> Interval:
     if not outward():
         return product
     some = ((a.mid != 0) | (a.rad != 0)) & (b != 0)
-    return evaluated(Interval.of(product.mid, product.rad + some * (2 * rd.tiny(product.dtype))), 2)
+    return evaluated(Interval.of(product.mid, product.rad + some.to(product.dtype) * (2 * rd.tiny(product.dtype))), 2)
 
 
 def plus(a: Any, b: Any) -> Interval:
-    """Elementwise sum with broadcasting. Rounded outward, it loses one rounding, and a number is rounded to the dtype.
-    """
+    """Elementwise sum with broadcasting. Rounded outward, it loses one rounding, and a number is rounded to the dtype."""
     return _sum(mid_of(a) + mid_of(b), a, b)
 
 

@@ -21,9 +21,12 @@ struct Stages {
     void (*scale_shift)(std::int64_t n, std::int64_t channels, std::int64_t inner, const T* mid, const T* rad,
                         const T* scale, const T* shift, T* out_mid, T* out_rad);
     void (*mul)(std::int64_t n, const T* a_mid, const T* a_rad, const T* b_mid, const T* b_rad, T* out_mid, T* out_rad);
+    // The factors of an outward-rounded affine operator; the constants are those of pyxai_bounds/rounding.py.
+    void (*widen)(std::int64_t n, const T* mid, const T* rad, T on_mid, T on_rad, T least, T* out);
+    void (*magnitude)(std::int64_t n, const T* weight, T least, T* out);
 };
 
-// Every level has these three functions in a namespace of its own, for float and for double.
+// Every level has these functions in a namespace of its own, for float and for double.
 #define PYXAI_BOUNDS_DECLARE_LEVEL(level)             \
     namespace level {                                 \
     template <class T>                                \
@@ -33,11 +36,14 @@ struct Stages {
     template <class T>                                \
     void set_interval_mul(Stages<T>& stages);         \
     template <class T>                                \
+    void set_outward(Stages<T>& stages);              \
+    template <class T>                                \
     Stages<T> stages() {                              \
         Stages<T> table{};                            \
         set_interval_relu(table);                     \
         set_interval_scale_shift(table);              \
         set_interval_mul(table);                      \
+        set_outward(table);                           \
         return table;                                 \
     }                                                 \
     }
