@@ -311,7 +311,7 @@ class _Interpreter(fx.Interpreter):
 
 
 def _apply(rule: Rule, node: fx.Node, args: tuple, kwargs: dict) -> Any:
-    """The rule's result; where bounds are proofs computed in float64 if the rule asks for it, and in the node's dtypes."""
+    """The rule's result in the node's dtypes; where bounds are proofs, computed in float64 if the rule asks for it."""
     if not outward():
         return rule.function(*args, **kwargs)
     if rule.precision == "wide":
@@ -339,7 +339,7 @@ _MOVING = frozenset(
 
 
 def _is_exact(node: fx.Node, rule: Rule | None, leaves: list[Any]) -> bool:
-    """Does the operator return exact results for points: moved or selected numbers, truth values, integers, constants?"""
+    """Are results for points exact: moved or selected numbers, truth values, integers, constants?"""
     if (rule is not None and rule.precision == "exact") or node.target in _MOVING:
         return True
     values = node.meta["val"] if isinstance(node.meta["val"], (tuple, list)) else [node.meta["val"]]
@@ -349,7 +349,7 @@ def _is_exact(node: fx.Node, rule: Rule | None, leaves: list[Any]) -> bool:
 
 
 def _enclosed(rule: Rule, args: tuple) -> tuple:
-    """The arguments, one of them as a set that holds its point alone: then the rule encloses what the operator rounds."""
+    """The arguments, one of them as a set of one point, so that the rule encloses what the operator rounds."""
     first = args[rule.set_first]
     point = Interval.point(first if first.is_floating_point() else first.double())
     return (*args[: rule.set_first], point, *args[rule.set_first + 1 :])

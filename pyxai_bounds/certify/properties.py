@@ -192,7 +192,7 @@ class Cosine:
 
 
 def deviation(nominal: Tensor, bounds: Interval) -> Tensor:
-    """max(v_U − v, v − v_L): how far each entry can move, in the shape of the explanation, in float64 and rounded up."""
+    """max(v_U − v, v − v_L): how far each entry can move, in the explanation's shape, in float64 and rounded up."""
     v = nominal.double()
     return rounding.up(torch.maximum(bounds.upper.double() - v, v - bounds.lower.double()))
 

@@ -65,7 +65,7 @@ def _select(mid: Tensor) -> ModuleType:
 
 
 def _select_outward(mid: Tensor) -> ModuleType:
-    """The backend for outward rounding: ``native`` where it runs and is not ruled out, ``reference`` everywhere else."""
+    """The backend for outward rounding: ``native`` where it runs and is not ruled out, else ``reference``."""
     if mid.dtype not in (torch.float32, torch.float64):
         raise TypeError(
             f"sound=True needs float32 or float64 tensors, not {mid.dtype}; convert the model and the inputs."

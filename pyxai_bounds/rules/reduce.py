@@ -73,7 +73,7 @@ def min_dim(x: Interval, *args: Any) -> tuple[Interval, object]:
 
 @rule(aten.logsumexp.default, ulps=0)
 def logsumexp(x: Interval, *args: Any) -> Interval:
-    """max + log Σ exp(x − max): each exponential loses u|x − max| of itself, which is at most 1/e of u, and the sum nu."""
+    """max + log Σ exp(x − max): an exponential loses u|x − max| of itself, which is at most u/e, and the sum nu."""
     absolute = 4 * _summed(x.mid, *args) + 16
     return evaluated(monotone(lambda t: aten.logsumexp(t, *args), x, ulps=8, absolute=absolute), 8, absolute)
 

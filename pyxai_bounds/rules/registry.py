@@ -136,7 +136,7 @@ def outward() -> bool:
 
 
 def ends(x: Any) -> tuple[Any, Any]:
-    """Lower and upper end points; of a point, the point twice. Rounded outward they lie outside the set, or at a point."""
+    """Lower and upper end points; of a point, the point twice. Rounded outward they lie on or outside the set's."""
     if isinstance(x, float) and rd.mode() == rd.Rounding.EVALUATED:
         stored = float(torch.tensor(x, dtype=torch.float32))  # a number in the program is one of the dtype when it runs
         return min(x, stored), max(x, stored)
@@ -170,7 +170,7 @@ def settle(mid: Tensor, rad: Tensor, roundings: int = 1) -> Interval:
 
 
 def enclose(lower: Tensor, upper: Tensor, ulps: float, absolute: float = 0.0) -> Interval:
-    """The set between two computed values, each off by at most ``ulps`` u of itself plus ``absolute`` u, and underflow."""
+    """The set between two computed values, each off by at most ``ulps`` u of itself, ``absolute`` u, and underflow."""
     if outward():
         u = rd.unit(lower.dtype)
         lower = lower - (lower.detach().abs() * (ulps * u) + (absolute * u + 2 * rd.tiny(lower.dtype)))
@@ -263,7 +263,7 @@ def multiply(a: Any, b: Any) -> Interval:
 
 
 def plus(a: Any, b: Any) -> Interval:
-    """Elementwise sum with broadcasting. Rounded outward, it loses one rounding, and a number is rounded to the dtype."""
+    """Elementwise sum with broadcasting. Rounded outward, it loses one rounding; a number is rounded to the dtype."""
     return _sum(mid_of(a) + mid_of(b), a, b)
 
 
