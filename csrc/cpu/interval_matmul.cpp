@@ -271,16 +271,17 @@ void matmul(int64_t batch, int64_t m, int64_t k, int64_t n, const T* a_mid, cons
 
 // --- backward ------------------------------------------------------------------------------------------------
 //
-// With g and h the gradients of one midpoint and radius, t = sign(a)·sign(b)·g, and a pair that is
-// "mid" if u·s < r·q: the pair adds, with (e, f) = (t, h) if mid, else (h, t),
+// With g and h the gradients of one midpoint and radius, t = sign(a)·sign(b)·g, and (e, f) = (t, h) if u·s is the least
+// of u·s, r·v, r·s, else (h, t), a pair adds
 //     to sign(a)·∂a:  t·v + e·s        to ∂r:  h·w + f·q
 //     to sign(b)·∂b:  t·u + f·r        to ∂s:  e·u + h·r        if v < s
 //                     t·u + h·r                e·u + f·r        otherwise.
-// Lanes run along k, where every gradient is a sum of whole vectors; slices of k share nothing, so threads take
+// If b does not straddle 0 (v ≥ s), u < r decides, also where s is 0: x·u < y·r with (x, y) = (s, v) if v < s, else (1,
+// 1). Lanes run along k, where every gradient is a sum of whole vectors; slices of k share nothing, so threads take
 // different ones.
 
 inline constexpr int64_t backward_columns = 64;   // rows of b whose slices and sums stay in the first-level cache
-inline constexpr int planes_a = 5, planes_b = 7;  // (u, r, sign) and (v, s, q, w, sign), each and two sums
+inline constexpr int planes_a = 5, planes_b = 9;  // (u, r, sign) and (v, s, q, w, x, y, sign), each and two sums
 
 template <class T>
 void pack_slice(int64_t rows, int64_t k, int64_t begin, int64_t lanes, const T* mid, const T* rad, bool with_ends,
@@ -304,6 +305,9 @@ void pack_slice(int64_t rows, int64_t k, int64_t begin, int64_t lanes, const T* 
         if (with_ends) {
             put(minimum(magnitude, radius));
             put(maximum(magnitude, radius));
+            const auto straddles = V::less(magnitude, radius);
+            put(V::select(straddles, radius, V::fill(T(1))));
+            put(V::select(straddles, magnitude, V::fill(T(1))));
         }
         put(V::copysign(zero, a));
         put(zero);
@@ -341,22 +345,22 @@ void backward_strip(int64_t count, int64_t stride, const T* mid_grad, const T* r
     }
     for (int64_t j = 0; j < count; ++j, b += planes_b * L) {
         const V v = V::load(b), s = V::load(b + L), q = V::load(b + 2 * L), w = V::load(b + 3 * L);
-        const V b_sign = V::load(b + 4 * L);
-        V b_mid = V::load(b + 5 * L), b_rad = V::load(b + 6 * L);
+        const V x = V::load(b + 4 * L), y = V::load(b + 5 * L), b_sign = V::load(b + 6 * L);
+        V b_mid = V::load(b + 7 * L), b_rad = V::load(b + 8 * L);
         const auto straddles = V::less(v, s);
 #pragma GCC unroll 4
         for (int i = 0; i < rows; ++i) {
             const V h = V::fill(rad_grad[i * stride + j]);
             const V t = V::flip(V::flip(V::fill(mid_grad[i * stride + j]), sign[i]), b_sign);
-            const auto mid = V::less(u[i] * s, r[i] * q);
+            const auto mid = V::less(u[i] * x, r[i] * y);
             const V e = V::select(mid, t, h), f = V::select(mid, h, t);
             sum_mid[i] = V::multiply_add(e, s, V::multiply_add(t, v, sum_mid[i]));
             sum_rad[i] = V::multiply_add(f, q, V::multiply_add(h, w, sum_rad[i]));
             b_mid = V::multiply_add(V::select(straddles, f, h), r[i], V::multiply_add(t, u[i], b_mid));
             b_rad = V::multiply_add(V::select(straddles, h, f), r[i], V::multiply_add(e, u[i], b_rad));
         }
-        b_mid.store(b + 5 * L);
-        b_rad.store(b + 6 * L);
+        b_mid.store(b + 7 * L);
+        b_rad.store(b + 8 * L);
     }
     for (int i = 0; i < rows; ++i) {
         T* at = a + i * planes_a * L;
