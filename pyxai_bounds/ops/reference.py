@@ -155,7 +155,7 @@ def interval_matmul(a_mid: Tensor, a_rad: Tensor, b_mid: Tensor, b_rad: Tensor, 
 
         |mid' − mid| ≤ γ_{2k+2} M + 2kη,    |rad' − rad| ≤ γ_{2k+2} R + 2kη,    M + R = E,
 
-    where M = Σ(u·v + δ) and R = Σ(u·s + r·v + r·s − δ), with 0 for δ in Rump's form: γ_{2k+2} E + 4kη covers both errors
+    with M = Σ(u·v + δ) and R = Σ(u·s + r·v + r·s − δ), with 0 for δ in Rump's form: γ_{2k+2} E + 4kη covers both errors
     together. For each result is a sum of at most 2k products of factors that are not rounded (q and w are selections)
     or once (v + s), so each product meets at most 1 + 1 + (2k − 1) + 1 roundings: of its factor, its own, of the sums
     in any order, of the join of two partial sums. The lesser and the greater of two values with relative errors of at
