@@ -128,12 +128,13 @@ def run(n: int, kind: str, dtype: torch.dtype, rows: list[dict[str, Any]], quick
     scale = ((box[0].abs() + box[1]) @ (box[2].abs() + box[3])).max()
     tolerance = 2 * (2 * n + 2) * torch.finfo(dtype).eps / 2 * scale
     for name in names:
-        if name not in ("gemm", "rump"):
+        # At 2048 the K-loop takes half a minute, and has been compared at the smaller sizes.
+        if name not in ("gemm", "rump") and (name, n) != ("k-loop", 2048):
             error = max((x - y).abs().max() for x, y in zip(CONTENDERS[name](*box), expected, strict=True))
             if not error <= tolerance:
                 raise SystemExit(f"{label}: {name} disagrees by {error}")
     steps = {name: functools.partial(CONTENDERS[name], *box) for name in names}
-    times = interleaved(steps, seconds=0.2 if quick else 1.0, rounds=3)
+    times = interleaved(steps, seconds=0.2 if quick else 1.0, rounds=2 if n == 2048 else 5)
     base = statistics.median(times["gemm"])
     for name in names:
         peak: int | str = "" if quick else peak_of(name, kind, n, dtype)
@@ -141,7 +142,9 @@ def run(n: int, kind: str, dtype: torch.dtype, rows: list[dict[str, Any]], quick
         megabytes = f"{int(peak) / 2**20:.0f} MiB" if peak != "" else "-"
         print(f"{label:28} {name:22} {statistics.median(times[name]) / base:9.2f} gemm  {megabytes}", flush=True)
     steps = {name: backward(name, box) for name in ("exact", "rump")}
-    times = interleaved({"gemm": functools.partial(gemm, *box), **steps}, seconds=0.2 if quick else 1.0, rounds=3)
+    times = interleaved(
+        {"gemm": functools.partial(gemm, *box), **steps}, seconds=0.2 if quick else 1.0, rounds=2 if n == 2048 else 5
+    )
     for name in steps:
         rows.append(row("interval_matmul and gradients", label, name, percentiles(times[name]), ""))
         ratio = statistics.median(times[name]) / statistics.median(times["gemm"])

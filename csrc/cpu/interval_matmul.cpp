@@ -21,6 +21,9 @@ using std::int64_t;
 constexpr int64_t smaller(int64_t a, int64_t b) {
     return a < b ? a : b;
 }
+constexpr int64_t greater(int64_t a, int64_t b) {
+    return a > b ? a : b;
+}
 constexpr int64_t ceil_div(int64_t a, int64_t b) {
     return (a + b - 1) / b;
 }
@@ -276,12 +279,15 @@ void matmul(int64_t batch, int64_t m, int64_t k, int64_t n, const T* a_mid, cons
 //     to sign(a)·∂a:  t·v + e·s        to ∂r:  h·w + f·q
 //     to sign(b)·∂b:  t·u + f·r        to ∂s:  e·u + h·r        if v < s
 //                     t·u + h·r                e·u + f·r        otherwise.
-// If b does not straddle 0 (v ≥ s), u < r decides, also where s is 0: x·u < y·r with (x, y) = (s, v) if v < s, else (1,
-// 1). Lanes run along k, where every gradient is a sum of whole vectors; slices of k share nothing, so threads take
+// Where b does not straddle 0 (v ≥ s), u < r decides, also if s is 0. So the comparison is u·x < r·y with (s, v) for
+// (x, y) if v < s, and (1, 1) otherwise.
+//
+// Lanes run along k, where every gradient is a sum of whole vectors; slices of k share nothing, so threads take
 // different ones.
 
-inline constexpr int64_t backward_columns = 64;   // rows of b whose slices and sums stay in the first-level cache
-inline constexpr int planes_a = 5, planes_b = 9;  // (u, r, sign) and (v, s, q, w, x, y, sign), each and two sums
+inline constexpr int64_t backward_columns = 64;     // rows of b whose slices and sums stay in the first-level cache
+inline constexpr int64_t backward_bytes = 2 << 20;  // of packed slices of a, unless one takes more
+inline constexpr int planes_a = 5, planes_b = 9;    // (u, r, sign) and (v, s, q, w, x, y, sign), each and two sums
 
 template <class T>
 void pack_slice(int64_t rows, int64_t k, int64_t begin, int64_t lanes, const T* mid, const T* rad, bool with_ends,
@@ -374,31 +380,45 @@ void matmul_backward(int64_t batch, int64_t m, int64_t k, int64_t n, const T* mi
                      const T* a_mid, const T* a_rad, const T* b_mid, const T* b_rad, T* a_mid_grad, T* a_rad_grad,
                      T* b_mid_grad, T* b_rad_grad) {
     constexpr int L = Vec<T>::lanes;
-    constexpr int strip = tile_rows;
-    const int64_t slices = ceil_div(k, L);
+    const int64_t slices = ceil_div(k, L), a_slice = planes_a * m * L, b_slice = planes_b * backward_columns * L;
+    // Slices that go together through a block of columns of the gradients, which stays in the second-level cache.
+    const int64_t most = greater(1, smaller(8, backward_bytes / (a_slice * static_cast<int64_t>(sizeof(T)) + 1)));
     const int threads = team_size(batch * m * k * n / matmul_grain);
-    const int64_t each = (planes_a * m + planes_b * n) * L;
+    const int64_t each = most * a_slice + b_slice;
     const Scratch<T> scratch(each * threads);
     parallel_team(threads, [&](int rank, int team) {
-        T *const a = scratch.get() + rank * each, *const b = a + planes_a * m * L;
-        for (int64_t task = batch * slices * rank / team; task < batch * slices * (rank + 1) / team; ++task) {
-            const int64_t item = task / slices, begin = task % slices * L, lanes = smaller(L, k - begin);
-            const T *g = mid_grad + item * m * n, *h = rad_grad + item * m * n;
-            pack_slice(m, k, begin, lanes, a_mid + item * m * k, a_rad + item * m * k, false, a);
-            pack_slice(n, k, begin, lanes, b_mid + item * n * k, b_rad + item * n * k, true, b);
+        T *const a = scratch.get() + rank * each, *const b = a + most * a_slice;
+        const int64_t end = batch * slices * (rank + 1) / team;
+        int64_t group;
+        for (int64_t task = batch * slices * rank / team; task < end; task += group) {
+            const int64_t item = task / slices, first = task % slices;
+            group = smaller(most, smaller(end - task, slices - first));
+            const int64_t at_a = item * m * k, at_b = item * n * k;
+            const auto lanes = [=](int64_t slice) { return smaller(L, k - (first + slice) * L); };
+            for (int64_t slice = 0; slice < group; ++slice)
+                pack_slice(m, k, (first + slice) * L, lanes(slice), a_mid + at_a, a_rad + at_a, false,
+                           a + slice * a_slice);
             for (int64_t j = 0; j < n; j += backward_columns) {
-                const int64_t count = smaller(backward_columns, n - j);
-                int64_t i = 0;
-                const auto strips_of = [&](auto rows) {
-                    for (; i + rows <= m; i += rows)
-                        backward_strip<rows>(count, n, g + i * n + j, h + i * n + j, a + i * planes_a * L,
-                                             b + j * planes_b * L);
-                };
-                strips_of(Constant<strip>{});
-                strips_of(Constant<1>{});
+                const int64_t count = smaller(backward_columns, n - j), at_rows = at_b + j * k;
+                const T *g = mid_grad + item * m * n + j, *h = rad_grad + item * m * n + j;
+                for (int64_t slice = 0; slice < group; ++slice) {
+                    const int64_t begin = (first + slice) * L;
+                    pack_slice(count, k, begin, lanes(slice), b_mid + at_rows, b_rad + at_rows, true, b);
+                    int64_t i = 0;
+                    const auto strips_of = [&](auto rows) {
+                        for (; i + rows <= m; i += rows)
+                            backward_strip<rows>(count, n, g + i * n, h + i * n, a + slice * a_slice + i * planes_a * L,
+                                                 b);
+                    };
+                    strips_of(Constant<tile_rows>{});
+                    strips_of(Constant<1>{});
+                    unpack_slice(count, k, begin, lanes(slice), planes_b, b, b_mid_grad + at_rows,
+                                 b_rad_grad + at_rows);
+                }
             }
-            unpack_slice(m, k, begin, lanes, planes_a, a, a_mid_grad + item * m * k, a_rad_grad + item * m * k);
-            unpack_slice(n, k, begin, lanes, planes_b, b, b_mid_grad + item * n * k, b_rad_grad + item * n * k);
+            for (int64_t slice = 0; slice < group; ++slice)
+                unpack_slice(m, k, (first + slice) * L, lanes(slice), planes_a, a + slice * a_slice, a_mid_grad + at_a,
+                             a_rad_grad + at_a);
         }
     });
 }

@@ -340,8 +340,6 @@ def test_kernel_agrees_with_the_reference_at_every_level(sizes, dtype, level_nam
             actual = native._matmul(*arguments)
             actual_grads = native.interval_matmul_backward(*grads, *arguments)
         assert_within_bound(actual, reference.interval_matmul(*arguments, True), arguments, factor=2.0)
-        if sizes[0] * sizes[2] > 5000:
-            continue
         expected_grads = reference.interval_matmul_backward(*grads, *arguments)
         tolerance = 1e-4 if dtype is torch.float32 else 1e-12
         for x, y in zip(actual_grads, expected_grads, strict=True):
