@@ -449,3 +449,59 @@ torch.library.register_fake(
     "pyxai_bounds::check_target", lambda target, classes: torch.empty_like(target), lib=_library
 )
 check_target = torch.ops.pyxai_bounds.check_target.default
+
+
+# --- interval_matmul: two products of two boxes, Rump's and the exact one -----------------------------------
+
+
+def _matmul_fake(a_mid: Tensor, a_rad: Tensor, b_mid: Tensor, b_rad: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
+    reference.check_matmul(a_mid, a_rad, b_mid, b_rad)
+    out = a_mid.new_empty(*a_mid.shape[:-1], b_mid.shape[-1])
+    return out, torch.empty_like(out)
+
+
+def _matmul_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.exact = inputs[4]
+    ctx.out_shape = output[0].shape
+
+
+def _matmul_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None) -> Any:
+    a_mid, a_rad, b_mid, b_rad = ctx.saved_tensors
+    mid_grad = _optional(mid_grad, ctx.out_shape, a_mid)
+    rad_grad = _optional(rad_grad, ctx.out_shape, a_mid)
+    if ctx.exact:
+        return *interval_matmul_backward(mid_grad, rad_grad, a_mid, a_rad, b_mid, b_rad), None
+    need = ctx.needs_input_grad
+    return (
+        mid_grad @ b_mid.mT + a_mid.sign() * (rad_grad @ b_rad.mT) if need[0] else None,
+        rad_grad @ (b_mid.abs() + b_rad).mT if need[1] else None,
+        a_mid.mT @ mid_grad + b_mid.sign() * (a_rad.mT @ rad_grad) if need[2] else None,
+        (a_mid.abs() + a_rad).mT @ rad_grad if need[3] else None,
+        None,
+    )
+
+
+interval_matmul = _define(
+    "interval_matmul(Tensor a_mid, Tensor a_rad, Tensor b_mid, Tensor b_rad, bool exact) -> (Tensor, Tensor)",
+    _matmul_fake,
+    _matmul_backward,
+    _matmul_setup,
+)
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> Any:
+    raise NotImplementedError(
+        "The exact interval matrix product has no second derivative; use the Rump product, exact=False, which has."
+    )
+
+
+interval_matmul_backward = _define(
+    "interval_matmul_backward(Tensor mid_grad, Tensor rad_grad, Tensor a_mid, Tensor a_rad, Tensor b_mid, "
+    "Tensor b_rad) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda mid_grad, rad_grad, a_mid, a_rad, b_mid, b_rad: tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format) for t in (a_mid, a_rad, b_mid, b_rad)
+    ),
+    _no_second_derivative,
+    lambda ctx, inputs, output: None,
+)

@@ -1,8 +1,8 @@
 """The fused interval operators in C++, on the CPU, for float32 and float64: one pass over memory per stage.
 
-The functions are those of ``reference.py``, which leave the matrix products to ATen here too. This file
-allocates, checks what the C++ code could not survive (a wrong shape, dtype or device is a wild pointer),
-and hands over addresses.
+The functions are those of ``reference.py``, which leave the matrix products to ATen here too, but for the exact
+product of two boxes, for which ATen has nothing. This file allocates, checks what the C++ code could not survive
+(a wrong shape, dtype or device is a wild pointer), and hands over addresses.
 """
 
 from __future__ import annotations
@@ -174,6 +174,64 @@ def interval_mul(
         b_mid.data_ptr(), b_rad.data_ptr(), out_mid.data_ptr(), out_rad.data_ptr(),
     )  # fmt: skip
     return out_mid, out_rad
+
+
+def interval_matmul(a_mid: Tensor, a_rad: Tensor, b_mid: Tensor, b_rad: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
+    reference.check_matmul(a_mid, a_rad, b_mid, b_rad)
+    _on_cpu(a_mid, a_rad, b_mid, b_rad)
+    if not exact:
+        return reference.interval_matmul(a_mid, a_rad, b_mid, b_rad, False)
+    box = (a_mid, a_rad, b_mid, b_rad)
+    by_products = reference.matmul_with_a_point(*box)
+    if by_products is None and _module().level() != "avx512":
+        # With AVX-512 the kernel beats four matrix products (0.6 against 1.3 ns per 64 bytes and term, AMD EPYC, MKL).
+        by_products = reference.matmul_of_definite(*box)
+    if by_products is not None:
+        return by_products
+    if b_mid.shape[-1] < min(16, a_mid.shape[-2]):  # the kernel's registers run along the columns of b
+        mid, rad = _matmul(b_mid.mT, b_rad.mT, a_mid.mT, a_rad.mT)
+        return mid.mT.contiguous(), rad.mT.contiguous()
+    return _matmul(*box)
+
+
+def _matmul(a_mid: Tensor, a_rad: Tensor, b_mid: Tensor, b_rad: Tensor) -> tuple[Tensor, Tensor]:
+    batch, m, k, n = _matmul_sizes(a_mid, b_mid)
+    a_mid, a_rad, b_mid, b_rad = (t.contiguous() for t in (a_mid, a_rad, b_mid, b_rad))
+    out_mid = a_mid.new_empty(*a_mid.shape[:-1], n)
+    out_rad = torch.empty_like(out_mid)
+    _module().matmul(
+        a_mid.element_size(), batch, m, k, n, a_mid.data_ptr(), a_rad.data_ptr(),
+        b_mid.data_ptr(), b_rad.data_ptr(), out_mid.data_ptr(), out_rad.data_ptr(),
+    )  # fmt: skip
+    return out_mid, out_rad
+
+
+def interval_matmul_backward(
+    mid_grad: Tensor, rad_grad: Tensor, a_mid: Tensor, a_rad: Tensor, b_mid: Tensor, b_rad: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    reference.check_matmul(a_mid, a_rad, b_mid, b_rad)
+    batch, m, k, n = _matmul_sizes(a_mid, b_mid)
+    _on_cpu(a_mid, a_rad, b_mid, b_rad, mid_grad, rad_grad)
+    mid_grad, rad_grad = (t.expand(*a_mid.shape[:-1], n).contiguous() for t in (mid_grad, rad_grad))
+    a_mid, a_rad, b_mid, b_rad = (t.contiguous() for t in (a_mid, a_rad, b_mid.mT, b_rad.mT))
+    a_grads = torch.empty_like(a_mid), torch.empty_like(a_mid)
+    b_grads = torch.empty_like(b_mid), torch.empty_like(b_mid)
+    _module().matmul_backward(
+        a_mid.element_size(), batch, m, k, n, mid_grad.data_ptr(), rad_grad.data_ptr(), a_mid.data_ptr(),
+        a_rad.data_ptr(), b_mid.data_ptr(), b_rad.data_ptr(), *(grad.data_ptr() for grad in (*a_grads, *b_grads)),
+    )  # fmt: skip
+    return *a_grads, b_grads[0].mT.contiguous(), b_grads[1].mT.contiguous()
+
+
+def _matmul_sizes(a: Tensor, b: Tensor) -> tuple[int, int, int, int]:
+    """B (1 for plain matrices), m, k, n."""
+    return a.shape[0] if a.dim() == 3 else 1, a.shape[-2], a.shape[-1], b.shape[-1]
+
+
+def _on_cpu(*tensors: Tensor) -> None:
+    for t in tensors:
+        if t.device.type != "cpu" or t.dtype is not tensors[0].dtype:
+            raise ValueError(f"The native kernels take tensors of one dtype on the CPU, not {_describe(t)}.")
 
 
 # --- the stages that two operators share --------------------------------------------------------------------
