@@ -49,10 +49,10 @@ def convolution(
     def product(a: Tensor, b: Tensor) -> Tensor:
         return aten.convolution(a, b, None, stride, padding, dilation, transposed, output_padding, groups)
 
-    def exact(*parts: Any) -> tuple[Tensor, Tensor]:
-        return conv2d_product(*parts, *square, groups, True)
+    def exact(a: Tensor, ra: Tensor, b: Tensor, rb: Tensor) -> tuple[Tensor, Tensor]:
+        return conv2d_product(a, ra, b, rb, *square, groups, True)
 
-    square: Any = tuple(_pair(a) for a in (stride, padding, dilation))
+    square = (_pair(stride), _pair(padding), _pair(dilation))
     out = _product(
         product, x, weight, _terms(weight, transposed, groups), exact if _is_square(weight, transposed) else None
     )
@@ -80,7 +80,7 @@ def convolution_backward(
     output_mask: list[bool],
 ) -> list[Any]:
     geometry = (stride, padding, dilation, transposed, output_padding, groups)
-    square: Any = tuple(_pair(a) for a in (stride, padding, dilation))
+    square = (_pair(stride), _pair(padding), _pair(dilation))
     results: list[Any] = [None, None, None]
     if output_mask[0]:
         if _is_fused(grad, weight, transposed):
@@ -93,8 +93,8 @@ def convolution_backward(
             def input_grad(g: Tensor, w: Tensor) -> Tensor:
                 return aten.convolution_backward(g, like_x.to(g.dtype), w, None, *geometry, [True, False, False])[0]
 
-            def exact_input(*parts: Any) -> tuple[Tensor, Tensor]:
-                return conv2d_product_input(*parts, list(x.shape), *square, groups, True)
+            def exact_input(a: Tensor, ra: Tensor, b: Tensor, rb: Tensor) -> tuple[Tensor, Tensor]:
+                return conv2d_product_input(a, ra, b, rb, list(x.shape), *square, groups, True)
 
             terms = _terms(weight, not transposed, groups)
             exact = exact_input if _is_square(weight, transposed) else None
@@ -106,8 +106,8 @@ def convolution_backward(
             like = like_weight.to(g.dtype)
             return aten.convolution_backward(g, i, like, None, *geometry, [False, True, False])[1]
 
-        def exact_weight(*parts: Any) -> tuple[Tensor, Tensor]:
-            return conv2d_product_weight(*parts, list(weight.shape), *square, groups, True)
+        def exact_weight(a: Tensor, ra: Tensor, b: Tensor, rb: Tensor) -> tuple[Tensor, Tensor]:
+            return conv2d_product_weight(a, ra, b, rb, list(weight.shape), *square, groups, True)
 
         exact = exact_weight if _is_square(weight, transposed) else None
         results[1] = _product(weight_grad, grad, x, grad.shape.numel() // grad.shape[1] + len(grad), exact)
