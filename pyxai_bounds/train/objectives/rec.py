@@ -12,7 +12,7 @@ from pyxai_bounds.interval import Interval
 from pyxai_bounds.train.objectives.adversarial import natural
 from pyxai_bounds.train.objectives.shared import Clip, bounded, deployed, norms
 
-Width = Literal["mean", "l2", "squared", "log", "relative", "log-relative"]
+Width = Literal["mean", "l2", "log", "squared", "relative", "log-relative"]
 
 
 def rec(
