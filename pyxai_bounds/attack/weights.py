@@ -52,7 +52,8 @@ def weights(
 
     fn: an explanation of :mod:`pyxai_bounds.explain`, of an ``nn.Module``. Sign steps, scaled by each weight's own
     radius and shrinking, from a random start, descend the smooth twin: the property's margin, or MSE(v, toward).
-    Margin, of the program itself: the property's, broken where it is not kept; or MSE(v, toward) − tau, broken where it is ≤ 0.
+    Margin, of the program itself: the property's, broken where it is not kept; or MSE(v, toward) − tau, broken where
+    that is ≤ 0.
     Memory grows with batch_size times the number of parameters.
     Raises ValueError unless exactly one of property and toward is given, for gamma outside [0, 1), and for a model
     that is no module.

@@ -40,9 +40,9 @@ def evaluate_all(
     """Accuracy, robustness under every attack, and certificates of one network; every certificate beside its attack.
 
     Shapes: x [N, ...] in ``clip`` if given, y [N] integer. eps: the radii, in the units of x; k: the features
-    that count as top; explanation: ``fn(x, y)``, by default the gradient of the label's logit; tau: of REC's mean-square
-    certificate; m: steps of the integrated gradients whose L1 norm is bounded and attacked; neighbours: per sample, for
-    the thickness.
+    that count as top; explanation: ``fn(x, y)``, by default the gradient of the label's logit; tau: of REC's
+    mean-square certificate; m: steps of the integrated gradients whose L1 norm is bounded and attacked; neighbours:
+    per sample, for the thickness.
     The statements about explanations under attack (IN, CO, ...) are about the samples that the network classifies
     correctly, and the attacks keep the label; those about certificates are about all samples.
 
@@ -251,7 +251,7 @@ class _Measure:
         pieces = zip(self.x.split(self.batch_size), self.y.split(self.batch_size), strict=True)
         with torch.no_grad():
             bound = torch.cat([metrics.ig_norm_bound(self.model, a, b, eps, self.clip) for a, b in pieces])
-        # Neither is rounded outward: a bound that is attained may be missed by the rounding of a few thousand additions.
+        # Neither is rounded outward: a bound that is attained may be missed by the rounding of a thousand additions.
         _check("certified IG norm", bool((found <= bound * (1 + 1e3 * torch.finfo(bound.dtype).eps)).all()), eps)
         return {"ig_norm_found": _mean(found), "ig_norm_certified": _mean(bound)}
 

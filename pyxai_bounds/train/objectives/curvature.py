@@ -171,8 +171,8 @@ def ssr(
     """Smooth surface regularisation: CE + alpha · mean_b of the largest eigenvalue of ∂²CE/∂x²; eps, clip: no part.
 
     By ``iterations`` of the power method on Hessian–vector products from a random start; the eigenvector is a constant
-    for the gradient. The cross entropy of a ReLU network has the Hessian Jᵀ(diag p − ppᵀ)J, whose largest eigenvalue is
-    also the largest by magnitude, as the power method needs.
+    for the gradient. The cross entropy of a ReLU network has the Hessian Jᵀ(diag p − ppᵀ)J, without negative eigenvalues;
+    of a smooth network's eigenvalues it is the largest by magnitude.
     Source: Wang et al., "Smoothed geometry for robust attribution", NeurIPS 2020.
     """
     return natural(model, x, y) + alpha * largest_curvature(model, x, y, iterations=iterations)
@@ -181,7 +181,7 @@ def ssr(
 def largest_curvature(
     model: nn.Module, x: Tensor, y: Tensor, eps: float = 0.0, clip: Clip = None, *, iterations: int = 10
 ) -> Tensor:
-    """mean_b uᵀHu for the eigenvector u of largest |eigenvalue| that the power method finds."""
+    """mean_b ‖Hu‖₂ for the unit vector u that the power method finds: from below, the largest |eigenvalue| of H."""
     if iterations < 1:
         raise ValueError(f"iterations={iterations}: the power method needs at least one.")
     with deployed(model):
@@ -190,7 +190,7 @@ def largest_curvature(
         u = _unit(torch.randn_like(x))
         for _ in range(iterations):
             u = _unit(_product(slope, x, u, create_graph=False))
-        return per_sample(u * _product(slope, x, u)).sum(1).mean()
+        return norms(_product(slope, x, u)).mean()
 
 
 def _product(gradient: Tensor, x: Tensor, u: Tensor, create_graph: bool = True) -> Tensor:
