@@ -171,8 +171,8 @@ def ssr(
     """Smooth surface regularisation: CE + alpha · mean_b of the largest eigenvalue of ∂²CE/∂x²; eps, clip: no part.
 
     By ``iterations`` of the power method on Hessian–vector products from a random start; the eigenvector is a constant
-    for the gradient. The cross entropy of a ReLU network has the Hessian Jᵀ(diag p − ppᵀ)J, without negative eigenvalues;
-    of a smooth network's eigenvalues it is the largest by magnitude.
+    for the gradient. The cross entropy of a ReLU network has the Hessian Jᵀ(diag p − ppᵀ)J, which has no negative
+    eigenvalue; of a smooth network's eigenvalues it is the largest by magnitude.
     Source: Wang et al., "Smoothed geometry for robust attribution", NeurIPS 2020.
     """
     return natural(model, x, y) + alpha * largest_curvature(model, x, y, iterations=iterations)
