@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyxai_bounds.train.objectives import OBJECTIVES, TERMS, natural, rec, weighted
+from pyxai_bounds.train.objectives import OBJECTIVES, TERMS, by_name, natural, rec, weighted
 from pyxai_bounds.train.objectives.shared import deployed
 from pyxai_bounds.train.transform import softplus
 from tests.networks import images
@@ -123,6 +123,22 @@ def test_weighted_adds_up() -> None:
         weighted({"widths": 1.0})
     with pytest.raises(ValueError, match="at least one"):
         weighted({})
+
+
+def test_sums_by_name() -> None:
+    model = network().eval()
+    assert by_name("rec") is OBJECTIVES["rec"]
+    loss = by_name("natural + 0.5*width + 1e-2 * box-growth")(model, X, Y, 0.05, (0.0, 1.0)).item()
+    by_hand = weighted({"natural": 1.0, "width": 0.5, "box-growth": 0.01})(model, X, Y, 0.05, (0.0, 1.0)).item()
+    assert loss == pytest.approx(by_hand, rel=1e-12)
+    for text, message in (
+        ("width", "has no cross entropy: add 'natural"),
+        ("natural + 0.1*widht", "no objective 'widht'; choose from"),
+        ("natural + a*width", "write weight"),
+        ("", "no objective ''"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            by_name(text)
 
 
 def test_softplus_replaces_every_relu_also_a_shared_one() -> None:

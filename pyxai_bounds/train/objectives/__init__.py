@@ -80,11 +80,7 @@ def weighted(weights: Mapping[str | Objective, float]) -> Objective:
     """
     if not weights:
         raise ValueError("weighted() needs at least one objective.")
-    known = OBJECTIVES | TERMS
-    unknown = [name for name in weights if isinstance(name, str) and name not in known]
-    if unknown:
-        raise ValueError(f"There is no objective {unknown[0]!r}; choose from {', '.join(known)}.")
-    parts = [(known[part] if isinstance(part, str) else part, weight) for part, weight in weights.items()]
+    parts = [(_known(part) if isinstance(part, str) else part, weight) for part, weight in weights.items()]
 
     def objective(
         model: nn.Module, x: Tensor, y: Tensor, eps: float, clip: tuple[float, float] | None = None
@@ -98,11 +94,42 @@ def weighted(weights: Mapping[str | Objective, float]) -> Objective:
     return objective
 
 
+def by_name(text: str) -> Objective:
+    """The objective of a name, or of a sum such as ``"natural + 0.1 * width + 0.01 * unstable-relus"``.
+
+    Raises ValueError for an unknown name, a weight that is no number, and a term that stands alone: without a cross
+    entropy in the sum nothing is learnt.
+    """
+    if text in OBJECTIVES:
+        return OBJECTIVES[text]
+    weights: dict[str | Objective, float] = {}
+    for part in text.split("+"):
+        factor, star, name = part.rpartition("*")
+        try:
+            weight = float(factor) if star else 1.0
+        except ValueError:
+            raise ValueError(f"{part.strip()!r} in the objective {text!r}: write weight * name.") from None
+        weights[name.strip()] = weights.get(name.strip(), 0.0) + weight
+    for name in weights:
+        _known(str(name))
+    if not weights.keys() & OBJECTIVES.keys():
+        raise ValueError(f"The objective {text!r} has no cross entropy: add 'natural + ' to it.")
+    return weighted(weights)
+
+
+def _known(name: str) -> Objective:
+    known = OBJECTIVES | TERMS
+    if name not in known:
+        raise ValueError(f"There is no objective {name!r}; choose from {', '.join(known)}.")
+    return known[name]
+
+
 __all__ = [
     "OBJECTIVES",
     "TERMS",
     "Objective",
     "Width",
+    "by_name",
     "certified_ig_norm",
     "certified_ig_sum_norm",
     "certified_topk",
