@@ -38,6 +38,7 @@ def targeted(
 
     toward: T in the shape of one explanation or of the batch of them. Adam with learning rate step_size from x, inside
     the box and clip; softplus(beta) stands for ReLU in what is descended. The second term needs ``model``.
+    With steps=1, move="sign" and step_size=eps it is the FGSM variant.
     Margin: MSE(v, T) − tau, of the program itself; broken where that is ≤ 0.
     Source: Wicker et al., ICLR 2023, arXiv 2212.08507 (targeted attack, after Dombrowski et al., NeurIPS 2019).
     """

@@ -23,7 +23,10 @@ from pyxai_bounds.program import BoundFunction, bound
 
 
 def saliency_map(attribution: Tensor) -> Tensor:
-    """|attribution| as one number per feature, [B, D]: summed over the channels (dimension 1) of [B, C, ...]."""
+    """|attribution| as one number per feature, [B, D]: summed over the channels (dimension 1) of [B, C, ...].
+
+    The attribution has the shape of the input: what :func:`explain.saliency` has summed already must not come here.
+    """
     size = attribution.detach().abs()
     return flat(size.sum(1) if size.dim() > 2 else size)
 
@@ -77,15 +80,14 @@ def mean_square(a: Tensor, b: Tensor) -> Tensor:
 
 
 def mass_center(attribution: Tensor) -> Tensor:
-    """The centre of mass of an image's saliency map in pixels, (row, column), [B, C, H, W] or [B, H, W] → [B, 2].
+    """The centre of mass of an image's saliency map in pixels, (row, column), [B, C, H, W] → [B, 2].
 
     An explanation that is zero everywhere has its centre in the middle. Differentiable.
     Source: Ghorbani et al., AAAI 2019.
     """
-    if attribution.dim() not in (3, 4):
+    if attribution.dim() != 4:
         raise ValueError(f"A centre of mass needs images [B, C, H, W], got explanations {list(attribution.shape)}.")
-    size = attribution.abs()
-    size = size.sum(1) if size.dim() == 4 else size
+    size = attribution.abs().sum(1)
     total = size.sum((1, 2))
     mass = torch.where((total > 0)[:, None, None], size, torch.ones_like(size))
     mass = mass / mass.sum((1, 2), keepdim=True)

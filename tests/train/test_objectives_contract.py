@@ -110,6 +110,17 @@ def test_explanations_are_those_of_the_deployed_network() -> None:
     assert model.training and not model[1].training and model[4].training
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_the_value_is_the_same_where_no_gradient_is_wanted(name: str) -> None:
+    model = network().eval()
+    values = []
+    for mode in (torch.enable_grad(), torch.no_grad()):
+        torch.manual_seed(3)
+        with mode:
+            values.append(called(name)(model, X, Y, 0.05, (0.0, 1.0)).item())
+    assert values[0] == pytest.approx(values[1], rel=1e-9)
+
+
 def test_weighted_adds_up() -> None:
     model = network().eval()
     loss = weighted({"natural": 2.0, "width": 0.5, functools.partial(rec, alpha=0.3): 1.0, "unstable-relus": 0.0})

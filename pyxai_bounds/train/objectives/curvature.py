@@ -114,7 +114,7 @@ def hessian_norm(
     if method not in ("hutchinson", "finite-difference", "exact"):
         raise ValueError(f"method={method!r} is unknown; choose 'hutchinson', 'finite-difference' or 'exact'.")
     v = explain.gradient(model, of)
-    with deployed(model):
+    with deployed(model), torch.enable_grad():  # in a validation without gradients, too, v must be differentiable in x
         if method == "finite-difference":
             here = v(x, y)
             directions = [_signs(x) for _ in range(samples)]
@@ -184,7 +184,7 @@ def largest_curvature(
     """mean_b ‖Hu‖₂ for the unit vector u that the power method finds: from below, the largest |eigenvalue| of H."""
     if iterations < 1:
         raise ValueError(f"iterations={iterations}: the power method needs at least one.")
-    with deployed(model):
+    with deployed(model), torch.enable_grad():
         x = x.detach().requires_grad_()
         slope = explain.gradient(model, "loss")(x, y)
         u = _unit(torch.randn_like(x))
