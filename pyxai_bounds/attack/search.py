@@ -67,6 +67,8 @@ class Search:
             raise ValueError(
                 f"An attack needs steps ≥ 1 and restarts ≥ 1, got steps={self.steps}, restarts={self.restarts}."
             )
+        if not isinstance(self.step_size, Tensor) and not self.step_size >= 0:
+            raise ValueError(f"step_size must be ≥ 0, in the units of x, got {self.step_size}.")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}.")
         if self.keep not in get_args(Keep):

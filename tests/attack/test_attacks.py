@@ -259,6 +259,7 @@ def test_bad_options() -> None:
         (lambda: attack.region(FN, X, Y, eps=0.1, mask=torch.ones(3)), "mask has 3 entries"),
         (lambda: attack.targeted(FN, X, Y, eps=0.1, toward=torch.ones(3)), "toward must have the shape"),
         (lambda: attack.Search(steps=1, step_size=0.1, move="jump"), "move='jump' is unknown"),
+        (lambda: attack.Search(steps=1, step_size=-0.1), "step_size must be ≥ 0"),
         (lambda: attack.Search(steps=1, step_size=0.1, batch_size=0), "batch_size must be at least 1"),
     ):
         with pytest.raises(ValueError, match=message):

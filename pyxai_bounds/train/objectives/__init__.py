@@ -13,6 +13,7 @@ model (:func:`pyxai_bounds.train.transform.softplus`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -72,7 +73,7 @@ TERMS: dict[str, Objective] = {
 }
 
 
-def weighted(weights: Mapping[str | Objective, float]) -> Objective:
+def weighted(weights: Mapping[Any, float]) -> Objective:
     """The objective Σ weight · part, each part a name of ``OBJECTIVES`` or ``TERMS`` or a function of your own.
 
     ``weighted({"natural": 1.0, "width": 0.1, "unstable-relus": 0.01})``; options by ``functools.partial`` as the key.
@@ -102,7 +103,7 @@ def by_name(text: str) -> Objective:
     """
     if text in OBJECTIVES:
         return OBJECTIVES[text]
-    weights: dict[str | Objective, float] = {}
+    weights: dict[str, float] = {}
     for part in text.split("+"):
         factor, star, name = part.rpartition("*")
         try:
@@ -111,10 +112,10 @@ def by_name(text: str) -> Objective:
             raise ValueError(f"{part.strip()!r} in the objective {text!r}: write weight * name.") from None
         weights[name.strip()] = weights.get(name.strip(), 0.0) + weight
     for name in weights:
-        _known(str(name))
+        _known(name)
     if not weights.keys() & OBJECTIVES.keys():
         raise ValueError(f"The objective {text!r} has no cross entropy: add 'natural + ' to it.")
-    return weighted(weights)
+    return weighted({_known(name): weight for name, weight in weights.items()})
 
 
 def _known(name: str) -> Objective:

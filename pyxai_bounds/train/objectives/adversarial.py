@@ -67,7 +67,8 @@ def ibp(
 ) -> Tensor:
     """κ·CE(f(x), y) + (1 − κ)·CE(ẑ, y), with ẑ the worst logits of the box: lower for y, upper for the others.
 
-    gamma: relative radius of the parameters, in the box as well.
+    gamma: relative radius of the parameters, in the box as well. With kappa=0 and the width of the explanation beside
+    it (``by_name("ibp + 0.1 * width")``) it is the "IBP + REC" of arXiv 2212.08507.
     Source: Gowal et al., "Scalable verified training for provably robust image classification", ICCV 2019.
     """
     if not 0 <= kappa <= 1:
