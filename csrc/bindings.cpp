@@ -89,19 +89,20 @@ void typed(int element_size, Run run) {
 template <class T>
 T element_type(const Stages<T>&);
 
-void relu(int element_size, int64_t n, Address mid, Address rad, Address out_mid, Address out_rad, Address state) {
+void relu(int element_size, int64_t n, Address mid, Address rad, Address out_mid, Address out_rad, Address state,
+          bool outward) {
     typed(element_size, [=](const auto& stages) {
         using T = decltype(element_type(stages));
-        stages.relu(n, at<T>(mid), at<T>(rad), at<T>(out_mid), at<T>(out_rad), at<uint8_t>(state));
+        stages.relu(n, at<T>(mid), at<T>(rad), at<T>(out_mid), at<T>(out_rad), at<uint8_t>(state), outward);
     });
 }
 
 void relu_backward(int element_size, int64_t n, Address mid, Address rad, Address state, Address out_mid,
-                   Address out_rad, Address gate) {
+                   Address out_rad, Address gate, bool outward) {
     typed(element_size, [=](const auto& stages) {
         using T = decltype(element_type(stages));
         stages.relu_backward(n, at<T>(mid), at<T>(rad), at<uint8_t>(state), at<T>(out_mid), at<T>(out_rad),
-                             at<uint8_t>(gate));
+                             at<uint8_t>(gate), outward);
     });
 }
 
@@ -129,18 +130,58 @@ void mul(int element_size, int64_t n, Address a_mid, Address a_rad, Address b_mi
     });
 }
 
+void widen(int element_size, int64_t n, Address mid, Address rad, double on_mid, double on_rad, double least,
+           Address out) {
+    typed(element_size, [=](const auto& stages) {
+        using T = decltype(element_type(stages));
+        stages.widen(n, at<T>(mid), at<T>(rad), static_cast<T>(on_mid), static_cast<T>(on_rad), static_cast<T>(least),
+                     at<T>(out));
+    });
+}
+
+void magnitude(int element_size, int64_t n, Address weight, double least, Address out) {
+    typed(element_size, [=](const auto& stages) {
+        using T = decltype(element_type(stages));
+        stages.magnitude(n, at<T>(weight), static_cast<T>(least), at<T>(out));
+    });
+}
+
+void matmul(int element_size, int64_t batch, int64_t m, int64_t k, int64_t n, Address a_mid, Address a_rad,
+            Address b_mid, Address b_rad, Address out_mid, Address out_rad) {
+    typed(element_size, [=](const auto& stages) {
+        using T = decltype(element_type(stages));
+        stages.matmul(batch, m, k, n, at<T>(a_mid), at<T>(a_rad), at<T>(b_mid), at<T>(b_rad), at<T>(out_mid),
+                      at<T>(out_rad));
+    });
+}
+
+void matmul_backward(int element_size, int64_t batch, int64_t m, int64_t k, int64_t n, Address mid_grad,
+                     Address rad_grad, Address a_mid, Address a_rad, Address b_mid, Address b_rad, Address a_mid_grad,
+                     Address a_rad_grad, Address b_mid_grad, Address b_rad_grad) {
+    typed(element_size, [=](const auto& stages) {
+        using T = decltype(element_type(stages));
+        stages.matmul_backward(batch, m, k, n, at<T>(mid_grad), at<T>(rad_grad), at<T>(a_mid), at<T>(a_rad),
+                               at<T>(b_mid), at<T>(b_rad), at<T>(a_mid_grad), at<T>(a_rad_grad), at<T>(b_mid_grad),
+                               at<T>(b_rad_grad));
+    });
+}
+
 }  // namespace
 }  // namespace pyxai_bounds
 
 PYBIND11_MODULE(_native, m) {
     using namespace pyxai_bounds;
-    m.doc() = "Elementwise interval stages on arrays given by address; called by pyxai_bounds.ops.native alone.";
+    m.doc() = "Interval kernels on arrays given by address; called by pyxai_bounds.ops.native alone.";
     const py::call_guard<py::gil_scoped_release> no_gil;
     m.def("relu", &relu, no_gil);
     m.def("relu_backward", &relu_backward, no_gil);
     m.def("gate", &gate, no_gil);
     m.def("scale_shift", &scale_shift, no_gil);
     m.def("mul", &mul, no_gil);
+    m.def("widen", &widen, no_gil);
+    m.def("magnitude", &magnitude, no_gil);
+    m.def("matmul", &matmul, no_gil);
+    m.def("matmul_backward", &matmul_backward, no_gil);
     m.def("threads", &threads, "The number of threads that a large stage would use.");
     m.def("level", [] { return active.load()->name; }, "The instruction-set level in use.");
     m.def("set_level", &set_level, py::arg("name"), "Use one of levels() from now on, in all threads.");

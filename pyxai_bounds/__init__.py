@@ -16,6 +16,7 @@ from pyxai_bounds.certify import (
 from pyxai_bounds.errors import CaptureError, UnsupportedOperatorError
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.ops import backend
+from pyxai_bounds.parameters import parameter_box
 from pyxai_bounds.program import bound
 from pyxai_bounds.train import load
 
@@ -39,6 +40,7 @@ __all__ = [
     "data",
     "explain",
     "load",
+    "parameter_box",
     "train",
 ]
 __version__ = "0.1.0"

@@ -137,7 +137,9 @@ def _scaled_weight(graph: fx.Graph, weight: fx.Node, scale: fx.Node) -> fx.Node:
 def _fold_scale_into_affine(graph: fx.GraphModule) -> None:
     """Batch norm after an affine operator: scale the weight once instead of the activations."""
     for node in _nodes(graph, ops.interval_scale_shift):
-        mid, rad, scale, shift = node.args
+        if any(arg not in (None, 0) for arg in node.args[4:]):
+            continue  # a scale that is a box, or a rounded product that would need one
+        mid, rad, scale, shift = node.args[:4]
         for target, relu_at in _AFFINE.items():
             affine = _both_from(mid, rad, target)
             if affine is None or affine.args[relu_at] or not _only_used_by([mid, rad], node):  # type: ignore[list-item]
@@ -162,7 +164,7 @@ def _fold_scale_of_gradient_into_affine(graph: fx.GraphModule) -> None:
         for node in _nodes(graph, target):
             mid, rad, weight, state, *rest = node.args
             scaling = _both_from(mid, rad, ops.interval_scale_shift)
-            if state is not None or scaling is None or scaling.args[3] is not None:
+            if state is not None or scaling is None or any(arg not in (None, 0) for arg in scaling.args[3:]):
                 continue
             if not _only_used_by([mid, rad], node):  # type: ignore[list-item]
                 continue
@@ -173,18 +175,19 @@ def _fold_scale_of_gradient_into_affine(graph: fx.GraphModule) -> None:
 
 def _fuse_relu_into_affine(graph: fx.GraphModule) -> None:
     for node in _nodes(graph, ops.interval_relu):
+        box = list(node.args[:2])
         for target, relu_at in _AFFINE.items():
             affine = _both_from(node.args[0], node.args[1], target)
-            if affine is None or affine.args[relu_at] or not _only_used_by(list(node.args), node):  # type: ignore[arg-type]
+            if affine is None or affine.args[relu_at] or not _only_used_by(box, node):  # type: ignore[arg-type]
                 continue
             with graph.graph.inserting_before(node):
-                args = (*affine.args[:relu_at], True)
+                args = (*affine.args[:relu_at], True, *affine.args[relu_at + 1 :])
                 _replace(graph.graph, node, target, args, node.meta["val"])
 
 
 def _fuse_relu_backward_into_affine_backward(graph: fx.GraphModule) -> None:
     for node in _nodes(graph, ops.interval_linear):
-        mid, rad, weight, bias, relu = node.args
+        mid, rad, weight, bias, relu, *rounding = node.args
         relu_backward = _both_from(mid, rad, ops.interval_relu_backward)
         if relu_backward is None or bias is not None or relu or not _only_used_by([mid, rad], node):  # type: ignore[list-item]
             continue
@@ -194,7 +197,8 @@ def _fuse_relu_backward_into_affine_backward(graph: fx.GraphModule) -> None:
             else:
                 plain = graph.graph.call_function(aten.t.default, (weight,))
                 plain.meta["val"] = weight.meta["val"]  # type: ignore[union-attr]
-            _replace(graph.graph, node, ops.interval_linear_backward, (mid, rad, plain, None), node.meta["val"][:2])
+            args = (mid, rad, plain, None, *rounding)
+            _replace(graph.graph, node, ops.interval_linear_backward, args, node.meta["val"][:2])
     for target in (ops.interval_linear_backward, ops.interval_conv2d_backward):
         for node in _nodes(graph, target):
             mid, rad, weight, state, *rest = node.args

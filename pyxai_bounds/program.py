@@ -6,6 +6,7 @@ program on tensors alone, midpoints and radii in and out, which is optimised and
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
 import re
@@ -13,17 +14,30 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from pyxai_bounds import fuse
+from pyxai_bounds import rounding as rd
 from pyxai_bounds.capture import Captured, as_captured, capture, is_one_integer, retrace, source_of
 from pyxai_bounds.errors import UnsupportedOperatorError
 from pyxai_bounds.interval import Interval
+from pyxai_bounds.parameters import ParameterBox
+from pyxai_bounds.rounding import Semantics
 from pyxai_bounds.rules import RULES, UnsupportedArgumentsError
+from pyxai_bounds.rules.registry import (
+    NO_VALUE,
+    Product,
+    Rule,
+    evaluated,
+    in_float64,
+    narrow,
+    outward,
+    use_product,
+)
 from pyxai_bounds.watch import identity, is_dead, tensors_of, token, unwrap
 
 aten = torch.ops.aten
@@ -31,39 +45,59 @@ aten = torch.ops.aten
 CACHE_SIZE = 128  # captures kept per function
 
 
-def bound(fn: Callable, *, sound: bool = False, parameters: Any = None) -> BoundFunction:
+def bound(
+    fn: Callable,
+    *,
+    sound: bool = False,
+    semantics: Semantics = "real",
+    parameters: ParameterBox | None = None,
+    product: Product = "rump",
+) -> BoundFunction:
     """Bounds on anything that PyTorch computes.
 
     ``fn`` is a module or any function of tensors, and may differentiate inside: an explanation is such a function.
     The result takes the same arguments, each tensor replaced by an :class:`Interval` where it is a set, and returns
     Intervals in the structure that ``fn`` returns. They are differentiable in the parameters and in the box.
 
+    sound: round outward, so that the bounds are a proof: for every member of the box, what ``fn`` is in real arithmetic
+    (with the numbers that the parameters and constants hold) lies inside. Otherwise bounds are rounded to nearest.
+    semantics: with ``sound=True`` and "float32", what float32 arithmetic makes of ``fn``, in any order of summation,
+    lies inside as well. ``docs/soundness.md`` says for which algorithms.
+
+    parameters: a :func:`~pyxai_bounds.parameter_box`: the bounds then hold for every network in it as well.
+    product: how matrix products and convolutions of two sets are bounded (a box of inputs with a box of parameters,
+    attention): "rump" needs matrix products alone and is at most 1.5 times too wide, "exact" is slower.
+
     Raises UnsupportedOperatorError, listing every operator without a rule; CaptureError (a ValueError) if the
-    function is no fixed program; NotImplementedError for ``sound=True`` and ``parameters``, which do not exist yet.
+    function is no fixed program; ValueError for options that do not exist, or a parameter box that the function does
+    not use.
     """
     if not callable(fn):
         raise TypeError(f"bound() takes a module or a function, got {type(fn).__name__}.")
-    if sound:
-        raise NotImplementedError("sound=True (outward rounding) does not exist yet; bounds are rounded to nearest.")
-    if parameters is not None:
-        raise NotImplementedError("Boxes of parameters do not exist yet; leave parameters=None.")
-    return BoundFunction(fn)
+    if parameters is not None and not isinstance(parameters, ParameterBox):
+        raise TypeError(f"parameters must be made by xb.parameter_box(model, …), got {type(parameters).__name__}.")
+    if product not in get_args(Product):
+        raise ValueError(f"product={product!r} is unknown; choose one of {', '.join(get_args(Product))}.")
+    return BoundFunction(fn, rd.choose(sound, semantics), parameters, product)
 
 
 class BoundFunction:
     """A function on Intervals. Its compiled programs are shared with every other bound of an equal function."""
 
-    def __init__(self, fn: Callable) -> None:
+    def __init__(self, fn: Callable, rounding: rd.Rounding, parameters: ParameterBox | None, product: Product) -> None:
         self.fn = unwrap(fn)
+        self.rounding = rounding
+        self.parameters = parameters
+        self.product = product
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        return _program(self.fn, leaves, spec)(_tensors(leaves))
+        return _program(self, leaves, spec)(_tensors(leaves))
 
     def graph(self, *args: Any, **kwargs: Any) -> fx.GraphModule:
         """The compiled program for these arguments, to read or to print."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        return _program(self.fn, leaves, spec).graph
+        return _program(self, leaves, spec).graph
 
     def constants_are_finite(self) -> bool:
         """Are all parameters, buffers and other constants that the function has used so far finite numbers?"""
@@ -77,12 +111,14 @@ def captured_graph(fn: Callable, *args: Any, **kwargs: Any) -> Captured:
     return _captured(unwrap(fn), leaves, spec)
 
 
-def _program(fn: Callable, leaves: list[Any], spec: pytree.TreeSpec) -> Program:
-    captured = _captured(fn, leaves, spec)
+def _program(bounded: BoundFunction, leaves: list[Any], spec: pytree.TreeSpec) -> Program:
+    captured = _captured(bounded.fn, leaves, spec)
     sets = tuple(leaf.rad.stride() if isinstance(leaf, Interval) else None for leaf in leaves)
-    program = captured.derived.get(sets)
+    parameters = bounded.parameters
+    key = (bounded.rounding, bounded.product, None if parameters is None else parameters.key, sets)
+    program = captured.derived.get(key)
     if program is None:
-        program = captured.derived[sets] = Program(captured, leaves)
+        program = captured.derived[key] = Program(captured, leaves, bounded)
     return program
 
 
@@ -161,25 +197,30 @@ def _check_devices(points: list[Any]) -> None:
 class Program:
     """A compiled bound program: tensors in, Intervals out."""
 
-    def __init__(self, captured: Captured, leaves: list[Any]) -> None:
+    def __init__(self, captured: Captured, leaves: list[Any], bounded: BoundFunction) -> None:
         self.captured = captured
+        self.rounding = bounded.rounding
         # Per placeholder of the captured graph: is it a set?
         kinds = [isinstance(leaf, Interval) for leaf in leaves if isinstance(leaf, (Interval, Tensor))]
-        interpreter = _Interpreter(captured.graph)
-        self.graph = retrace(lambda *flat: interpreter.run_flat(flat, kinds), _tensors(leaves))
+        interpreter = _Interpreter(captured.graph, bounded.parameters)
+        with rd.use(bounded.rounding), use_product(bounded.product):
+            self.graph = retrace(lambda *flat: interpreter.run_flat(flat, kinds), _tensors(leaves))
         self.results = interpreter.results
         fuse.optimise(self.graph)
 
     def __call__(self, tensors: list[Tensor]) -> Any:
         enabled = torch.is_grad_enabled()
         try:
-            with as_captured():
+            with as_captured(), self._arithmetic():
                 flat = self.graph(*tensors) if enabled else self._without_grad(tensors)
         finally:
             torch._C._set_grad_enabled(enabled)
         values = iter(flat)
         results = [Interval.of(next(values), next(values)) if result is _SET else result for result in self.results]
         return pytree.tree_unflatten(results, self.captured.out_spec)
+
+    def _arithmetic(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.rounding == rd.Rounding.NEAREST else rd.ieee_arithmetic()
 
     def _without_grad(self, tensors: list[Tensor]) -> Any:
         with torch.no_grad():
@@ -206,8 +247,11 @@ class _Unknown:
 class _Interpreter(fx.Interpreter):
     """Runs a captured graph on Intervals and points, collecting every operator that cannot be bounded."""
 
-    def __init__(self, graph: fx.GraphModule) -> None:
+    def __init__(self, graph: fx.GraphModule, parameters: ParameterBox | None) -> None:
         super().__init__(graph)
+        self.parameters = parameters
+        self.boxed = {} if parameters is None else {id(p): name for name, p in parameters.parameters().items()}
+        self.used: set[int] = set()  # which of them the graph reads
         self.extra_traceback = False  # the user's line is in our own messages, and nothing else helps
         self.unsupported: list[tuple[str, str]] = []
         self.results: list[Any] = []  # the structure: _SET, or a constant
@@ -218,9 +262,21 @@ class _Interpreter(fx.Interpreter):
         results = self.run(*arguments, enable_io_processing=False)
         if self.unsupported:
             raise UnsupportedOperatorError(list(dict.fromkeys(self.unsupported)))
+        if self.boxed and not self.used:
+            raise ValueError(
+                f"The function uses none of the parameters in the box ({', '.join(self.boxed.values())}): build the "
+                "box from the model that the function calls."
+            )
         self.results = [_SET if isinstance(r, (Interval, Tensor)) else r for r in results]
         sets = [_floating_point(r) for r in results if isinstance(r, (Interval, Tensor))]
         return [tensor for s in sets for tensor in (s.mid, s.rad)]
+
+    def get_attr(self, target: Any, args: tuple, kwargs: dict) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        if self.parameters is None or id(value) not in self.boxed:
+            return value
+        self.used.add(id(value))
+        return self.parameters.interval(value)
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op != "call_function":
@@ -232,15 +288,19 @@ class _Interpreter(fx.Interpreter):
         leaves = pytree.tree_leaves((args, kwargs))
         if any(isinstance(leaf, _Unknown) for leaf in leaves):
             return _Unknown() if rule is not None else self._cannot_bound(n, "")
-        if not any(isinstance(leaf, Interval) for leaf in leaves):
-            return _at_point(n.target, args, kwargs)
-        if rule is None:
-            return self._cannot_bound(n, "")
-        if not rule.takes_sets(args, kwargs):
+        if rule is not None and not rule.takes_sets(args, kwargs):
             args, kwargs = pytree.tree_map_only(Interval, lambda x: x.mid, (args, kwargs))
-            return _at_point(n.target, args, kwargs)
+            leaves = pytree.tree_leaves((args, kwargs))
+        if not any(isinstance(leaf, Interval) for leaf in leaves):
+            if not outward() or _is_exact(n, rule, leaves):
+                return _at_point(n.target, args, kwargs)
+            if rule is None:
+                return self._cannot_bound(n, " (at a point: sound=True bounds its rounding)")
+            args = _enclosed(rule, args)
+        elif rule is None:
+            return self._cannot_bound(n, "")
         try:
-            return rule.function(*args, **kwargs)
+            return _apply(rule, n, args, kwargs)
         except UnsupportedArgumentsError as reason:
             return self._cannot_bound(n, f" ({reason})")
 
@@ -248,6 +308,51 @@ class _Interpreter(fx.Interpreter):
         name = node.target.name() if isinstance(node.target, torch._ops.OpOverload) else str(node.target)
         self.unsupported.append((name + reason, source_of(node)))
         return _Unknown()
+
+
+def _apply(rule: Rule, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """The rule's result in the node's dtypes; where bounds are proofs, computed in float64 if the rule asks for it."""
+    if not outward():
+        return rule.function(*args, **kwargs)
+    if rule.precision == "wide":
+        kept = rule.shape_only
+        args = tuple(a if i in kept else pytree.tree_map(in_float64, a) for i, a in enumerate(args))
+        kwargs = {
+            k: torch.float64 if isinstance(v, torch.dtype) and v.is_floating_point else v for k, v in kwargs.items()
+        }
+    result = rule.function(*args, **kwargs)
+    if rule.precision == "exact":
+        return result
+    results = list(result) if isinstance(result, (tuple, list)) else [result]
+    values = node.meta["val"] if isinstance(result, (tuple, list)) else [node.meta["val"]]
+    for i, (part, value) in enumerate(zip(results, values, strict=True)):
+        if isinstance(part, Interval) and part is not NO_VALUE:
+            results[i] = narrow(evaluated(part, rule.ulps), value.dtype)
+    return results if isinstance(result, (tuple, list)) else results[0]
+
+
+# Operators without a rule that return numbers they are given, or numbers that a program may call constants.
+_MOVING = frozenset(
+    (aten.detach.default, aten.alias.default, aten.clone.default, aten.lift_fresh_copy.default, aten.sort.default,
+     aten.topk.default, aten.nan_to_num.default)
+)  # fmt: skip
+
+
+def _is_exact(node: fx.Node, rule: Rule | None, leaves: list[Any]) -> bool:
+    """Are results for points exact: moved or selected numbers, truth values, integers, constants?"""
+    if (rule is not None and rule.precision == "exact") or node.target in _MOVING:
+        return True
+    values = node.meta["val"] if isinstance(node.meta["val"], (tuple, list)) else [node.meta["val"]]
+    if not any(isinstance(v, Tensor) and v.is_floating_point() for v in values):
+        return True
+    return rule is None and not any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves)
+
+
+def _enclosed(rule: Rule, args: tuple) -> tuple:
+    """The arguments, one of them as a set of one point, so that the rule encloses what the operator rounds."""
+    first = args[rule.set_first]
+    point = Interval.point(first if first.is_floating_point() else first.double())
+    return (*args[: rule.set_first], point, *args[rule.set_first + 1 :])
 
 
 def _at_point(target: Any, args: tuple, kwargs: dict) -> Any:

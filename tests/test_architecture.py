@@ -18,7 +18,7 @@ ORDER = [
     ["kernels", "_native"],
     ["errors", "rounding"],
     ["interval", "data", "models"],
-    ["ops"],
+    ["ops", "parameters"],
     ["rules"],
     ["watch"],
     ["capture"],

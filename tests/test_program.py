@@ -85,10 +85,12 @@ def test_an_operator_of_the_backward_pass_names_the_forward_line() -> None:
         xb.bound(fn)(xb.Interval.linf(VECTORS, 0.1))
 
 
-def test_what_does_not_exist_yet_says_so() -> None:
-    with pytest.raises(NotImplementedError, match="sound=True"):
-        xb.bound(mlp(), sound=True)
-    with pytest.raises(NotImplementedError, match="parameters"):
+def test_what_does_not_exist_says_so() -> None:
+    with pytest.raises(ValueError, match="semantics='exact' is unknown"):
+        xb.bound(mlp(), sound=True, semantics="exact")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="needs sound=True"):
+        xb.bound(mlp(), semantics="float32")
+    with pytest.raises(TypeError, match=r"xb\.parameter_box"):
         xb.bound(mlp(), parameters={"relative": 0.01})
     with pytest.raises(TypeError, match="module or a function, got int"):
         xb.bound(3)  # type: ignore[arg-type]

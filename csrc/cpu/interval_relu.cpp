@@ -1,5 +1,7 @@
 // ReLU on a box, ReLU′ on a gradient box, and the gate that is the derivative of both: one pass over memory.
 // The specification is pyxai_bounds/ops/reference.py; the results agree with it to the last bit.
+#include <limits>
+
 #include "pyxai_bounds/parallel.h"
 #include "pyxai_bounds/stages.h"
 #include "pyxai_bounds/vec.h"
@@ -42,7 +44,9 @@ struct Bits {
 
 // Keeps or zeroes each end point, as rule(mid, rad, keep_in) says, and returns to midpoint and radius; a box
 // that keeps both ends is left as it is, unrounded. `in` and `out` are packed bits; either may be null.
-template <class T, class Rule>
+// Rounded outward, a radius that was computed (where one end alone is kept) is stepped up: by 4u of itself for the
+// rounding of the end, and by the least normal number for the underflow of its half.
+template <bool outward, class T, class Rule>
 void keep_ends(int64_t n, const T* mid, const T* rad, const uint8_t* in, T* out_mid, T* out_rad, uint8_t* out,
                Rule rule) {
     const int64_t plane = (n + 7) / 8;
@@ -58,7 +62,13 @@ void keep_ends(int64_t n, const T* mid, const T* rad, const uint8_t* in, T* out_
         const V upper = V::select(keep.upper, m + r, zero);
         const auto both = V::both(keep.lower, keep.upper);
         V::select(both, m, (lower + upper) * half).store(out_mid + i);
-        V::select(both, r, (upper - lower) * half).store(out_rad + i);
+        V radius = (upper - lower) * half;
+        if constexpr (outward) {
+            const V step = radius * V::fill(2 * std::numeric_limits<T>::epsilon());
+            const V up = radius + (step + V::fill(std::numeric_limits<T>::min()));
+            radius = V::select(V::either(keep.lower, keep.upper), up, radius);
+        }
+        V::select(both, r, radius).store(out_rad + i);
         out_bits.lower |= V::bits(keep.lower) << shift;
         out_bits.upper |= V::bits(keep.upper) << shift;
     };
@@ -83,29 +93,34 @@ void keep_ends(int64_t n, const T* mid, const T* rad, const uint8_t* in, T* out_
 
 // The upper end is kept unless it is at most 0, so that a NaN counts as unstable and stays a NaN.
 template <class T>
-void relu(int64_t n, const T* mid, const T* rad, T* out_mid, T* out_rad, uint8_t* state) {
-    keep_ends(n, mid, rad, nullptr, out_mid, out_rad, state, [](auto m, auto r, auto) {
+void relu(int64_t n, const T* mid, const T* rad, T* out_mid, T* out_rad, uint8_t* state, bool outward) {
+    const auto rule = [](auto m, auto r, auto) {
         using V = decltype(m);
         const V zero = V::fill(T(0));
         return Keep<V>{V::less(zero, m - r), V::exceeds(m + r, zero)};
-    });
+    };
+    (outward ? keep_ends<true, T, decltype(rule)> : keep_ends<false, T, decltype(rule)>)(n, mid, rad, nullptr, out_mid,
+                                                                                         out_rad, state, rule);
 }
 
 // dead keeps nothing, active keeps both ends; unstable is the hull with 0, which keeps an end on its own side of 0.
 template <class T>
-void relu_backward(int64_t n, const T* mid, const T* rad, const uint8_t* state, T* out_mid, T* out_rad, uint8_t* gate) {
-    keep_ends(n, mid, rad, state, out_mid, out_rad, gate, [](auto m, auto r, auto in) {
+void relu_backward(int64_t n, const T* mid, const T* rad, const uint8_t* state, T* out_mid, T* out_rad, uint8_t* gate,
+                   bool outward) {
+    const auto rule = [](auto m, auto r, auto in) {
         using V = decltype(m);
         const V zero = V::fill(T(0));
         const auto active = in.lower, alive = in.upper;
         return Keep<V>{V::either(active, V::both(alive, V::exceeds(zero, m - r))),
                        V::either(active, V::both(alive, V::exceeds(m + r, zero)))};
-    });
+    };
+    (outward ? keep_ends<true, T, decltype(rule)> : keep_ends<false, T, decltype(rule)>)(n, mid, rad, state, out_mid,
+                                                                                         out_rad, gate, rule);
 }
 
 template <class T>
 void gate(int64_t n, const T* mid, const T* rad, const uint8_t* bits, T* out_mid, T* out_rad) {
-    keep_ends(n, mid, rad, bits, out_mid, out_rad, nullptr, [](auto, auto, auto in) { return in; });
+    keep_ends<false>(n, mid, rad, bits, out_mid, out_rad, nullptr, [](auto, auto, auto in) { return in; });
 }
 
 }  // namespace

@@ -50,14 +50,15 @@ def certify(
     property: Property,
     clip: tuple[float, float] | None = None,
     parameters: Any = None,
-    sound: bool | None = None,
+    sound: bool = True,
     batch_size: int = 256,
 ) -> Certificate:
     """Does ``property`` of ``fn(x, target)`` hold for every input within ``eps`` of x (and inside ``clip``)?
 
     Shapes: x [B, ...]; target integer [B], or None to call ``fn(x)``; eps a float, or a tensor that broadcasts to x.
     Each sample must be explained independently of the others: large batches are run in pieces of ``batch_size``.
-    ``sound=None`` takes the strongest rounding there is, which the certificate names.
+    ``sound=True`` rounds outward, so that the certificate is a proof about the function in real arithmetic; it needs
+    float32 or float64. ``sound=False`` rounds to nearest, and the certificate says so.
     A sample with a bound that is not finite is never certified, nor is any if the model holds a NaN or an infinity.
     Raises what :func:`bound` and :meth:`Interval.linf` raise.
     """
@@ -75,7 +76,7 @@ def certified_radius(
     tol: float = 1e-4,
     clip: tuple[float, float] | None = None,
     parameters: Any = None,
-    sound: bool | None = None,
+    sound: bool = True,
     batch_size: int = 256,
 ) -> Tensor:
     """For each sample a radius in [0, max_eps] at which ``certify`` holds, within ``tol`` of the largest such: [B].
@@ -111,7 +112,7 @@ class _Check:
         property: Property,
         clip: tuple[float, float] | None,
         parameters: Any,
-        sound: bool | None,
+        sound: bool,
         batch_size: int,
     ) -> None:
         if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -128,7 +129,8 @@ class _Check:
                 f"x has {len(x)} samples, but target has shape {list(target.shape)}; it must be [{len(x)}]."
             )
         self.fn, self.x, self.target, self.clip, self.property = fn, usual(x), target, clip, property
-        self.bounded: BoundFunction = bound(fn, sound=bool(sound), parameters=parameters)
+        self.bounded: BoundFunction = bound(fn, sound=sound, parameters=parameters)
+        self.rounding = "outward" if sound else "nearest"
         self.size = min(batch_size, max(len(x), 1))
         self.nominal = self._nominal()
 
@@ -148,7 +150,7 @@ class _Check:
         usable = flat(bounds.isfinite() & self.nominal.isfinite()).all(1) & ~self._strays(bounds)
         holds = kept(self.property, margin) & usable & self.bounded.constants_are_finite()
         margin = torch.where(margin.isnan() | ~usable, -torch.inf, margin)
-        return Certificate(holds, margin, self.nominal, bounds, "nearest")
+        return Certificate(holds, margin, self.nominal, bounds, self.rounding)
 
     def _strays(self, bounds: Interval) -> Tensor:
         """Samples whose own explanation lies outside its bounds by more than rounding: bounds of something else.

@@ -2,7 +2,8 @@
 
 A property compares the explanation at the centre of the box with a set of explanations. Its margin is positive
 where the property is kept by every member of the set; at a single explanation, which is a set of one, the same
-formula is what an attack minimises.
+formula is what an attack minimises. Selecting and comparing are exact in floating point; whatever sums, multiplies or
+takes roots does so in float64, and leaves room for what that may lose.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from pyxai_bounds import rounding
 from pyxai_bounds.interval import Interval
 
 
@@ -68,12 +70,15 @@ class TopK:
                 raise ValueError(
                     f"TopK: channels='sum' needs explanations of shape [B, C, ...], got {list(lower.shape)}."
                 )
-            lower, upper = lower.sum(1), upper.sum(1)
+            lost = _lost(lower.shape[1])
+            lower, upper = lower.double(), upper.double()
+            lower = lower.sum(1) - lost * lower.abs().sum(1)
+            upper = upper.sum(1) + lost * upper.abs().sum(1)
         return flat(lower), flat(upper)
 
     def top(self, nominal: Tensor) -> Tensor:
         """The k top entries of each explanation, bool [B, D]."""
-        score = self.scores(Interval.of(nominal, torch.zeros_like(nominal)))[0]
+        score = self.scores(Interval.point(nominal))[0]
         if self.k >= score.shape[1]:
             return torch.ones_like(score, dtype=torch.bool)
         return torch.zeros_like(score, dtype=torch.bool).scatter(1, score.topk(self.k, 1).indices, True)
@@ -124,7 +129,8 @@ class _Deviation:
         raise NotImplementedError
 
     def margin(self, nominal: Tensor, bounds: Interval) -> Tensor:
-        return self.tau - self.size(flat(deviation(nominal, bounds)))
+        size = self.size(flat(deviation(nominal, bounds)))
+        return self.tau - size * (1 + _lost(nominal[0].numel() if len(nominal) else 0))
 
 
 class L1(_Deviation):
@@ -171,12 +177,13 @@ class Cosine:
             raise ValueError(f"Cosine: least must lie in [-1, 1], got {self.least}.")
 
     def margin(self, nominal: Tensor, bounds: Interval) -> Tensor:
-        v, d = flat(nominal), flat(deviation(nominal, bounds))
+        v, d = flat(nominal).double(), flat(deviation(nominal, bounds))
+        lost = _lost(v.shape[1])
         norm = torch.linalg.vector_norm(v, dim=1)
-        ratio = torch.linalg.vector_norm(d, dim=1) / norm
-        by_angle = (1 - ratio.square()).clamp(min=0).sqrt()
-        numerator = norm.square() - (v.abs() * d).sum(1)
-        by_product = numerator / (norm * torch.linalg.vector_norm(v.abs() + d, dim=1))
+        ratio = torch.linalg.vector_norm(d, dim=1) / norm * (1 + lost)
+        by_angle = (1 - ratio.square()).clamp(min=0).sqrt() - lost
+        numerator = norm.square() * (1 - lost) - (v.abs() * d).sum(1) * (1 + lost)
+        by_product = numerator / (norm * torch.linalg.vector_norm(v.abs() + d, dim=1)) * (1 - lost)
         # Where neither argument applies nothing is known: the cosine is at least -1.
         bound = torch.full_like(norm, -1.0)
         bound = torch.where(ratio < 1, by_angle, bound)
@@ -185,8 +192,14 @@ class Cosine:
 
 
 def deviation(nominal: Tensor, bounds: Interval) -> Tensor:
-    """max(v_U − v, v − v_L): how far each entry can move, in the shape of the explanation."""
-    return torch.maximum(bounds.upper - nominal, nominal - bounds.lower)
+    """max(v_U − v, v − v_L): how far each entry can move, in the explanation's shape, in float64 and rounded up."""
+    v = nominal.double()
+    return rounding.up(torch.maximum(bounds.upper.double() - v, v - bounds.lower.double()))
+
+
+def _lost(terms: int) -> float:
+    """What a formula on vectors of so many entries may lose in float64, relative to its terms, several times over."""
+    return 8 * (terms + 16) * rounding.unit(torch.float64)
 
 
 def magnitude(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:

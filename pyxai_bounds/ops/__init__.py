@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pyxai_bounds.ops import native, reference
 from pyxai_bounds.ops.layout import dense, memory_format, order_of, state_size
+from pyxai_bounds.rounding import Rounding
 
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "native": native}
 _PLANNED = ("triton", "cuda")
@@ -63,16 +64,29 @@ def _select(mid: Tensor) -> ModuleType:
     return chosen
 
 
+def _select_outward(mid: Tensor) -> ModuleType:
+    """The backend for outward rounding: ``native`` where it runs and is not ruled out, else ``reference``."""
+    if mid.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"sound=True needs float32 or float64 tensors, not {mid.dtype}; convert the model and the inputs."
+        )
+    return native if _forced.get() in ("auto", "native") and native.supports(mid) else reference
+
+
 _library = torch.library.Library("pyxai_bounds", "DEF")
 
 
 def _define(signature: str, fake: Callable[..., Any], backward: Callable, setup_context: Callable) -> Any:
     """Define one operator; its implementation is looked up in the selected backend at each call."""
     name = signature.split("(")[0]
+    rounding_at = signature.split(")")[0].count(",") - 1 if "int rounding" in signature else None
     _library.define(signature, tags=(torch.Tag.pt2_compliant_tag,))
 
     def run(mid: Tensor, *args: Any) -> Any:
-        return getattr(_select(mid), name)(mid, *args)
+        # Its last argument says how an operator rounds (the dispatcher leaves it out where it is the default).
+        if rounding_at is not None and len(args) > rounding_at and args[rounding_at] != Rounding.NEAREST:
+            return getattr(_select_outward(mid), name)(mid, *args)
+        return getattr(_select(mid), name)(mid, *args[:rounding_at])
 
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"pyxai_bounds::{name}", fake, lib=_library)
@@ -136,15 +150,15 @@ def _relu_backward(ctx: Any, mid_grad: Tensor, rad_grad: Tensor, _: Any) -> Any:
 
 
 interval_relu = _define(
-    "interval_relu(Tensor mid, Tensor rad) -> (Tensor, Tensor, Tensor)",
-    lambda mid, rad: (_like(mid), _like(mid), _bits(mid)),
+    "interval_relu(Tensor mid, Tensor rad, int rounding=0) -> (Tensor, Tensor, Tensor)",
+    lambda mid, rad, rounding=0: (_like(mid), _like(mid), _bits(mid)),
     _relu_backward,
     _relu_setup,
 )
 
 interval_relu_backward = _define(
-    "interval_relu_backward(Tensor mid, Tensor rad, Tensor state) -> (Tensor, Tensor, Tensor)",
-    lambda mid, rad, state: (_like(mid, bits=state), _like(mid, bits=state), torch.empty_like(state)),
+    "interval_relu_backward(Tensor mid, Tensor rad, Tensor state, int rounding=0) -> (Tensor, Tensor, Tensor)",
+    lambda mid, rad, state, rounding=0: (_like(mid, bits=state), _like(mid, bits=state), torch.empty_like(state)),
     _relu_backward,
     _relu_setup,
 )
@@ -162,7 +176,7 @@ def _check_weight(mid: Tensor, weight: Tensor) -> None:
             )
 
 
-def _linear_fake(mid: Tensor, rad: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Any:
+def _linear_fake(mid: Tensor, rad: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, rounding: int = 0) -> Any:
     _check_weight(mid, weight)
     out = mid.new_empty(*mid.shape[:-1], weight.shape[0])
     return out, torch.empty_like(out), _bits(out, relu)
@@ -175,7 +189,7 @@ def _affine_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     if not ctx.needs_input_grad[2]:
         mid = rad = None  # only the weight's gradient depends on the box
     ctx.save_for_backward(mid, rad, weight, output[2])
-    ctx.relu = ctx.args[-1]
+    ctx.relu = next(arg for arg in ctx.args if isinstance(arg, bool))
     ctx.input_size = inputs[0].shape
     ctx.out_shape = output[0].shape
 
@@ -196,12 +210,13 @@ def _linear_backward(ctx: Any, mid_grad: Tensor, rad_grad: Tensor, _: Any) -> An
         rad_grad @ weight.abs() if need_rad else None,
         mid_grad.t() @ mid + weight.sign() * (rad_grad.t() @ rad) if need_weight else None,
         mid_grad.sum(0) if need_bias else None,
-        None,
+        *(None,) * 2,
     )
 
 
 interval_linear = _define(
-    "interval_linear(Tensor mid, Tensor rad, Tensor weight, Tensor? bias, bool relu) -> (Tensor, Tensor, Tensor)",
+    "interval_linear(Tensor mid, Tensor rad, Tensor weight, Tensor? bias, bool relu, int rounding=0) -> "
+    "(Tensor, Tensor, Tensor)",
     _linear_fake,
     _linear_backward,
     _affine_setup,
@@ -240,12 +255,13 @@ def _linear_data_backward(ctx: Any, mid_grad: Tensor, rad_grad: Tensor) -> Any:
         weight_grad = mid.t() @ mid_grad + weight.sign() * (rad.t() @ rad_grad)
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
         box_grad = _ungate(ctx, mid_grad @ weight.t(), rad_grad @ weight.abs().t(), gate)
-    return *box_grad, weight_grad, None
+    return *box_grad, weight_grad, *(None,) * 2
 
 
 interval_linear_backward = _define(
-    "interval_linear_backward(Tensor mid, Tensor rad, Tensor weight, Tensor? state) -> (Tensor, Tensor)",
-    lambda mid, rad, weight, state: (
+    "interval_linear_backward(Tensor mid, Tensor rad, Tensor weight, Tensor? state, int rounding=0) -> "
+    "(Tensor, Tensor)",
+    lambda mid, rad, weight, state, rounding=0: (
         mid.new_empty(*mid.shape[:-1], weight.shape[1]),
         mid.new_empty(*mid.shape[:-1], weight.shape[1]),
     ),
@@ -257,7 +273,7 @@ interval_linear_backward = _define(
 # --- interval_conv2d ----------------------------------------------------------------------------------------
 
 
-def _conv2d_fake(mid, rad, weight, bias, stride, padding, dilation, groups, relu):  # type: ignore[no-untyped-def]
+def _conv2d_fake(mid, rad, weight, bias, stride, padding, dilation, groups, relu, rounding=0):  # type: ignore[no-untyped-def]
     _check_weight(mid, weight)
     shape = [mid.shape[0], weight.shape[0]]
     for size, kernel, s, p, d in zip(mid.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True):
@@ -280,13 +296,13 @@ def _conv2d_backward(ctx: Any, mid_grad: Tensor, rad_grad: Tensor, _: Any) -> An
         reference.conv2d_input(rad_grad, weight.abs(), ctx.input_size, *args) if need_rad else None,
         weight_grad,
         mid_grad.sum((0, 2, 3)) if need_bias else None,
-        *(None,) * 5,
+        *(None,) * 6,
     )
 
 
 interval_conv2d = _define(
     "interval_conv2d(Tensor mid, Tensor rad, Tensor weight, Tensor? bias, int[] stride, int[] padding, "
-    "int[] dilation, int groups, bool relu) -> (Tensor, Tensor, Tensor)",
+    "int[] dilation, int groups, bool relu, int rounding=0) -> (Tensor, Tensor, Tensor)",
     _conv2d_fake,
     _conv2d_backward,
     _affine_setup,
@@ -303,7 +319,7 @@ def _conv2d_data_backward(ctx: Any, mid_grad: Tensor, rad_grad: Tensor) -> Any:
     rad_grad = _optional(rad_grad, ctx.out_shape, weight)
     # In the box's own order: the results are gated in it, and channels-last convolutions are the faster ones.
     mid_grad, rad_grad = dense(mid, mid_grad, rad_grad)[1:]
-    args = ctx.args[1:]
+    args = ctx.args[1:5]
     weight_grad = None
     box_grad: Any = (None, None)
     if ctx.needs_input_grad[2]:  # the roles of input and output gradient are exchanged
@@ -316,12 +332,12 @@ def _conv2d_data_backward(ctx: Any, mid_grad: Tensor, rad_grad: Tensor) -> Any:
             torch.conv2d(rad_grad, weight.abs(), None, *args),
             gate,
         )
-    return *box_grad, weight_grad, *(None,) * 6
+    return *box_grad, weight_grad, *(None,) * 7
 
 
 interval_conv2d_backward = _define(
     "interval_conv2d_backward(Tensor mid, Tensor rad, Tensor weight, Tensor? state, int[] input_size, "
-    "int[] stride, int[] padding, int[] dilation, int groups) -> (Tensor, Tensor)",
+    "int[] stride, int[] padding, int[] dilation, int groups, int rounding=0) -> (Tensor, Tensor)",
     lambda mid, rad, weight, state, input_size, *args: (
         _like(mid, input_size, state),
         _like(mid, input_size, state),
@@ -335,32 +351,40 @@ interval_conv2d_backward = _define(
 
 
 def _scale_shift_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    mid, rad, scale, _ = inputs
-    ctx.save_for_backward(*(mid, rad) if ctx.needs_input_grad[2] else (None, None), scale)
+    mid, rad, scale = inputs[:3]
+    scale_rad = inputs[4] if len(inputs) > 4 else None  # arguments at their defaults are left out
+    need_box = ctx.needs_input_grad[2] or scale_rad is not None
+    ctx.save_for_backward(*(mid, rad) if need_box else (None, None), scale, scale_rad)
 
 
 def _scale_shift_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None) -> Any:
-    mid, rad, scale = ctx.saved_tensors
-    need_mid, need_rad, need_scale, need_shift = ctx.needs_input_grad
+    mid, rad, scale, scale_rad = ctx.saved_tensors
+    needs = (*ctx.needs_input_grad, False, False, False)
+    need_mid, need_rad, need_scale, need_shift, need_scale_rad, need_shift_rad = needs[:6]
     some = mid_grad if mid_grad is not None else rad_grad
     assert some is not None
     mid_grad, rad_grad = _optional(mid_grad, some.shape, some), _optional(rad_grad, some.shape, some)
     others = [0, *range(2, some.dim())]
     per_channel = [1, -1] + [1] * (some.dim() - 2)
-    scale_grad = None
-    if need_scale:
-        scale_grad = (mid_grad * mid).sum(others) + scale.sign() * (rad_grad * rad).sum(others)
+    to_mid, to_rad = mid_grad * scale.reshape(per_channel), rad_grad * scale.abs().reshape(per_channel)
+    if scale_rad is not None:  # rad' also holds scale_rad·(|mid| + rad)
+        spread = rad_grad * scale_rad.reshape(per_channel)
+        to_mid, to_rad = to_mid + spread * mid.sign(), to_rad + spread
     return (
-        mid_grad * scale.reshape(per_channel) if need_mid else None,
-        rad_grad * scale.abs().reshape(per_channel) if need_rad else None,
-        scale_grad,
+        to_mid if need_mid else None,
+        to_rad if need_rad else None,
+        (mid_grad * mid).sum(others) + scale.sign() * (rad_grad * rad).sum(others) if need_scale else None,
         mid_grad.sum(others) if need_shift else None,
+        (rad_grad * (mid.abs() + rad)).sum(others) if need_scale_rad else None,
+        rad_grad.sum(others) if need_shift_rad else None,
+        None,
     )
 
 
 interval_scale_shift = _define(
-    "interval_scale_shift(Tensor mid, Tensor rad, Tensor scale, Tensor? shift) -> (Tensor, Tensor)",
-    lambda mid, rad, scale, shift: (_like(mid), _like(mid)),
+    "interval_scale_shift(Tensor mid, Tensor rad, Tensor scale, Tensor? shift, Tensor? scale_rad=None, "
+    "Tensor? shift_rad=None, int rounding=0) -> (Tensor, Tensor)",
+    lambda mid, rad, *_: (_like(mid), _like(mid)),
     _scale_shift_backward,
     _scale_shift_setup,
 )
@@ -370,7 +394,7 @@ interval_scale_shift = _define(
 
 
 def _mul_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.save_for_backward(*inputs)
+    ctx.save_for_backward(*inputs[:4])
 
 
 def _mul_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None) -> Any:
@@ -393,12 +417,12 @@ def _mul_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None) ->
         b_grads.append((end_grad * a.gather(0, chosen).squeeze(0), b_end))
     (a0, s0), (a1, s1) = a_grads
     (b0, t0), (b1, t1) = b_grads
-    return a0 + a1, a0 * s0 + a1 * s1, b0 + b1, b0 * t0 + b1 * t1
+    return a0 + a1, a0 * s0 + a1 * s1, b0 + b1, b0 * t0 + b1 * t1, None
 
 
 interval_mul = _define(
-    "interval_mul(Tensor a_mid, Tensor a_rad, Tensor b_mid, Tensor b_rad) -> (Tensor, Tensor)",
-    lambda a_mid, a_rad, b_mid, b_rad: (_like(a_mid), _like(a_mid)),
+    "interval_mul(Tensor a_mid, Tensor a_rad, Tensor b_mid, Tensor b_rad, int rounding=0) -> (Tensor, Tensor)",
+    lambda a_mid, a_rad, b_mid, b_rad, rounding=0: (_like(a_mid), _like(a_mid)),
     _mul_backward,
     _mul_setup,
 )
@@ -425,3 +449,59 @@ torch.library.register_fake(
     "pyxai_bounds::check_target", lambda target, classes: torch.empty_like(target), lib=_library
 )
 check_target = torch.ops.pyxai_bounds.check_target.default
+
+
+# --- interval_matmul: two products of two boxes, Rump's and the exact one -----------------------------------
+
+
+def _matmul_fake(a_mid: Tensor, a_rad: Tensor, b_mid: Tensor, b_rad: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
+    reference.check_matmul(a_mid, a_rad, b_mid, b_rad)
+    out = a_mid.new_empty(*a_mid.shape[:-1], b_mid.shape[-1])
+    return out, torch.empty_like(out)
+
+
+def _matmul_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.exact = inputs[4]
+    ctx.out_shape = output[0].shape
+
+
+def _matmul_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None) -> Any:
+    a_mid, a_rad, b_mid, b_rad = ctx.saved_tensors
+    mid_grad = _optional(mid_grad, ctx.out_shape, a_mid)
+    rad_grad = _optional(rad_grad, ctx.out_shape, a_mid)
+    if ctx.exact:
+        return *interval_matmul_backward(mid_grad, rad_grad, a_mid, a_rad, b_mid, b_rad), None
+    need = ctx.needs_input_grad
+    return (
+        mid_grad @ b_mid.mT + a_mid.sign() * (rad_grad @ b_rad.mT) if need[0] else None,
+        rad_grad @ (b_mid.abs() + b_rad).mT if need[1] else None,
+        a_mid.mT @ mid_grad + b_mid.sign() * (a_rad.mT @ rad_grad) if need[2] else None,
+        (a_mid.abs() + a_rad).mT @ rad_grad if need[3] else None,
+        None,
+    )
+
+
+interval_matmul = _define(
+    "interval_matmul(Tensor a_mid, Tensor a_rad, Tensor b_mid, Tensor b_rad, bool exact) -> (Tensor, Tensor)",
+    _matmul_fake,
+    _matmul_backward,
+    _matmul_setup,
+)
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> Any:
+    raise NotImplementedError(
+        "The exact interval matrix product has no second derivative; use the Rump product, exact=False, which has."
+    )
+
+
+interval_matmul_backward = _define(
+    "interval_matmul_backward(Tensor mid_grad, Tensor rad_grad, Tensor a_mid, Tensor a_rad, Tensor b_mid, "
+    "Tensor b_rad) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda mid_grad, rad_grad, a_mid, a_rad, b_mid, b_rad: tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format) for t in (a_mid, a_rad, b_mid, b_rad)
+    ),
+    _no_second_derivative,
+    lambda ctx, inputs, output: None,
+)

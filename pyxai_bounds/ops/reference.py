@@ -2,15 +2,20 @@
 
 Every function has the name and the arguments of an operator in ``ops/__init__.py``; the other backends
 must agree with it, elementwise stages to the last bit. ``mid`` decides the memory order of the results.
+
+``rounding`` is a :class:`~pyxai_bounds.rounding.Rounding`. Rounded outward, the result contains the image of the box
+in real arithmetic; the argument stands at each operator, and in full in ``docs/soundness.md``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyxai_bounds import rounding as rd
 from pyxai_bounds.ops.layout import dense, in_order_of, memory_format, pack, unpack
 
 aten = torch.ops.aten
@@ -34,17 +39,31 @@ def interval_gate(mid: Tensor, rad: Tensor, gate: Tensor) -> tuple[Tensor, Tenso
     return torch.where(both, mid, (lower + upper) * 0.5), torch.where(both, rad, (upper - lower) * 0.5)
 
 
-def interval_relu(mid: Tensor, rad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _gate(mid: Tensor, rad: Tensor, gate: Tensor, rounding: int) -> tuple[Tensor, Tensor]:
+    """``interval_gate``, rounded outward if asked for.
+
+    Where one end e is kept, half of it is the midpoint h, and the radius must cover 0 and e: e itself was rounded once,
+    and halving may underflow. Where both ends or neither is kept nothing was computed.
+    """
+    out_mid, out_rad = interval_gate(mid, rad, gate)
+    if rounding == rd.Rounding.NEAREST:
+        return out_mid, out_rad
+    keep_lower, keep_upper = unpack(gate, out_mid)
+    return out_mid, torch.where(keep_lower ^ keep_upper, rd.up(out_rad, underflows=True), out_rad)
+
+
+def interval_relu(mid: Tensor, rad: Tensor, rounding: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """ReLU of the box. The lower end is kept where it is positive, the upper end where it is not ≤ 0.
 
-    Said this way round, a NaN is unstable, which covers every derivative, and it stays a NaN.
+    Said this way round, a NaN is unstable, which covers every derivative, and it stays a NaN. The signs of both ends
+    are those of the real numbers, for a difference that is not 0 does not round to 0.
     """
     mid, rad = dense(mid, rad)
     state = pack(mid - rad > 0, ~(mid + rad <= 0))
-    return *interval_gate(mid, rad, state), state
+    return *_gate(mid, rad, state, rounding), state
 
 
-def interval_relu_backward(mid: Tensor, rad: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def interval_relu_backward(mid: Tensor, rad: Tensor, state: Tensor, rounding: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient box times ReLU′ ∈ {0, [0, 1], 1}; also the gate that was applied.
 
     dead: nothing is kept; active: both ends are; unstable: hull(0, box), so the lower end is kept where it
@@ -53,23 +72,35 @@ def interval_relu_backward(mid: Tensor, rad: Tensor, state: Tensor) -> tuple[Ten
     mid, rad = in_order_of(state, mid, rad)
     active, alive = unpack(state, mid)
     gate = pack(active | (alive & ~(mid - rad >= 0)), active | (alive & ~(mid + rad <= 0)))
-    return *interval_gate(mid, rad, gate), gate
+    return *_gate(mid, rad, gate, rounding), gate
 
 
 def interval_linear(
-    mid: Tensor, rad: Tensor, weight: Tensor, bias: Tensor | None, relu: bool
+    mid: Tensor, rad: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, rounding: int = 0, stages: Any = rd
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Image of the box under x ↦ x·Wᵀ + b, then ReLU if asked for."""
-    out_mid = torch.nn.functional.linear(mid, weight, bias)
-    out_rad = torch.nn.functional.linear(rad, weight.abs())
-    return _maybe_relu(out_mid, out_rad, relu)
+    """Image of the box under x ↦ x·Wᵀ + b, then ReLU if asked for. ``stages`` has the backend's widen and magnitude."""
+    linear = torch.nn.functional.linear
+    if rounding == rd.Rounding.NEAREST:
+        out_mid, out_rad = linear(mid, weight, bias), linear(rad, weight.abs())
+    else:
+        # In float64 a product of two float32 numbers is exact and a sum of n of them loses next to nothing; in float32
+        # the midpoint would lose γ_n |x|, which for n = 4096 is more than the radius of many a box.
+        wide = torch.float64
+        out_mid = linear(mid.to(wide), weight.to(wide), None if bias is None else bias.to(wide)).to(mid.dtype)
+        errors = rd.errors(weight.shape[1], mid.dtype, rounding, computed=wide)
+        out_rad = linear(stages.widen(mid, rad, errors), stages.magnitude(weight), rd.bias_error(bias, errors))
+    return _maybe_relu(out_mid, out_rad, relu, rounding)
 
 
-def interval_linear_backward(mid: Tensor, rad: Tensor, weight: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+def interval_linear_backward(
+    mid: Tensor, rad: Tensor, weight: Tensor, state: Tensor | None, rounding: int = 0, stages: Any = rd
+) -> tuple[Tensor, Tensor]:
     """ReLU′ on the gradient box if a state is given, then its image under g ↦ g·W."""
     if state is not None:
-        mid, rad, _ = interval_relu_backward(mid, rad, state)
-    return mid @ weight, rad @ weight.abs()
+        mid, rad, _ = interval_relu_backward(mid, rad, state, rounding)
+    if rounding == rd.Rounding.NEAREST:
+        return mid @ weight, rad @ weight.abs()
+    return interval_linear(mid, rad, weight.t(), None, False, rounding, stages)[:2]
 
 
 def interval_conv2d(
@@ -82,14 +113,24 @@ def interval_conv2d(
     dilation: Sequence[int],
     groups: int,
     relu: bool,
+    rounding: int = 0,
+    stages: Any = rd,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Image of the box under a two-dimensional convolution, then ReLU if asked for."""
     mid, rad = dense(mid, rad)
     order = memory_format(mid)
     args = (stride, padding, dilation, groups)
-    out_mid = torch.conv2d(mid, weight, bias, *args).contiguous(memory_format=order)
-    out_rad = torch.conv2d(rad, weight.abs(), None, *args).contiguous(memory_format=order)
-    return _maybe_relu(out_mid, out_rad, relu)
+    if rounding == rd.Rounding.NEAREST:
+        out_mid = torch.conv2d(mid, weight, bias, *args)
+        out_rad = torch.conv2d(rad, weight.abs(), None, *args)
+    else:
+
+        def convolve(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+            return torch.conv2d(x, w, b, *args)
+
+        out_mid, out_rad = _blocked(convolve, mid, rad, weight, bias, 1, groups, rounding, stages)
+    out_mid, out_rad = out_mid.contiguous(memory_format=order), out_rad.contiguous(memory_format=order)
+    return _maybe_relu(out_mid, out_rad, relu, rounding)
 
 
 def interval_conv2d_backward(
@@ -102,36 +143,290 @@ def interval_conv2d_backward(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    rounding: int = 0,
+    stages: Any = rd,
 ) -> tuple[Tensor, Tensor]:
     """ReLU′ on the gradient box if a state is given, then the convolution's backward-data pass."""
     mid, rad = dense(mid, rad)
     if state is not None:
-        mid, rad, _ = interval_relu_backward(mid, rad, state)
+        mid, rad, _ = interval_relu_backward(mid, rad, state, rounding)
     order = memory_format(mid)
     args = (input_size, stride, padding, dilation, groups)
-    return (
-        conv2d_input(mid, weight, *args).contiguous(memory_format=order),
-        conv2d_input(rad, weight.abs(), *args).contiguous(memory_format=order),
-    )
+    if rounding == rd.Rounding.NEAREST:
+        out_mid, out_rad = conv2d_input(mid, weight, *args), conv2d_input(rad, weight.abs(), *args)
+    else:
+
+        def convolve(x: Tensor, w: Tensor, _: Tensor | None) -> Tensor:
+            return conv2d_input(x, w, *args)
+
+        out_mid, out_rad = _blocked(convolve, mid, rad, weight, None, 0, groups, rounding, stages)
+    return out_mid.contiguous(memory_format=order), out_rad.contiguous(memory_format=order)
 
 
-def interval_scale_shift(mid: Tensor, rad: Tensor, scale: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
-    """x ↦ x·scale + shift, one scale and shift per channel (dimension 1)."""
+BLOCK = 160  # terms that a convolution sums in one go when it is rounded outward
+
+
+def _blocked(
+    convolve: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    mid: Tensor,
+    rad: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dim: int,
+    groups: int,
+    rounding: int,
+    stages: Any,
+) -> tuple[Tensor, Tensor]:
+    """A convolution, forward or backward, rounded outward; ``dim`` is the dimension of the weight that it sums over.
+
+    The library's order of summation is unknown, so n terms cost γ_n. Blocks of b terms, of which the n/b sums are added
+    up afterwards, cost γ_{b + n/b} only, for the price of one more pass over the output per block.
+    """
+    taps = weight.shape[2] * weight.shape[3]
+    channels = weight.shape[dim]
+    terms = channels // (groups if dim == 0 else 1) * taps
+    if weight.device.type != "cpu":
+        # cuDNN may choose Winograd or Fourier transforms for float32, which no bound here covers, but not for float64.
+        wide = torch.float64
+        errors = rd.errors(terms, mid.dtype, rounding, computed=wide)
+        out_mid = convolve(mid.to(wide), weight.to(wide), None if bias is None else bias.to(wide)).to(mid.dtype)
+        widened, share = stages.widen(mid, rad, errors), rd.bias_error(bias, errors)
+        out_rad = convolve(
+            widened.to(wide), stages.magnitude(weight).to(wide), None if share is None else share.to(wide)
+        )
+        return out_mid, rd.narrow_up(out_rad, mid.dtype)
+    size = max(1, BLOCK // taps) if groups == 1 and rounding == rd.Rounding.OUTWARD else channels
+    starts = range(0, channels, size)
+    if len(starts) == 1:
+        out_mid = convolve(mid, weight, bias)
+    else:
+        out_mid = convolve(mid[:, :size], weight.narrow(dim, 0, size), bias)
+        for start in starts[1:]:
+            length = min(size, channels - start)
+            out_mid += convolve(mid[:, start : start + length], weight.narrow(dim, start, length), None)
+    errors = rd.errors(terms, mid.dtype, rounding, summed=min(terms, size * taps) + len(starts))
+    return out_mid, convolve(stages.widen(mid, rad, errors), stages.magnitude(weight), rd.bias_error(bias, errors))
+
+
+def interval_scale_shift(
+    mid: Tensor,
+    rad: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    scale_rad: Tensor | None = None,
+    shift_rad: Tensor | None = None,
+    rounding: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """x ↦ x·scale + shift, one scale and shift per channel (dimension 1); either may be a box itself.
+
+    Two boxes meet in Rump's product. Rounded outward, the product and the sum lose u of their results each.
+    """
     mid, rad = dense(mid, rad)
     per_channel = [1, -1] + [1] * (mid.dim() - 2)
     scale = scale.reshape(per_channel)
-    out = mid * scale
-    return out if shift is None else out + shift.reshape(per_channel), rad * scale.abs()
+    product = mid * scale
+    out = product if shift is None else product + shift.reshape(per_channel)
+    out_rad = rad * scale.abs()
+    if scale_rad is not None:
+        out_rad = out_rad + scale_rad.reshape(per_channel) * (mid.abs() + rad)
+    if shift_rad is not None:
+        out_rad = out_rad + shift_rad.reshape(per_channel)
+    if rounding == rd.Rounding.NEAREST:
+        return out, out_rad
+    u = rd.unit(mid.dtype)
+    lost = product.abs() if shift is None else product.abs() + out.abs()
+    if rounding == rd.Rounding.EVALUATED:
+        # Whatever the algebra: at most 12 roundings of x·s, mean·s and the shift, at any x and s in their boxes.
+        reach = (product.abs() + out_rad) * 2
+        lost = lost + 12 * (reach if shift is None else reach + shift.abs().reshape(per_channel))
+    out_rad = (out_rad + u * lost) * (1 + 16 * u)
+    some = (mid != 0) | (rad != 0)
+    if shift is not None:
+        some = some | (out != 0)
+    return out, out_rad + some.to(mid.dtype) * (4 * rd.tiny(mid.dtype))
 
 
-def interval_mul(a_mid: Tensor, a_rad: Tensor, b_mid: Tensor, b_rad: Tensor) -> tuple[Tensor, Tensor]:
-    """Elementwise product of two boxes of one shape: the least and the greatest end-point product."""
+def interval_mul(
+    a_mid: Tensor, a_rad: Tensor, b_mid: Tensor, b_rad: Tensor, rounding: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Elementwise product of two boxes of one shape: the least and the greatest end-point product.
+
+    Rounded outward: ends, products, and the way back to midpoint and radius lose at most 8u of the greatest product.
+    """
     a_mid, a_rad, b_mid, b_rad = dense(a_mid, a_rad, b_mid, b_rad)
     a_lower, a_upper, b_lower, b_upper = a_mid - a_rad, a_mid + a_rad, b_mid - b_rad, b_mid + b_rad
     ll, lu, ul, uu = a_lower * b_lower, a_lower * b_upper, a_upper * b_lower, a_upper * b_upper
     lower = torch.minimum(torch.minimum(ll, lu), torch.minimum(ul, uu))
     upper = torch.maximum(torch.maximum(ll, lu), torch.maximum(ul, uu))
-    return (lower + upper) * 0.5, (upper - lower) * 0.5
+    mid, rad = (lower + upper) * 0.5, (upper - lower) * 0.5
+    if rounding == rd.Rounding.NEAREST:
+        return mid, rad
+    u = rd.unit(mid.dtype)
+    reach = (a_mid.abs() + a_rad) * (b_mid.abs() + b_rad)
+    some = ((a_mid != 0) | (a_rad != 0)) & ((b_mid != 0) | (b_rad != 0))
+    lost = 8 if rounding == rd.Rounding.OUTWARD else 10
+    return mid, (rad + lost * u * reach) * (1 + 16 * u) + some.to(mid.dtype) * (4 * rd.tiny(mid.dtype))
+
+
+def interval_matmul(a_mid: Tensor, a_rad: Tensor, b_mid: Tensor, b_rad: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
+    """Matrix product of two boxes: ``exact`` sums the exact range of every product of two entries, else Rump's form.
+
+    Shapes: a_mid, a_rad [m, k] and b_mid, b_rad [k, n], or [B, m, k] and [B, k, n]; returns mid, rad [(B,) m, n].
+    One floating dtype and device. Radii must be ≥ 0. Raises ValueError if shapes, dtypes or devices disagree.
+
+    Of a ± r and b ± s, with u = |a|, v = |b|, q = min(v, s), w = max(v, s), and δ = min(u·s, r·v, r·s) = min(u·s, r·q):
+
+        Rump    mid = a·b                        rad = u·s + r·(v + s)
+        exact   mid = a·b + sign(a)·sign(b)·δ    rad = u·s + r·(v + s) − δ = max(u·s, r·q) + r·w
+
+    (for a, b ≥ 0 the greatest product is (u + r)(v + s) and the least u·v − T + 2δ with T = u·s + r·v + r·s; the other
+    signs follow by symmetry). The radius is a sum of non-negative terms: nothing cancels, and it is never negative.
+    Where a does not straddle 0 (u ≥ r in all entries), δ = r·q: matrix products suffice, and likewise for b. A factor
+    without radius gives Rump's result to the last bit.
+
+    A-priori error. Let E = (|a| + r)·(|b| + s), the product of the magnitudes, in real arithmetic, ϵ the unit roundoff,
+    η the smallest positive number, γ_j = jϵ/(1 − jϵ). Without overflow or flush-to-zero, for every backend and order,
+
+        |mid' − mid| ≤ γ_{2k+2} M + 2kη,    |rad' − rad| ≤ γ_{2k+2} R + 2kη,    M + R = E,
+
+    with M = Σ(u·v + δ) and R = Σ(u·s + r·v + r·s − δ), with 0 for δ in Rump's form: γ_{2k+2} E + 4kη covers both errors
+    together. For each result is a sum of at most 2k products of factors that are not rounded (q and w are selections)
+    or once (v + s), so each product meets at most 1 + 1 + (2k − 1) + 1 roundings: of its factor, its own, of the sums
+    in any order, of the join of two partial sums. The lesser and the greater of two values with relative errors of at
+    most ϵ have one of at most ϵ. Underflow errs in products alone, by at most η in each.
+
+    Any entry that is NaN or infinite makes the midpoints or the radii that it takes part in NaN or infinite.
+    Source: Rump, "Fast and parallel interval arithmetic", BIT 39 (1999); the exact form is derived above.
+    """
+    check_matmul(a_mid, a_rad, b_mid, b_rad)
+    box = (a_mid, a_rad, b_mid, b_rad)
+    if not exact:
+        return a_mid @ b_mid, a_mid.abs() @ b_rad + a_rad @ (b_mid.abs() + b_rad)
+    return matmul_with_a_point(*box) or matmul_of_definite(*box) or _matmul_by_terms(*box)
+
+
+def matmul_with_a_point(a_mid: Tensor, a_rad: Tensor, b_mid: Tensor, b_rad: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The exact product where one factor has no radius at all; None otherwise."""
+    if not b_rad.any():
+        return a_mid @ b_mid, a_rad @ b_mid.abs()
+    if not a_rad.any():
+        return a_mid @ b_mid, a_mid.abs() @ b_rad
+    return None
+
+
+def matmul_of_definite(a_mid: Tensor, a_rad: Tensor, b_mid: Tensor, b_rad: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The exact product by four matrix products where no entry of one factor straddles 0; None otherwise."""
+    if (a_rad > a_mid.abs()).any():
+        if (b_rad > b_mid.abs()).any():
+            return None
+        mid, rad = _matmul_of_definite_a(b_mid.mT, b_rad.mT, a_mid.mT, a_rad.mT)
+        return mid.mT.contiguous(), rad.mT.contiguous()
+    return _matmul_of_definite_a(a_mid, a_rad, b_mid, b_rad)
+
+
+def _matmul_of_definite_a(a: Tensor, r: Tensor, b: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    v = b.abs()
+    mid = a @ b + r.copysign(a) @ torch.minimum(v, s).copysign(b)
+    return mid, a.abs() @ s + r @ torch.maximum(v, s)
+
+
+def _matmul_by_terms(a: Tensor, r: Tensor, b: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    v = b.abs()
+    signed_s, q = s.copysign(b), torch.minimum(v, s)
+    mid, rad = a @ b, r @ torch.maximum(v, s)
+    for k in _terms(a, b):
+        us = a[..., k, None] * signed_s[..., None, k, :]
+        rq = r[..., k, None] * q[..., None, k, :]
+        mid = mid + torch.minimum(us.abs(), rq).copysign(us).sum(-2)
+        rad = rad + torch.maximum(us.abs(), rq).sum(-2)
+    return mid, rad
+
+
+def _terms(a: Tensor, b: Tensor) -> list[slice]:
+    """Slices of k: as many terms at a time as make a temporary of a quarter million elements, but at least four."""
+    step = max(4, 2**18 // max(1, a[..., 0].numel() * b.shape[-1])) if a.shape[-1] else 1
+    return [slice(k, k + step) for k in range(0, a.shape[-1], step)]
+
+
+def interval_matmul_backward(
+    mid_grad: Tensor, rad_grad: Tensor, a_mid: Tensor, a_rad: Tensor, b_mid: Tensor, b_rad: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of the exact product in a_mid, a_rad, b_mid, b_rad, from those of its results.
+
+    With g = mid_grad, h = rad_grad, t = sign(a)·sign(b)·g, and (e, f) = (t, h) for the pairs of which u·s is the least
+    of u·s, r·v, r·s, else (h, t):
+
+        sign(a)·∂a = Σ_j t·v + e·s        sign(b)·∂b = Σ_i t·u + (f if v < s else h)·r
+        ∂r = Σ_j h·w + f·q                ∂s = Σ_i e·u + (h if v < s else f)·r
+
+    At ties the product has kinks, and this is the derivative on one side: an entry that touches 0 or has no radius
+    counts as not straddling 0, u·s = r·v goes to r·v, and a zero has the sign of its sign bit.
+    """
+    check_matmul(a_mid, a_rad, b_mid, b_rad)
+    args = (mid_grad, rad_grad, a_mid, a_rad, b_mid, b_rad)
+    if not (a_rad > a_mid.abs()).any():
+        return _matmul_of_definite_a_backward(*args)
+    if not (b_rad > b_mid.abs()).any():
+        b_and_a = _matmul_of_definite_a_backward(*(t.mT for t in (mid_grad, rad_grad, b_mid, b_rad, a_mid, a_rad)))
+        b_grad, b_rad_grad, a_grad, a_rad_grad = (t.mT.contiguous() for t in b_and_a)
+        return a_grad, a_rad_grad, b_grad, b_rad_grad
+    return _matmul_by_terms_backward(*args)
+
+
+def _matmul_of_definite_a_backward(
+    g: Tensor, h: Tensor, a: Tensor, r: Tensor, b: Tensor, s: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    v, a_sign, b_sign = b.abs(), torch.ones_like(a).copysign(a), torch.ones_like(b).copysign(b)
+    q_grad, w_grad = r.copysign(a).mT @ g, r.mT @ h
+    return (
+        g @ b.mT + a_sign * (h @ s.mT),
+        a_sign * (g @ torch.minimum(v, s).copysign(b).mT) + h @ torch.maximum(v, s).mT,
+        a.mT @ g + torch.where(v < s, q_grad, b_sign * w_grad),
+        a.abs().mT @ h + torch.where(v < s, w_grad, b_sign * q_grad),
+    )
+
+
+def _matmul_by_terms_backward(
+    g: Tensor, h: Tensor, a: Tensor, r: Tensor, b: Tensor, s: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (a, r, b, s)]
+    g, h = g[..., None, :], h[..., None, :]
+    for k in _terms(a, b):
+        ak, rk = a[..., k, None], r[..., k, None]
+        bk, sk = b[..., None, k, :], s[..., None, k, :]
+        u, v = ak.abs(), bk.abs()
+        a_sign, b_sign = torch.ones_like(ak).copysign(ak), torch.ones_like(bk).copysign(bk)
+        q, w = torch.minimum(v, sk), torch.maximum(v, sk)
+        t = g * (a_sign * b_sign)
+        # Where b does not straddle 0, u·s < r·s is u < r, and is still right where s is 0.
+        us_least = torch.where(v < sk, u * sk < rk * v, u < rk)
+        e, f = torch.where(us_least, t, h), torch.where(us_least, h, t)
+        grads[0][..., k] = (a_sign * (t * v + e * sk)).sum(-1)
+        grads[1][..., k] = (h * w + f * q).sum(-1)
+        grads[2][..., k, :] = (b_sign * (t * u + torch.where(v < sk, f, h) * rk)).sum(-3)
+        grads[3][..., k, :] = (e * u + torch.where(v < sk, h, f) * rk).sum(-3)
+    return grads[0], grads[1], grads[2], grads[3]
+
+
+def check_matmul(a_mid: Tensor, a_rad: Tensor, b_mid: Tensor, b_rad: Tensor) -> None:
+    """Raise ValueError unless the boxes can be multiplied as matrices."""
+    a, b = a_mid.shape, b_mid.shape
+    if a_rad.shape != a or b_rad.shape != b:
+        raise ValueError(
+            f"A midpoint and its radius must have one shape: {list(a)} and {list(a_rad.shape)} for a, "
+            f"{list(b)} and {list(b_rad.shape)} for b."
+        )
+    if len(a) not in (2, 3) or len(a) != len(b) or a[:-2] != b[:-2] or a[-1] != b[-2]:
+        raise ValueError(
+            f"Boxes of shape {list(a)} and {list(b)} cannot be multiplied: give [m, k] and [k, n], or a batch of "
+            "each, [B, m, k] and [B, k, n]."
+        )
+    for t in (a_rad, b_mid, b_rad):
+        if t.dtype != a_mid.dtype or t.device != a_mid.device:
+            raise ValueError(
+                f"Midpoints and radii must agree in dtype and device: {a_mid.dtype} on {a_mid.device} and {t.dtype} on "
+                f"{t.device}; convert one of them with .to(...)."
+            )
 
 
 def conv2d_input(
@@ -171,7 +466,7 @@ def conv2d_weight(
     ]
 
 
-def _maybe_relu(mid: Tensor, rad: Tensor, relu: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _maybe_relu(mid: Tensor, rad: Tensor, relu: bool, rounding: int) -> tuple[Tensor, Tensor, Tensor]:
     if relu:
-        return interval_relu(mid, rad)
+        return interval_relu(mid, rad, rounding)
     return mid, rad, mid.new_empty(0, dtype=torch.uint8)

@@ -9,9 +9,22 @@ import torch
 from torch import Tensor
 
 from pyxai_bounds import ops
+from pyxai_bounds import rounding as rd
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.ops.layout import pack
-from pyxai_bounds.rules.registry import Value, between, ends, mid_of, monotone, multiply, rad_of, range_of, rule
+from pyxai_bounds.rules.registry import (
+    Value,
+    between,
+    ends,
+    evaluated,
+    mid_of,
+    monotone,
+    multiply,
+    outward,
+    rad_of,
+    range_of,
+    rule,
+)
 
 aten = torch.ops.aten
 
@@ -19,41 +32,41 @@ aten = torch.ops.aten
 # --- ReLU ---------------------------------------------------------------------------------------------------
 
 
-@rule(aten.relu.default)
+@rule(aten.relu.default, precision="exact")
 def relu(x: Interval) -> Interval:
-    mid, rad, state = ops.interval_relu(x.mid, x.rad)
+    mid, rad, state = ops.interval_relu(x.mid, x.rad, int(rd.mode()))
     return Interval.of(mid, rad, state=state)
 
 
-@rule(aten.threshold_backward.default)
+@rule(aten.threshold_backward.default, precision="exact")
 def relu_backward(grad: Value, output: Value, threshold: float) -> Interval:
     """``output`` is ReLU's; its ends have the signs of the input's, so the state can be read off either."""
     if not isinstance(output, Interval):
-        return multiply(grad, (~(output <= threshold)).to(output.dtype))  # 1 for a NaN, as in PyTorch
+        return multiply(grad, ~(output <= threshold))  # 1 for a NaN, as in PyTorch
     if grad.shape != output.shape:  # under vmap one of them is shared by many samples
         shape = torch.broadcast_shapes(grad.shape, output.shape)
         output = Interval.of(output.mid.expand(shape), output.rad.expand(shape))
         grad = Interval.of(mid_of(grad).expand(shape), rad_of(grad).expand(shape))
     state = output.state
     if state is None or threshold != 0:
-        lower, upper = ends(output)
-        state = pack(lower > threshold, ~(upper <= threshold))
-    mid, rad, _ = ops.interval_relu_backward(mid_of(grad), rad_of(grad), state)
+        (lower, upper), (least, greatest) = ends(output), ends(float(threshold))
+        state = pack(lower > greatest, ~(upper <= least))
+    mid, rad, _ = ops.interval_relu_backward(mid_of(grad), rad_of(grad), state, int(rd.mode()))
     return Interval.of(mid, rad)
 
 
 # --- other piecewise linear activations ---------------------------------------------------------------------
 
 
-@rule(aten.leaky_relu.default)
+@rule(aten.leaky_relu.default, ulps=3)
 def leaky_relu(x: Interval, negative_slope: float = 0.01) -> Interval:
     def function(t: Tensor) -> Tensor:
         return aten.leaky_relu(t, negative_slope)
 
-    return range_of(function, x, [(0.0, 0.0)] if negative_slope < 0 else [])
+    return range_of(function, x, [(0.0, 0.0)] if negative_slope < 0 else [], ulps=1)
 
 
-@rule(aten.leaky_relu_backward.default)
+@rule(aten.leaky_relu_backward.default, ulps=3)
 def leaky_relu_backward(grad: Value, x: Value, negative_slope: float, self_is_result: bool) -> Interval:
     """φ′ is 1 above 0 and the slope at and below it."""
     lower, upper = ends(x)
@@ -65,53 +78,57 @@ def leaky_relu_backward(grad: Value, x: Value, negative_slope: float, self_is_re
     return multiply(grad, between(torch.minimum(at_lower, at_upper), torch.maximum(at_lower, at_upper)))
 
 
-@rule(aten.hardtanh.default)
+@rule(aten.hardtanh.default, ulps=1)
 def hardtanh(x: Interval, min_val: float = -1, max_val: float = 1) -> Interval:
-    return monotone(lambda t: aten.hardtanh(t, min_val, max_val), x)
+    return monotone(lambda t: aten.hardtanh(t, min_val, max_val), x, ulps=0)
 
 
-@rule(aten.hardtanh_backward.default)
+@rule(aten.hardtanh_backward.default, ulps=0)
 def hardtanh_backward(grad: Value, x: Value, min_val: float, max_val: float) -> Interval:
     """φ′ is 1 strictly between the corners and 0 elsewhere."""
     lower, upper = ends(x)
-    must = (lower > min_val) & (upper < max_val)
-    may = ~((upper <= min_val) | (lower >= max_val))  # true for a NaN
-    if not isinstance(x, Interval):
+    (min_least, min_greatest), (max_least, max_greatest) = ends(float(min_val)), ends(float(max_val))
+    must = (lower > min_greatest) & (upper < max_least)
+    may = ~((upper <= min_least) | (lower >= max_greatest))  # true for a NaN
+    if not isinstance(x, Interval) and not outward():
         return multiply(grad, may.to(lower.dtype))
     return multiply(grad, between(must.to(lower.dtype), may.to(lower.dtype)))
 
 
-@rule(aten.hardsigmoid.default)
+@rule(aten.hardsigmoid.default, ulps=0)
 def hardsigmoid(x: Interval) -> Interval:
-    return monotone(aten.hardsigmoid, x)
+    return evaluated(monotone(aten.hardsigmoid, x, ulps=_SIXTH_ULPS, absolute=8), 8, 8)
 
 
-_SIXTH = float(torch.tensor(1 / 6))  # PyTorch's kernel rounds 1/6 to float32 for every dtype
+_SIXTH = float(torch.tensor(1 / 6))  # PyTorch's kernel rounds 1/6 to float32 for every dtype:
+_SIXTH_ULPS = 2.0**30  # so that in float64 it loses half a unit of float32, as every operator does that uses it
 
 
-@rule(aten.hardsigmoid_backward.default)
+@rule(aten.hardsigmoid_backward.default, ulps=4)
 def hardsigmoid_backward(grad: Value, x: Value) -> Interval:
     """φ′ is 1/6 strictly between −3 and 3 and 0 elsewhere."""
 
     def slope(t: Tensor) -> Tensor:
         return torch.where(t.isnan(), t, aten.hardsigmoid_backward(torch.ones_like(t), t))
 
-    return _times_slope(grad, x, slope, [(-3.0, 0.0), (-3.0, _SIXTH), (3.0, _SIXTH), (3.0, 0.0)])
+    jumps = [(-3.0, 0.0), (-3.0, _SIXTH), (3.0, _SIXTH), (3.0, 0.0)]
+    return _times_slope(grad, x, slope, jumps, ulps=_SIXTH_ULPS)
 
 
-@rule(aten.hardswish.default)
+@rule(aten.hardswish.default, ulps=0)
 def hardswish(x: Interval) -> Interval:
-    return range_of(aten.hardswish, x, [(-1.5, -0.375)])
+    return evaluated(range_of(aten.hardswish, x, [(-1.5, -0.375)], ulps=_SIXTH_ULPS, absolute=16), 8, 16)
 
 
-@rule(aten.hardswish_backward.default)
+@rule(aten.hardswish_backward.default, ulps=4)
 def hardswish_backward(grad: Value, x: Value) -> Interval:
     """φ′ jumps at −3 from 0 to −1/2, rises to 3/2, and jumps at 3 to 1."""
 
     def slope(t: Tensor) -> Tensor:
         return torch.where(t.isnan(), t, aten.hardswish_backward(torch.ones_like(t), t))
 
-    return _times_slope(grad, x, slope, [(-3.0, 0.0), (-3.0, -0.5), (3.0, 1.5), (3.0, 1.0)])
+    jumps = [(-3.0, 0.0), (-3.0, -0.5), (3.0, 1.5), (3.0, 1.0)]
+    return _times_slope(grad, x, slope, jumps, ulps=_SIXTH_ULPS, absolute=8)
 
 
 # --- smooth activations: monotone between known critical points ---------------------------------------------
@@ -125,51 +142,72 @@ def _root(function: Callable[[float], float], a: float, b: float) -> float:
     return a
 
 
-@rule(aten.tanh.default)
+@rule(aten.tanh.default, ulps=4)
 def tanh(x: Interval) -> Interval:
-    return monotone(torch.tanh, x)
+    return monotone(torch.tanh, x, ulps=4)
 
 
-@rule(aten.tanh_backward.default)
+@rule(aten.tanh_backward.default, ulps=2)
 def tanh_backward(grad: Value, output: Value) -> Interval:
-    return _times_slope(grad, output, lambda y: 1 - y * y, [(0.0, 1.0)])
+    """1 − y² loses 2u where it cancels."""
+    return _times_slope(grad, output, lambda y: 1 - y * y, [(0.0, 1.0)], ulps=2, absolute=4)
 
 
-@rule(aten.sigmoid.default)
+@rule(aten.sigmoid.default, ulps=8)
 def sigmoid(x: Interval) -> Interval:
-    return monotone(torch.sigmoid, x)
+    """1/(1 + exp(−x)): three functions of 4u at most, none of which cancels."""
+    return monotone(torch.sigmoid, x, ulps=8)
 
 
-@rule(aten.sigmoid_backward.default)
+@rule(aten.sigmoid_backward.default, ulps=2)
 def sigmoid_backward(grad: Value, output: Value) -> Interval:
-    return _times_slope(grad, output, lambda y: y * (1 - y), [(0.5, 0.25)])
+    """y(1 − y) loses 2u where it cancels."""
+    return _times_slope(grad, output, lambda y: y * (1 - y), [(0.5, 0.25)], ulps=4, absolute=4)
 
 
-@rule(aten.softplus.default)
+@rule(aten.softplus.default, ulps=0)
 def softplus(x: Interval, beta: float = 1, threshold: float = 20) -> Interval:
-    """Increasing, but for a jump where it becomes the identity, which lies lower."""
+    """Increasing, but for a jump where it becomes the identity, which lies lower.
+
+    The product beta·x is rounded before exp, which costs |beta·x| u, at most 104 u in float32 and 745 u in float64
+    before exp underflows. Whether a value that close lies before or behind the jump is not known: its height is added.
+    """
     jump = threshold / beta
     before = (max(threshold, 0.0) + math.log1p(math.exp(-abs(threshold)))) / beta
-    return range_of(lambda t: aten.softplus(t, beta, threshold), x, [(jump, before), (jump, jump)])
+    height = abs(before - jump)
+    critical = [(jump, before), (jump, jump)]
+    absolute = 2 * height / rd.unit(x.dtype)
+    out = range_of(lambda t: aten.softplus(t, beta, threshold), x, critical, ulps=1024, absolute=absolute)
+    return evaluated(out, 128, 2 * height / rd.unit(torch.float32))
 
 
-@rule(aten.softplus_backward.default)
+@rule(aten.softplus_backward.default, ulps=2)
 def softplus_backward(grad: Value, x: Value, beta: float, threshold: float) -> Interval:
-    return _times_slope(grad, x, lambda t: torch.where(t * beta > threshold, 1.0, torch.sigmoid(t * beta)), [])
+    """The slope jumps to 1 by the logistic function's value at −threshold; its argument is rounded, as in the forward
+    pass.
+    """
+
+    def slope(t: Tensor) -> Tensor:
+        return torch.where(t * beta > threshold, 1.0, torch.sigmoid(t * beta))
+
+    height = 2 / (1 + math.exp(min(threshold, 700.0)))
+    return _times_slope(grad, x, slope, [], ulps=1024, height=height)
 
 
-@rule(aten.celu.default)
+@rule(aten.celu.default, ulps=0)
 def celu(x: Interval, alpha: float = 1) -> Interval:
     return elu(x, alpha, 1, 1 / alpha)
 
 
-@rule(aten.elu.default)
+@rule(aten.elu.default, ulps=0)
 def elu(x: Interval, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Interval:
     critical = [] if alpha * input_scale >= 0 and scale >= 0 else [(0.0, 0.0)]
-    return range_of(lambda t: aten.elu(t, alpha, scale, input_scale), x, critical)
+    absolute = 8 * abs(alpha * scale)  # what exp(t) − 1 may lose
+    out = range_of(lambda t: aten.elu(t, alpha, scale, input_scale), x, critical, ulps=16, absolute=absolute)
+    return evaluated(out, 16, absolute)
 
 
-@rule(aten.elu_backward.default)
+@rule(aten.elu_backward.default, ulps=2)
 def elu_backward(grad: Value, alpha: float, scale: float, input_scale: float, is_result: bool, x: Value) -> Interval:
     """φ′ jumps after 0 from scale·alpha·input_scale to scale; with ``is_result`` it is read off φ as scale·α + y."""
 
@@ -179,7 +217,8 @@ def elu_backward(grad: Value, alpha: float, scale: float, input_scale: float, is
         )
         return torch.where(t > 0, scale, below)
 
-    return _times_slope(grad, x, slope, [(0.0, alpha * scale * input_scale)])
+    absolute = 8 * abs(alpha * scale) * (1 + abs(input_scale))
+    return _times_slope(grad, x, slope, [(0.0, alpha * scale * input_scale)], ulps=16, absolute=absolute)
 
 
 _SQRT2 = math.sqrt(2)
@@ -220,19 +259,27 @@ _GELU_TANH_LEAST = (
 _GELU_TANH_BEND = _root(_gelu_tanh_curvature, 1.0, 2.0)
 
 
-@rule(aten.gelu.default)
+# What GELU, SiLU and their slopes lose: a few u of themselves, and of 1 + |x| where the Gaussian or logistic function
+# has not yet saturated (|x| < 9 or 20 in float32, 40 in float64); where it has, it is 0 or 1 exactly and so is the
+# truth, but for less than underflow. Their products x·φ cancel nowhere else.
+_SMOOTH = 256.0
+
+
+@rule(aten.gelu.default, ulps=0)
 def gelu(x: Interval, *, approximate: str = "none") -> Interval:
     least = (_GELU_MINIMUM, _GELU_LEAST) if approximate == "none" else (_GELU_TANH_MINIMUM, _GELU_TANH_LEAST)
-    return range_of(lambda t: aten.gelu(t, approximate=approximate), x, [least])
+    out = range_of(lambda t: aten.gelu(t, approximate=approximate), x, [least], ulps=16, absolute=_SMOOTH)
+    return evaluated(out, 16, _SMOOTH)
 
 
-@rule(aten.gelu_backward.default)
+@rule(aten.gelu_backward.default, ulps=2)
 def gelu_backward(grad: Value, x: Value, *, approximate: str = "none") -> Interval:
     if approximate == "none":
-        return _times_slope(grad, x, _gelu_slope, [(end, _gelu_slope_value(end)) for end in (-_SQRT2, _SQRT2)])
+        bends = [(end, _gelu_slope_value(end)) for end in (-_SQRT2, _SQRT2)]
+        return _times_slope(grad, x, _gelu_slope, bends, ulps=16, absolute=_SMOOTH)
     # The approximation's slope flattens out where tanh saturates; its further bends lie below rounding error.
     bends = [(end, _gelu_tanh_slope_value(end)) for end in (-_GELU_TANH_BEND, _GELU_TANH_BEND)]
-    return _times_slope(grad, x, _gelu_tanh_slope, bends)
+    return _times_slope(grad, x, _gelu_tanh_slope, bends, ulps=16, absolute=_SMOOTH)
 
 
 def _silu_slope_value(x: float) -> float:
@@ -250,21 +297,35 @@ _SILU_LEAST = _SILU_MINIMUM / (1 + math.exp(-_SILU_MINIMUM))
 _SILU_BEND = _root(_silu_curvature, 2.0, 3.0)
 
 
-@rule(aten.silu.default)
+@rule(aten.silu.default, ulps=0)
 def silu(x: Interval) -> Interval:
-    return range_of(aten.silu, x, [(_SILU_MINIMUM, _SILU_LEAST)])
+    return evaluated(range_of(aten.silu, x, [(_SILU_MINIMUM, _SILU_LEAST)], ulps=16, absolute=_SMOOTH), 16, _SMOOTH)
 
 
-@rule(aten.silu_backward.default)
+@rule(aten.silu_backward.default, ulps=2)
 def silu_backward(grad: Value, x: Value) -> Interval:
     def slope(t: Tensor) -> Tensor:
         s = torch.sigmoid(t)
         return s * (1 + t * (1 - s))
 
-    return _times_slope(grad, x, slope, [(end, _silu_slope_value(end)) for end in (-_SILU_BEND, _SILU_BEND)])
+    bends = [(end, _silu_slope_value(end)) for end in (-_SILU_BEND, _SILU_BEND)]
+    return _times_slope(grad, x, slope, bends, ulps=16, absolute=_SMOOTH)
 
 
 def _times_slope(
-    grad: Value, x: Value, slope: Callable[[Tensor], Tensor], critical: list[tuple[float, float]]
+    grad: Value,
+    x: Value,
+    slope: Callable[[Tensor], Tensor],
+    critical: list[tuple[float, float]],
+    *,
+    ulps: float,
+    absolute: float = 0.0,
+    height: float = 0.0,
 ) -> Interval:
-    return multiply(grad, range_of(slope, x, critical) if isinstance(x, Interval) else slope(x))
+    """The gradient times φ′, which is computed to within ``ulps`` u of itself plus ``absolute`` u plus ``height``."""
+    if not outward():
+        return multiply(grad, range_of(slope, x, critical, ulps=0) if isinstance(x, Interval) else slope(x))
+    x = x if isinstance(x, Interval) else Interval.point(x)
+    factor = range_of(slope, x, critical, ulps=ulps, absolute=absolute + height / rd.unit(x.dtype))
+    float32 = rd.unit(torch.float32)
+    return multiply(grad, evaluated(factor, min(ulps, 128), absolute + height / float32))

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from pyxai_bounds import ops
+from pyxai_bounds import rounding as rd
 from pyxai_bounds.interval import Interval
-from pyxai_bounds.rules.registry import RULES, Rule, Value, bilinear, rule
+from pyxai_bounds.rules.registry import RULES, Rule, Value, bilinear, in_float64, outward, plus, rule, total
 
 aten = torch.ops.aten
 
 
-@rule(aten.convolution.default)
+@rule(aten.convolution.default, precision="own", ulps=0)
 def convolution(
     x: Value,
     weight: Value,
@@ -29,22 +30,21 @@ def convolution(
     if _is_fused(x, weight, transposed) and not isinstance(bias, Interval):
         x = _in_fast_order(x)  # type: ignore[arg-type]
         args = (*(_pair(a) for a in (stride, padding, dilation)), groups)
-        mid, rad, _ = ops.interval_conv2d(x.mid, x.rad, weight, bias, *args, False)
+        mid, rad, _ = ops.interval_conv2d(x.mid, x.rad, weight, bias, *args, False, int(rd.mode()))
         return Interval.of(mid, rad)
 
     def product(a: Tensor, b: Tensor) -> Tensor:
         return aten.convolution(a, b, None, stride, padding, dilation, transposed, output_padding, groups)
 
-    if isinstance(x, Interval) or isinstance(weight, Interval):
-        out = bilinear(product, x, weight)
-    else:
-        out = Interval.of(product(x, weight), torch.zeros_like(product(x, weight)))
+    out = _product(product, x, weight, _terms(weight, transposed, groups))
+    if not isinstance(out, Interval):
+        out = Interval.point(out)
     if bias is None:
         return out
     per_channel = [1, -1] + [1] * (out.mid.dim() - 2)
     if isinstance(bias, Interval):
-        return Interval.of(out.mid + bias.mid.reshape(per_channel), out.rad + bias.rad.reshape(per_channel))
-    return Interval.of(out.mid + bias.reshape(per_channel), out.rad)
+        return plus(out, Interval.of(bias.mid.reshape(per_channel), bias.rad.reshape(per_channel)))
+    return plus(out, bias.reshape(per_channel))
 
 
 def convolution_backward(
@@ -64,29 +64,27 @@ def convolution_backward(
     results: list[Any] = [None, None, None]
     if output_mask[0]:
         if _is_fused(grad, weight, transposed):
-            args = (*(_pair(a) for a in (stride, padding, dilation)), groups)
-            results[0] = Interval.of(
-                *ops.interval_conv2d_backward(grad.mid, grad.rad, weight, None, list(x.shape), *args)  # type: ignore[union-attr]
-            )
+            assert isinstance(grad, Interval)
+            args = (list(x.shape), *(_pair(a) for a in (stride, padding, dilation)), groups, int(rd.mode()))
+            results[0] = Interval.of(*ops.interval_conv2d_backward(grad.mid, grad.rad, weight, None, *args))
         else:
             like_x = x.mid if isinstance(x, Interval) else x
 
             def input_grad(g: Tensor, w: Tensor) -> Tensor:
-                return aten.convolution_backward(g, like_x, w, None, *geometry, [True, False, False])[0]
+                return aten.convolution_backward(g, like_x.to(g.dtype), w, None, *geometry, [True, False, False])[0]
 
-            results[0] = _product(input_grad, grad, weight)
+            results[0] = _product(input_grad, grad, weight, _terms(weight, not transposed, groups))
     if output_mask[1]:
         like_weight = weight.mid if isinstance(weight, Interval) else weight
 
         def weight_grad(g: Tensor, i: Tensor) -> Tensor:
-            return aten.convolution_backward(g, i, like_weight, None, *geometry, [False, True, False])[1]
+            like = like_weight.to(g.dtype)
+            return aten.convolution_backward(g, i, like, None, *geometry, [False, True, False])[1]
 
-        results[1] = _product(weight_grad, grad, x)
+        results[1] = _product(weight_grad, grad, x, grad.shape.numel() // grad.shape[1])
     if output_mask[2]:
         over = [0, *range(2, len(grad.shape))]
-        results[2] = (
-            Interval.of(grad.mid.sum(over), grad.rad.sum(over)) if isinstance(grad, Interval) else grad.sum(over)
-        )
+        results[2] = total(grad, over) if isinstance(grad, Interval) else grad.sum(over)
     return results
 
 
@@ -99,13 +97,22 @@ class _ConvolutionBackward(Rule):
         return any(isinstance(arg, Interval) for arg in used)
 
 
-RULES[aten.convolution_backward.default] = _ConvolutionBackward(convolution_backward, frozenset({1, 2}))
+RULES[aten.convolution_backward.default] = _ConvolutionBackward(convolution_backward, frozenset({1, 2}), "own", 0.0)
 
 
-def _product(product: Any, a: Value, b: Value) -> Value:
+def _product(product: Any, a: Value, b: Value, terms: int) -> Value:
+    """Rounded outward in float64, where a sum of any length loses next to nothing."""
+    if outward():
+        a, b = in_float64(a), in_float64(b)
     if isinstance(a, Interval) or isinstance(b, Interval):
-        return bilinear(product, a, b)
+        return bilinear(product, a, b, terms)
     return product(a, b)
+
+
+def _terms(weight: Value, transposed: bool, groups: int) -> int:
+    """How many products an output element sums; the gradient of a convolution is a transposed one and vice versa."""
+    taps = weight.shape[2:].numel()
+    return (weight.shape[0] // groups if transposed else weight.shape[1]) * taps
 
 
 def _is_fused(x: Value, weight: Value, transposed: bool) -> bool:

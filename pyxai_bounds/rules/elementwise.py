@@ -7,28 +7,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyxai_bounds import rounding as rd
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.rules.registry import (
     Truth,
     UnsupportedArgumentsError,
     Value,
     between,
+    enclose,
     ends,
-    mid_of,
+    evaluated,
+    minus,
     monotone,
     multiply,
+    outward,
+    plus,
     range_of,
     rule,
+    settle,
 )
 
 aten = torch.ops.aten
-
-
-def _add(a: Any, b: Any, factor: float) -> Interval:
-    mid = mid_of(a) + factor * mid_of(b) if factor not in (1, -1) else _plus(mid_of(a), mid_of(b), factor)
-    rads = [r for r in (_radius(a, 1), _radius(b, abs(factor))) if r is not None]
-    rad = rads[0] if len(rads) == 1 else rads[0] + rads[1]
-    return Interval.of(mid, rad.expand_as(mid).to(mid.dtype))
 
 
 def _refuse_truth(a: Any, b: Any) -> None:
@@ -37,146 +36,151 @@ def _refuse_truth(a: Any, b: Any) -> None:
         raise UnsupportedArgumentsError("adds or multiplies truth values; use | and &, or convert them with .to(dtype)")
 
 
-def _plus(a: Any, b: Any, sign: float) -> Tensor:
-    return a + b if sign == 1 else a - b
+def _scaled(x: Any, factor: float) -> Any:
+    return multiply(x, factor) if isinstance(x, Interval) else x * factor
 
 
-def _radius(x: Any, factor: float) -> Tensor | None:
-    if not isinstance(x, Interval):
-        return None
-    return x.rad if factor == 1 else x.rad * factor
-
-
-@rule(aten.add.Tensor, aten.add.Scalar)
+@rule(aten.add.Tensor, aten.add.Scalar, precision="own", ulps=0)
 def add(a: Any, b: Any, alpha: float = 1) -> Interval:
     _refuse_truth(a, b)
-    return _add(a, b, alpha)
+    if alpha == 1:
+        return plus(a, b)
+    if alpha == -1:
+        return minus(a, b)
+    if outward() and isinstance(b, Tensor):
+        b = Interval.point(b)  # its product with alpha rounds
+    return plus(a, _scaled(b, alpha))
 
 
-@rule(aten.sub.Tensor, aten.sub.Scalar)
+@rule(aten.sub.Tensor, aten.sub.Scalar, precision="own", ulps=0)
 def sub(a: Any, b: Any, alpha: float = 1) -> Interval:
     if a is b and alpha == 1:
         return Interval.of(a.mid - a.mid, a.rad - a.rad)  # 0, or NaN where nothing is known
-    return _add(a, b, -alpha)
+    return add(a, b, -alpha)
 
 
-@rule(aten.rsub.Scalar, aten.rsub.Tensor)
+@rule(aten.rsub.Scalar, aten.rsub.Tensor, precision="own", ulps=0)
 def rsub(a: Any, b: Any, alpha: float = 1) -> Interval:
-    return _add(b, a, -alpha)
+    return add(b, a, -alpha)
 
 
-@rule(aten.neg.default)
+@rule(aten.neg.default, precision="exact")
 def neg(x: Interval) -> Interval:
     return Interval.of(-x.mid, x.rad)
 
 
-@rule(aten.mul.Tensor, aten.mul.Scalar)
+@rule(aten.mul.Tensor, aten.mul.Scalar, precision="own", ulps=0)
 def mul(a: Any, b: Any) -> Interval:
     _refuse_truth(a, b)
     return square(a) if a is b else multiply(a, b)
 
 
-@rule(aten.div.Tensor, aten.div.Scalar)
+@rule(aten.div.Tensor, aten.div.Scalar, ulps=3)
 def div(a: Any, b: Any) -> Interval:
+    """By a point it loses one rounding and underflow; a divisor of 0 gives infinities, which certify nothing."""
     if isinstance(b, Interval):
         return multiply(a, reciprocal(b))
-    return Interval.of(a.mid / b, a.rad / abs(b))
+    quotient = settle(a.mid / b, a.rad / abs(b), 2)
+    if not outward():
+        return quotient
+    some = (a.mid != 0) | (a.rad != 0)
+    return Interval.of(quotient.mid, quotient.rad + some.to(quotient.dtype) * (2 * rd.tiny(quotient.dtype)))
 
 
-@rule(aten.reciprocal.default)
+@rule(aten.reciprocal.default, ulps=2)
 def reciprocal(x: Interval) -> Interval:
     """Decreasing on either side of 0; a set that touches 0 has no bound, which is (0, ∞)."""
     lower, upper = ends(x)
-    out = between(1 / upper, 1 / lower)
+    out = enclose(1 / upper, 1 / lower, ulps=1)
     touches = ~((lower > 0) | (upper < 0))
     unbounded = torch.full_like(lower, float("inf"))
     return Interval.of(torch.where(touches, 0.0, out.mid), torch.where(touches, unbounded, out.rad))
 
 
-@rule(aten.abs.default)
+@rule(aten.abs.default, precision="exact")
 def abs_(x: Interval) -> Interval:
-    return range_of(torch.abs, x, [(0.0, 0.0)])
+    return range_of(torch.abs, x, [(0.0, 0.0)], ulps=0)
 
 
-@rule(aten.sign.default, aten.sgn.default)
+@rule(aten.sign.default, aten.sgn.default, precision="exact")
 def sign(x: Interval) -> Interval:
-    return monotone(lambda t: torch.where(t.isnan(), t, torch.sign(t)), x)
+    return monotone(lambda t: torch.where(t.isnan(), t, torch.sign(t)), x, ulps=0)
 
 
 def square(x: Interval) -> Interval:
-    return range_of(torch.square, x, [(0.0, 0.0)])
+    return evaluated(range_of(torch.square, x, [(0.0, 0.0)], ulps=2), 2)
 
 
-@rule(aten.pow.Tensor_Scalar)
+@rule(aten.pow.Tensor_Scalar, ulps=16)
 def pow_(x: Interval, exponent: float) -> Interval:
     """Negative powers are reciprocals; where a root meets a negative number the result is NaN, which has no bound."""
     if exponent < 0:
         return reciprocal(pow_(x, -exponent))
     if exponent == 0:
         return Interval.of(torch.ones_like(x.mid), torch.zeros_like(x.rad))
-    return range_of(lambda t: aten.pow(t, exponent), x, [(0.0, 0.0)] if exponent % 2 == 0 else [])
+    return range_of(lambda t: aten.pow(t, exponent), x, [(0.0, 0.0)] if exponent % 2 == 0 else [], ulps=8)
 
 
-@rule(aten.sqrt.default)
+@rule(aten.sqrt.default, ulps=2)
 def sqrt(x: Interval) -> Interval:
-    return monotone(torch.sqrt, x)
+    return monotone(torch.sqrt, x, ulps=2)
 
 
-@rule(aten.rsqrt.default)
+@rule(aten.rsqrt.default, ulps=4)
 def rsqrt(x: Interval) -> Interval:
     lower, upper = ends(x)
-    return between(torch.rsqrt(upper), torch.rsqrt(lower))
+    return enclose(torch.rsqrt(upper), torch.rsqrt(lower), ulps=4)
 
 
-@rule(aten.exp.default)
+@rule(aten.exp.default, ulps=4)
 def exp(x: Interval) -> Interval:
-    return monotone(torch.exp, x)
+    return monotone(torch.exp, x, ulps=4)
 
 
-@rule(aten.expm1.default)
+@rule(aten.expm1.default, ulps=4)
 def expm1(x: Interval) -> Interval:
-    return monotone(torch.expm1, x)
+    return monotone(torch.expm1, x, ulps=4)
 
 
-@rule(aten.log.default)
+@rule(aten.log.default, ulps=4)
 def log(x: Interval) -> Interval:
-    return monotone(torch.log, x)
+    return monotone(torch.log, x, ulps=4)
 
 
-@rule(aten.log1p.default)
+@rule(aten.log1p.default, ulps=4)
 def log1p(x: Interval) -> Interval:
-    return monotone(torch.log1p, x)
+    return monotone(torch.log1p, x, ulps=4)
 
 
-@rule(aten.erf.default)
+@rule(aten.erf.default, ulps=4)
 def erf(x: Interval) -> Interval:
-    return monotone(torch.erf, x)
+    return monotone(torch.erf, x, ulps=4)
 
 
-@rule(aten.clamp.default, aten.clamp.Tensor)
+@rule(aten.clamp.default, aten.clamp.Tensor, precision="exact")
 def clamp(x: Value, min: Any = None, max: Any = None) -> Interval:
     """Non-decreasing in the argument and in both limits."""
-    lows, highs = zip(*(ends(v) if isinstance(v, (Tensor, Interval)) else (v, v) for v in (x, min, max)), strict=True)
+    lows, highs = zip(*(ends(v) for v in (x, min, max)), strict=True)
     return between(torch.clamp(*lows), torch.clamp(*highs))
 
 
-@rule(aten.clamp_min.default)
+@rule(aten.clamp_min.default, precision="exact")
 def clamp_min(x: Interval, min: float) -> Interval:
     return clamp(x, min)
 
 
-@rule(aten.clamp_max.default)
+@rule(aten.clamp_max.default, precision="exact")
 def clamp_max(x: Interval, max: float) -> Interval:
     return clamp(x, None, max)
 
 
-@rule(aten.maximum.default)
+@rule(aten.maximum.default, precision="exact")
 def maximum(a: Value, b: Value) -> Interval:
     (al, au), (bl, bu) = ends(a), ends(b)
     return between(torch.maximum(al, bl), torch.maximum(au, bu))
 
 
-@rule(aten.minimum.default)
+@rule(aten.minimum.default, precision="exact")
 def minimum(a: Value, b: Value) -> Interval:
     (al, au), (bl, bu) = ends(a), ends(b)
     return between(torch.minimum(al, bl), torch.minimum(au, bu))

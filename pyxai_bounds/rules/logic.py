@@ -26,68 +26,68 @@ def _must_and_may(x: Value) -> tuple[Tensor, Tensor]:
     return (lower > 0) | (upper < 0), ~((lower == 0) & (upper == 0))
 
 
-@rule(aten.lt.Tensor, aten.lt.Scalar)
+@rule(aten.lt.Tensor, aten.lt.Scalar, precision="exact")
 def lt(a: Any, b: Any) -> Interval:
     (al, au), (bl, bu) = ends(a), ends(b)
     return _truth(au < bl, ~(al >= bu), a, b)
 
 
-@rule(aten.le.Tensor, aten.le.Scalar)
+@rule(aten.le.Tensor, aten.le.Scalar, precision="exact")
 def le(a: Any, b: Any) -> Interval:
     (al, au), (bl, bu) = ends(a), ends(b)
     return _truth(au <= bl, ~(al > bu), a, b)
 
 
-@rule(aten.gt.Tensor, aten.gt.Scalar)
+@rule(aten.gt.Tensor, aten.gt.Scalar, precision="exact")
 def gt(a: Any, b: Any) -> Interval:
     (al, au), (bl, bu) = ends(a), ends(b)
     return _truth(al > bu, ~(au <= bl), a, b)
 
 
-@rule(aten.ge.Tensor, aten.ge.Scalar)
+@rule(aten.ge.Tensor, aten.ge.Scalar, precision="exact")
 def ge(a: Any, b: Any) -> Interval:
     (al, au), (bl, bu) = ends(a), ends(b)
     return _truth(al >= bu, ~(au < bl), a, b)
 
 
-@rule(aten.eq.Tensor, aten.eq.Scalar)
+@rule(aten.eq.Tensor, aten.eq.Scalar, precision="exact")
 def eq(a: Any, b: Any) -> Interval:
     """Only points are known to be equal."""
     (al, au), (bl, bu) = ends(a), ends(b)
     return _truth((al == bu) & (au == bl), ~((au < bl) | (al > bu)), a, b)
 
 
-@rule(aten.ne.Tensor, aten.ne.Scalar)
+@rule(aten.ne.Tensor, aten.ne.Scalar, precision="exact")
 def ne(a: Any, b: Any) -> Interval:
     return logical_not(eq(a, b))
 
 
-@rule(aten.isnan.default)
+@rule(aten.isnan.default, precision="exact")
 def isnan(x: Interval) -> Interval:
     """Only where nothing finite is known may there be a NaN."""
     may = ~x.isfinite()
     return _truth(torch.zeros_like(may), may, x)
 
 
-@rule(aten.logical_not.default, aten.bitwise_not.default)
+@rule(aten.logical_not.default, aten.bitwise_not.default, precision="exact")
 def logical_not(x: Interval) -> Interval:
     must, may = _must_and_may(x)
     return _truth(~may, ~must, x)
 
 
-@rule(aten.logical_and.default, aten.bitwise_and.Tensor)
+@rule(aten.logical_and.default, aten.bitwise_and.Tensor, precision="exact")
 def logical_and(a: Value, b: Value) -> Interval:
     (must, may), (b_must, b_may) = _must_and_may(a), _must_and_may(b)
     return _truth(must & b_must, may & b_may, a, b)
 
 
-@rule(aten.logical_or.default, aten.bitwise_or.Tensor)
+@rule(aten.logical_or.default, aten.bitwise_or.Tensor, precision="exact")
 def logical_or(a: Value, b: Value) -> Interval:
     (must, may), (b_must, b_may) = _must_and_may(a), _must_and_may(b)
     return _truth(must | b_must, may | b_may, a, b)
 
 
-@rule(aten.where.self)
+@rule(aten.where.self, precision="exact")
 def where(condition: Value, a: Any, b: Any) -> Interval:
     """One branch where the condition is known, the hull of both where it is not."""
     mids = mid_of(a), mid_of(b)
@@ -108,7 +108,7 @@ def where(condition: Value, a: Any, b: Any) -> Interval:
     )
 
 
-@rule(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+@rule(aten.masked_fill.Scalar, aten.masked_fill.Tensor, precision="exact")
 def masked_fill(x: Value, mask: Value, value: Any) -> Interval:
     like = mid_of(x)
     if not isinstance(value, Interval):

@@ -2,26 +2,68 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyxai_bounds import ops
+from pyxai_bounds import rounding as rd
 from pyxai_bounds.interval import Interval
-from pyxai_bounds.rules.registry import RULES, Rule, UnsupportedArgumentsError, Value, rule
+from pyxai_bounds.rules.registry import (
+    RULES,
+    Rule,
+    UnsupportedArgumentsError,
+    Value,
+    enclose,
+    in_float64,
+    mid_of,
+    minus,
+    multiply,
+    narrow,
+    outward,
+    plus,
+    rule,
+    total,
+)
 
 aten = torch.ops.aten
 
 _MODE = "normalises with the statistics of the batch; call model.eval(), and keep track_running_stats=True"
 
 
-def _scale(weight: Tensor | None, variance: Tensor, eps: float) -> Tensor:
-    inverse = torch.rsqrt(variance + eps)
-    return inverse if weight is None else weight * inverse
+def _inverse(variance: Tensor, eps: float) -> Value:
+    """1/√(variance + eps): one sum, one reciprocal root."""
+    if not outward():
+        return torch.rsqrt(variance + eps)
+    root = torch.rsqrt(variance.double() + eps)
+    return enclose(root, root, ulps=8)
 
 
-@rule(aten.native_batch_norm.default)
+def _scale_shift(x: Interval, scale: Value, shift: Value | None) -> Interval:
+    """x·scale + shift per channel; scale and shift are computed in float64 where they must be enclosed."""
+    if isinstance(scale, Interval):
+        scale = narrow(scale, x.dtype)
+    if isinstance(shift, Interval):
+        shift = narrow(shift, x.dtype)
+    rads = [part.rad if isinstance(part, Interval) else None for part in (scale, shift)]
+    args = (mid_of(scale), mid_of(shift), *rads, int(rd.mode()))
+    return Interval.of(*ops.interval_scale_shift(x.mid, x.rad, *args))
+
+
+def _times(a: Value, b: Value | None) -> Value:
+    if b is None:
+        return a
+    return multiply(a, b) if isinstance(a, Interval) or isinstance(b, Interval) else b * a
+
+
+def _per_channel(x: Interval, dims: int) -> Interval:
+    shape = [1, -1] + [1] * (dims - 2)
+    return Interval.of(x.mid.reshape(shape), x.rad.reshape(shape))
+
+
+@rule(aten.native_batch_norm.default, precision="own", ulps=0)
 def native_batch_norm(
     x: Value,
     weight: Value | None,
@@ -34,15 +76,30 @@ def native_batch_norm(
 ) -> tuple[Interval, Tensor, Tensor]:
     if training or mean is None or variance is None:
         raise UnsupportedArgumentsError(_MODE)
-    if not isinstance(x, Interval) or isinstance(weight, Interval) or isinstance(bias, Interval):
-        raise UnsupportedArgumentsError("has a set for its weight or bias")
-    scale = _scale(weight, variance, eps)
-    shift = -mean * scale if bias is None else bias - mean * scale
+    if not isinstance(x, Interval):
+        x = Interval.point(x)
+    inverse = _inverse(variance, eps)
+    exact: Callable[[Any], Any] = in_float64 if outward() else lambda t: t
+    offset = _times(inverse, exact(mean))  # mean / √(variance + eps)
+    if isinstance(weight, Interval):
+        # Normalise first: the weight then meets (x − mean) once, and not x and the mean apart.
+        normal = _scale_shift(x, inverse, minus(0.0, offset) if isinstance(offset, Interval) else -offset)
+        out = multiply(normal, _per_channel(weight, len(x.shape)))
+        if bias is not None:
+            box = bias if isinstance(bias, Interval) else Interval.point(bias)
+            out = plus(out, _per_channel(box, len(x.shape)))
+    else:
+        scale, offset = _times(inverse, exact(weight)), _times(offset, exact(weight))
+        if isinstance(offset, Interval) or isinstance(bias, Interval):
+            shift: Value = minus(0.0 if bias is None else exact(bias), offset)
+        else:
+            shift = -offset if bias is None else bias - offset
+        out = _scale_shift(x, scale, shift)
     unused = x.mid.new_empty(0)  # the batch statistics, which inference does not compute
-    return Interval.of(*ops.interval_scale_shift(x.mid, x.rad, scale, shift)), unused, unused
+    return out, unused, unused
 
 
-@rule(aten._native_batch_norm_legit_no_training.default)
+@rule(aten._native_batch_norm_legit_no_training.default, precision="own", ulps=0)
 def batch_norm_no_training(
     x: Value, weight: Value | None, bias: Value | None, mean: Tensor, variance: Tensor, momentum: float, eps: float
 ) -> tuple[Interval, Tensor, Tensor]:
@@ -63,12 +120,17 @@ def native_batch_norm_backward(
 ) -> tuple[Any, Any, Any]:
     if train or variance is None:
         raise UnsupportedArgumentsError(_MODE)
-    if output_mask[1] or isinstance(weight, Interval) or not isinstance(grad, Interval):
-        raise UnsupportedArgumentsError("is asked for the gradient of its weight, or has a set for its weight")
-    over = [0, *range(2, len(grad.shape))]
-    bias_grad = Interval.of(grad.mid.sum(over), grad.rad.sum(over)) if output_mask[2] else None
-    scale = _scale(weight, variance, eps)
-    return Interval.of(*ops.interval_scale_shift(grad.mid, grad.rad, scale, None)), None, bias_grad
+    if output_mask[1]:
+        raise UnsupportedArgumentsError("is asked for the gradient of its weight")
+    if not isinstance(grad, Interval):
+        grad = Interval.point(grad)
+    bias_grad = total(grad, [0, *range(2, len(grad.shape))]) if output_mask[2] else None
+    inverse = _inverse(variance, eps)
+    if isinstance(weight, Interval):
+        out = multiply(_scale_shift(grad, inverse, None), _per_channel(weight, len(grad.shape)))
+    else:
+        out = _scale_shift(grad, _times(inverse, in_float64(weight) if outward() else weight), None)
+    return out, None, bias_grad
 
 
 class _BatchNormBackward(Rule):
@@ -80,4 +142,6 @@ class _BatchNormBackward(Rule):
         return any(isinstance(arg, Interval) for arg in used)
 
 
-RULES[aten.native_batch_norm_backward.default] = _BatchNormBackward(native_batch_norm_backward, frozenset({1}))
+RULES[aten.native_batch_norm_backward.default] = _BatchNormBackward(
+    native_batch_norm_backward, frozenset({1}), "own", 0.0
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,24 +16,24 @@ from pyxai_bounds.rules.registry import (
     Value,
     between,
     ends,
+    linear_map,
     mid_of,
     monotone,
     multiply,
     positive_linear,
-    rad_of,
     rule,
 )
 
 aten = torch.ops.aten
 
 
-@rule(aten.max_pool2d_with_indices.default)
+@rule(aten.max_pool2d_with_indices.default, precision="exact")
 def max_pool2d(x: Interval, *geometry: Any) -> tuple[Interval, object]:
     """The indices of a set have no single value; the backward side works from the input itself."""
-    return monotone(lambda t: aten.max_pool2d_with_indices(t, *geometry)[0], x), NO_VALUE
+    return monotone(lambda t: aten.max_pool2d_with_indices(t, *geometry)[0], x, ulps=0), NO_VALUE
 
 
-@rule(aten.max_pool2d_with_indices_backward.default, shape_only=("indices",))
+@rule(aten.max_pool2d_with_indices_backward.default, shape_only=("indices",), precision="own", ulps=0)
 def max_pool2d_backward(
     grad: Value,
     x: Value,
@@ -49,10 +50,10 @@ def max_pool2d_backward(
     and l_i ≥ u_j for all j after; it may iff u_i > l_j before and u_i ≥ l_j after.
     """
     if not isinstance(x, Interval):
+        assert isinstance(grad, Interval)
         geometry = (kernel, stride, padding, dilation, ceil_mode, indices)
-        return Interval.of(
-            aten.max_pool2d_with_indices_backward(mid_of(grad), x, *geometry),
-            aten.max_pool2d_with_indices_backward(rad_of(grad), x, *geometry),
+        return linear_map(
+            lambda t: aten.max_pool2d_with_indices_backward(t, x, *geometry), grad, math.prod(_pair(kernel))
         )
     kernel, padding, dilation = (_pair(v) for v in (kernel, padding, dilation))
     stride = _pair(stride or kernel)
@@ -67,7 +68,7 @@ def max_pool2d_backward(
     else:
         grad = grad.reshape(per_window)
     parts = multiply(grad, factor)
-    return Interval.of(windows.fold(parts.mid), windows.fold(parts.rad))
+    return linear_map(windows.fold, parts, math.prod(kernel))
 
 
 class _Windows:
@@ -114,20 +115,30 @@ def _pair(values: list[int]) -> list[int]:
     return list(values) * (2 // len(values))
 
 
-positive_linear(aten._adaptive_avg_pool2d.default, aten._adaptive_avg_pool3d.default)
 positive_linear(
-    aten._adaptive_avg_pool2d_backward.default, aten._adaptive_avg_pool3d_backward.default, shape_only=("self",)
+    aten._adaptive_avg_pool2d.default,
+    aten._adaptive_avg_pool3d.default,
+    terms=lambda x, size: math.prod(x.shape[-len(size) :]),
+)
+positive_linear(
+    aten._adaptive_avg_pool2d_backward.default,
+    aten._adaptive_avg_pool3d_backward.default,
+    shape_only=("self",),
+    terms=lambda grad, x: math.prod(grad.shape[1:]),
 )
 
 
 def _average(operator: OpOverload) -> None:
     """Average pools are linear; all coefficients have the sign of ``divisor_override``, which may be negative."""
+    backward = "backward" in operator.name()
 
     def apply(x: Interval, *args: Any) -> Interval:
         points = [mid_of(arg) for arg in args]
-        return Interval.of(operator(x.mid, *points), operator(x.rad, *points).abs())
+        kernel = args[1] if backward else args[0]
+        out = linear_map(lambda t: operator(t, *points), x, math.prod(kernel) ** (1 if len(kernel) > 1 else 3))
+        return Interval.of(out.mid, out.rad.abs())
 
-    rule(operator, shape_only=("self",) if "backward" in operator.name() else ())(apply)
+    rule(operator, shape_only=("self",) if backward else (), ulps=0)(apply)
 
 
 for _operator in (

@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.rules.elementwise import square
-from pyxai_bounds.rules.registry import NO_VALUE, UnsupportedArgumentsError, monotone, positive_linear, range_of, rule
+from pyxai_bounds.rules.registry import (
+    NO_VALUE,
+    UnsupportedArgumentsError,
+    evaluated,
+    monotone,
+    positive_linear,
+    range_of,
+    rule,
+    total,
+)
 
 aten = torch.ops.aten
+
+
+def _summed(x: Tensor, dim: Any = None, *args: Any, **kwargs: Any) -> int:
+    """How many elements a reduction over these dimensions takes together; all of them if none are named."""
+    if dim is None or dim == []:
+        return x.numel()
+    return math.prod(x.shape[d] for d in ([dim] if isinstance(dim, int) else dim))
+
 
 positive_linear(
     aten.sum.default,
@@ -18,53 +37,57 @@ positive_linear(
     aten.mean.default,
     aten.mean.dim,
     aten.cumsum.default,
+    terms=_summed,
 )
 
 
-@rule(aten.amax.default)
+@rule(aten.amax.default, precision="exact")
 def amax(x: Interval, *args: Any) -> Interval:
-    return monotone(lambda t: aten.amax(t, *args), x)
+    return monotone(lambda t: aten.amax(t, *args), x, ulps=0)
 
 
-@rule(aten.amin.default)
+@rule(aten.amin.default, precision="exact")
 def amin(x: Interval, *args: Any) -> Interval:
-    return monotone(lambda t: aten.amin(t, *args), x)
+    return monotone(lambda t: aten.amin(t, *args), x, ulps=0)
 
 
-@rule(aten.max.default)
+@rule(aten.max.default, precision="exact")
 def max_of_all(x: Interval) -> Interval:
-    return monotone(torch.max, x)
+    return monotone(torch.max, x, ulps=0)
 
 
-@rule(aten.min.default)
+@rule(aten.min.default, precision="exact")
 def min_of_all(x: Interval) -> Interval:
-    return monotone(torch.min, x)
+    return monotone(torch.min, x, ulps=0)
 
 
-@rule(aten.max.dim)
+@rule(aten.max.dim, precision="exact")
 def max_dim(x: Interval, *args: Any) -> tuple[Interval, object]:
-    return monotone(lambda t: torch.max(t, *args).values, x), NO_VALUE
+    return monotone(lambda t: torch.max(t, *args).values, x, ulps=0), NO_VALUE
 
 
-@rule(aten.min.dim)
+@rule(aten.min.dim, precision="exact")
 def min_dim(x: Interval, *args: Any) -> tuple[Interval, object]:
-    return monotone(lambda t: torch.min(t, *args).values, x), NO_VALUE
+    return monotone(lambda t: torch.min(t, *args).values, x, ulps=0), NO_VALUE
 
 
-@rule(aten.logsumexp.default)
+@rule(aten.logsumexp.default, ulps=0)
 def logsumexp(x: Interval, *args: Any) -> Interval:
-    return monotone(lambda t: aten.logsumexp(t, *args), x)
+    """max + log Σ exp(x − max): an exponential loses u|x − max| of itself, which is at most u/e, and the sum nu."""
+    absolute = 4 * _summed(x.mid, *args) + 16
+    return evaluated(monotone(lambda t: aten.logsumexp(t, *args), x, ulps=8, absolute=absolute), 8, absolute)
 
 
-@rule(aten.linalg_vector_norm.default)
+@rule(aten.linalg_vector_norm.default, ulps=0)
 def vector_norm(x: Interval, ord: float = 2, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Interval:
     """‖·‖ grows with every |component|."""
+    dims = list(range(len(x.shape))) if dim is None else [dim] if isinstance(dim, int) else dim
     if ord == 2:
-        total = square(x)
-        dims = list(range(len(x.shape))) if dim is None else dim
-        total = Interval.of(total.mid.sum(dims, keepdim), total.rad.sum(dims, keepdim))
-        return monotone(lambda t: t.clamp(min=0).sqrt(), total)
+        root = monotone(lambda t: t.clamp(min=0).sqrt(), total(square(x), dims, keepdim), ulps=2)
+        return evaluated(root, 2)
     if ord in (1, float("inf")):
-        magnitude = range_of(torch.abs, x, [(0.0, 0.0)])
-        return monotone(lambda t: aten.linalg_vector_norm(t, ord, dim, keepdim, **kwargs), magnitude)
+        magnitude = range_of(torch.abs, x, [(0.0, 0.0)], ulps=0)
+        count = _summed(x.mid, dims)
+        norm = monotone(lambda t: aten.linalg_vector_norm(t, ord, dim, keepdim, **kwargs), magnitude, ulps=count)
+        return evaluated(norm, count)
     raise UnsupportedArgumentsError(f"is a norm of order {ord}; 1, 2 and inf are supported")

@@ -1,10 +1,19 @@
-"""The table of rules, and what every rule may use: halves, hulls, products."""
+"""The table of rules, and what every rule may use: halves, hulls, products.
+
+A rule is written once for all modes of rounding. Rounded to nearest, it works in the dtype of its arguments. Rounded
+outward, most rules are *wide*: their arguments are converted to float64, which is exact, what they compute there is
+stepped outward by far more than float64 arithmetic loses, and the result is rounded outward to the dtype it should
+have. So for float32 the margins cost nothing. The hot operators keep their dtype and prove their own rounding.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import contextvars
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.utils._pytree as pytree
@@ -12,6 +21,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from pyxai_bounds import ops
+from pyxai_bounds import rounding as rd
 from pyxai_bounds.interval import Interval
 
 
@@ -19,10 +29,24 @@ class UnsupportedArgumentsError(NotImplementedError):
     """Raised by a rule for arguments that it cannot bound; the message completes 'this operator …'."""
 
 
+Precision = Literal["exact", "own", "wide"]
+
+
 @dataclass(frozen=True)
 class Rule:
+    """How to bound one operator.
+
+    precision: what the rule needs where bounds are proofs. "exact": it only moves, negates or selects numbers, so
+    that a point stays a point; "own": it keeps its arguments' dtype and covers its rounding itself; "wide": see above.
+    ulps: how much more float32 arithmetic may lose than the rule covers already, in units of u·|result|; None if
+    nothing is known, so that ``semantics="float32"`` is refused.
+    """
+
     function: Callable[..., Any]
     shape_only: frozenset[int]  # positions of arguments of which the result uses no value
+    precision: Precision = "wide"
+    ulps: float | None = None
+    set_first: int = 0  # the argument that becomes a set where only points come in, and the operator rounds
 
     def takes_sets(self, args: tuple, kwargs: dict) -> bool:
         """Does the result depend on the value of any Interval argument? If not, a point stays a point."""
@@ -33,13 +57,21 @@ class Rule:
 RULES: dict[OpOverload, Rule] = {}
 
 
-def rule(*operators: OpOverload, shape_only: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
-    """Register a function as the rule of the operators. ``shape_only`` names arguments whose value is unused."""
+def rule(
+    *operators: OpOverload,
+    shape_only: tuple[str, ...] = (),
+    precision: Precision = "wide",
+    ulps: float | None = None,
+    set_first: str | None = None,
+) -> Callable[[Callable], Callable]:
+    """Register a function as the rule of the operators; see :class:`Rule`. Arguments are named as in their schemas."""
 
     def register(function: Callable) -> Callable:
         for op in operators:
             names = [argument.name for argument in op._schema.arguments]
-            RULES[op] = Rule(function, frozenset(names.index(name) for name in shape_only if name in names))
+            ignored = frozenset(names.index(name) for name in shape_only if name in names)
+            first = names.index(set_first) if set_first else next((i for i in range(len(names)) if i not in ignored), 0)
+            RULES[op] = Rule(function, ignored, precision, 0.0 if precision == "exact" else ulps, first)
         return function
 
     return register
@@ -79,56 +111,217 @@ def rad_of(x: Any) -> Any:
     return x.rad if isinstance(x, Interval) else torch.zeros_like(x)
 
 
-def ends(x: Value) -> tuple[Tensor, Tensor]:
-    """Lower and upper end points; of a point, the point twice."""
-    return (x.mid - x.rad, x.mid + x.rad) if isinstance(x, Interval) else (x, x)
+Product = Literal["rump", "exact"]
+_product: contextvars.ContextVar[Product] = contextvars.ContextVar("pyxai_bounds_product", default="rump")
+
+
+@contextlib.contextmanager
+def use_product(kind: Product) -> Iterator[None]:
+    """Bound products of two sets in this way inside the ``with`` block."""
+    token = _product.set(kind)
+    try:
+        yield
+    finally:
+        _product.reset(token)
+
+
+def exact_product() -> bool:
+    """Are matrix products and convolutions of two sets to be exact?"""
+    return _product.get() == "exact"
+
+
+def outward() -> bool:
+    """Are the bounds that are being built proofs?"""
+    return rd.mode() != rd.Rounding.NEAREST
+
+
+def ends(x: Any) -> tuple[Any, Any]:
+    """Lower and upper end points; of a point, the point twice. Rounded outward they lie on or outside the set's."""
+    if isinstance(x, float) and rd.mode() == rd.Rounding.EVALUATED:
+        stored = float(torch.tensor(x, dtype=torch.float32))  # a number in the program is one of the dtype when it runs
+        return min(x, stored), max(x, stored)
+    if not isinstance(x, Interval):
+        return x, x
+    lower, upper = x.mid - x.rad, x.mid + x.rad
+    if not outward():
+        return lower, upper
+    is_point = x.rad == 0
+    return torch.where(is_point, x.mid, rd.down(lower)), torch.where(is_point, x.mid, rd.up(upper))
 
 
 def between(lower: Tensor, upper: Tensor) -> Interval:
-    """The set with these end points."""
-    return Interval.of((lower + upper) * 0.5, (upper - lower) * 0.5)
+    """The set with these end points. Rounded outward, its radius covers the rounding of midpoint, radius and halves."""
+    mid, rad = (lower + upper) * 0.5, (upper - lower) * 0.5
+    if outward():
+        lost = mid.detach().abs() * (4 * rd.unit(mid.dtype))
+        rad = torch.where(lower == upper, rad, rd.up(rad + lost, underflows=True))
+    return Interval.of(mid, rad)
 
 
-def bilinear(product: Callable[[Tensor, Tensor], Tensor], a: Value, b: Value) -> Interval:
-    """Any product that is linear in both arguments with non-negative coefficients (a matrix product, a convolution).
+def settle(mid: Tensor, rad: Tensor, roundings: int = 1) -> Interval:
+    """A set whose midpoint was computed with so many roundings of its own size, and its radius with a few.
+
+    Rounded outward, the radius covers them; 0 ± 0 stays a point, for a sum is exact where it is 0.
+    """
+    if not outward():
+        return Interval.of(mid, rad)
+    u = rd.unit(mid.dtype)
+    return Interval.of(mid, (rad + mid.detach().abs() * (roundings * u)) * (1 + 16 * u))
+
+
+def enclose(lower: Tensor, upper: Tensor, ulps: float, absolute: float = 0.0) -> Interval:
+    """The set between two computed values, each off by at most ``ulps`` u of itself, ``absolute`` u, and underflow."""
+    if outward():
+        u = rd.unit(lower.dtype)
+        lower = lower - (lower.detach().abs() * (ulps * u) + (absolute * u + 2 * rd.tiny(lower.dtype)))
+        upper = upper + (upper.detach().abs() * (ulps * u) + (absolute * u + 2 * rd.tiny(upper.dtype)))
+        lower, upper = rd.down(lower), rd.up(upper)
+    return between(lower, upper)
+
+
+def evaluated(x: Interval, ulps: float | Tensor | None, absolute: float | Tensor = 0.0) -> Interval:
+    """The set, and what float32 arithmetic may make of its members: off by ``ulps`` u of themselves plus ``absolute``
+    u.
+
+    Only ``semantics="float32"`` asks for that; a rule for which nothing is known then refuses.
+    """
+    if rd.mode() != rd.Rounding.EVALUATED:
+        return x
+    if ulps is None:
+        raise UnsupportedArgumentsError("has no bound on what float32 arithmetic makes of it; use semantics='real'")
+    if not isinstance(ulps, Tensor) and not isinstance(absolute, Tensor) and ulps == absolute == 0:
+        return x
+    u = rd.unit(torch.float32)
+    reach = x.mid.detach().abs() + x.rad.detach()
+    some = reach != 0
+    spread = reach * (ulps * u) + some.to(x.dtype) * (absolute * u + 2 * rd.tiny(torch.float32))
+    return settle(x.mid, x.rad + spread, 0)
+
+
+def linear_map(function: Callable[[Tensor], Tensor], x: Interval, terms: int) -> Interval:
+    """The image under a linear map with non-negative coefficients, each element a sum of at most ``terms`` terms.
+
+    The coefficients may be rounded themselves (a mean's 1/n), which counts as one more rounding.
+    """
+    if not outward():
+        return Interval.of(function(x.mid), function(x.rad))
+    return Interval.of(function(x.mid), function(rd.widen(x.mid, x.rad, rd.errors(terms, x.dtype))))
+
+
+def total(x: Interval, dims: Sequence[int], keepdim: bool = False) -> Interval:
+    """The sum over dimensions."""
+    return linear_map(lambda t: t.sum(list(dims), keepdim), x, math.prod(x.shape[d] for d in dims))
+
+
+def bilinear(product: Callable[[Tensor, Tensor], Tensor], a: Value, b: Value, terms: int) -> Interval:
+    """Any product that is linear in both arguments with non-negative coefficients (a matrix product, a convolution),
+    each element a sum of at most ``terms`` products.
 
     A point factor gives the exact range: mid′ = a·mid, rad′ = |a|·rad. Two sets take Rump's midpoint-radius product
-    |ma|·rb + ra·(|mb| + rb), at most 1.5 times too wide (Rump, BIT 39, 1999).
+    |ma|·rb + ra·(|mb| + rb), at most 1.5 times too wide (Rump, BIT 39, 1999). Rounded outward, the radius that is
+    multiplied is widened by what the midpoints' product loses.
     """
     mid = product(mid_of(a), mid_of(b))
+    if not outward():
+        if not isinstance(b, Interval):
+            return Interval.of(mid, product(rad_of(a), b.abs()))
+        rad = product(mid_of(a).abs(), b.rad)
+        if isinstance(a, Interval):
+            rad = rad + product(a.rad, b.mid.abs() + b.rad)
+        return Interval.of(mid, rad)
+    lost = rd.errors(terms, mid.dtype)
     if not isinstance(b, Interval):
-        return Interval.of(mid, product(rad_of(a), b.abs()))
-    rad = product(mid_of(a).abs(), b.rad)
+        return Interval.of(
+            mid, product(rd.widen(mid_of(a), a.rad if isinstance(a, Interval) else None, lost), rd.magnitude(b))
+        )
+    rad = product(rd.magnitude(mid_of(a)), rd.widen(b.mid, b.rad, lost))
     if isinstance(a, Interval):
-        rad = rad + product(a.rad, b.mid.abs() + b.rad)
+        spread = rd.widen(torch.zeros_like(a.rad), a.rad, lost)
+        rad = rd.up(rad + product(spread, rd.magnitude(rd.up(b.mid.abs() + b.rad))))
     return Interval.of(mid, rad)
 
 
 def multiply(a: Any, b: Any) -> Interval:
-    """Elementwise product with broadcasting; exact for two sets as for a set and a point or number."""
+    """Elementwise product with broadcasting; exact for two sets as for a set and a point or number.
+
+    Rounded outward, a product with a point loses one rounding, and underflow where neither factor is 0.
+    """
     if isinstance(a, Interval) and isinstance(b, Interval):
         parts = torch.broadcast_tensors(a.mid, a.rad, b.mid, b.rad)
-        return Interval.of(*ops.interval_mul(*parts))
+        return Interval.of(*ops.interval_mul(*parts, int(rd.mode())))
     if not isinstance(a, Interval):
         a, b = b, a
     if isinstance(b, Tensor) and b.dtype == torch.bool:
         return Interval.of(a.mid * b, a.rad * b)
-    return Interval.of(a.mid * b, a.rad * abs(b))
+    if not isinstance(b, Tensor) and abs(b) == 1:
+        return Interval.of(a.mid * b, a.rad * 1)
+    product = settle(a.mid * b, a.rad * abs(b), 2)  # a number is rounded to the dtype first
+    if not outward():
+        return product
+    some = ((a.mid != 0) | (a.rad != 0)) & (b != 0)
+    return evaluated(Interval.of(product.mid, product.rad + some.to(product.dtype) * (2 * rd.tiny(product.dtype))), 2)
 
 
-def monotone(function: Callable[[Tensor], Tensor], x: Interval) -> Interval:
-    """The range of a non-decreasing function."""
+def plus(a: Any, b: Any) -> Interval:
+    """Elementwise sum with broadcasting. Rounded outward, it loses one rounding; a number is rounded to the dtype."""
+    return _sum(mid_of(a) + mid_of(b), a, b)
+
+
+def minus(a: Any, b: Any) -> Interval:
+    """Elementwise difference; see :func:`plus`."""
+    return _sum(mid_of(a) - mid_of(b), a, b)
+
+
+def _sum(mid: Tensor, a: Any, b: Any) -> Interval:
+    rads = [x.rad for x in (a, b) if isinstance(x, Interval)]
+    rad = (rads[0] if len(rads) == 1 else rads[0] + rads[1]).expand_as(mid).to(mid.dtype)
+    if outward():
+        rad = rad + sum(rd.unit(mid.dtype) * abs(x) for x in (a, b) if isinstance(x, float) and not x.is_integer())
+    return evaluated(settle(mid, rad), 2)
+
+
+def in_float64(x: Any) -> Any:
+    """Floating tensors and sets converted to float64, which is exact; anything else as it is."""
+    if isinstance(x, Interval):
+        return x if x.dtype == torch.float64 else type(x).of(x.mid.double(), x.rad.double())
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def narrow(x: Interval, dtype: torch.dtype) -> Interval:
+    """The set in ``dtype``; its radius covers what the midpoint and the radius itself are rounded by."""
+    if x.dtype == dtype:
+        return x
+    mid = x.mid.to(dtype)
+    if torch.promote_types(x.dtype, dtype) == dtype or isinstance(x, Truth):
+        return type(x).of(mid, x.rad.to(dtype))
+    moved = (x.mid - mid.to(x.dtype)).detach().abs()  # exact, or off by a rounding where the two differ much
+    return Interval.of(mid, rd.narrow_up(rd.up(x.rad + rd.up(moved)), dtype))
+
+
+def monotone(function: Callable[[Tensor], Tensor], x: Interval, *, ulps: float, absolute: float = 0.0) -> Interval:
+    """The range of a non-decreasing function, computed to within ``ulps`` u of itself plus ``absolute`` u.
+
+    0 is for functions that select, which do not round; the libraries' exp, log, tanh, … keep within 4.
+    """
     lower, upper = ends(x)
-    return between(function(lower), function(upper))
+    if ulps == absolute == 0:
+        return between(function(lower), function(upper))
+    return enclose(function(lower), function(upper), ulps, absolute)
 
 
 def range_of(
-    function: Callable[[Tensor], Tensor], x: Interval, critical: Sequence[tuple[float, float]] = ()
+    function: Callable[[Tensor], Tensor],
+    x: Interval,
+    critical: Sequence[tuple[float, float]] = (),
+    *,
+    ulps: float,
+    absolute: float = 0.0,
 ) -> Interval:
     """The range of a function that is monotone between its critical points, given as (point, value) pairs.
 
     A function that jumps lists the point of the jump once with each one-sided limit. A set of one element takes
-    the function's own value there.
+    the function's own value there. Errors are given as in :func:`monotone`, and cover the critical values; around a
+    critical point that is itself rounded the function is flat, so that its rounding costs the square of u.
     """
     lower, upper = ends(x)
     at_lower, at_upper = function(lower), function(upper)
@@ -137,14 +330,18 @@ def range_of(
         inside = (lower <= point) & (point <= upper) & (lower < upper)
         least = torch.where(inside, least.clamp(max=value), least)
         greatest = torch.where(inside, greatest.clamp(min=value), greatest)
-    return between(least, greatest)
+    return between(least, greatest) if ulps == absolute == 0 else enclose(least, greatest, ulps, absolute)
 
 
-def positive_linear(*operators: OpOverload, shape_only: tuple[str, ...] = ()) -> None:
+def positive_linear(
+    *operators: OpOverload, shape_only: tuple[str, ...] = (), terms: Callable[..., int] | None = None
+) -> None:
     """Register operators that are linear with non-negative coefficients in all their floating arguments together.
 
     Rearrangements, sums and averages are of this kind. The midpoints go through the operator, and so do the radii,
     where a point counts as zeros (an integer one too: it is promoted); indices, masks and numbers go through unchanged.
+    ``terms`` says, from the operator's arguments with midpoints for sets, how many terms a result may sum; without it
+    the operator only moves numbers.
     """
     for op in operators:
         names = [argument.name for argument in op._schema.arguments]
@@ -156,8 +353,18 @@ def positive_linear(*operators: OpOverload, shape_only: tuple[str, ...] = ()) ->
                 picked = [mid_of(a) if i in _ignored else pytree.tree_map(pick, a) for i, a in enumerate(args)]
                 return _op(*picked, **kwargs)
 
+            radius_part = _radius_part
+            if terms is not None and outward():
+                dtype = next(leaf.dtype for leaf in pytree.tree_leaves(args) if isinstance(leaf, Interval))
+                lost = rd.errors(terms(*pytree.tree_map(mid_of, args), **kwargs), dtype)
+
+                def radius_part(x: Any) -> Any:
+                    if not isinstance(x, Interval | Tensor):
+                        return x
+                    return rd.widen(mid_of(x).to(dtype), x.rad if isinstance(x, Interval) else None, lost)
+
             leaves = pytree.tree_leaves(args)
-            mids, rads = part(mid_of), part(_radius_part)
+            mids, rads = part(mid_of), part(radius_part)
             kind = Interval
             if any(isinstance(leaf, Truth) for leaf in leaves):
                 # Rearranged truth values are truth values; summed ones are numbers.
@@ -167,7 +374,7 @@ def positive_linear(*operators: OpOverload, shape_only: tuple[str, ...] = ()) ->
                 return kind.of(mids, rads)
             return [kind.of(mid, rad) for mid, rad in zip(mids, rads, strict=True)]
 
-        rule(op, shape_only=shape_only)(apply)
+        rule(op, shape_only=shape_only, precision="exact" if terms is None else "wide", ulps=0)(apply)
 
 
 def _radius_part(x: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from enum import IntEnum
 from typing import Any
 
@@ -9,17 +10,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyxai_bounds import rounding as rd
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.rules.registry import (
     UnsupportedArgumentsError,
     Value,
-    between,
+    enclose,
     ends,
+    evaluated,
+    linear_map,
     mid_of,
+    minus,
     multiply,
+    outward,
     rad_of,
     range_of,
     rule,
+    settle,
+    total,
 )
 
 aten = torch.ops.aten
@@ -28,7 +36,18 @@ aten = torch.ops.aten
 def _log_odds(x: Interval, dim: int) -> tuple[Tensor, Tensor]:
     """Bounds of x_j − log Σ_{k≠j} exp x_k, the logit of p_j: least where x_j is least and all others greatest."""
     lower, upper = ends(x)
-    return lower - _log_sum_of_others(upper, dim), upper - _log_sum_of_others(lower, dim)
+    least, greatest = lower - _log_sum_of_others(upper, dim), upper - _log_sum_of_others(lower, dim)
+    if outward():
+        # Each of the sum's steps loses a few u of 1 + its value, which lies within log n of the greatest |x|.
+        count = x.shape[dim]
+        lost = (_size(x, dim) + (2 + math.log(count))) * ((8 * count + 32) * rd.unit(x.dtype))
+        least, greatest = least - lost, greatest + lost
+    return least, greatest
+
+
+def _size(x: Interval, dim: int) -> Tensor:
+    """The greatest |x| along the dimension."""
+    return (x.mid.detach().abs() + x.rad.detach()).amax(dim, keepdim=True)
 
 
 def _log_sum_of_others(x: Tensor, dim: int) -> Tensor:
@@ -41,46 +60,58 @@ def _log_sum_before(x: Tensor, dim: int) -> Tensor:
     return torch.cat((first, torch.logcumsumexp(x.narrow(dim, 0, x.shape[dim] - 1), dim)), dim)
 
 
-@rule(aten._softmax.default)
+@rule(aten._softmax.default, ulps=0)
 def softmax(x: Interval, dim: int, half_to_float: bool) -> Interval:
+    """Evaluated as exp(x − max)/Σ: the difference loses u of itself, which exp makes a relative error, the sum nu."""
     lower, upper = _log_odds(x, dim)
-    return between(torch.sigmoid(lower), torch.sigmoid(upper))
+    out = enclose(torch.sigmoid(lower), torch.sigmoid(upper), ulps=8)
+    return evaluated(out, 4 * _size(x, dim) + (x.shape[dim] + 16))
 
 
-@rule(aten._log_softmax.default)
+@rule(aten._log_softmax.default, ulps=0)
 def log_softmax(x: Interval, dim: int, half_to_float: bool) -> Interval:
+    """Evaluated as x − max − log Σ exp(x − max): each term loses a few u of |x|, the sum nu."""
     lower, upper = _log_odds(x, dim)
-    return between(F.logsigmoid(lower), F.logsigmoid(upper))
+    out = enclose(F.logsigmoid(lower), F.logsigmoid(upper), ulps=8)
+    return evaluated(out, 4, 4 * _size(x, dim) + (4 * x.shape[dim] + 32))
 
 
-@rule(aten._softmax_backward_data.default)
+@rule(aten._softmax_backward_data.default, ulps=0)
 def softmax_backward(grad: Value, output: Value, dim: int, input_dtype: torch.dtype) -> Interval:
     """p_j·(g_j − Σ_k g_k p_k), written as g_j·p_j(1 − p_j) − p_j·Σ_{k≠j} g_k p_k to use p_j's own range once."""
     if not isinstance(output, Interval):
         weighted = multiply(grad, output)
-        total = Interval.of(weighted.mid.sum(dim, keepdim=True), weighted.rad.sum(dim, keepdim=True))
-        return multiply(Interval.of(mid_of(grad) - total.mid, rad_of(grad) + total.rad), output)
-    own = multiply(grad, range_of(lambda p: p * (1 - p), output, [(0.5, 0.25)]))
+        return multiply(minus(grad, total(weighted, [dim], keepdim=True)), output)
+    own = multiply(grad, range_of(lambda p: p * (1 - p), output, [(0.5, 0.25)], ulps=4, absolute=4))
     terms = multiply(grad, output)
-    others = Interval.of(
-        terms.mid.sum(dim, keepdim=True) - terms.mid,
-        (terms.rad.sum(dim, keepdim=True) - terms.rad).clamp(min=0),
-    )
-    cross = multiply(output, others)
-    return Interval.of(own.mid - cross.mid, own.rad + cross.rad)
+    summed = total(terms, [dim], keepdim=True)
+    others = minus(summed, Interval.of(terms.mid, -terms.rad))  # the sum without j has the radius without j's
+    others = Interval.of(others.mid, others.rad.clamp(min=0))
+    if outward():
+        lost = (summed.mid.abs() + summed.rad + terms.mid.abs() + terms.rad) * (8 * rd.unit(terms.dtype))
+        others = Interval.of(others.mid, others.rad + lost)
+    out = minus(own, multiply(output, others))
+    if rd.mode() == rd.Rounding.EVALUATED:
+        # What p·(g − Σ g p) loses in float32, whatever the form in which its range was found here.
+        grad_size = mid_of(grad).abs() + rad_of(grad)
+        output_size = output.mid.abs() + output.rad
+        reach = output_size * (grad_size + (grad_size * output_size).sum(dim, keepdim=True))
+        out = settle(out.mid, out.rad + reach * ((output.shape[dim] + 16) * rd.unit(torch.float32)))
+    return out
 
 
-@rule(aten._log_softmax_backward_data.default)
+@rule(aten._log_softmax_backward_data.default, ulps=0)
 def log_softmax_backward(grad: Value, output: Value, dim: int, input_dtype: torch.dtype) -> Interval:
     """g_j − p_j·Σ_k g_k."""
-    if isinstance(output, Interval):
+    if isinstance(output, Interval) or outward():
         lower, upper = ends(output)
-        probability: Value = between(torch.exp(lower), torch.exp(upper))
+        probability: Value = evaluated(enclose(torch.exp(lower), torch.exp(upper), ulps=4), 4)
     else:
         probability = torch.exp(output)
-    total = Interval.of(mid_of(grad).sum(dim, keepdim=True), rad_of(grad).sum(dim, keepdim=True))
-    product = multiply(probability, total if isinstance(grad, Interval) else total.mid)
-    return Interval.of(mid_of(grad) - product.mid, rad_of(grad) + product.rad)
+    summed = total(grad, [dim], keepdim=True) if isinstance(grad, Interval) else grad.sum(dim, keepdim=True)
+    if outward() and not isinstance(summed, Interval):
+        summed = total(Interval.point(mid_of(grad)), [dim], keepdim=True)
+    return minus(grad, multiply(probability, summed))
 
 
 class Reduction(IntEnum):
@@ -91,7 +122,7 @@ class Reduction(IntEnum):
     SUM = 2
 
 
-@rule(aten.nll_loss_forward.default)
+@rule(aten.nll_loss_forward.default, ulps=0)
 def nll_loss(
     x: Interval, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int
 ) -> tuple[Interval, Tensor]:
@@ -101,18 +132,20 @@ def nll_loss(
     """
     if isinstance(weight, Interval):
         raise UnsupportedArgumentsError("has a set for its class weights")
-    mid, total = aten.nll_loss_forward(x.mid, target, weight, reduction, ignore_index)
+    if weight is not None and outward() and reduction == Reduction.MEAN:
+        raise UnsupportedArgumentsError("divides by the sum of its class weights; use reduction='sum' or 'none'")
+    mid, count = aten.nll_loss_forward(x.mid, target, weight, reduction, ignore_index)
+    rad = rd.widen(x.mid, x.rad, rd.errors(target.numel() + 2, x.dtype)) if outward() else x.rad
     if weight is None:
-        rad = -aten.nll_loss_forward(x.rad, target, None, reduction, ignore_index)[0]
-        return Interval.of(mid, rad), total
+        return Interval.of(mid, -aten.nll_loss_forward(rad, target, None, reduction, ignore_index)[0]), count
     summed = Reduction.NONE if reduction == Reduction.NONE else Reduction.SUM
-    rad = -aten.nll_loss_forward(x.rad, target, weight.abs(), summed, ignore_index)[0]
-    return Interval.of(mid, rad / total.abs() if reduction == Reduction.MEAN else rad), total
+    rad = -aten.nll_loss_forward(rad, target, rd.magnitude(weight), summed, ignore_index)[0]
+    return Interval.of(mid, rad / count.abs() if reduction == Reduction.MEAN else rad), count
 
 
-@rule(aten.nll_loss_backward.default, shape_only=("self",))
+@rule(aten.nll_loss_backward.default, shape_only=("self",), ulps=2)
 def nll_loss_backward(grad: Interval, x: Value, *args: Any) -> Interval:
-    like = mid_of(x)
-    return Interval.of(
-        aten.nll_loss_backward(grad.mid, like, *args), aten.nll_loss_backward(grad.rad, like, *args).abs()
-    )
+    """One product with the class weight, one quotient by the number of samples."""
+    like = mid_of(x).to(grad.dtype)
+    out = linear_map(lambda t: aten.nll_loss_backward(t, like, *args), grad, 4)
+    return Interval.of(out.mid, out.rad.abs())

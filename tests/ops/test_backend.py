@@ -7,10 +7,10 @@ import warnings
 import pytest
 import torch
 
-from pyxai_bounds import ops
+from pyxai_bounds import ops, rounding
 from pyxai_bounds.ops import native, reference
 
-from .cases import LEVELS, assert_identical, box, level, needs_native
+from .cases import LEVELS, assert_identical, box, level, nasty_box, needs_native
 
 
 def test_the_test_environment_has_the_native_backend():
@@ -138,3 +138,24 @@ def test_operators_do_not_write_to_their_inputs(backend):
         ops.interval_linear_backward(*grad, weight, state)
         ops.interval_relu_backward(*grad, state)
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("level_name", LEVELS)
+def test_native_stages_of_outward_rounding_agree(dtype: torch.dtype, level_name: str) -> None:
+    """widen and magnitude, to the last bit: zeros stay zeros, subnormals are lifted, NaN and infinity stay."""
+    mid, rad = (t.clone() for t in nasty_box(1003, dtype=dtype))
+    mid[5], mid[9], rad[11] = torch.inf, torch.finfo(dtype).smallest_normal / 8, torch.nan
+    mid[::7], rad[::14] = 0, 0
+    lost = rounding.errors(100, dtype, rounding.Rounding.OUTWARD)
+    with level(level_name):
+        pairs = (
+            (native.widen(mid, rad, lost), rounding.widen(mid, rad, lost)),
+            (native.magnitude(mid), rounding.magnitude(mid)),
+            (native.magnitude(mid.reshape(17, 59).t()), rounding.magnitude(mid.reshape(17, 59).t())),
+        )
+    for actual, expected in pairs:
+        assert torch.equal(actual.nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))
+        assert actual.stride() == expected.stride()
+    assert (pairs[0][0][::14] == 0).all() and pairs[1][0][9] > 0

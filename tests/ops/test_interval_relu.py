@@ -42,6 +42,8 @@ def test_native_is_identical_at_every_size_and_level(n, dtype, level_name):
     state = reference.interval_relu(mid, rad)[2]
     any_bits = torch.randint(0, 256, state.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(n))
     assert_native_agrees("interval_relu", mid, rad, at=level_name)
+    assert_native_agrees("interval_relu", mid, rad, 1, at=level_name)  # rounded outward
+    assert_native_agrees("interval_relu_backward", grad_mid, grad_rad, state, 1, at=level_name)
     assert_native_agrees("interval_relu_backward", grad_mid, grad_rad, state, at=level_name)
     assert_native_agrees("interval_relu_backward", grad_mid, grad_rad, any_bits, at=level_name)
     assert_native_agrees("interval_gate", grad_mid, grad_rad, any_bits, at=level_name)

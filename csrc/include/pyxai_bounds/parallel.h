@@ -1,4 +1,4 @@
-// Splits a range of elements over OpenMP threads.
+// Splits work over OpenMP threads: a range of elements, or what a team shares out itself.
 //
 // The runtime is the one that PyTorch runs on, not a second pool: torch is imported first, its libgomp.so.1
 // then satisfies this module's own dependency of that name, and GOMP_parallel binds to torch's copy (seen
@@ -41,6 +41,39 @@ void parallel_ranges(std::int64_t n, F f) {
     }
 #endif
     if (n > 0) f(0, n);
+}
+
+// The number of threads for work that could occupy `wanted` of them; at least one.
+inline int team_size([[maybe_unused]] std::int64_t wanted) {
+#ifdef _OPENMP
+    if (wanted > 1) {
+        const std::int64_t most = omp_get_max_threads();
+        return static_cast<int>(wanted < most ? wanted : most);
+    }
+#endif
+    return 1;
+}
+
+// Calls f(rank, team) once for each rank of a team of at most `threads`.
+template <class F>
+void parallel_team([[maybe_unused]] int threads, F f) {
+#ifdef _OPENMP
+    if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+        f(omp_get_thread_num(), omp_get_num_threads());
+        return;
+    }
+#endif
+    f(0, 1);
+}
+
+// Waits for the whole team of the parallel_team that the caller runs in.
+inline void team_barrier([[maybe_unused]] int team) {
+#ifdef _OPENMP
+    if (team > 1) {
+#pragma omp barrier
+    }
+#endif
 }
 
 }  // namespace pyxai_bounds::PYXAI_BOUNDS_LEVEL

@@ -1,4 +1,4 @@
-// The elementwise stages, as a table of functions per floating-point type. bindings.cpp picks one table
+// The kernels, as a table of functions per floating-point type. bindings.cpp picks one table
 // per instruction-set level; cpu/<op>.cpp, compiled once per level, fills in its own entries.
 #pragma once
 
@@ -6,23 +6,34 @@
 
 namespace pyxai_bounds {
 
-// All arrays are dense and in one memory order. Packed bits are two planes of ceil(n / 8) bytes, "keep the
-// lower end" before "keep the upper end"; element i is bit i % 8 of byte i / 8, bits past n are zero.
-// An output may be the input it is computed from, element for element; other overlaps are not allowed.
+// Elementwise stages: all arrays are dense and in one memory order. Packed bits are two planes of ceil(n / 8) bytes,
+// "keep the lower end" before "keep the upper end"; element i is bit i % 8 of byte i / 8, bits past n are zero.
+// `outward` asks for radii that cover what rounding loses; else every operation rounds to nearest. An output may be
+// the input it is computed from, element for element; other overlaps are not allowed.
 template <class T>
 struct Stages {
-    void (*relu)(std::int64_t n, const T* mid, const T* rad, T* out_mid, T* out_rad, std::uint8_t* state);
+    void (*relu)(std::int64_t n, const T* mid, const T* rad, T* out_mid, T* out_rad, std::uint8_t* state, bool outward);
     // `gate` may be null: the gate that was applied is then not written.
     void (*relu_backward)(std::int64_t n, const T* mid, const T* rad, const std::uint8_t* state, T* out_mid, T* out_rad,
-                          std::uint8_t* gate);
+                          std::uint8_t* gate, bool outward);
     void (*gate)(std::int64_t n, const T* mid, const T* rad, const std::uint8_t* gate, T* out_mid, T* out_rad);
     // Element i belongs to channel (i / inner) % channels. `shift` may be null.
     void (*scale_shift)(std::int64_t n, std::int64_t channels, std::int64_t inner, const T* mid, const T* rad,
                         const T* scale, const T* shift, T* out_mid, T* out_rad);
     void (*mul)(std::int64_t n, const T* a_mid, const T* a_rad, const T* b_mid, const T* b_rad, T* out_mid, T* out_rad);
+    // The factors of an outward-rounded affine operator; the constants are those of pyxai_bounds/rounding.py.
+    void (*widen)(std::int64_t n, const T* mid, const T* rad, T on_mid, T on_rad, T least, T* out);
+    void (*magnitude)(std::int64_t n, const T* weight, T least, T* out);
+    // The matrix products: `batch` of [m, k] × [k, n], all contiguous, outputs apart from inputs, k > 0.
+    void (*matmul)(std::int64_t batch, std::int64_t m, std::int64_t k, std::int64_t n, const T* a_mid, const T* a_rad,
+                   const T* b_mid, const T* b_rad, T* out_mid, T* out_rad);
+    // Here b and its gradients are transposed, [n, k].
+    void (*matmul_backward)(std::int64_t batch, std::int64_t m, std::int64_t k, std::int64_t n, const T* mid_grad,
+                            const T* rad_grad, const T* a_mid, const T* a_rad, const T* b_mid, const T* b_rad,
+                            T* a_mid_grad, T* a_rad_grad, T* b_mid_grad, T* b_rad_grad);
 };
 
-// Every level has these three functions in a namespace of its own, for float and for double.
+// Every level has these functions in a namespace of its own, for float and for double.
 #define PYXAI_BOUNDS_DECLARE_LEVEL(level)             \
     namespace level {                                 \
     template <class T>                                \
@@ -32,11 +43,17 @@ struct Stages {
     template <class T>                                \
     void set_interval_mul(Stages<T>& stages);         \
     template <class T>                                \
+    void set_outward(Stages<T>& stages);              \
+    template <class T>                                \
+    void set_interval_matmul(Stages<T>& stages);      \
+    template <class T>                                \
     Stages<T> stages() {                              \
         Stages<T> table{};                            \
         set_interval_relu(table);                     \
         set_interval_scale_shift(table);              \
         set_interval_mul(table);                      \
+        set_outward(table);                           \
+        set_interval_matmul(table);                   \
         return table;                                 \
     }                                                 \
     }

@@ -1,10 +1,11 @@
 // Short vectors, so that a stage is written once as arithmetic and compiled at every instruction-set level.
 //
 // Vec<T> is as wide as a register of the level, Scalar<T> has one lane and serves tails. Both offer
-//     load store fill, + - *, less exceeds both either select, minimum maximum absolute, bits from_bits
+//     load store fill, + - *, multiply_add, less exceeds both either select, minimum maximum absolute,
+//     copysign flip (which takes vectors of signed zeros), bits from_bits
 // with the meaning that PyTorch gives them: a comparison with NaN is false (and so `exceeds`, its negation, is
 // true), minimum and maximum return NaN if either argument is NaN. Every operation rounds once (the build sets
-// -ffp-contract=off).
+// -ffp-contract=off), but for multiply_add, which rounds once or twice as the level has it.
 //
 // Everything here lives in the level's namespace. A function shared between levels would be one weak
 // symbol, of which the linker might keep the AVX-512 copy for a machine that has no AVX-512.
@@ -39,6 +40,9 @@ struct Scalar {
     static Mask either(Mask a, Mask b) { return a || b; }
     static Scalar select(Mask m, Scalar a, Scalar b) { return m ? a : b; }
     static Scalar absolute(Scalar a) { return {static_cast<T>(__builtin_fabs(a.value))}; }
+    static Scalar copysign(Scalar magnitude, Scalar sign) {
+        return {static_cast<T>(__builtin_copysign(magnitude.value, sign.value))};
+    }
 };
 
 #if defined(__AVX512F__)
@@ -67,6 +71,12 @@ struct Vec<float> {
     static Mask either(Mask a, Mask b) { return _kor_mask16(a, b); }
     static Vec select(Mask m, Vec a, Vec b) { return {_mm512_mask_blend_ps(m, b.value, a.value)}; }
     static Vec absolute(Vec a) { return {_mm512_abs_ps(a.value)}; }
+    static Vec multiply_add(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.value, b.value, c.value)}; }
+    static Vec copysign(Vec magnitude, Vec sign) {
+        const __m512 bit = _mm512_set1_ps(-0.0f);
+        return {_mm512_or_ps(_mm512_andnot_ps(bit, magnitude.value), _mm512_and_ps(bit, sign.value))};
+    }
+    static Vec flip(Vec a, Vec signs) { return {_mm512_xor_ps(a.value, signs.value)}; }
 };
 
 template <>
@@ -90,6 +100,12 @@ struct Vec<double> {
     static Mask either(Mask a, Mask b) { return _kor_mask8(a, b); }
     static Vec select(Mask m, Vec a, Vec b) { return {_mm512_mask_blend_pd(m, b.value, a.value)}; }
     static Vec absolute(Vec a) { return {_mm512_abs_pd(a.value)}; }
+    static Vec multiply_add(Vec a, Vec b, Vec c) { return {_mm512_fmadd_pd(a.value, b.value, c.value)}; }
+    static Vec copysign(Vec magnitude, Vec sign) {
+        const __m512d bit = _mm512_set1_pd(-0.0);
+        return {_mm512_or_pd(_mm512_andnot_pd(bit, magnitude.value), _mm512_and_pd(bit, sign.value))};
+    }
+    static Vec flip(Vec a, Vec signs) { return {_mm512_xor_pd(a.value, signs.value)}; }
 };
 
 #else
@@ -144,6 +160,12 @@ struct Vec {
     static Mask either(Mask a, Mask b) { return a | b; }
     static Vec select(Mask m, Vec a, Vec b) { return {m ? a.value : b.value}; }
     static Vec absolute(Vec a) { return {(Values)((Mask)a.value & ~(Mask)fill(T(-0.0)).value)}; }
+    static Vec multiply_add(Vec a, Vec b, Vec c) { return a * b + c; }
+    static Vec copysign(Vec magnitude, Vec sign) {
+        const Mask bit = (Mask)fill(T(-0.0)).value;
+        return {(Values)(((Mask)magnitude.value & ~bit) | ((Mask)sign.value & bit))};
+    }
+    static Vec flip(Vec a, Vec signs) { return {(Values)((Mask)a.value ^ (Mask)signs.value)}; }
 };
 
 #endif

@@ -1,0 +1,1 @@
+"""Benchmarks of single operators: ``python -m bench.ops.<operator>``."""
