@@ -56,6 +56,38 @@ class Gradient(_Explanation):
         return self.gradient(x, target)
 
 
+@dataclass(frozen=True, eq=False)
+class Saliency(_Explanation):
+    """See :func:`saliency`."""
+
+    channels: Literal["sum", "none"] = "sum"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.channels not in ("sum", "none"):
+            raise ValueError(f"channels={self.channels!r} is unknown; choose 'sum' or 'none'.")
+
+    def __call__(self, x: Tensor, target: Tensor | None = None) -> Tensor:
+        size = self.gradient(x, target).abs()
+        return size.sum(1) if self.channels == "sum" and x.dim() > 2 else size
+
+
+@dataclass(frozen=True, eq=False)
+class ReleasedREC(_Explanation):
+    """See :func:`released_rec`."""
+
+    functional: Literal["training", "evaluation"] = "training"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.functional not in ("training", "evaluation"):
+            raise ValueError(f"functional={self.functional!r} is unknown; choose 'training' or 'evaluation'.")
+
+    def __call__(self, x: Tensor, target: Tensor | None = None) -> Tensor:
+        score = _score(self.model(x), target, "probability" if self.functional == "training" else "logit")
+        return (score - 1).reshape(-1, *[1] * (x.dim() - 1)) * self.gradient(x, target)
+
+
 class GradientXInput(_Explanation):
     """See :func:`gradient_x_input`."""
 
@@ -75,10 +107,11 @@ class IntegratedGradients(_Explanation):
         if self.steps < 1:
             raise ValueError(f"steps={self.steps}: the Riemann sum needs at least one step.")
 
-    def __call__(self, x: Tensor, target: Tensor | None = None) -> Tensor:
-        difference = x - self.baseline
+    def __call__(self, x: Tensor, target: Tensor | None = None, baseline: Tensor | None = None) -> Tensor:
+        start = self.baseline if baseline is None else baseline
+        difference = x - start
         fractions = torch.arange(1, self.steps + 1, dtype=x.dtype, device=x.device) / self.steps
-        path = self.baseline + fractions.reshape(-1, 1, *[1] * (x.dim() - 1)) * difference
+        path = start + fractions.reshape(-1, 1, *[1] * (x.dim() - 1)) * difference
         targets = None if target is None else target.repeat(self.steps)
         gradients = self.gradient(path.flatten(0, 1), targets).reshape(path.shape)
         return difference * gradients.mean(0)
@@ -106,6 +139,26 @@ def gradient(model: Callable[[Tensor], Tensor], of: Of = "logit") -> Gradient:
     return Gradient(model, of)
 
 
+def saliency(model: Callable[[Tensor], Tensor], of: Of = "loss", channels: Literal["sum", "none"] = "sum") -> Saliency:
+    """|∂ score / ∂x|, summed over the channels (dimension 1) of inputs [B, C, ...]: what R2ET ranks.
+
+    Returns [B, ...] without the channels; a table's [B, D] has none and keeps its shape, as do all with ``"none"``.
+    Source: Chen et al., arXiv 2212.14106 (of the loss); Simonyan et al., 2013 (of the logit).
+    """
+    return Saliency(model, of, channels)
+
+
+def released_rec(
+    model: Callable[[Tensor], Tensor], functional: Literal["training", "evaluation"] = "training"
+) -> ReleasedREC:
+    """(p_t − 1)·∂z_t/∂x ("training") or (z_t − 1)·∂z_t/∂x ("evaluation"): what the released code of REC explains.
+
+    Neither is the gradient of the logit z_t, of the probability p_t or of the loss: only for comparing with that code.
+    Source: the code of Wicker et al., ICLR 2023, arXiv 2212.08507.
+    """
+    return ReleasedREC(model, "logit", functional)
+
+
 def gradient_x_input(model: Callable[[Tensor], Tensor], of: Of = "logit") -> GradientXInput:
     """x ⊙ ∂ score / ∂x. Source: Shrikumar et al., arXiv 1605.01713."""
     return GradientXInput(model, of)
@@ -116,7 +169,10 @@ def integrated_gradients(
 ) -> IntegratedGradients:
     """(x − x′) ⊙ the mean gradient at x′ + (k / steps)(x − x′), k = 1 … steps: the right Riemann sum.
 
-    Source: Sundararajan et al., "Axiomatic attribution for deep networks", ICML 2017, equation 3.
+    x′ is the constant ``baseline``, or a tensor that broadcasts to x given as third argument of the call: the
+    attribution of the change from x₀ to x₁, which RAR bounds, is ``integrated_gradients(model, "loss")(x₁, y, x₀)``.
+    Source: Sundararajan et al., "Axiomatic attribution for deep networks", ICML 2017, equation 3; Chen et al., "Robust
+    attribution regularization", NeurIPS 2019, arXiv 1905.09957.
     """
     return IntegratedGradients(model, of, steps, baseline)
 

@@ -41,6 +41,35 @@ def test_integrated_gradients() -> None:
     assert torch.allclose(many.sum(1), difference, atol=2e-3)
 
 
+def test_integrated_gradients_from_one_input_to_another() -> None:
+    """RAR's IG of the loss: the baseline is an argument, one per sample."""
+    model = mlp()
+    start = images(2, seed=1, shape=(6,))
+    fn = xb.explain.integrated_gradients(model, "loss", steps=4)
+    slopes = [
+        xb.explain.gradient(model, "loss")(start + k / 4 * (X - start), TARGET) for k in (1, 2, 3, 4)
+    ]  # fmt: skip
+    assert torch.allclose(fn(X, TARGET, start), (X - start) / 4 * sum(slopes))
+    assert torch.equal(fn(X, TARGET, X), torch.zeros_like(X))
+    box = xb.Interval.linf(X, 0.02)
+    assert_encloses_samples(fn, box, TARGET, start)
+
+
+def test_saliency_sums_the_channels_of_images_and_leaves_tables() -> None:
+    table, image = mlp(), residual()
+    gradient = xb.explain.gradient(table, "loss")(X, TARGET)
+    assert torch.equal(xb.explain.saliency(table)(X, TARGET), gradient.abs())
+    pictures = images(2)
+    gradient = xb.explain.gradient(image, "logit")(pictures, TARGET)
+    assert torch.allclose(xb.explain.saliency(image, "logit")(pictures, TARGET), gradient.abs().sum(1))
+    assert torch.equal(xb.explain.saliency(image, "logit", "none")(pictures, TARGET), gradient.abs())
+    for fn in (xb.explain.saliency(image), xb.explain.saliency(image, "logit")):
+        assert_encloses_samples(fn, xb.Interval.linf(pictures, 2e-3), TARGET, samples=10)
+        assert_exact_at_zero_radius(fn, pictures, TARGET)
+    with pytest.raises(ValueError, match="channels='mean' is unknown"):
+        xb.explain.saliency(table, channels="mean")  # type: ignore[arg-type]
+
+
 def test_smoothgrad_is_the_mean_over_the_noise() -> None:
     model = mlp()
     noise = 0.1 * torch.randn(5, *X.shape, generator=torch.Generator().manual_seed(0), dtype=X.dtype)

@@ -25,12 +25,13 @@ def smooth(fn: Callable[..., Tensor], *args: Any, beta: float = 100.0) -> Callab
     captured = captured_graph(fn, *args)
     key = ("smooth", beta)
     if key not in captured.derived:
-        captured.derived[key] = _smooth_twin(captured.graph, beta)
+        captured.derived[key] = smooth_graph(captured.graph, beta)
     twin = captured.derived[key]
     return lambda *tensors: twin(*tensors)[0]
 
 
-def _smooth_twin(program: fx.GraphModule, beta: float) -> fx.GraphModule:
+def smooth_graph(program: fx.GraphModule, beta: float) -> fx.GraphModule:
+    """A copy of a captured graph with its ReLUs replaced, as :func:`smooth` does."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(program.graph, {}))
     for node in list(graph.nodes):
