@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -15,7 +16,9 @@ from pyxai_bounds.program import bound
 Width = Literal["mean", "l2", "log"]
 
 
-def natural(model: nn.Module, x: Tensor, y: Tensor, eps: float = 0.0) -> Tensor:
+def natural(
+    model: nn.Module, x: Tensor, y: Tensor, eps: float = 0.0, clip: tuple[float, float] | None = None
+) -> Tensor:
     """Mean cross entropy, the same at every eps."""
     return F.cross_entropy(model(x), y)
 
@@ -66,3 +69,6 @@ def explanation_width(
         return box.width.mean()
     norms = box.width.flatten(1).norm(dim=1)
     return norms.mean() if width == "l2" else torch.log1p(10 * norms).mean()
+
+
+OBJECTIVES: dict[str, Callable[..., Tensor]] = {"natural": natural, "rec": rec}
