@@ -559,6 +559,19 @@ def run(
     return model
 
 
+def stored_recipe(out: str | Path) -> Recipe | None:
+    """The recipe of the run in a folder, of the one under way if there is one; None where there is no run.
+
+    Raises ValueError if what is there is damaged.
+    """
+    saved = load_checkpoint(out, lambda _: None)
+    if saved is not None:
+        return Recipe.from_json(saved[1]["recipe"])
+    if (Path(out) / "run.json").is_file():
+        return Recipe.from_json(read_description(out)["recipe"])
+    return None
+
+
 def _built(recipe: Recipe, dataset: data.Dataset) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)

@@ -26,7 +26,7 @@ class Options(dict[str, Any]):
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that determines a run. The docstrings of the fields are the command line's help."""
+    """Everything that determines a run."""
 
     data: str = "digits-parity"
     """a data set (pyxai-bounds info lists them), or package.module:factory"""
