@@ -86,7 +86,7 @@ class Train:
 
     out: Path
     """folder for the run; an earlier run in it is replaced"""
-    preset: Annotated[Positional[str], tyro.conf.arg(metavar="PRESET", help=PRESET_HELP)] = ""
+    preset: Positional[Annotated[str, tyro.conf.arg(metavar="[PRESET]", help=PRESET_HELP)]] = ""
     recipe: OmitArgPrefixes[Recipe] = field(default_factory=Recipe)
     resume: bool = False
     """continue the run in the folder where it was interrupted, by the recipe that it has"""
@@ -113,10 +113,9 @@ class Train:
             return
         correct = accuracy(model, dataset.test_x, dataset.test_y)
         console = _console()
-        console.print(
-            f"accuracy {correct:.3f} on {len(dataset.test_x)} held-out samples; kept in [bold]{self.out}[/bold]"
-        )
-        console.print(f"Next: pyxai-bounds evaluate {self.out} --eps {recipe.eps or 0.01:g}", style="dim")
+        result = f"[bold]accuracy {correct:.3f}[/bold] on {len(dataset.test_x)} test samples"
+        console.print(f"{result}; kept in [bold]{self.out}[/bold]", highlight=False)
+        console.print(f"Next: pyxai-bounds evaluate {self.out} --eps {recipe.eps or 0.01:g}", highlight=False)
 
 
 @dataclass
@@ -190,7 +189,7 @@ class Evaluate:
         dataset = replace(dataset, test_x=dataset.test_x[: self.samples], test_y=dataset.test_y[: self.samples])
         with _progress() as bar:
             found = _measure(model, dataset, self, lambda done: bar.move("certifying and attacking", done))
-        result = {"run": str(self.run), "data": dataset.name, "model": recipe["model"], **found}
+        result = {"run": str(self.run), **found, "data": dataset.name, "model": recipe["model"]}
         text = json.dumps(result, indent=2)
         write_file(self.run / "evaluation.json", (text + "\n").encode())
         if self.json:
@@ -202,7 +201,8 @@ class Evaluate:
 def _measure(model: nn.Module, dataset: data.Dataset, how: Evaluate, tick: Callable[[float], None]) -> dict[str, Any]:
     from pyxai_bounds.report import evaluate
 
-    return evaluate(model, dataset, "", eps=how.eps, k=how.k, seed=how.seed, on_progress=tick).summary()
+    found = evaluate(model, dataset, "", eps=how.eps, k=how.k, seed=how.seed, on_progress=tick).summary()
+    return {name: value for name, value in found.items() if name != "label"}
 
 
 @dataclass
@@ -283,13 +283,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if (here := os.getcwd()) not in sys.path:
         sys.path.append(here)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command = None
     try:
-        _parse(arguments)()
+        command = _parse(arguments)
+        command()
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        hint = ""
+        if isinstance(command, Train) and any(command.out.glob("checkpoint-*.json")):
+            hint = f"; go on with: pyxai-bounds train --resume --out {command.out}"
+        print(f"interrupted{hint}", file=sys.stderr)
         return 130
     return 0
 
@@ -379,6 +384,7 @@ class _Bar:
             rich.progress.TaskProgressColumn(),
             rich.progress.TextColumn("{task.description}"),
             rich.progress.TimeRemainingColumn(compact=True),
+            rich.progress.TextColumn("left"),
             console=self.console,
             transient=True,
             disable=not self.console.is_terminal or not _first_process(),
@@ -418,12 +424,13 @@ class _Training:
     def __call__(self, now: Progress) -> None:
         if not self.begun:
             self.begun = True
-            watched = "   watched loss  accuracy" if self.recipe.validation else ""
+            watched = "  held-out loss  accuracy" if self.recipe.validation else ""
             self.bar.say(self.title, "bold")
-            self.bar.say(f"{'epoch':>11}  {'loss':>10}  {'eps':>8}  {'lr':>8}  {'seconds':>8}{watched}", "dim")
+            self.bar.say(f"{'epoch':>9}  {'loss':>10}  {'eps':>8}  {'lr':>8}  {'seconds':>8}{watched}", "dim")
         done = now.done
         if done is not None and (now.epoch % math.ceil(now.epochs / self.ROWS) == 0 or now.step == now.steps):
-            line = f"{f'{now.epoch}/{now.epochs}':>11}  {done.loss:>10.4f}  {done.eps:>8.4g}  {done.lr:>8.2g}"
+            eps = f"{done.eps:.3g}" if done.weight else "natural"
+            line = f"{f'{now.epoch}/{now.epochs}':>9}  {done.loss:>10.4f}  {eps:>8}  {done.lr:>8.2g}"
             line += f"  {done.seconds:>8.1f}"
             if done.validation_loss is not None:
                 line += f"  {done.validation_loss:>13.4f}  {done.validation_accuracy:>8.3f}"

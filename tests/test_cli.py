@@ -35,7 +35,7 @@ def test_train_says_what_it_kept(capsys, tmp_path):
     code, out, err = call(
         capsys, "train", "--data", "wine", "--model", "linear", "--epochs", 3, "--out", tmp_path / "a"
     )
-    assert code == 0 and err == "" and "accuracy" in out and "39 held-out samples" in out
+    assert code == 0 and err == "" and "accuracy" in out and "39 test samples" in out
     recipe = json.loads((tmp_path / "a" / "run.json").read_text())["recipe"]
     assert (recipe["data"], recipe["model"], recipe["epochs"]) == ("wine", "linear", 3)
 

@@ -263,8 +263,8 @@ class _Training:
         if recipe.clip_gradient:
             nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_gradient)
         self.optimiser.step()
-        if weight == 0 or recipe.batch_norm != "frozen":
-            processes.mean([t for m in self.norms for t in (m.running_mean, m.running_var) if t is not None])
+        if weight == 0 or recipe.batch_norm == "batch":
+            self._share_statistics()
         return total / len(parts)
 
     def _samples(self, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -288,6 +288,11 @@ class _Training:
         self.model(x)
         for norm in self.norms:
             norm.eval()
+        self._share_statistics()
+
+    def _share_statistics(self) -> None:
+        """All processes bound, and keep, the network with the mean of their running statistics."""
+        self.processes.mean([t for m in self.norms for t in (m.running_mean, m.running_var) if t is not None])
 
     def _end_epoch(self, epoch: int, epochs: int, steps: int, eps: float, weight: float, lr: float) -> None:
         state, hooks = self.state, self.hooks
