@@ -6,9 +6,9 @@ everything here does nothing.
 
 from __future__ import annotations
 
+import atexit
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,8 +47,7 @@ class World:
         return values
 
 
-@contextmanager
-def world(device: str = "auto") -> Iterator[World]:
+def world(device: str = "auto") -> World:
     """The processes that torchrun started, connected, or this one alone.
 
     device: auto (a GPU where there is one), cpu, cuda or cuda:N. Under torchrun each process takes the GPU of its local
@@ -58,16 +57,12 @@ def world(device: str = "auto") -> Iterator[World]:
                          (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))  # fmt: skip
     chosen = _device(device, local if size > 1 else None)
     if size == 1:
-        yield World(device=chosen)
-        return
-    connect = not dist.is_initialized()
-    if connect:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-    try:
-        yield World(rank, size, chosen)
-    finally:
-        if connect:
-            dist.destroy_process_group()
+        return World(device=chosen)
+    if not dist.is_initialized():
+        # Once for all runs of a program: connecting again under torchrun meets what the first time left, and may hang.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(dist.destroy_process_group)
+    return World(rank, size, chosen)
 
 
 def _device(name: str, local_rank: int | None) -> torch.device:

@@ -518,49 +518,49 @@ def run(
         tell(f"The run in {out} is finished.")
         return finished
     model = _built(recipe, dataset)
-    with world(device) as processes:
-        model.to(processes.device)
-        if recipe.channels_last:
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        saved = load_checkpoint(out, tell if processes.first else lambda _: None) if resume else None
-        if saved is not None:
-            _check_same(recipe, saved[1]["recipe"], out)
-            history = [Epoch(**row) for row in saved[1]["history"]]
-            if processes.first:
-                tell(f"Continuing after step {saved[1]['step']}.")
-        elif processes.first:
-            clear_checkpoints(out)
-        log: Log | None = None
-
-        def progress(now: Progress) -> None:
-            nonlocal log
-            if now.done is not None:
-                log = log or Log(out, history if saved else (), tensorboard)
-                log.write(now.done)
-            if on_progress is not None:
-                on_progress(now)
-
-        def checkpoint(step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-            save_checkpoint(out, step, tensors, {"recipe": recipe.as_json(), **state})
-
-        x, y = dataset.train_x, dataset.train_y
-        if processes.device.type == "cuda" and x.numel() * x.element_size() <= RESIDENT_BYTES:
-            x, y = x.to(processes.device), y.to(processes.device)
-        losses = fit(
-            model, x, y, objective, recipe,
-            on_epoch=on_epoch, on_progress=progress, on_checkpoint=checkpoint, checkpoint_every=checkpoint_every,
-            resume=saved, processes=processes,
-        )  # fmt: skip
-        model = model.to("cpu").eval()
+    processes = world(device)
+    model.to(processes.device)
+    if recipe.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    saved = load_checkpoint(out, tell if processes.first else lambda _: None) if resume else None
+    if saved is not None:
+        _check_same(recipe, saved[1]["recipe"], out)
+        history = [Epoch(**row) for row in saved[1]["history"]]
         if processes.first:
-            if log is not None:
-                log.close()
-            save(
-                model, out,
-                recipe=recipe.as_json(), input_shape=dataset.input_shape, classes=dataset.classes, losses=losses,
-            )  # fmt: skip
-            clear_checkpoints(out)
-        processes.gather(None)  # nobody leaves before the run is written
+            tell(f"Continuing after step {saved[1]['step']}.")
+    elif processes.first:
+        clear_checkpoints(out)
+    log: Log | None = None
+
+    def progress(now: Progress) -> None:
+        nonlocal log
+        if now.done is not None:
+            log = log or Log(out, history if saved else (), tensorboard)
+            log.write(now.done)
+        if on_progress is not None:
+            on_progress(now)
+
+    def checkpoint(step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        save_checkpoint(out, step, tensors, {"recipe": recipe.as_json(), **state})
+
+    x, y = dataset.train_x, dataset.train_y
+    if processes.device.type == "cuda" and x.numel() * x.element_size() <= RESIDENT_BYTES:
+        x, y = x.to(processes.device), y.to(processes.device)
+    losses = fit(
+        model, x, y, objective, recipe,
+        on_epoch=on_epoch, on_progress=progress, on_checkpoint=checkpoint, checkpoint_every=checkpoint_every,
+        resume=saved, processes=processes,
+    )  # fmt: skip
+    model = model.to("cpu").eval()
+    if processes.first:
+        if log is not None:
+            log.close()
+        save(
+            model, out,
+            recipe=recipe.as_json(), input_shape=dataset.input_shape, classes=dataset.classes, losses=losses,
+        )  # fmt: skip
+        clear_checkpoints(out)
+    processes.gather(None)  # nobody leaves before the run is written
     return model
 
 
