@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from pyxai_bounds import data, models
 from pyxai_bounds.train import Options, Recipe, objectives
+from pyxai_bounds.train.presets import PRESETS
 from pyxai_bounds.train.recipe import objective_of, typed_options
 
 
@@ -78,3 +80,38 @@ def test_a_recipe_of_version_0_1_has_its_options_in_fields_of_their_own():
     assert Recipe.from_json({**old, "objective": "natural"}).options == {}
     with pytest.raises(ValueError, match="has magic, which this version"):
         Recipe.from_json({"magic": 1})
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_names_what_exists(name):
+    recipe = PRESETS[name]
+    recipe.check()
+    assert recipe.data in data.DATASETS and recipe.model in models.MODELS
+    if recipe.objective in objectives.OBJECTIVES:
+        assert typed_options(recipe.objective, recipe.options) == recipe.options
+    assert Recipe.from_json(recipe.as_json()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "options"),
+    [
+        ("rec-mnist-cnn", {"batch_size": 256, "epochs": 30, "eps_ramp_share": 1.0}, {"alpha": 128.0, "width": "mean"}),
+        ("rec-mnist-fc", {"batch_size": 100, "epochs": 20, "model": "fc-128"}, {}),
+        ("rec-pneumonia", {"eps": 0.05, "lr": 0.0025, "epochs": 35, "class_weights": (3.0, 1.0)}, {"alpha": 50.0}),
+        ("rec-adult", {"lr": 5e-4, "epochs": 25, "batch_size": 32, "model": "fc-256x2"}, {}),
+        ("rar-mnist", {"eps": 0.3, "batch_size": 50, "steps": 100_000, "lr": 1e-4, "objective": "ig-norm"},
+         {"weight": 1.0, "m": 50, "approx_factor": 5, "steps": 40, "step_size": 0.01}),
+        ("rar-mnist-sum", {"objective": "ig-sum-norm"}, {"weight": 0.1}),
+        ("rar-fashion", {"eps": 0.1}, {"steps": 20, "step_size": 0.01}),
+        ("rar-gtsrb", {"eps": 8 / 255, "batch_size": 64, "steps": 70_000, "optimiser": "sgd", "momentum": 0.9,
+                       "weight_decay": 2e-4}, {"steps": 7, "step_size": 2 / 255, "approx_factor": 10, "weight": 1.0}),
+        ("rar-flower", {"batch_size": 16, "steps": 70_000}, {"weight": 0.1, "approx_factor": 10}),
+        ("r2et-cifar10", {"model": "resnet9", "lr": 1e-5, "epochs": 10, "optimiser": "adam"}, {"k": 100, "h": 1e-3}),
+        ("r2et-adult", {}, {"k": 8}), ("r2et-bank", {}, {"k": 8}), ("r2et-compas", {}, {"k": 8}),
+        ("r2et-mnist", {}, {"k": 50}),
+    ],
+)  # fmt: skip
+def test_presets_have_the_papers_numbers(name, settings, options):
+    recipe = PRESETS[name]
+    assert {key: getattr(recipe, key) for key in settings} == settings
+    assert {key: recipe.options[key] for key in options} == options
