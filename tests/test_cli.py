@@ -157,7 +157,7 @@ def test_info(capsys):
             "The data set mnist is not here: looked for",
         ),
         (["train", "rec-mnist", "--out", "OUT"], "no preset 'rec-mnist'; choose one of digits-cnn7"),
-        (["train", "--out", "OUT", "--objective", "rce"], "no objective 'rce'; choose one of natural, rec"),
+        (["train", "--out", "OUT", "--objective", "rce"], "no objective 'rce'; choose from natural, rec"),
         (["train", "--out", "OUT", "--options", "beta=1"], "rec has no option beta; it has alpha, width"),
         (["train", "--out", "OUT", "--options", "alpha=x"], "alpha of rec is 'x'; it must be a number"),
         (["train", "--out", "OUT", "--device", "abacus"], "The device 'abacus' cannot be used here"),
