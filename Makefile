@@ -10,7 +10,7 @@ installed := .venv/.installed
 sources := pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 checked_cpp := $(filter %.h %.cpp %.cu,$(sources))
 
-.PHONY: install demo test lint bench wheel gpu-check
+.PHONY: install demo test lint bench bench-check wheel gpu-check
 .DEFAULT_GOAL := install
 .DELETE_ON_ERROR:
 
@@ -40,6 +40,9 @@ lint: $(installed)
 
 bench: $(installed)
 	$(bin)/python -m bench
+
+bench-check: $(installed)
+	$(bin)/python -m bench --check bench/results/cpu/gradient_bounds.csv
 
 wheel: $(installed)
 	rm -rf dist

@@ -24,6 +24,8 @@ TOLERANCE = 2e-2
 # Compiling takes about a minute a network. Past this many seconds the rest is not compiled, and that is said.
 COMPILE_UNTIL = 240
 
+SLOWEST = 0.85  # of the committed speed beside the eager loop, below which --check fails
+
 _start = time.perf_counter()
 
 
@@ -35,11 +37,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="under a minute: no torch.compile, no memory, few repeats")
     parser.add_argument("--out", type=Path, default=Path("bench/results/cpu"), help="folder of the CSV")
+    parser.add_argument(
+        "--check", type=Path, metavar="CSV", help="measure quickly, compare with this table, and write nothing"
+    )
     options = parser.parse_args()
+    options.quick |= options.check is not None
     rows: list[dict[str, Any]] = []
     refused: list[str] = []
     for name in measure.CASES:
         rows += run_case(measure.make_case(name), options.quick, refused)
+    if options.check is not None:
+        return check(rows, options.check, refused)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / ("quick.csv" if options.quick else "gradient_bounds.csv")
     with open(path, "w", newline="") as file:
@@ -101,6 +109,42 @@ def run_case(case: Case, quick: bool, refused: list[str]) -> list[dict[str, Any]
                 row(op, case.name, f"{backend} {layout}" if len(case.layouts) > 1 else backend, spans[layout], peak)
             )
     return rows
+
+
+def check(rows: list[dict[str, Any]], committed: Path, refused: list[str]) -> int:
+    """Is the engine as fast as it was, beside the eager loop in the same run? Times of different runs say nothing.
+
+    The faster fifth counts (p20): a busy machine makes the others slower, and not both alike.
+    """
+    with open(committed, newline="") as file:
+        before = speedups(list(csv.DictReader(file)))
+    now = speedups(rows)
+    slower = 0
+    print(f"{'':14}{'':9}{'committed':>10}{'now':>8}{'ratio':>8}   (eager / native)")
+    for key, was in before.items():
+        if key not in now:
+            continue
+        ratio = now[key] / was
+        slower += ratio < SLOWEST
+        print(f"{key[0]:14}{key[1]:9}{was:10.2f}{now[key]:8.2f}{ratio:8.2f}" + ("   too slow" * (ratio < SLOWEST)))
+    for line in refused:
+        print(f"not timed: {line}")
+    missing = len(before.keys() - now.keys())
+    if slower or missing:
+        print(
+            f"{slower} below {SLOWEST} of what is committed, {missing} not measured. On an idle machine, measure again."
+        )
+    return 1 if slower or missing else 0
+
+
+def speedups(rows: list[dict[str, Any]]) -> dict[tuple[str, str], float]:
+    """(network, operation) → how many times as long the eager loop takes as the native backend."""
+    fastest: dict[tuple[str, str, str], float] = {}
+    for entry in rows:
+        key = (entry["shape"], entry["op"], entry["backend"].split()[0])
+        fastest[key] = min(float(entry["p20"]), fastest.get(key, float("inf")))
+    both = [key for key in fastest if key[2] == "native" and (*key[:2], "eager") in fastest]
+    return {key[:2]: fastest[*key[:2], "eager"] / fastest[key] for key in both}
 
 
 def peak_of(case: Case, backend: str, layout: str) -> int | str:
