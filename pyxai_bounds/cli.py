@@ -1,4 +1,4 @@
-"""The command line: train, certify, report, demo and info. The last stage of the flow, and the only one that prints."""
+"""The command line: train, evaluate, certify, report, demo and info; the last stage, and the only one that prints."""
 
 from __future__ import annotations
 
@@ -9,21 +9,25 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 import torch
+from torch import nn
 
 from pyxai_bounds import __version__, data, explain, models, ops
 from pyxai_bounds.certify import TopK, certify
 from pyxai_bounds.errors import UnsupportedOperatorError
-from pyxai_bounds.report import accuracy
-from pyxai_bounds.train import Recipe, TrainingDivergedError, load, read_description, run
-from pyxai_bounds.train.objectives import Width
+from pyxai_bounds.report import accuracy, evaluate_all
+from pyxai_bounds.train import Options, Progress, Recipe, TrainingDivergedError, load, read_description, run
+from pyxai_bounds.train.checkpoint import write_file
+from pyxai_bounds.train.loop import stored_recipe
+from pyxai_bounds.train.objectives import OBJECTIVES
+from pyxai_bounds.train.presets import PRESETS
 
 if TYPE_CHECKING:
     from pyxai_bounds.report import Evaluation
@@ -35,12 +39,13 @@ try:
     import rich.progress
     import rich.table
     import tyro
-    from tyro.conf import Positional
+    from tyro.conf import OmitArgPrefixes, Positional
 except ModuleNotFoundError as _error:
     _missing: str | None = _error.name
 else:
     _missing = None
 
+PRESET_HELP = f"flags' defaults by the name of a set-up: {', '.join(PRESETS)}"
 USER_ERRORS = (ValueError, TypeError, OSError, ModuleNotFoundError, TrainingDivergedError, UnsupportedOperatorError)
 
 
@@ -62,8 +67,8 @@ class Demo:
         from pyxai_bounds.report.demo import run_demo, table
         from pyxai_bounds.report.plots import plot_overview
 
-        with _progress() as tell, _one_thread():
-            results = run_demo(self.out, range(self.seed, self.seed + self.seeds), tell)
+        with _progress() as bar, _one_thread():
+            results = run_demo(self.out, range(self.seed, self.seed + self.seeds), bar.move)
             plot_overview(results[0])[0].savefig(self.out / "overview.png", dpi=130, facecolor="white")
             page = report.write_page(self.out / "report.html", results[0])
         _print_table(table(results), f"Even or odd? {len(results[0][0].radius)} held-out digits; top 5 of 64 pixels")
@@ -74,43 +79,43 @@ class Demo:
 
 @dataclass(frozen=True)
 class Train:
-    """Train a network by a recipe, and keep it in a folder."""
+    """Train a network by a preset and flags that override it, and keep it in a folder.
+
+    A folder whose training was interrupted is continued by --resume. Under torchrun the processes share the work.
+    """
 
     out: Path
     """folder for the run; an earlier run in it is replaced"""
-    data: str = "digits-parity"
-    """digits, digits-parity, breast-cancer or wine"""
-    model: str = "fc-128"
-    """linear, fc-128, fc-256x2, cnn-small, cnn7, or package.module:factory"""
-    objective: Literal["natural", "rec"] = "rec"
-    """rec narrows the bounds of the explanation; natural is cross entropy alone"""
-    eps: float = 0.02
-    """radius of the box that rec trains for, in the units of the data"""
-    epochs: int = 40
-    """all epochs, the natural ones included"""
-    natural_epochs: int = 5
-    """epochs of cross entropy alone, before rec"""
-    alpha: float = 0.1
-    """weight of the width"""
-    width: Width = "log"
-    """how the width of a bound is measured"""
-    batch_size: int = 100
-    """samples in a batch"""
-    lr: float = 2e-3
-    """Adam's step size"""
-    seed: int = 0
-    """of the initial weights and the order of the samples"""
+    preset: Positional[Annotated[str, tyro.conf.arg(metavar="[PRESET]", help=PRESET_HELP)]] = ""
+    recipe: OmitArgPrefixes[Recipe] = field(default_factory=Recipe)
+    resume: bool = False
+    """continue the run in the folder where it was interrupted, by the recipe that it has"""
+    data_root: Path | None = None
+    """folder of the data sets' files; else $PYXAI_BOUNDS_DATA, else ~/.cache/pyxai_bounds"""
+    device: str = "auto"
+    """auto (a GPU where there is one), cpu or cuda:N"""
+    checkpoint_every: int = 500
+    """steps from one checkpoint to the next; 0: none"""
+    tensorboard: bool = False
+    """write TensorBoard's files, besides log.csv"""
 
     def __call__(self) -> None:
-        recipe = Recipe(**{field.name: getattr(self, field.name) for field in fields(Recipe)})
-        with _progress() as tell:
-            model = run(recipe, self.out, lambda done, loss: tell(f"loss {loss:.4f}", done / recipe.epochs))
-        dataset = data.load(self.data)
+        recipe = self.recipe
+        dataset = data.load(recipe.data, self.data_root)
+        with _progress() as bar:
+            show = _Training(recipe, dataset, bar)
+            model = run(
+                recipe, self.out, dataset=dataset, device=self.device, resume=self.resume,
+                checkpoint_every=self.checkpoint_every, tensorboard=self.tensorboard,
+                on_progress=show, tell=lambda text: bar.say(text, "yellow"),
+            )  # fmt: skip
+        if not _first_process():
+            return
         correct = accuracy(model, dataset.test_x, dataset.test_y)
         console = _console()
-        console.print(
-            f"accuracy {correct:.3f} on {len(dataset.test_x)} held-out samples; kept in [bold]{self.out}[/bold]"
-        )
+        result = f"[bold]accuracy {correct:.3f}[/bold] on {len(dataset.test_x)} test samples"
+        console.print(f"{result}; kept in [bold]{self.out}[/bold]", highlight=False)
+        console.print(f"Next: pyxai-bounds evaluate {self.out} --eps {recipe.eps or 0.01:g}", highlight=False)
 
 
 @dataclass
@@ -123,11 +128,13 @@ class Certify:
     """radius of the box around each sample, in the units of the data"""
     k: int = 5
     """how many features must stay on top"""
+    data_root: Path | None = None
+    """folder of the data sets' files; else $PYXAI_BOUNDS_DATA, else ~/.cache/pyxai_bounds"""
     json: bool = False
     """print JSON instead of text"""
 
     def __call__(self) -> None:
-        model, dataset = load(self.run), data.load(read_description(self.run)["recipe"]["data"])
+        model, dataset = load(self.run), data.load(read_description(self.run)["recipe"]["data"], self.data_root)
         certificate = certify(
             explain.gradient(model), dataset.test_x, dataset.test_y,
             eps=self.eps, property=TopK(self.k), clip=dataset.clip,
@@ -156,6 +163,49 @@ class Certify:
 
 
 @dataclass
+class Evaluate:
+    """Measure one run: accuracy, certificates and attacks, each certificate beside its attack."""
+
+    run: Positional[Path]
+    """a folder that train or demo wrote; evaluation.json is written into it"""
+    eps: tuple[float, ...] = (0.01,)
+    """the radii, in the units of the data"""
+    k: int = 5
+    """how many features must stay on top"""
+    samples: int = 1000
+    """at most so many held-out samples, the first ones"""
+    seed: int = 0
+    """of the attacks"""
+    data_root: Path | None = None
+    """folder of the data sets' files; else $PYXAI_BOUNDS_DATA, else ~/.cache/pyxai_bounds"""
+    json: bool = False
+    """print JSON instead of text"""
+
+    def __call__(self) -> None:
+        if self.samples < 1:
+            raise ValueError(f"--samples {self.samples}: at least one sample is needed.")
+        recipe = read_description(self.run)["recipe"]
+        model, dataset = load(self.run), data.load(recipe["data"], self.data_root)
+        dataset = replace(dataset, test_x=dataset.test_x[: self.samples], test_y=dataset.test_y[: self.samples])
+        with _progress() as bar:
+            found = _measure(model, dataset, self, lambda done: bar.move("certifying and attacking", done))
+        result = {"run": str(self.run), **found, "data": dataset.name, "model": recipe["model"]}
+        text = json.dumps(result, indent=2)
+        write_file(self.run / "evaluation.json", (text + "\n").encode())
+        if self.json:
+            print(text)
+        else:
+            _print_measurements(result)
+
+
+def _measure(model: nn.Module, dataset: data.Dataset, how: Evaluate, tick: Callable[[float], None]) -> dict[str, Any]:
+    return evaluate_all(
+        model, dataset.test_x, dataset.test_y,
+        eps=how.eps, k=how.k, clip=dataset.clip, seed=how.seed, on_progress=tick,
+    )  # fmt: skip
+
+
+@dataclass
 class Report:
     """Certify and attack one run or several, and write one HTML page that compares them."""
 
@@ -169,6 +219,8 @@ class Report:
     """how many features must stay on top"""
     seed: int = 0
     """of the attack"""
+    data_root: Path | None = None
+    """folder of the data sets' files; else $PYXAI_BOUNDS_DATA, else ~/.cache/pyxai_bounds"""
 
     def __call__(self) -> None:
         if not self.runs:
@@ -177,14 +229,14 @@ class Report:
         from pyxai_bounds.report import evaluate
 
         results: list[Evaluation] = []
-        with _progress() as tell:
+        with _progress() as bar:
             for i, (path, label) in enumerate(zip(self.runs, _labels(self.runs), strict=True)):
                 recipe = read_description(path)["recipe"]
 
                 def on_progress(fraction: float, label: str = label, start: int = i) -> None:
-                    tell(f"certifying and attacking {label}", (start + fraction) / len(self.runs))
+                    bar.move(f"certifying and attacking {label}", (start + fraction) / len(self.runs))
 
-                dataset, model = data.load(recipe["data"]), load(path)
+                dataset, model = data.load(recipe["data"], self.data_root), load(path)
                 results.append(
                     evaluate(
                         model, dataset, label,
@@ -211,8 +263,11 @@ class Info:
             lines[f"backend {name}"] = "available" if here else _why_not(name)
         for extra, module in (("train", "sklearn"), ("train", "safetensors"), ("report", "matplotlib")):
             lines[module] = _version(module) or f"missing: pip install 'pyxai-bounds[{extra}]'"
-        lines["data sets"] = ", ".join(data.DATASETS)
+        lines["data sets"] = ", ".join(data.EMBEDDED) + f"; from files under {data.data_root()}: "
+        lines["data sets"] += ", ".join(name for name in data.DATASETS if name not in data.EMBEDDED)
         lines["models"] = ", ".join(models.MODELS)
+        lines["objectives"] = ", ".join(OBJECTIVES)
+        lines["presets"] = ", ".join(PRESETS)
         grid = rich.table.Table.grid(padding=(0, 2))
         for name, value in lines.items():
             grid.add_row(f"[bold]{name}[/bold]", rich.markup.escape(value))
@@ -227,45 +282,161 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # A console script's path does not hold the user's folder, where package.module:factory is looked for.
     if (here := os.getcwd()) not in sys.path:
         sys.path.append(here)
-    command = tyro.cli(
-        Demo | Train | Certify | Report | Info,
-        prog="pyxai-bounds",
-        description="Certified bounds on explanations.",
-        args=arguments,
-    )
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command = None
     try:
+        command = _parse(arguments)
         command()
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        hint = ""
+        if isinstance(command, Train) and any(command.out.glob("checkpoint-*.json")):
+            hint = f"; go on with: pyxai-bounds train --resume --out {command.out}"
+        print(f"interrupted{hint}", file=sys.stderr)
         return 130
     return 0
+
+
+# --- reading the command line -------------------------------------------------------------------------------------
+
+
+def _parse(arguments: list[str]) -> Callable[[], None]:
+    """The command. A preset, or the recipe of a run to continue, takes the place of the flags' defaults."""
+    training = arguments[:1] == ["train"]
+    # Where the preset stands among the flags only a parser can say; a guess makes --help show its numbers.
+    guess = next((a for a in arguments[1:] if a in PRESETS), "") if training else ""
+    command = _parsed(arguments, guess, _preset(guess))
+    if not isinstance(command, Train):
+        return command
+    default = _preset(command.preset)
+    if command.resume and not command.preset:
+        default = stored_recipe(command.out) or default
+    if default != _preset(guess):
+        command = _parsed(arguments, command.preset, default)
+        assert isinstance(command, Train)
+    return replace(command, recipe=replace(command.recipe, options=_merged(default, command.recipe)))
+
+
+def _preset(name: str) -> Recipe:
+    if name and name not in PRESETS:
+        raise ValueError(f"There is no preset {name!r}; choose one of {', '.join(PRESETS)}.")
+    return PRESETS[name] if name else Recipe()
+
+
+def _parsed(arguments: list[str], preset: str, default: Recipe) -> Callable[[], None]:
+    train = Train(out=tyro.MISSING, preset=preset, recipe=default)
+    commands = Demo | Annotated[Train, tyro.conf.subcommand(default=train)] | Evaluate | Certify | Report | Info
+    registry = tyro.constructors.ConstructorRegistry()
+    registry.primitive_rule(_options_rule)
+    command: Callable[[], None] = tyro.cli(
+        commands,
+        prog="pyxai-bounds",
+        description="Certified bounds on explanations.",
+        args=arguments,
+        registry=registry,
+    )
+    return command
+
+
+def _options_rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    """How tyro reads and prints the options of an objective: NAME=VALUE NAME=VALUE."""
+    if get_origin(info.type) is not Mapping or get_args(info.type) != (str, Any):
+        return None
+
+    def read(values: list[str]) -> Options:
+        wrong = [value for value in values if "=" not in value.strip("=")]
+        if wrong:
+            raise ValueError(f"{wrong[0]!r} is not of the form NAME=VALUE")
+        return Options(value.split("=", 1) for value in values)
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="NAME=VALUE",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, Mapping),
+        str_from_instance=lambda options: [f"{name}={value}" for name, value in options.items()],
+    )
+
+
+def _merged(default: Recipe, recipe: Recipe) -> Options:
+    """Options that were given, and the default's others where the objective is the default's."""
+    given = {} if recipe.options == default.options else recipe.options
+    return Options({**default.options, **given} if recipe.objective == default.objective else given)
 
 
 # --- printing -----------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _progress() -> Iterator[Callable[[str, float], None]]:
-    """A bar with the time left, on standard error if that is a terminal.
+def _first_process() -> bool:
+    """Of those that torchrun started, the first one alone prints."""
+    return os.environ.get("RANK", "0") == "0"
 
-    Yields the function that moves it: (what is being done, fraction done).
-    """
-    console = rich.console.Console(stderr=True)
-    progress = rich.progress.Progress(
-        rich.progress.BarColumn(),
-        rich.progress.TaskProgressColumn(),
-        rich.progress.TimeRemainingColumn(),
-        rich.progress.TextColumn("{task.description}"),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    with progress:
-        task = progress.add_task("starting", total=1.0)
-        yield lambda what, fraction: progress.update(task, description=what, completed=fraction)
+
+class _Bar:
+    """A bar with the time left, on standard error if that is a terminal, and lines above it."""
+
+    def __init__(self) -> None:
+        self.console = rich.console.Console(stderr=True, soft_wrap=True)
+        self.progress = rich.progress.Progress(
+            rich.progress.BarColumn(bar_width=24),
+            rich.progress.TaskProgressColumn(),
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.TimeRemainingColumn(compact=True),
+            rich.progress.TextColumn("left"),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal or not _first_process(),
+        )
+        self.task = self.progress.add_task("starting", total=1.0)
+
+    def move(self, what: str, fraction: float) -> None:
+        self.progress.update(self.task, description=what, completed=fraction)
+
+    def say(self, line: str, style: str = "") -> None:
+        """A line that stays: above the bar, or on standard output where there is none."""
+        if _first_process():
+            console = _console() if self.progress.disable else self.progress.console
+            console.print(line, style=style, highlight=False, markup=False)
+
+
+@contextmanager
+def _progress() -> Iterator[_Bar]:
+    bar = _Bar()
+    with bar.progress:
+        yield bar
+
+
+class _Training:
+    """Shows a training: what it is, a row for some of the epochs, and how far it is."""
+
+    ROWS = 20
+
+    def __init__(self, recipe: Recipe, dataset: data.Dataset, bar: _Bar) -> None:
+        self.recipe, self.bar, self.begun = recipe, bar, False
+        options = "".join(f" {name}={value}" for name, value in recipe.options.items())
+        eps = "" if recipe.objective == "natural" else f", eps {recipe.eps:g}"
+        self.title = (
+            f"{recipe.objective}{options}{eps}: {recipe.model} on {dataset.name}, {len(dataset.train_x)} samples"
+        )
+
+    def __call__(self, now: Progress) -> None:
+        if not self.begun:
+            self.begun = True
+            watched = "  held-out loss  accuracy" if self.recipe.validation else ""
+            self.bar.say(self.title, "bold")
+            self.bar.say(f"{'epoch':>9}  {'loss':>10}  {'eps':>8}  {'lr':>8}  {'seconds':>8}{watched}", "dim")
+        done = now.done
+        if done is not None and (now.epoch % math.ceil(now.epochs / self.ROWS) == 0 or now.step == now.steps):
+            eps = f"{done.eps:.3g}" if done.weight else "natural"
+            line = f"{f'{now.epoch}/{now.epochs}':>9}  {done.loss:>10.4f}  {eps:>8}  {done.lr:>8.2g}"
+            line += f"  {done.seconds:>8.1f}"
+            if done.validation_loss is not None:
+                line += f"  {done.validation_loss:>13.4f}  {done.validation_accuracy:>8.3f}"
+            self.bar.say(line)
+        what = f"epoch {min(now.epoch + (done is not None), now.epochs)}/{now.epochs}, loss {now.loss:.4f}"
+        self.bar.move(what, now.step / now.steps)
 
 
 @contextmanager
@@ -307,6 +478,44 @@ def _print_table(rows: list[dict[str, Any]], title: str) -> None:
         style="dim",
         highlight=False,
     )
+
+
+def _print_measurements(result: dict[str, Any]) -> None:
+    """Numbers one below the other, and those of each radius in a column of its own."""
+    grid = rich.table.Table.grid(padding=(0, 2))
+    for name, value in result.items():
+        if not isinstance(value, list):
+            grid.add_row(name.replace("_", " "), *_flat(value))
+    console = _console()
+    console.print(grid, highlight=False)
+    radii = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
+    columns = [dict(_leaves(row)) for row in result["at"]]
+    radii.add_column("at eps")
+    for row in columns:
+        radii.add_column(f"{row.pop('eps'):g}", justify="right")
+    for name in dict.fromkeys(name for row in columns for name in row):
+        radii.add_row(name.replace("_", " "), *(_text(row.get(name)) for row in columns))
+    console.print(radii, highlight=False)
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name} ")
+        else:
+            yield prefix + name, value
+
+
+def _flat(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [", ".join(f"{name.replace('_', ' ')} {_text(leaf)}" for name, leaf in _leaves(value))]
+    return [_text(value)]
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _number(value: tuple[float, float | None] | None, percent: bool = False) -> str:

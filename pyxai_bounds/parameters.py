@@ -48,6 +48,7 @@ class ParameterBox:
             if not 0 <= value < math.inf:
                 raise ValueError(f"parameter_box: {name} must be finite and ≥ 0, got {value}.")
         self._model = weakref.ref(model)  # captures are kept per model, and must not keep it alive
+        hash(self._model)  # while it lives: a reference remembers its hash
         self.relative, self.absolute = float(relative), float(absolute)
         self.include = (include,) if isinstance(include, str) else None if include is None else tuple(include)
         self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude or ())

@@ -9,6 +9,7 @@ import pytest
 
 from pyxai_bounds import cli
 from pyxai_bounds.report import demo
+from pyxai_bounds.train import Recipe, presets
 
 
 def call(capsys, *arguments: object) -> tuple[int, str, str]:
@@ -35,9 +36,87 @@ def test_train_says_what_it_kept(capsys, tmp_path):
     code, out, err = call(
         capsys, "train", "--data", "wine", "--model", "linear", "--epochs", 3, "--out", tmp_path / "a"
     )
-    assert code == 0 and err == "" and "accuracy" in out and "39 held-out samples" in out
-    recipe = json.loads((tmp_path / "a" / "run.json").read_text())["recipe"]
+    assert code == 0 and err == "" and "accuracy" in out and "39 test samples" in out
+    recipe = recipe_of(tmp_path / "a")
     assert (recipe["data"], recipe["model"], recipe["epochs"]) == ("wine", "linear", 3)
+
+
+def recipe_of(folder) -> dict:
+    return json.loads((folder / "run.json").read_text())["recipe"]
+
+
+TINY = Recipe(data="wine", model="linear", objective="rec", options={"alpha": 0.5, "width": "mean"}, epochs=2, lr=0.5)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(presets.PRESETS, "tiny", TINY)
+    monkeypatch.setitem(presets.PRESETS, "other", Recipe(data="digits"))
+
+
+@pytest.mark.parametrize("place", [0, 2, 4])
+def test_flags_override_a_preset_wherever_it_stands(capsys, tmp_path, tiny, place):
+    flags = ["--epochs", "3", "--natural-epochs", "1"]
+    flags.insert(place, "tiny")
+    code, out, err = call(capsys, "train", *flags, "--lr-steps", 1, 0.1, 3, 0.2, "--lr-schedule", "steps",
+                          "--class-weights", 1, 2, 1, "--out", tmp_path / "run")  # fmt: skip
+    assert code == 0 and err == "" and "rec alpha=0.5 width=mean, eps 0.02: linear on wine" in out
+    recipe = recipe_of(tmp_path / "run")
+    assert (recipe["data"], recipe["epochs"], recipe["natural_epochs"], recipe["lr"]) == ("wine", 3, 1, 0.5)
+    assert recipe["options"] == {"alpha": 0.5, "width": "mean"}
+    assert recipe["lr_steps"] == [[1, 0.1], [3, 0.2]] and recipe["class_weights"] == [1, 2, 1]
+
+
+def test_options_are_added_to_the_presets_but_not_to_another_objective(capsys, tmp_path, tiny):
+    assert call(capsys, "train", "tiny", "--options", "alpha=0.25", "--out", tmp_path / "a")[0] == 0
+    assert recipe_of(tmp_path / "a")["options"] == {"alpha": 0.25, "width": "mean"}
+    assert call(capsys, "train", "tiny", "--objective", "natural", "--out", tmp_path / "b")[0] == 0
+    assert recipe_of(tmp_path / "b")["options"] == {}
+
+
+def test_a_value_that_is_the_name_of_a_preset_is_none(capsys, tmp_path, tiny, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call(capsys, "train", "--out", "other", "--data", "wine", "--model", "linear", "--epochs", 2)[0] == 0
+    assert recipe_of(tmp_path / "other")["data"] == "wine"
+    assert call(capsys, "train", "--out", "other", "tiny")[0] == 0
+    assert recipe_of(tmp_path / "other")["lr"] == 0.5
+
+
+def test_help_shows_a_presets_numbers(capsys, tiny):
+    code, out, _ = call(capsys, "train", "tiny", "--help")
+    assert code == 0 and "alpha=0.5 width=mean" in out and "(default: wine)" in out
+
+
+def test_resume_takes_the_recipe_of_the_run(capsys, tmp_path, tiny, monkeypatch):
+    flags = ["train", "tiny", "--seed", 3, "--checkpoint-every", 1, "--out", tmp_path / "run"]
+    with monkeypatch.context() as patch:
+        patch.setattr("pyxai_bounds.train.loop.save", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        code, _, err = call(capsys, *flags)
+    assert code == 130 and err == f"interrupted; go on with: pyxai-bounds train --resume --out {tmp_path / 'run'}\n"
+    code, out, err = call(capsys, "train", "--resume", "--out", tmp_path / "run")
+    assert code == 0 and err == "" and "Continuing after step 2." in out
+    assert recipe_of(tmp_path / "run")["seed"] == 3
+    code, out, _ = call(capsys, "train", "--resume", "--out", tmp_path / "run")
+    assert code == 0 and "is finished" in out
+
+
+def test_a_data_root_from_a_flag(capsys, tmp_path):
+    rows = "\n".join(f"{i},{'ab'[i % 2]},{'good' if i % 3 else 'bad'}" for i in range(60))
+    (tmp_path / "german-credit.csv").write_text(f"amount,kind,class\n{rows}\n")
+    where = ("--data-root", tmp_path)
+    assert call(capsys, "train", "rec-german", "--epochs", 2, "--out", tmp_path / "run", *where)[0] == 0
+    code, out, _ = call(capsys, "certify", tmp_path / "run", "--k", 1, "--json", *where)
+    assert code == 0 and json.loads(out)["samples"] == 12
+
+
+def test_evaluate_prints_text_or_json_and_keeps_it(capsys, runs):
+    code, out, err = call(capsys, "evaluate", runs / "fc-128", "--eps", 0.05, 0.1, "--k", 3, "--samples", 20, "--json")
+    result = json.loads(out, parse_constant=pytest.fail)
+    assert code == 0 and err == "" and json.loads((runs / "fc-128" / "evaluation.json").read_text()) == result
+    assert (result["data"], result["model"], result["samples"]) == ("wine", "fc-128", 20)
+    assert [row["eps"] for row in result["at"]] == [0.05, 0.1]
+    code, out, err = call(capsys, "evaluate", runs / "fc-128", "--eps", 0.05, "--k", 3, "--samples", 20)
+    assert code == 0 and err == "" and "fc-128" in out and "0.05" in out and "certified" in out
 
 
 def test_certify_prints_text_or_json(capsys, runs):
@@ -65,14 +144,27 @@ def test_report_compares_runs(capsys, runs, tmp_path):
 def test_info(capsys):
     code, out, _ = call(capsys, "info")
     assert code == 0
-    for word in ("pyxai_bounds", "torch", "cpu", "backend reference", "backend native", "digits-parity", "cnn7"):
+    for word in ("pyxai_bounds", "torch", "backend reference", "backend native", "digits-parity", "cnn7", "rec-german"):
         assert word in out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "--out", "OUT", "--data", "mnist"], "no data set 'mnist'; choose one of digits"),
+        (["train", "--out", "OUT", "--data", "mnst"], "no data set 'mnst'; choose one of digits"),
+        (
+            ["train", "rec-mnist-cnn", "--out", "OUT", "--data-root", "OUT"],
+            "The data set mnist is not here: looked for",
+        ),
+        (["train", "rec-mnist", "--out", "OUT"], "no preset 'rec-mnist'; choose one of digits-cnn7"),
+        (["train", "--out", "OUT", "--objective", "rce"], "no objective 'rce'; choose from natural, rec"),
+        (["train", "--out", "OUT", "--options", "beta=1"], "rec has no option beta; it has alpha, width"),
+        (["train", "--out", "OUT", "--options", "alpha=x"], "alpha of rec is 'x'; it must be a number"),
+        (["train", "--out", "OUT", "--device", "abacus"], "The device 'abacus' cannot be used here"),
+        (["train", "--out", "RUN", "--resume", "--seed", "1"], "another recipe: seed (0 there, 1 now)"),
+        (["evaluate", "OUT"], "is not a run"),
+        (["evaluate", "RUN", "--eps", "0"], "all of them positive"),
+        (["evaluate", "RUN", "--samples", "0"], "at least one sample"),
         (["train", "--out", "OUT", "--model", "resnet"], "no model 'resnet'; choose one of linear"),
         (["train", "--out", "OUT", "--data", "wine", "--model", "cnn7"], "cnn7 takes images"),
         (["train", "--out", "OUT", "--model", "no_such_module:f"], "cannot be imported"),
@@ -94,7 +186,8 @@ def test_a_user_error_is_one_line_and_exit_code_2(capsys, runs, tmp_path, argume
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["fly"], ["train"], ["certify", "x", "--k", "many"], ["train", "--out", "x", "--objective", "y"]]
+    "arguments",
+    [[], ["fly"], ["train"], ["certify", "x", "--k", "many"], ["train", "--out", "x", "--options", "alpha"]],
 )
 def test_a_command_that_cannot_be_read_exits_with_2(capsys, arguments):
     code, _, err = call(capsys, *arguments)

@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,9 @@ from torch import Tensor
 from pyxai_bounds.capture import as_captured
 from pyxai_bounds.certify.properties import Property, flat, kept
 from pyxai_bounds.interval import Interval
+from pyxai_bounds.parameters import ParameterBox
 from pyxai_bounds.program import BoundFunction, bound
+from pyxai_bounds.rules.registry import Product
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,14 @@ def certify(
     eps: float | Tensor,
     property: Property,
     clip: tuple[float, float] | None = None,
-    parameters: Any = None,
+    parameters: ParameterBox | None = None,
     sound: bool = True,
+    product: Product = "rump",
     batch_size: int = 256,
 ) -> Certificate:
     """Does ``property`` of ``fn(x, target)`` hold for every input within ``eps`` of x (and inside ``clip``)?
+
+    With ``parameters`` it must hold for every network in that box, too, and ``product`` is as in :func:`bound`.
 
     Shapes: x [B, ...]; target integer [B], or None to call ``fn(x)``; eps a float, or a tensor that broadcasts to x.
     Each sample must be explained independently of the others: large batches are run in pieces of ``batch_size``.
@@ -62,7 +66,7 @@ def certify(
     A sample with a bound that is not finite is never certified, nor is any if the model holds a NaN or an infinity.
     Raises what :func:`bound` and :meth:`Interval.linf` raise.
     """
-    check = _Check(fn, x, target, property, clip, parameters, sound, batch_size)
+    check = _Check(fn, x, target, property, clip, parameters, sound, product, batch_size)
     return check.at(eps)
 
 
@@ -75,8 +79,9 @@ def certified_radius(
     max_eps: float,
     tol: float = 1e-4,
     clip: tuple[float, float] | None = None,
-    parameters: Any = None,
+    parameters: ParameterBox | None = None,
     sound: bool = True,
+    product: Product = "rump",
     batch_size: int = 256,
 ) -> Tensor:
     """For each sample a radius in [0, max_eps] at which ``certify`` holds, within ``tol`` of the largest such: [B].
@@ -87,7 +92,7 @@ def certified_radius(
     """
     if not (0 < max_eps < math.inf and tol > 0):
         raise ValueError(f"certified_radius needs 0 < max_eps < ∞ and tol > 0, got max_eps={max_eps}, tol={tol}.")
-    check = _Check(fn, x, target, property, clip, parameters, sound, batch_size)
+    check = _Check(fn, x, target, property, clip, parameters, sound, product, batch_size)
     per_sample = [-1] + [1] * (x.dim() - 1)
     holds = check.at(max_eps).holds
     unknown = torch.full((len(x),), max_eps, dtype=x.dtype, device=x.device)
@@ -111,8 +116,9 @@ class _Check:
         target: Tensor | None,
         property: Property,
         clip: tuple[float, float] | None,
-        parameters: Any,
+        parameters: ParameterBox | None,
         sound: bool,
+        product: Product,
         batch_size: int,
     ) -> None:
         if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -129,7 +135,7 @@ class _Check:
                 f"x has {len(x)} samples, but target has shape {list(target.shape)}; it must be [{len(x)}]."
             )
         self.fn, self.x, self.target, self.clip, self.property = fn, usual(x), target, clip, property
-        self.bounded: BoundFunction = bound(fn, sound=sound, parameters=parameters)
+        self.bounded: BoundFunction = bound(fn, sound=sound, parameters=parameters, product=product)
         self.rounding = "outward" if sound else "nearest"
         self.size = min(batch_size, max(len(x), 1))
         self.nominal = self._nominal()

@@ -21,9 +21,9 @@ K = 5
 RECIPES: dict[str, Recipe] = {
     "linear": Recipe(model="linear", objective="natural", epochs=100, lr=1e-2),
     "fc-128": Recipe(model="fc-128", objective="natural", epochs=100, lr=2e-3),
-    "fc-128, REC": Recipe(model="fc-128", objective="rec", epochs=100, lr=2e-3, alpha=0.1),
+    "fc-128, REC": Recipe(model="fc-128", objective="rec", epochs=100, lr=2e-3, options={"alpha": 0.1}),
     "cnn-small": Recipe(model="cnn-small", objective="natural", epochs=80, lr=1e-3),
-    "cnn-small, REC": Recipe(model="cnn-small", objective="rec", epochs=80, lr=1e-3, alpha=0.2),
+    "cnn-small, REC": Recipe(model="cnn-small", objective="rec", epochs=80, lr=1e-3, options={"alpha": 0.2}),
 }
 
 # Rough seconds to train and to evaluate each on two cores, for a progress bar that moves evenly.

@@ -127,8 +127,8 @@ _GUIDE = """<section>
 <h2>How to read this page</h2>
 <dl>
 <dt>Certified</dt><dd>The share of samples for which interval bounds prove that the top features cannot change, whatever
-happens to the input inside the box. Not an estimate: no input in the box can contradict it, up to the rounding of
-floating point where bounds are computed to nearest.</dd>
+happens to the input inside the box. Not an estimate: no input in the box can contradict it. Bounds are rounded outward,
+so that this holds for the function in real arithmetic.</dd>
 <dt>Survived</dt><dd>The share of samples for which a gradient attack found no input in the box with other top
 features. The true share lies between the two columns. A report in which certified exceeds survived is refused.</dd>
 <dt>Unstable ReLUs</dt><dd>The share of units whose input may have either sign in the box. Explanations can only move,

@@ -10,7 +10,20 @@ from torch import Tensor
 from pyxai_bounds import ops
 from pyxai_bounds import rounding as rd
 from pyxai_bounds.interval import Interval
-from pyxai_bounds.rules.registry import RULES, Rule, Value, bilinear, in_float64, outward, plus, rule, total
+from pyxai_bounds.ops.product import conv2d_product, conv2d_product_input, conv2d_product_weight
+from pyxai_bounds.rules.registry import (
+    RULES,
+    Rule,
+    Value,
+    bilinear,
+    exact_bilinear,
+    exact_product,
+    in_float64,
+    outward,
+    plus,
+    rule,
+    total,
+)
 
 aten = torch.ops.aten
 
@@ -36,7 +49,13 @@ def convolution(
     def product(a: Tensor, b: Tensor) -> Tensor:
         return aten.convolution(a, b, None, stride, padding, dilation, transposed, output_padding, groups)
 
-    out = _product(product, x, weight, _terms(weight, transposed, groups))
+    def exact(a: Tensor, ra: Tensor, b: Tensor, rb: Tensor) -> tuple[Tensor, Tensor]:
+        return conv2d_product(a, ra, b, rb, *square, groups, True)
+
+    square = (_pair(stride), _pair(padding), _pair(dilation))
+    out = _product(
+        product, x, weight, _terms(weight, transposed, groups), exact if _is_square(weight, transposed) else None
+    )
     if not isinstance(out, Interval):
         out = Interval.point(out)
     if bias is None:
@@ -61,6 +80,7 @@ def convolution_backward(
     output_mask: list[bool],
 ) -> list[Any]:
     geometry = (stride, padding, dilation, transposed, output_padding, groups)
+    square = (_pair(stride), _pair(padding), _pair(dilation))
     results: list[Any] = [None, None, None]
     if output_mask[0]:
         if _is_fused(grad, weight, transposed):
@@ -73,7 +93,12 @@ def convolution_backward(
             def input_grad(g: Tensor, w: Tensor) -> Tensor:
                 return aten.convolution_backward(g, like_x.to(g.dtype), w, None, *geometry, [True, False, False])[0]
 
-            results[0] = _product(input_grad, grad, weight, _terms(weight, not transposed, groups))
+            def exact_input(a: Tensor, ra: Tensor, b: Tensor, rb: Tensor) -> tuple[Tensor, Tensor]:
+                return conv2d_product_input(a, ra, b, rb, list(x.shape), *square, groups, True)
+
+            terms = _terms(weight, not transposed, groups)
+            exact = exact_input if _is_square(weight, transposed) else None
+            results[0] = _product(input_grad, grad, weight, terms + weight.shape[2:].numel(), exact)
     if output_mask[1]:
         like_weight = weight.mid if isinstance(weight, Interval) else weight
 
@@ -81,7 +106,11 @@ def convolution_backward(
             like = like_weight.to(g.dtype)
             return aten.convolution_backward(g, i, like, None, *geometry, [False, True, False])[1]
 
-        results[1] = _product(weight_grad, grad, x, grad.shape.numel() // grad.shape[1])
+        def exact_weight(a: Tensor, ra: Tensor, b: Tensor, rb: Tensor) -> tuple[Tensor, Tensor]:
+            return conv2d_product_weight(a, ra, b, rb, list(weight.shape), *square, groups, True)
+
+        exact = exact_weight if _is_square(weight, transposed) else None
+        results[1] = _product(weight_grad, grad, x, grad.shape.numel() // grad.shape[1] + len(grad), exact)
     if output_mask[2]:
         over = [0, *range(2, len(grad.shape))]
         results[2] = total(grad, over) if isinstance(grad, Interval) else grad.sum(over)
@@ -100,10 +129,12 @@ class _ConvolutionBackward(Rule):
 RULES[aten.convolution_backward.default] = _ConvolutionBackward(convolution_backward, frozenset({1, 2}), "own", 0.0)
 
 
-def _product(product: Any, a: Value, b: Value, terms: int) -> Value:
-    """Rounded outward in float64, where a sum of any length loses next to nothing."""
+def _product(product: Any, a: Value, b: Value, terms: int, exact: Any) -> Value:
+    """Rounded outward in float64, where a sum of any length loses next to nothing; ``exact`` is for two sets."""
     if outward():
         a, b = in_float64(a), in_float64(b)
+    if exact is not None and exact_product() and isinstance(a, Interval) and isinstance(b, Interval):
+        return exact_bilinear(exact, product, a, b, terms)
     if isinstance(a, Interval) or isinstance(b, Interval):
         return bilinear(product, a, b, terms)
     return product(a, b)
@@ -117,6 +148,11 @@ def _terms(weight: Value, transposed: bool, groups: int) -> int:
 
 def _is_fused(x: Value, weight: Value, transposed: bool) -> bool:
     return isinstance(x, Interval) and isinstance(weight, Tensor) and weight.dim() == 4 and not transposed
+
+
+def _is_square(weight: Value, transposed: bool) -> bool:
+    """Is it a two-dimensional convolution, of which there is an exact product of two sets?"""
+    return len(weight.shape) == 4 and not transposed
 
 
 def _in_fast_order(x: Interval) -> Interval:

@@ -10,7 +10,17 @@ from torch import Tensor
 from pyxai_bounds import ops
 from pyxai_bounds import rounding as rd
 from pyxai_bounds.interval import Interval
-from pyxai_bounds.rules.registry import Value, bilinear, in_float64, multiply, outward, plus, rule
+from pyxai_bounds.rules.registry import (
+    Value,
+    bilinear,
+    exact_bilinear,
+    exact_product,
+    in_float64,
+    multiply,
+    outward,
+    plus,
+    rule,
+)
 
 aten = torch.ops.aten
 
@@ -61,7 +71,23 @@ def _product(product: Any, a: Value, b: Value) -> Interval:
     """Rounded outward in float64, where a sum of any length loses next to nothing."""
     if outward():
         a, b = in_float64(a), in_float64(b)
+    if exact_product() and isinstance(a, Interval) and isinstance(b, Interval):
+        return _exact_product(product, a, b)
     return bilinear(product, a, b, a.shape[-1])
+
+
+def _exact_product(product: Any, a: Interval, b: Interval) -> Interval:
+    """Vectors become matrices of one row or column."""
+    row, column = a.mid.dim() == 1, b.mid.dim() == 1
+
+    def exact(*parts: Tensor) -> tuple[Tensor, Tensor]:
+        left = [t.unsqueeze(0) if row else t for t in parts[:2]]
+        right = [t.unsqueeze(1) if column else t for t in parts[2:]]
+        mid, rad = ops.interval_matmul(*left, *right, True)
+        shape = mid.shape[: mid.dim() - column][row:]
+        return mid.reshape(shape), rad.reshape(shape)
+
+    return exact_bilinear(exact, product, a, b, a.shape[-1])
 
 
 def _add_product(bias: Value, a: Value, b: Value, product: Any, beta: float, alpha: float) -> Interval:

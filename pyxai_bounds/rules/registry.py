@@ -241,6 +241,27 @@ def bilinear(product: Callable[[Tensor, Tensor], Tensor], a: Value, b: Value, te
     return Interval.of(mid, rad)
 
 
+def exact_bilinear(
+    exact: Callable[..., tuple[Tensor, Tensor]],
+    product: Callable[[Tensor, Tensor], Tensor],
+    a: Interval,
+    b: Interval,
+    terms: int,
+) -> Interval:
+    """The sum of the exact ranges of all products: ``exact(a.mid, a.rad, b.mid, b.rad)``; ``product`` is the plain one.
+
+    Rounded outward: midpoint and radius together are off by γ of 2·terms roundings times (|a| + ra)·(|b| + rb), as
+    ``ops.reference.interval_matmul`` shows, and by underflow; what float32 loses on any members is of that size too.
+    """
+    mid, rad = exact(a.mid, a.rad, b.mid, b.rad)
+    if not outward():
+        return Interval.of(mid, rad)
+    reach = product(*(rd.magnitude(rd.up(x.mid.abs() + x.rad)) for x in (a, b)))
+    lost = rd.errors(2 * terms + 2, mid.dtype)
+    spread = reach * (lost.of_mid * (1 + 16 * rd.unit(mid.dtype))) + (reach != 0).to(mid.dtype) * rd.tiny(mid.dtype)
+    return Interval.of(mid, rd.up(rad + spread))
+
+
 def multiply(a: Any, b: Any) -> Interval:
     """Elementwise product with broadcasting; exact for two sets as for a set and a point or number.
 

@@ -1,7 +1,8 @@
-"""Runs on disk: weights as safetensors, and beside them run.json, which says what they are.
+"""Runs on disk: finished ones, and checkpoints of one that is under way. Tensors are safetensors, the rest is JSON.
 
-The weights carry their own hash in their name, and run.json names them: replacing run.json, one atomic step, is what
-makes a new run visible. An interrupted write leaves the old run whole.
+A finished run is run.json and the weights that it names; replacing run.json, one atomic step, is what makes a new run
+visible. A checkpoint, likewise, is a JSON file and the tensors that it names. Every name carries the hash of its
+content, so that an interrupted write leaves the old state whole, and damage is noticed. Nothing here is a pickle.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pyxai_bounds import models
 
@@ -26,16 +28,11 @@ def save(model: nn.Module, run_dir: str | Path, **description: Any) -> None:
 
     ``load`` needs recipe (with "model", a name for ``models.build``), input_shape and classes in the description.
     """
-    safetensors = _safetensors()
     folder = Path(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    content = safetensors.save(tensors)
-    digest = hashlib.sha256(content).hexdigest()
-    weights = f"model-{digest[:12]}.safetensors"
+    weights, digest = _write_tensors(folder, "model", model.state_dict())
     description = {"format": FORMAT, "weights": weights, "sha256": digest, **description}
-    _write(folder / weights, content)
-    _write(folder / "run.json", (json.dumps(description, indent=2) + "\n").encode())
+    write_file(folder / "run.json", (json.dumps(description, indent=2) + "\n").encode())
     for stale in folder.glob("model-*.safetensors"):
         if stale.name != weights:
             stale.unlink()
@@ -47,20 +44,13 @@ def load(run_dir: str | Path) -> nn.Module:
     A run of a model named ``package.module:factory`` imports that module: load such runs only from people you trust.
     Raises FileNotFoundError where there is no run, ValueError for one that is damaged.
     """
-    safetensors = _safetensors()
     description = read_description(run_dir)
     path = Path(run_dir) / description["weights"]
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing, although run.json names it: copy the whole folder, or train again."
-        )
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != description["sha256"]:
-        raise ValueError(f"{path} is damaged: its content does not have the hash that run.json gives. Train again.")
+    tensors = _read_tensors(path, description["sha256"], "run.json")
     with torch.random.fork_rng():  # building draws initial weights; the caller's generator must not notice
         model = models.build(description["recipe"]["model"], tuple(description["input_shape"]), description["classes"])
     try:
-        model.load_state_dict(safetensors.load(content))
+        model.load_state_dict(tensors)
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit the model {description['recipe']['model']!r}: {error}") from error
     return model.eval()
@@ -87,7 +77,90 @@ def read_description(run_dir: str | Path) -> dict[str, Any]:
     return description
 
 
-def _write(path: Path, content: bytes) -> None:
+# --- checkpoints ----------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(folder: str | Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Write what a run needs to go on from ``step``; the one before it is kept, older ones are removed.
+
+    ``state`` must be JSON.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"checkpoint-{step:010d}"
+    name, digest = _write_tensors(folder, stem, tensors)
+    content = json.dumps({"format": FORMAT, "tensors": name, "sha256": digest, "step": step, **state}).encode()
+    write_file(folder / f"{stem}-{_short(content)}.json", content)
+    kept = sorted(path.name[: len(stem)] for path in folder.glob("checkpoint-*.json"))[-2:]
+    for path in folder.glob("checkpoint-*"):
+        if path.name[: len(stem)] not in kept:
+            path.unlink()
+
+
+def load_checkpoint(folder: str | Path, tell: Callable[[str], None]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The newest checkpoint that is whole, as (tensors, state), or None where there is none at all.
+
+    ``tell`` hears of each damaged one. Raises ValueError if all are damaged.
+    """
+    paths = sorted(Path(folder).glob("checkpoint-*.json"), reverse=True)
+    for path in paths:
+        try:
+            content = path.read_bytes()
+            if _short(content) != path.stem.rpartition("-")[2]:
+                raise ValueError(f"{path} is damaged: its content does not have the hash that its name gives.")
+            state: dict[str, Any] = json.loads(content)
+            if state["format"] != FORMAT:
+                raise ValueError(f"{path} has format {state['format']!r}; this version reads format {FORMAT}.")
+            tensors = _read_tensors(path.with_name(state["tensors"]), state["sha256"], path.name)
+        except (ValueError, OSError) as error:
+            tell(f"{error} Going back to the checkpoint before it.")
+            continue
+        return tensors, state
+    if paths:
+        raise ValueError(f"All checkpoints in {folder} are damaged. Train again, without --resume.")
+    return None
+
+
+def clear_checkpoints(folder: str | Path) -> None:
+    """Remove the checkpoints of a run that is finished or starts again, and what an interrupted write left."""
+    for pattern in ("checkpoint-*", ".checkpoint-*.tmp", ".model-*.tmp"):
+        for path in Path(folder).glob(pattern):
+            path.unlink()
+
+
+# --- files ------------------------------------------------------------------------------------------------------
+
+
+def _write_tensors(folder: Path, stem: str, tensors: dict[str, Tensor]) -> tuple[str, str]:
+    """Returns the file's name, which carries the beginning of its hash, and the whole hash."""
+    # Copies, because tied weights share memory, which safetensors refuses.
+    copies = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+    content = _safetensors().save(copies)
+    digest = hashlib.sha256(content).hexdigest()
+    name = f"{stem}-{digest[:12]}.safetensors"
+    write_file(folder / name, content)
+    return name, digest
+
+
+def _read_tensors(path: Path, digest: str, named_by: str) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing, although {named_by} names it: copy the whole folder, or train again."
+        )
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise ValueError(f"{path} is damaged: its content does not have the hash that {named_by} gives. Train again.")
+    tensors: dict[str, Tensor] = _safetensors().load(content)
+    return tensors
+
+
+def _short(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:12]
+
+
+def write_file(path: Path, content: bytes) -> None:
     """All of it or nothing: a reader never sees half a file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
