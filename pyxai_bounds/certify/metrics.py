@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from pyxai_bounds import explain
-from pyxai_bounds.certify.properties import TopK, flat
+from pyxai_bounds.certify.properties import TopK, _lost, flat
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.program import BoundFunction, bound
 
@@ -173,17 +173,23 @@ def ig_norm_bound(
     clip: tuple[float, float] | None = None,
     *,
     bounds: BoundFunction | None = None,
+    sound: bool = False,
 ) -> Tensor:
     """An upper bound on max_{x′} ‖IG(x, x′)‖₁ over the box, IG of the cross entropy: [B], differentiable.
 
     The path from x to x′ lies in the box, so |IG_i| ≤ |x′_i − x_i| · max(|v_L|, |v_U|)_i with [v_L, v_U] the bounds of
     the loss gradient; |x′_i − x_i| is at most the larger distance from x to an end of the (clipped) box. It bounds the
     integral and every Riemann sum of it. ``bounds``: the bound of the loss gradient, if it is not this model's own.
+    ``sound=True`` rounds outward, and then the result is float64; otherwise to nearest, as training needs it.
     """
     box = Interval.linf(x, eps, clip)
-    gradient = (bounds or bound(explain.gradient(model, "loss")))(box, y)
-    reach = torch.maximum(box.upper - x, x - box.lower)
-    return flat(reach * (gradient.mid.abs() + gradient.rad)).sum(1)
+    gradient = (bounds or bound(explain.gradient(model, "loss"), sound=sound))(box, y)
+    lower, upper, most = box.lower, box.upper, gradient.mid.abs() + gradient.rad
+    if sound:
+        x, lower, upper = x.double(), lower.double(), upper.double()
+        most = torch.maximum(gradient.lower.abs(), gradient.upper.abs()).double()
+    total = flat(torch.maximum(upper - x, x - lower) * most).sum(1)
+    return total * (1 + _lost(x[0].numel())) if sound and len(x) else total
 
 
 def certified_intersection(property: TopK, nominal: Tensor, bounds: Interval) -> Tensor:
@@ -203,12 +209,16 @@ def certified_accuracy(
     eps: float,
     clip: tuple[float, float] | None = None,
     batch_size: int = 256,
+    sound: bool = True,
 ) -> float:
-    """The share of samples whose label keeps the largest logit everywhere in the box, by interval bounds."""
+    """The share of samples whose label keeps the largest logit everywhere in the box, by interval bounds.
+
+    ``sound=True``: rounded outward, a proof; otherwise to nearest. NaN without samples.
+    """
     with torch.no_grad():
         certain = 0
         for piece, label in zip(x.split(batch_size), y.split(batch_size), strict=True):
-            logits = bound(model)(Interval.linf(piece, eps, clip))
+            logits = bound(model, sound=sound)(Interval.linf(piece, eps, clip))
             lower = logits.lower.gather(1, label.unsqueeze(1))
             rivals = logits.upper.scatter(1, label.unsqueeze(1), -torch.inf)
             certain += int((lower > rivals).all(1).sum())

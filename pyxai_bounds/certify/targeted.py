@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyxai_bounds.certify.properties import flat, magnitude
+from pyxai_bounds.certify.properties import _lost, flat, magnitude
 from pyxai_bounds.interval import Interval
 
 
@@ -30,14 +30,15 @@ class Unlike:
             raise ValueError("Unlike: targets must hold at least one target, [T, ...].")
 
     def margin(self, nominal: Tensor, bounds: Interval) -> Tensor:
-        lower, upper = flat(bounds.lower).unsqueeze(1), flat(bounds.upper).unsqueeze(1)
+        lower, upper = flat(bounds.lower).double().unsqueeze(1), flat(bounds.upper).double().unsqueeze(1)
         goals = self.targets.to(lower).flatten(1).unsqueeze(0)
         if goals.shape[2] != lower.shape[2]:
             raise ValueError(
                 f"Unlike: a target has {goals.shape[2]} entries, but an explanation {lower.shape[2]}; targets are "
                 "[T, *explanation]."
             )
-        return (goals - goals.maximum(lower).minimum(upper)).square().mean(2).amin(1) - self.tau
+        nearest = (goals - goals.maximum(lower).minimum(upper)).square().mean(2).amin(1)
+        return nearest * (1 - _lost(lower.shape[2])) - self.tau
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,6 @@ def test_the_same_seed_gives_the_same_weights() -> None:
     assert not torch.equal(one.attribution, other.attribution)
 
 
-@pytest.mark.skipif(not hasattr(xb, "parameter_box"), reason="boxes of parameters do not exist yet")
 @pytest.mark.parametrize("gamma", [1e-3, 1e-2])
 def test_a_certificate_over_weights_is_never_broken(gamma: float) -> None:
     model = mlp((6, 12, 4))

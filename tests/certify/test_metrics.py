@@ -142,6 +142,16 @@ def test_certified_intersection_is_never_above_a_member_of_the_bounds(k: int) ->
     assert k == 6 or 0 < certified.mean() < 1
 
 
+def test_the_sound_norm_bound_lies_just_above_the_nearest_one() -> None:
+    for dtype in (torch.float32, torch.float64):
+        model, x, y = mlp().to(dtype), images(9, shape=(6,)).to(dtype), torch.arange(9) % 4
+        nearest = metrics.ig_norm_bound(model, x, y, 0.05, (0.0, 1.0))
+        sound = metrics.ig_norm_bound(model, x, y, 0.05, (0.0, 1.0), sound=True)
+        exact = metrics.ig_norm_bound(model.double(), x.double(), y, torch.tensor(0.05, dtype=dtype), (0.0, 1.0))
+        assert sound.dtype == torch.float64 and (sound >= exact).all()
+        assert (sound <= nearest * (1 + 1e4 * torch.finfo(dtype).eps)).all()
+
+
 def test_certified_accuracy_counts_labels_that_lead_everywhere() -> None:
     model, x = mlp((6, 20, 4)), images(40, shape=(6,))
     y = model(x).argmax(1)

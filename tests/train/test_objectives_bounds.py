@@ -322,7 +322,6 @@ def test_the_distance_is_differentiable_through_both_explanations() -> None:
 # --- parameter boxes ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not hasattr(xb, "parameter_box"), reason="boxes of parameters do not exist yet")
 def test_gamma_is_the_whole_relative_radius() -> None:
     """The released code uses gamma / 2 where gamma is claimed, and an absolute box for biases."""
     model = nn.Linear(6, 4).double()

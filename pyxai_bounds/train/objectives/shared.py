@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyxai_bounds.interval import Interval
+from pyxai_bounds.parameters import parameter_box
 from pyxai_bounds.program import BoundFunction, bound
 
 Reduction = Literal["mean", "sum"]
@@ -40,8 +40,7 @@ def bounded(fn: Callable[..., Any], model: nn.Module, gamma: float = 0.0) -> Bou
         raise ValueError(f"gamma={gamma} is the relative radius of the parameters: it must lie in [0, 1).")
     if gamma == 0:
         return bound(fn)
-    package = importlib.import_module("pyxai_bounds")
-    return bound(fn, parameters=package.parameter_box(model, relative=gamma))
+    return bound(fn, parameters=parameter_box(model, relative=gamma))
 
 
 def per_sample(t: Tensor) -> Tensor:
