@@ -90,10 +90,12 @@ def save_checkpoint(folder: str | Path, step: int, tensors: dict[str, Tensor], s
     stem = f"checkpoint-{step:010d}"
     name, digest = _write_tensors(folder, stem, tensors)
     content = json.dumps({"format": FORMAT, "tensors": name, "sha256": digest, "step": step, **state}).encode()
-    write_file(folder / f"{stem}-{_short(content)}.json", content)
-    kept = sorted(path.name[: len(stem)] for path in folder.glob("checkpoint-*.json"))[-2:]
+    description = folder / f"{stem}-{_short(content)}.json"
+    write_file(description, content)
+    kept = sorted({path.name[: len(stem)] for path in folder.glob("checkpoint-*.json")})[-2:]
     for path in folder.glob("checkpoint-*"):
-        if path.name[: len(stem)] not in kept:
+        damaged = path.name.startswith(stem) and path.name not in (name, description.name)  # passed over before
+        if damaged or path.name[: len(stem)] not in kept:
             path.unlink()
 
 

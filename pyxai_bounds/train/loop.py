@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -255,8 +255,7 @@ class _Training:
             x, y = self._samples(part)
             if self.norms and weight > 0 and recipe.batch_norm == "update":
                 self._learn_statistics(x)
-            last = i + 1 == len(parts)
-            with nullcontext() if last or self.parallel is self.loss else self.parallel.no_sync():  # type: ignore[operator]
+            with self._exchange_gradients(i + 1 == len(parts)):
                 loss = self.parallel(x, y, eps, weight)
                 (loss / len(parts)).backward()
             total += loss.detach()
@@ -266,6 +265,12 @@ class _Training:
         if weight == 0 or recipe.batch_norm == "batch":
             self._share_statistics()
         return total / len(parts)
+
+    def _exchange_gradients(self, exchange: bool) -> AbstractContextManager[None]:
+        """Only the last part's backward pass adds up the gradients of all processes."""
+        if exchange or not isinstance(self.parallel, DistributedDataParallel):
+            return nullcontext()
+        return self.parallel.no_sync()
 
     def _samples(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         indices = indices.to(self.x.device)
@@ -478,7 +483,7 @@ def _optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     if recipe.optimiser == "sgd":
         return torch.optim.SGD(parameters, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimiser]
-    return kind(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    return kind(parameters, lr=recipe.lr, betas=(0.9, recipe.beta2), weight_decay=recipe.weight_decay)
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------
@@ -560,6 +565,7 @@ def run(
             recipe=recipe.as_json(), input_shape=dataset.input_shape, classes=dataset.classes, losses=losses,
         )  # fmt: skip
         clear_checkpoints(out)
+        (Path(out) / "evaluation.json").unlink(missing_ok=True)  # of an earlier run in this folder
     processes.gather(None)  # nobody leaves before the run is written
     return model
 

@@ -83,6 +83,8 @@ class Recipe:
     """steps in which the learning rate grows from 0"""
     momentum: float = 0.9
     """of sgd"""
+    beta2: float = 0.999
+    """decay of adam's and adamw's mean square; a smaller one adapts sooner to widths that change"""
     weight_decay: float = 0.0
     """of the optimiser"""
     clip_gradient: float = 0.0
@@ -106,6 +108,7 @@ class Recipe:
             if get_origin(hint) is Literal:
                 value = getattr(self, name)
                 _require(value in get_args(hint), name, value, f"must be one of {', '.join(get_args(hint))}")
+        _require(0 <= self.beta2 < 1, "beta2", self.beta2, "must be ≥ 0 and below 1")
         _require(0 < self.lr < math.inf, "lr", self.lr, "must be positive and finite")
         _require(all(r > 0 for _, r in self.lr_steps), "lr_steps", self.lr_steps, "must hold positive rates")
         _require(bool(self.lr_steps) == (self.lr_schedule == "steps"), "lr_steps", self.lr_steps,

@@ -194,6 +194,19 @@ def test_the_two_newest_are_kept(tmp_path):
     assert load_checkpoint(tmp_path / "nowhere", pytest.fail) is None
 
 
+def test_a_damaged_one_is_replaced_when_its_step_comes_again(tmp_path):
+    for step in (5, 10):
+        save_checkpoint(tmp_path, step, {"x": torch.tensor([float(step)])}, {"try": 1})
+    checkpoints(tmp_path)[-1].write_bytes(b"damaged")
+    said: list[str] = []
+    _, state = load_checkpoint(tmp_path, said.append)
+    assert state["step"] == 5 and len(said) == 1
+    save_checkpoint(tmp_path, 10, {"x": torch.tensor([10.5])}, {"try": 2})
+    assert len(list(tmp_path.iterdir())) == 4
+    tensors, state = load_checkpoint(tmp_path, pytest.fail)
+    assert (state["step"], state["try"], tensors["x"].tolist()) == (10, 2, [10.5])
+
+
 def test_tied_weights_can_be_kept(tmp_path):
     shared = torch.rand(3)
     save_checkpoint(tmp_path, 1, {"a": shared, "b": shared}, {})

@@ -241,11 +241,13 @@ def test_the_samples_held_out_are_never_trained_on():
 # --- logs -----------------------------------------------------------------------------------------------------------
 
 
-def test_log_csv_has_a_row_per_epoch(tmp_path):
+def test_log_csv_has_a_row_per_epoch_and_old_measurements_go(tmp_path):
+    (tmp_path / "evaluation.json").write_text("{}")
     run(replace(SHORT, model="linear", validation=0.1), tmp_path)
     rows = list(csv.DictReader((tmp_path / "log.csv").read_text().splitlines()))
     assert [int(row["epoch"]) for row in rows] == [1, 2, 3, 4]
     assert [float(row["loss"]) for row in rows] == json.loads((tmp_path / "run.json").read_text())["losses"]
+    assert not (tmp_path / "evaluation.json").exists()
     assert float(rows[-1]["eps"]) == 0.02 and 0 < float(rows[-1]["validation_accuracy"]) <= 1
 
 
@@ -320,6 +322,7 @@ def test_a_loss_that_is_not_finite_stops_the_training(tmp_path):
         ({"optimiser": "lion"}, "optimiser=lion must be one of adam, adamw, sgd"),
         ({"lr_steps": ((5, 0.1),)}, "go with lr_schedule='steps'"),
         ({"lr_schedule": "steps"}, "go with lr_schedule='steps'"),
+        ({"beta2": 1.0}, "beta2=1.0 must be"),
         ({"patience": 2}, "patience=2 needs validation above 0"),
         ({"validation": 0.999}, "leaves none of the 50 samples"),
         ({"accumulate": 3, "batch_size": 20}, "choose a multiple of 3"),

@@ -62,7 +62,7 @@ def test_the_objective_gets_its_options():
     x, y = torch.ones(1, 2), torch.tensor([0])
     loss = objective_of(Recipe(objective="sample", options={"alpha": "3"}), (0.0, 1.0))(model, x, y, 0.1)
     assert loss == 3 * model(x).sum()
-    with pytest.raises(ValueError, match="no objective 'rce'; choose one of natural, rec"):
+    with pytest.raises(ValueError, match="no objective 'rce'; choose from natural, rec"):
         objective_of(Recipe(objective="rce"), None)
 
 
