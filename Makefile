@@ -31,6 +31,7 @@ demo: $(installed)
 
 test: $(installed)
 	$(bin)/python -m pytest
+	TRITON_INTERPRET=1 $(bin)/python -m pytest tests/kernels
 
 lint: $(installed)
 	$(bin)/ruff check

@@ -1,7 +1,7 @@
 """interval_conv2d, its backward-data operator and its weight gradient as matrix products that are never laid out.
 
-Boxes are channels-last [B, H, W, C], weights [O, KH, KW, C / groups] (which is how channels-last PyTorch tensors lie in
-memory); a row of the product is a pixel, and the sum runs over kernel taps and channels. Sums over one tap's
+Boxes are channels-last [B, H, W, C], weights [OC, KH, KW, C / groups], as channels-last tensors of PyTorch lie
+in memory; a row of the product is a pixel, and the sum runs over kernel taps and channels. Sums over one tap's
 channels read neighbours in memory; FLAT is for so few channels that a block of the sum spans several taps.
 As in ``interval_linear.py``, whose helpers do the work on tiles, the weight is the left factor.
 """
@@ -26,18 +26,18 @@ _GEOMETRY = ["M", "B", "H", "W", "OH", "OW", "KH", "KW", "SH", "SW", "PH", "PW",
 def interval_conv2d_fwd_kernel(
     mid_ptr,  # [B, H, W, C]
     rad_ptr,  # [B, H, W, C]
-    weight_ptr,  # [O, KH, KW, CG]
-    bias_ptr,  # [O], or anything without HAS_BIAS
-    out_mid_ptr,  # [B, OH, OW, O], M = B·OH·OW pixels
-    out_rad_ptr,  # [B, OH, OW, O]
-    state_ptr,  # [2, M·O / 8], or anything without RELU
+    weight_ptr,  # [OC, KH, KW, CG]
+    bias_ptr,  # [OC], or anything without HAS_BIAS
+    out_mid_ptr,  # [B, OH, OW, OC], M = B·OH·OW pixels
+    out_rad_ptr,  # [B, OH, OW, OC]
+    state_ptr,  # [2, M·OC / 8], or anything without RELU
     M,
     H,
     W,
     C,
     OH,
     OW,
-    O,
+    OC,
     CG,  # channels of a group: of the input,
     OG,  # of the output
     KH,
@@ -100,7 +100,7 @@ def interval_conv2d_fwd_kernel(
     if HAS_BIAS:
         acc_mid += tl.load(bias_ptr + group * OG + n, n < OG, 0.0).to(COMPUTE)[:, None]
     store_box(
-        out_mid_ptr, out_rad_ptr, state_ptr, out_plane, acc_mid, acc_rad, tile_m, M, O, group * OG, tile_n, OG,
+        out_mid_ptr, out_rad_ptr, state_ptr, out_plane, acc_mid, acc_rad, tile_m, M, OC, group * OG, tile_n, OG,
         RELU, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
@@ -116,10 +116,10 @@ def first_tap(remainder, padding, stride, dilation, taps, tap_step):
 
 @triton.jit(do_not_specialize=[*_GEOMETRY, "TAP_STEP_H", "TAP_STEP_W", "OUT_STEP_H", "OUT_STEP_W", "in_plane"])
 def interval_conv2d_bwd_kernel(
-    grad_mid_ptr,  # [B, OH, OW, O]
-    grad_rad_ptr,  # [B, OH, OW, O]
-    weight_ptr,  # [O, KH, KW, CG]
-    state_ptr,  # [2, ceil(B·OH·OW·O / 8)], or anything without GATED: ReLU′ on the gradient
+    grad_mid_ptr,  # [B, OH, OW, OC]
+    grad_rad_ptr,  # [B, OH, OW, OC]
+    weight_ptr,  # [OC, KH, KW, CG]
+    state_ptr,  # [2, ceil(B·OH·OW·OC / 8)], or anything without GATED: ReLU′ on the gradient
     out_mid_ptr,  # [B, H, W, C]
     out_rad_ptr,  # [B, H, W, C]
     B,
@@ -128,7 +128,7 @@ def interval_conv2d_bwd_kernel(
     C,
     OH,
     OW,
-    O,
+    OC,
     CG,
     OG,
     KH,
@@ -175,7 +175,7 @@ def interval_conv2d_bwd_kernel(
     # The output pixel at the first tap; exact divisions.
     out_h = row + (remainder_h + PH - first_h * DH) // SH
     out_w = column + (remainder_w + PW - first_w * DW) // SW
-    grad_row = ((image.to(tl.int64) * OH + out_h) * OW + out_w) * O + group * OG
+    grad_row = ((image.to(tl.int64) * OH + out_h) * OW + out_w) * OC + group * OG
     weight_row = group * OG * KH * KW * CG + n
     acc_mid = tl.zeros((BLOCK_N, BLOCK_M), COMPUTE)
     acc_rad = tl.zeros((BLOCK_N, BLOCK_M), COMPUTE)
@@ -189,7 +189,7 @@ def interval_conv2d_bwd_kernel(
         h = out_h - tap_h * OUT_STEP_H
         w = out_w - tap_w * OUT_STEP_W
         there = (m < M) & (h >= 0) & (h < OH) & (w >= 0) & (w < OW)
-        tap_row = grad_row - (tap_h * OUT_STEP_H * OW + tap_w * OUT_STEP_W) * O
+        tap_row = grad_row - (tap_h * OUT_STEP_H * OW + tap_w * OUT_STEP_W) * OC
         inside = there[:, None] & (o < OG)[None, :]
         mid = tl.load(grad_mid_ptr + tap_row[:, None] + o[None, :], inside, 0.0)
         rad = tl.load(grad_rad_ptr + tap_row[:, None] + o[None, :], inside, 0.0)
@@ -210,19 +210,19 @@ def interval_conv2d_bwd_kernel(
 
 @triton.jit(do_not_specialize=[*_GEOMETRY, "rows_of_part"])
 def interval_conv2d_weight_kernel(
-    grad_mid_ptr,  # [B, OH, OW, O], M = B·OH·OW pixels
-    grad_rad_ptr,  # [B, OH, OW, O]
+    grad_mid_ptr,  # [B, OH, OW, OC], M = B·OH·OW pixels
+    grad_rad_ptr,  # [B, OH, OW, OC]
     mid_ptr,  # [B, H, W, C]
     rad_ptr,  # [B, H, W, C]
-    weight_ptr,  # [O, KH, KW, CG]
-    out_ptr,  # [parts, O, KH, KW, CG]; program_id(1) sums its part of the pixels
+    weight_ptr,  # [OC, KH, KW, CG]
+    out_ptr,  # [parts, OC, KH, KW, CG]; program_id(1) sums its part of the pixels
     M,
     H,
     W,
     C,
     OH,
     OW,
-    O,
+    OC,
     CG,
     OG,
     KH,
@@ -278,7 +278,7 @@ def interval_conv2d_weight_kernel(
             inside = ((m < stop) & (h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None] & k_inside[None, :]
         box_row = (((m // OW // OH).to(tl.int64) * H + first_h) * W + first_w) * C + group * CG
         at = box_row[:, None] + ((tap_h * W + tap_w) * C + c)[None, :]
-        grad_at = (m.to(tl.int64) * O + group * OG)[:, None] + n[None, :]
+        grad_at = (m.to(tl.int64) * OC + group * OG)[:, None] + n[None, :]
         grad_inside = (m < stop)[:, None] & (n < OG)[None, :]
         grad_mid = tl.trans(tl.load(grad_mid_ptr + grad_at, grad_inside, 0.0))
         grad_rad = tl.trans(tl.load(grad_rad_ptr + grad_at, grad_inside, 0.0))
@@ -292,10 +292,10 @@ def interval_conv2d_weight_kernel(
     inside = (n < OG)[:, None] & k_inside[None, :]
     at = (group * OG + n)[:, None] * taps_and_channels + at_k[None, :]
     weight = tl.load(weight_ptr + at, inside, 0.0).to(COMPUTE)
-    tl.store(out_ptr + part.to(tl.int64) * O * taps_and_channels + at, acc_mid + sign(weight) * acc_rad, inside)
+    tl.store(out_ptr + part.to(tl.int64) * OC * taps_and_channels + at, acc_mid + sign(weight) * acc_rad, inside)
 
 
-# --- launchers: boxes and weights channels-last in memory, [B, C, H, W] and [O, C / groups, KH, KW] in shape --------
+# --- launchers: boxes and weights channels-last in memory, [B, C, H, W] and [OC, C / groups, KH, KW] in shape --------
 
 
 def forward_into(
@@ -313,16 +313,16 @@ def forward_into(
     block: Block,
     tf32: bool,
 ) -> None:
-    """The convolution of the box; then ReLU if a state is given, which needs O / groups to be a multiple of 8."""
+    """The convolution of the box; then ReLU if a state is given, which needs OC / groups to be a multiple of 8."""
     _, C, H, W = mid.shape
-    B, O, OH, OW = out_mid.shape
+    B, OC, OH, OW = out_mid.shape
     CG, KH, KW = weight.shape[1:]
-    M, OG = B * OH * OW, O // groups
+    M, OG = B * OH * OW, OC // groups
     grid = (triton.cdiv(M, block.m) * triton.cdiv(OG, block.n), groups)
     with on_device(mid):
         interval_conv2d_fwd_kernel[grid](
             mid, rad, weight, mid if bias is None else bias, out_mid, out_rad, mid if out_state is None else out_state,
-            M, H, W, C, OH, OW, O, CG, OG, KH, KW, *stride, *padding, *dilation, M * O // 8,
+            M, H, W, C, OH, OW, OC, CG, OG, KH, KW, *stride, *padding, *dilation, M * OC // 8,
             HAS_BIAS=bias is not None, RELU=out_state is not None, FLAT=is_flat(CG),
             BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=block.k, num_warps=block.warps, num_stages=block.stages,
             **dot_options(mid, tf32),
@@ -344,10 +344,10 @@ def backward_into(
     tf32: bool,
 ) -> None:
     """ReLU′ on the gradient box if a state is given (channels-last like the box), then backward-data."""
-    B, O, OH, OW = mid.shape
+    B, OC, OH, OW = mid.shape
     _, C, H, W = out_mid.shape
     CG, KH, KW = weight.shape[1:]
-    OG = O // groups
+    OG = OC // groups
     common = [math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
     tap_steps = [s // g for s, g in zip(stride, common, strict=True)]
     out_steps = [d // g for d, g in zip(dilation, common, strict=True)]
@@ -356,7 +356,7 @@ def backward_into(
     with on_device(mid):
         interval_conv2d_bwd_kernel[grid](
             mid, rad, weight, mid if in_state is None else in_state, out_mid, out_rad,
-            B, H, W, C, OH, OW, O, CG, OG, KH, KW, *stride, *padding, *dilation, *tap_steps, *out_steps,
+            B, H, W, C, OH, OW, OC, CG, OG, KH, KW, *stride, *padding, *dilation, *tap_steps, *out_steps,
             (mid.numel() + 7) // 8, GATED=in_state is not None, ALIGNED=OG % 8 == 0,
             BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=block.k, num_warps=block.warps, num_stages=block.stages,
             **dot_options(mid, tf32),
@@ -378,18 +378,18 @@ def weight_gradient(
 ) -> Tensor:
     """The gradient of the weight, channels-last: the convolution's at midpoints, plus sign(weight) ⊙ its at radii."""
     _, C, H, W = mid.shape
-    B, O, OH, OW = grad_mid.shape
+    B, OC, OH, OW = grad_mid.shape
     CG, KH, KW = weight.shape[1:]
-    M, OG = B * OH * OW, O // groups
+    M, OG = B * OH * OW, OC // groups
     tiles_k = triton.cdiv(KH * KW * CG, block.k) if is_flat(CG) else KH * KW * triton.cdiv(CG, block.k)
     tiles = triton.cdiv(OG, block.n) * tiles_k
     parts, rows = parts_of(M, tiles * groups, block.m)
     dtype = weight.dtype if parts == 1 else sum_type(weight)
-    out = torch.empty(parts, O, KH, KW, CG, dtype=dtype, device=weight.device)
+    out = torch.empty(parts, OC, KH, KW, CG, dtype=dtype, device=weight.device)
     with on_device(mid):
         interval_conv2d_weight_kernel[(tiles, parts, groups)](
             grad_mid, grad_rad, mid, rad, weight, out,
-            M, H, W, C, OH, OW, O, CG, OG, KH, KW, *stride, *padding, *dilation, rows, FLAT=is_flat(CG),
+            M, H, W, C, OH, OW, OC, CG, OG, KH, KW, *stride, *padding, *dilation, rows, FLAT=is_flat(CG),
             BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=block.k, num_warps=block.warps, num_stages=block.stages,
             **dot_options(mid, tf32),
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""interval_linear, its backward-data operator and its weight gradient: two matrix products from one pass over the weight.
+"""interval_linear, its backward-data operator and its weight gradient: two products from one pass over the weight.
 
 The kernels compute transposed tiles, weight · boxᵀ: the weight is then the operand that tensor cores take from
 registers, where |W| costs one instruction, and the box's midpoint and radius are the ones they take from shared memory.

@@ -46,9 +46,7 @@ def interval_mul_kernel(
     tl.store(out_rad_ptr + at, (upper - lower) * 0.5, inside)
 
 
-def mul_into(
-    a_mid: Tensor, a_rad: Tensor, b_mid: Tensor, b_rad: Tensor, out_mid: Tensor, out_rad: Tensor
-) -> None:
+def mul_into(a_mid: Tensor, a_rad: Tensor, b_mid: Tensor, b_rad: Tensor, out_mid: Tensor, out_rad: Tensor) -> None:
     """All tensors dense in one memory order."""
     grid, block = flat(a_mid.numel())
     with on_device(a_mid):

@@ -69,8 +69,8 @@ _INTERPRETED = [Block(64, 32, 32, 4, 1)]
 def box_blocks(dtype: torch.dtype, n: int, flat: bool, tf32: bool, hopper: bool) -> list[Block]:
     """Candidates for box · weight: m rows of the box, n of the weight, k summed; the first is the default.
 
-    Chosen so that nothing spills: two accumulators take twice the registers of an ordinary product. ``flat`` kernels also
-    hold an address for each element.
+    Chosen so that nothing spills: two accumulators take twice the registers of an ordinary product, and ``flat``
+    kernels hold an address for each element besides.
     """
     if interpreting():
         return _INTERPRETED

@@ -128,6 +128,10 @@ def interval_conv2d_backward(
     return reference.interval_conv2d_backward(mid, rad, weight, None, input_size, stride, padding, dilation, groups)
 
 
+interval_linear_weight = reference.interval_linear_weight
+interval_conv2d_weight = reference.interval_conv2d_weight
+
+
 def interval_scale_shift(mid: Tensor, rad: Tensor, scale: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
     mid, rad = _boxes(mid, rad)
     channels = mid.shape[1]

@@ -72,6 +72,11 @@ def interval_linear_backward(mid: Tensor, rad: Tensor, weight: Tensor, state: Te
     return mid @ weight, rad @ weight.abs()
 
 
+def interval_linear_weight(grad_mid: Tensor, grad_rad: Tensor, mid: Tensor, rad: Tensor, weight: Tensor) -> Tensor:
+    """Gradient of ``interval_linear`` in the weight: gradᵀ·mid + sign(W) ⊙ (grad_radᵀ·rad)."""
+    return grad_mid.t() @ mid + weight.sign() * (grad_rad.t() @ rad)
+
+
 def interval_conv2d(
     mid: Tensor,
     rad: Tensor,
@@ -113,6 +118,23 @@ def interval_conv2d_backward(
         conv2d_input(mid, weight, *args).contiguous(memory_format=order),
         conv2d_input(rad, weight.abs(), *args).contiguous(memory_format=order),
     )
+
+
+def interval_conv2d_weight(
+    grad_mid: Tensor,
+    grad_rad: Tensor,
+    mid: Tensor,
+    rad: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Gradient of ``interval_conv2d`` in the weight: the convolution's at midpoints, plus sign(W) ⊙ its at radii."""
+    args = (stride, padding, dilation, groups)
+    grad = conv2d_weight(grad_mid, mid, weight, *args) + weight.sign() * conv2d_weight(grad_rad, rad, weight, *args)
+    return grad.contiguous(memory_format=memory_format(weight))
 
 
 def interval_scale_shift(mid: Tensor, rad: Tensor, scale: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
