@@ -417,7 +417,7 @@ def _last(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _rows(t: Tensor) -> Tensor:
-    return t.reshape(-1, t.shape[-1])
+    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
 def _flat(args: tuple) -> tuple:

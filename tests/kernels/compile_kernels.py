@@ -14,11 +14,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
@@ -101,7 +103,7 @@ def compile_one(
     ptx = compiled.asm["ptx"]
     return {
         "shared": compiled.metadata.shared,
-        **resources(ptx, capability),
+        **resources(compiled.asm["cubin"], ptx, capability),
         "wgmma": ptx.count("wgmma.mma_async"),
         "mma": ptx.count("mma.sync"),
         "fma": len(re.findall(r"\bfma\.", ptx)),
@@ -109,16 +111,31 @@ def compile_one(
     }
 
 
-def resources(ptx: str, capability: int) -> dict[str, int]:
-    """Registers per thread and bytes of spilled registers, by the assembler's own report."""
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        arch = f"sm_{capability}" + ("a" if capability == 90 else "")  # as Triton does, for wgmma
-        command = [get_ptxas(capability).path, "-v", f"--gpu-name={arch}", file.name, "-o", "/dev/null"]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    found = {"registers": r"Used (\d+) registers", "spilled": r"(\d+) bytes spill stores"}
-    return {name: int(re.search(pattern, report)[1]) for name, pattern in found.items()}  # type: ignore[index]
+def resources(cubin: bytes, ptx: str, capability: int) -> dict[str, int]:
+    """Registers per thread, and bytes of registers that spilled."""
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder) / "kernel.cubin"
+        binary.write_bytes(cubin)
+        usage = _output([knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(binary)])
+        spilled = 0
+        if _number(r"STACK:(\d+)", usage):  # a stack need not hold spilled registers: the assembler knows
+            text = Path(folder) / "kernel.ptx"
+            text.write_text(ptx)
+            arch = f"sm_{capability}" + ("a" if capability == 90 else "")  # as Triton does, for wgmma
+            command = [get_ptxas(capability).path, "-v", f"--gpu-name={arch}", str(text), "-o", str(binary)]
+            spilled = _number(r"(\d+) bytes spill stores", _output(command))
+        return {"registers": _number(r"REG:(\d+)", usage), "spilled": spilled}
+
+
+def _output(command: list[str]) -> str:
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    return result.stdout + result.stderr
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    assert found is not None, f"no {pattern} in {text}"
+    return int(found[1])
 
 
 def chosen(everything: bool) -> Iterator[tuple[str, str, int, Block]]:
