@@ -116,11 +116,13 @@ def interval_linear_backward(
     out_rad = torch.empty_like(out_mid)
 
     def run(block: Any) -> tuple[Tensor, Tensor]:
+        in_state, box = state, (mid, rad)
+        if state is not None and (block is None or mid.dtype is torch.float64):
+            in_state, box = None, _relu_backward(mid, rad, state, None)  # Triton 3.6 cannot change factors of 64 bits
         if block is None:
-            gated = (mid, rad) if state is None else _relu_backward(mid, rad, state, None)
-            return reference.interval_linear_backward(*gated, weight, None)
+            return reference.interval_linear_backward(*box, weight, None)
         _kernels("interval_linear").box_product_into(
-            _rows(mid), _rows(rad), weight.t(), None, state, _rows(out_mid), _rows(out_rad), None, block,
+            _rows(box[0]), _rows(box[1]), weight.t(), None, in_state, _rows(out_mid), _rows(out_rad), None, block,
             _tf32_matmul(mid),
         )  # fmt: skip
         return out_mid, out_rad
@@ -227,8 +229,9 @@ def interval_conv2d_backward(
 
     def run(block: Any) -> tuple[Tensor, Tensor]:
         in_state, box = state, (mid, rad)
-        if state is not None and (block is None or not mid.is_contiguous(memory_format=torch.channels_last)):
-            in_state, box = None, _relu_backward(mid, rad, state, None)  # bits that the kernel cannot read
+        readable = mid.is_contiguous(memory_format=torch.channels_last) and mid.dtype is not torch.float64
+        if state is not None and (block is None or not readable):
+            in_state, box = None, _relu_backward(mid, rad, state, None)  # float64: as above
         if block is None:
             return reference.interval_conv2d_backward(*box, weight, None, input_size, *args)
         out_mid, out_rad = _empty_last(mid, input_size, order), _empty_last(mid, input_size, order)
@@ -346,7 +349,8 @@ def _fastest(key: tuple, mid: Tensor, blocks: list[Any], library: bool, run: Cal
     tf32 = (_tf32_matmul(mid), _tf32_convolution(mid))
     key = (*key, mid.dtype, mid.device, tf32, library)
     candidates = [*blocks, None] if library else blocks
-    return run(_kernels("tuning").fastest(key, candidates, run))
+    with _kernels("launch").on_device(mid):
+        return run(_kernels("tuning").fastest(key, candidates, run))
 
 
 def _box_blocks(mid: Tensor, columns: int, tf32: bool, channels: int | None = None) -> list[Any]:

@@ -159,6 +159,8 @@ def main() -> None:
             "PRECISION": "tf32" if dtype == "tf32" else "ieee",
             "COMPUTE": tl.float64 if dtype == "fp64" else tl.float32,
         }  # fmt: skip
+        if dtype == "fp64" and "GATED" in flags:
+            flags["GATED"] = False  # ops/triton.py applies ReLU′ before the product
         options = {"num_warps": block.warps, "num_stages": block.stages}
         found = compile_one(kernel, flags, dtype, capability, ones, sixteens, options)
         print(json.dumps({"kernel": variant, "dtype": dtype, "sm": capability, "block": block, **found}), flush=True)

@@ -40,9 +40,9 @@ def test_shared_memory_fits(compiled):
 
 
 def test_registers_do_not_spill(compiled):
-    """On sm_80 the assembler may give up a few registers by itself, to keep two programs on a multiprocessor."""
+    """The assembler may give up a few by itself, where that lets a second program onto the multiprocessor."""
     for entry in compiled:
-        own_choice = entry["sm"] == 80 and entry["registers"] <= 128
+        own_choice = entry["registers"] <= 128 and (entry["sm"] == 80 or entry["dtype"] == "fp64")
         assert entry["spilled"] <= (16 if own_choice else 0), entry
 
 

@@ -270,29 +270,44 @@ def test_tf32_is_used_where_pytorch_may_use_it(kernels):
     assert errors[False] < 1e-6 < errors[True] < 2e-3
 
 
+def real_layer(op, channels, outputs, stride, dtype):
+    """Arguments of one operator at a layer of a real network."""
+    if op.startswith("interval_linear"):
+        mid, rad = box(64, channels * 64, dtype=dtype)
+        weight, bias = box(outputs, channels * 64, dtype=dtype, seed=2)[0], box(outputs, dtype=dtype, seed=3)[0]
+        grad = box(64, outputs, dtype=dtype, seed=4)
+        state = reference.interval_relu(*box(64, outputs, seed=9))[2]
+        size: tuple = ()
+        args: tuple = ()
+    else:
+        case = ((16, channels, 32, 32), outputs, (3, 3), ([stride] * 2, [1, 1], [1, 1], 1))
+        mid, rad, weight, bias, grad, state, args = conv_tensors(case, dtype, channels_last)
+        size = (list(mid.shape),)
+    if op.endswith("_backward"):
+        return (*grad, weight, state), (*size, *args)
+    if op.endswith("_weight"):
+        return (*grad, mid, rad, weight), args
+    return (mid, rad, weight, bias), args
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="sizes that fill a GPU")
 @pytest.mark.parametrize("channels, outputs, stride", [(3, 64, 1), (64, 128, 2), (128, 128, 1)])
+@pytest.mark.parametrize("op", ["interval_linear", "interval_linear_backward", "interval_linear_weight",
+                                "interval_conv2d", "interval_conv2d_backward", "interval_conv2d_weight"])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_every_block_on_the_layers_of_a_real_network(kernels, dtype, channels, outputs, stride, monkeypatch):
-    """Each candidate, not only the chosen one, at shapes where all tiles and stages are in use."""
-    case = ((16, channels, 32, 32), outputs, (3, 3), ([stride] * 2, [1, 1], [1, 1], 1))
-    mid, rad, weight, bias, grad, state, args = conv_tensors(case, dtype, channels_last)
-    size = list(mid.shape)
-    runs = []
-    for name, tensors, rest in [
-        ("interval_conv2d", (mid, rad, weight, bias), (*args, False)),
-        ("interval_conv2d_backward", (*grad, weight, state), (size, *args)),
-        ("interval_conv2d_weight", (*grad, mid, rad, weight), args),
-    ]:
-        exact = getattr(reference, name)(*(t.double() if t.is_floating_point() else t for t in tensors), *rest)
-        runs.append((name, on(kernels, *tensors), rest, exact if isinstance(exact, tuple) else (exact,)))
+def test_every_block_on_the_layers_of_a_real_network(kernels, dtype, op, channels, outputs, stride, monkeypatch):
+    """Each candidate, not only the default, at shapes where all tiles and stages are in use."""
+    tensors, rest = real_layer(op, channels, outputs, stride, dtype)
     limit = 1e-2 if dtype is torch.bfloat16 else 2e-3  # of the norm; PyTorch lets convolutions use tf32
-    for index in range(6):
-        monkeypatch.setattr(
-            triton._kernels("tuning"), "fastest", lambda key, found, _, index=index: found[index % len(found)]
-        )
-        for name, tensors, rest, exact in runs:
-            found = getattr(triton, name)(*tensors, *rest)
-            for a, e in zip(found if isinstance(found, tuple) else (found,), exact, strict=True):
+    tensors_there = on(kernels, *tensors)
+    for relu in ((False,), (True,)) if op in ("interval_linear", "interval_conv2d") else ((),):
+        exact = getattr(reference, op)(*(t.double() if t.is_floating_point() else t for t in tensors), *rest, *relu)
+        for index in range(6):
+            monkeypatch.setattr(
+                triton._kernels("tuning"), "fastest", lambda key, found, _, index=index: found[index % len(found)]
+            )
+            found = getattr(triton, op)(*tensors_there, *rest, *relu)
+            pairs = zip(found, exact, strict=True) if isinstance(found, tuple) else [(found, exact)]
+            for a, e in pairs:
                 if a.is_floating_point():
-                    assert (a.cpu().double() - e).norm() <= limit * e.norm(), (name, index)
+                    assert (a.cpu().double() - e).norm() <= limit * e.norm(), index
