@@ -189,7 +189,7 @@ def run_case(case: Case, compile: bool, refused: list[str]) -> list[dict[str, An
 def layers(batch: int) -> list[dict[str, Any]]:
     """Each operator at the layers of cnn7, bf16: our kernel, and the library with fused stages about it."""
     rows = []
-    tuning = ops.triton._kernels("tuning")
+    tuning: Any = ops.triton._kernels("tuning")
     geometry = [(3, 64, 32, 1), (64, 64, 32, 1), (64, 128, 32, 2), (128, 128, 16, 1)]
     like: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
     for channels, outputs, pixels, stride in geometry:

@@ -1,4 +1,4 @@
-"""``python -m bench.roofline``: the least time that each kernel can take on an H200, at the layers of CNN7, batch 512, bf16.
+"""``python -m bench.roofline``: the least time of each kernel on an H200, at the layers of CNN7, batch 512, bf16.
 
 The larger of two times: every input read once and every result written once at the bandwidth that copies reach, and
 all operations at the rate that large products reach. An estimate, not a measurement.

@@ -62,6 +62,7 @@ def gemm_variants() -> dict[str, tuple[Any, dict[str, Any], list[str], list[str]
         "conv2d_linear": (forward, {"HAS_BIAS": False, "RELU": False, "FLAT": False}, [], channels),
         "conv2d_flat": (forward, {"HAS_BIAS": True, "RELU": True, "FLAT": True}, [], ["OC", "OG"]),
         "conv2d_backward": (backward, {"GATED": True, "ALIGNED": True}, [], channels),
+        "conv2d_backward_narrow": (backward, {"GATED": True, "ALIGNED": True}, [], ["OC", "OG"]),  # to 3 channels
         "conv2d_weight": (weight, {"FLAT": False}, [], channels),
         "conv2d_weight_flat": (weight, {"FLAT": True}, [], ["OC", "OG"]),
     }
@@ -79,7 +80,8 @@ def elementwise_kernels() -> dict[str, tuple[Any, dict[str, Any]]]:
 
 def blocks_of(variant: str, dtype: str, capability: int) -> list[Block]:
     candidates = weight_blocks if "weight" in variant else box_blocks
-    return candidates(DTYPES[dtype], 512, variant.endswith("flat"), dtype == "tf32", capability >= 90)
+    columns = 3 if variant.endswith("narrow") else 512
+    return candidates(DTYPES[dtype], columns, variant.endswith("flat"), dtype == "tf32", capability >= 90)
 
 
 def compile_one(

@@ -29,7 +29,7 @@ def compiled() -> list[dict]:
 def test_every_kernel_type_and_architecture_is_there(compiled):
     products = {entry["kernel"] for entry in compiled if entry["block"]}
     assert {entry["kernel"] for entry in compiled} - products == {"relu", "relu_backward", "gate", "scale_shift", "mul"}
-    assert len(products) == 9
+    assert len(products) == 10
     for kernel in products:
         seen = {(entry["dtype"], entry["sm"]) for entry in compiled if entry["kernel"] == kernel}
         assert seen >= {(d, 90) for d in ("bf16", "fp16", "fp32", "tf32", "fp64")} | {("bf16", 80), ("fp32", 80)}
@@ -51,7 +51,8 @@ def test_products_run_on_tensor_cores(compiled):
         if entry["block"] is None:
             continue
         if entry["dtype"] in ("bf16", "fp16", "tf32"):
-            assert entry["wgmma" if entry["sm"] == 90 else "mma"] > 0, entry
+            narrow = entry["block"][1] < 64  # wgmma takes 64 rows of the weight at least
+            assert entry["mma" if entry["sm"] == 80 or narrow else "wgmma"] > 0, entry
         elif entry["dtype"] == "fp32":  # in full precision: no tensor core may touch it
             assert entry["wgmma"] == entry["mma"] == 0 and entry["fma"] > 0, entry
 
