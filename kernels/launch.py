@@ -110,8 +110,9 @@ def is_flat(channels: int) -> bool:
 
 def dot_options(t: Tensor, tf32: bool) -> dict[str, Any]:
     """Arithmetic of the products: of 32-bit operands in full precision, unless tf32 is asked for."""
+    precision = "tf32" if tf32 else "ieee"
     widen = interpreting() and t.element_size() == 2
-    return {"PRECISION": "tf32" if tf32 else "ieee", "WIDEN": widen, "COMPUTE": compute_type(t)}
+    return {"PRECISION": precision, "WIDEN": widen, "COMPUTE": compute_type(t), "enable_fp_fusion": True}
 
 
 def sum_type(t: Tensor) -> torch.dtype:

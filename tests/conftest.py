@@ -7,7 +7,6 @@ import torch
 
 from pyxai_bounds import ops
 
-
 HERE = [name for name in ops.available() if ops.BACKENDS[name].supports(torch.empty(1))]  # for tensors on the CPU
 
 

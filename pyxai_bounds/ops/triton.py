@@ -35,7 +35,7 @@ def available() -> bool:
 
 def why_not_available() -> str:
     """What is wrong and how to mend it; empty if nothing is."""
-    if importlib.util.find_spec("triton") is None:
+    if not _is_installed():
         return "The triton backend is not available: triton is not installed; pip install triton (Linux, NVIDIA GPU)."
     if _interpreting():
         return ""
@@ -52,12 +52,12 @@ def why_not_available() -> str:
 
 
 def supports(mid: Tensor) -> bool:
-    """Whether ``mid`` can run here."""
-    if mid.dtype not in DTYPES or not available():
+    """Whether ``mid`` can run here. Asked at every call, so it looks no further than it must."""
+    if mid.dtype not in DTYPES or not _is_installed():
         return False
-    if mid.device.type == "cuda" and not _interpreting():
-        return _is_capable(torch.cuda.current_device() if mid.device.index is None else mid.device.index)
-    return mid.device.type == "cpu" and _interpreting()
+    if _interpreting():
+        return mid.device.type == "cpu"
+    return mid.device.type == "cuda" and torch.version.cuda is not None and _is_capable(_index(mid))
 
 
 def interval_gate(mid: Tensor, rad: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
@@ -385,6 +385,11 @@ def _kernels(name: str) -> ModuleType:
     return importlib.import_module(f"pyxai_bounds.kernels.{name}")
 
 
+@functools.cache
+def _is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
@@ -399,8 +404,11 @@ def _is_capable(index: int) -> bool:
 
 
 def _is_hopper(t: Tensor) -> bool:
-    index = torch.cuda.current_device() if t.is_cuda and t.device.index is None else t.device.index
-    return not t.is_cuda or _capability(index) >= (9, 0)
+    return not t.is_cuda or _capability(_index(t)) >= (9, 0)
+
+
+def _index(t: Tensor) -> int:
+    return torch.cuda.current_device() if t.device.index is None else t.device.index
 
 
 # --- allocation, memory order and checks --------------------------------------------------------------------

@@ -163,7 +163,7 @@ def main() -> None:
         }  # fmt: skip
         if dtype == "fp64" and "GATED" in flags:
             flags["GATED"] = False  # ops/triton.py applies ReLU′ before the product
-        options = {"num_warps": block.warps, "num_stages": block.stages}
+        options = {"num_warps": block.warps, "num_stages": block.stages, "enable_fp_fusion": True}
         found = compile_one(kernel, flags, dtype, capability, ones, sixteens, options)
         print(json.dumps({"kernel": variant, "dtype": dtype, "sm": capability, "block": block, **found}), flush=True)
     for name, (kernel, flags) in elementwise_kernels().items():

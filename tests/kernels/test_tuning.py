@@ -46,13 +46,15 @@ def test_nothing_is_measured_while_a_graph_is_captured(tuning, monkeypatch):
 def test_auto_takes_the_kernels_for_tensors_on_a_gpu(monkeypatch):
     with FakeTensorMode():
         on_gpu = torch.empty(4, device="cuda")
-    monkeypatch.setattr(triton, "available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(triton, "_is_installed", lambda: True)
     monkeypatch.setattr(triton, "_interpreting", lambda: False)
     monkeypatch.setattr(triton, "_is_capable", lambda index: True)
     assert ops._select(on_gpu) is triton.measured and ops._has_kernels(on_gpu)
     assert ops._select(torch.empty(4)) is native
-    with ops.backend("triton"):
-        assert ops._select(on_gpu) is triton
+    token = ops._forced.set("triton")
+    assert ops._select(on_gpu) is triton
+    ops._forced.reset(token)
     with ops.backend("reference"):
         assert ops._select(on_gpu) is reference
     monkeypatch.setattr(triton, "_is_capable", lambda index: False)
@@ -101,5 +103,5 @@ def test_why_not_available_says_what_is_missing(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no CUDA device" in triton.why_not_available()
-    monkeypatch.setattr(triton.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(triton, "_is_installed", lambda: False)
     assert "pip install triton" in triton.why_not_available() and "triton" not in ops.available()
