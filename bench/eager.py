@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.models import ResidualBlock
+from bench.models import PreActivationBlock, ResidualBlock
 
 # Why it looks as it does (2-core AVX-512 CPU, torch 2.13, the convolutions of `n4` at batch 32):
 #
@@ -99,6 +99,8 @@ def _steps(module: nn.Module) -> list[Any]:
     """The network as a flat list: Affine, Scale, Residual, and the ReLU, pool and flatten modules themselves."""
     if isinstance(module, ResidualBlock):
         return [Residual(_steps(module.main), _steps(module.shortcut)), module.relu]
+    if isinstance(module, PreActivationBlock):
+        return [Residual(_steps(module.main), _steps(module.shortcut))]
     if isinstance(module, nn.Sequential):
         children = list(module)
         steps: list[Any] = []

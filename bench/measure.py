@@ -167,9 +167,12 @@ def _products(layer: Any, inputs: torch.Size, outputs: torch.Size, layout: torch
     """The layer's forward, its gradient in the argument and its gradient in the weight, without bias."""
     weight = layer.weight.detach()
     if isinstance(layer, nn.Linear):
-        x, y = torch.randn(inputs), torch.randn(outputs)
+        x, y = (torch.randn(shape, dtype=weight.dtype, device=weight.device) for shape in (inputs, outputs))
         return [lambda: F.linear(x, weight), lambda: y @ weight, lambda: y.t() @ x]
-    x, y = (torch.randn(shape).contiguous(memory_format=layout) for shape in (inputs, outputs))
+    x, y = (
+        torch.randn(shape, dtype=weight.dtype, device=weight.device).contiguous(memory_format=layout)
+        for shape in (inputs, outputs)
+    )
     at = (layer.stride, layer.padding, layer.dilation)
 
     def gradient(mask: list[bool]) -> Tensor:

@@ -32,6 +32,30 @@ class ResidualBlock(nn.Module):
         return self.relu(self.main(x) + self.shortcut(x))
 
 
+class PreActivationBlock(nn.Module):
+    """Batch norm and ReLU before each of two 3×3 convolutions, and a shortcut (wide residual networks).
+
+    Shapes: [B, inputs, H, W] to [B, outputs, H / stride, W / stride].
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+        super().__init__()
+        self.main = nn.Sequential(
+            nn.BatchNorm2d(inputs),
+            nn.ReLU(),
+            nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+            nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
+        )
+        self.shortcut = nn.Sequential()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.main(x) + self.shortcut(x)
+
+
 def mlp() -> nn.Sequential:
     """784-256-256-10; input [B, 784]."""
     torch.manual_seed(0)
@@ -75,7 +99,39 @@ def residual(width: int = 32) -> nn.Sequential:
         ResidualBlock(2 * width, 2 * width),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, 10),
     ).eval()  # fmt: skip
-    # Fresh statistics (mean 0, variance 1) would hide a wrong fold of batch norm into scale and shift.
+    return _with_statistics(model)
+
+
+def resnet18(width: int = 64) -> nn.Sequential:
+    """ResNet-18 with a 3×3 stem, as it is used at 32 × 32 pixels; input [B, 3, H, W]."""
+    torch.manual_seed(0)
+    blocks = [ResidualBlock(width, width), ResidualBlock(width, width)]
+    for outputs in (2 * width, 4 * width, 8 * width):
+        blocks += [ResidualBlock(outputs // 2, outputs, stride=2), ResidualBlock(outputs, outputs)]
+    model = nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(), *blocks,
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8 * width, 10),
+    ).eval()  # fmt: skip
+    return _with_statistics(model)
+
+
+def wrn16_4(width: int = 16) -> nn.Sequential:
+    """Wide ResNet of depth 16 and widening factor 4; input [B, 3, 32, 32]."""
+    torch.manual_seed(0)
+    blocks: list[nn.Module] = []
+    inputs = width
+    for outputs, stride in ((4 * width, 1), (8 * width, 2), (16 * width, 2)):
+        blocks += [PreActivationBlock(inputs, outputs, stride), PreActivationBlock(outputs, outputs)]
+        inputs = outputs
+    model = nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1, bias=False), *blocks, nn.BatchNorm2d(inputs), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, 10),
+    ).eval()  # fmt: skip
+    return _with_statistics(model)
+
+
+def _with_statistics(model: nn.Sequential) -> nn.Sequential:
+    """Random running statistics: fresh ones (mean 0, variance 1) would hide a wrong fold of batch norm."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.running_var, 0.5, 2.0)

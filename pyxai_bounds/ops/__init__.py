@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyxai_bounds.ops import native, reference
+from pyxai_bounds.ops import native, reference, triton
 from pyxai_bounds.ops.layout import dense, memory_format, order_of, state_size
 from pyxai_bounds.rounding import Rounding
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "native": native}
-_PLANNED = ("triton", "cuda")
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "native": native, "triton": triton}
+_PLANNED = ("cuda",)
 _forced: contextvars.ContextVar[str] = contextvars.ContextVar("pyxai_bounds_backend", default="auto")
 
 
@@ -29,16 +29,17 @@ _forced: contextvars.ContextVar[str] = contextvars.ContextVar("pyxai_bounds_back
 def backend(name: str) -> Iterator[None]:
     """Run the fused operators on one backend inside the ``with`` block.
 
-    ``reference`` plain PyTorch, any device and dtype; ``native`` C++, CPU, float32 and float64; ``auto``
-    (the default) the fastest one that supports the tensors.
+    ``reference`` plain PyTorch, any device and dtype; ``native`` C++, CPU, float32 and float64; ``triton`` GPU
+    kernels, NVIDIA, floating point of 16 to 64 bits; ``auto`` (the default) the fastest one that supports the tensors,
+    which on a GPU is measured for every kind of matrix product: the kernel of ``triton``, or cuBLAS or cuDNN.
     Raises ValueError for an unknown name, RuntimeError for one that is not available here.
     """
     if name in _PLANNED:
         raise RuntimeError(f"The {name} backend is not part of this build; available: {', '.join(available())}.")
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"Unknown backend {name!r}; choose auto, {', '.join(BACKENDS)}.")
-    if name == "native" and not native.available():
-        raise RuntimeError(native.why_not_available())
+    if name not in ("auto", *available()):
+        raise RuntimeError(BACKENDS[name].why_not_available())
     token = _forced.set(name)
     try:
         yield
@@ -48,12 +49,14 @@ def backend(name: str) -> Iterator[None]:
 
 def available() -> list[str]:
     """The names of the backends that can run here."""
-    return ["reference", *(["native"] if native.available() else [])]
+    return ["reference", *(name for name in ("native", "triton") if BACKENDS[name].available())]
 
 
-def _select(mid: Tensor) -> ModuleType:
+def _select(mid: Tensor) -> Any:
     name = _forced.get()
     if name == "auto":
+        if mid.is_cuda:
+            return triton.measured if triton.supports(mid) else reference
         return native if native.supports(mid) else reference
     chosen = BACKENDS[name]
     if not chosen.supports(mid):
@@ -77,7 +80,10 @@ _library = torch.library.Library("pyxai_bounds", "DEF")
 
 
 def _define(signature: str, fake: Callable[..., Any], backward: Callable, setup_context: Callable) -> Any:
-    """Define one operator; its implementation is looked up in the selected backend at each call."""
+    """Define one operator; its implementation is looked up in the selected backend at each call.
+
+    The backward pass runs on the backend of the forward pass: autograd's threads do not know who forced which.
+    """
     name = signature.split("(")[0]
     rounding_at = signature.split(")")[0].count(",") - 1 if "int rounding" in signature else None
     _library.define(signature, tags=(torch.Tag.pt2_compliant_tag,))
@@ -86,11 +92,22 @@ def _define(signature: str, fake: Callable[..., Any], backward: Callable, setup_
         # Its last argument says how an operator rounds (the dispatcher leaves it out where it is the default).
         if rounding_at is not None and len(args) > rounding_at and args[rounding_at] != Rounding.NEAREST:
             return getattr(_select_outward(mid), name)(mid, *args)
-        return getattr(_select(mid), name)(mid, *args[:rounding_at])
+        return getattr(_select(mid), name, getattr(reference, name))(mid, *args[:rounding_at])
+
+    def remember(ctx: Any, inputs: tuple, output: Any) -> None:
+        ctx.backend = _forced.get()
+        setup_context(ctx, inputs, output)
+
+    def run_backward(ctx: Any, *grads: Any) -> Any:
+        token = _forced.set(ctx.backend)
+        try:
+            return backward(ctx, *grads)
+        finally:
+            _forced.reset(token)
 
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"pyxai_bounds::{name}", fake, lib=_library)
-    torch.library.register_autograd(f"pyxai_bounds::{name}", backward, setup_context=setup_context, lib=_library)
+    torch.library.register_autograd(f"pyxai_bounds::{name}", run_backward, setup_context=remember, lib=_library)
     return getattr(torch.ops.pyxai_bounds, name).default
 
 
@@ -164,6 +181,65 @@ interval_relu_backward = _define(
 )
 
 
+def _has_kernels(t: Tensor) -> bool:
+    """Does the backend fuse the two products of a gradient, too? Otherwise plain PyTorch saves the dispatch."""
+    return _select(t) not in (reference, native)
+
+
+# --- interval_linear_weight: gradᵀ·mid + sign(W) ⊙ (grad_radᵀ·rad); no derivative in W ---------------------
+
+
+def _weight_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.args = inputs[5:]
+
+
+def _linear_weight_backward(ctx: Any, weight_grad: Tensor) -> Any:
+    grad_mid, grad_rad, mid, rad, weight = ctx.saved_tensors
+    signed = weight_grad * weight.sign()
+    return mid @ weight_grad.t(), rad @ signed.t(), grad_mid @ weight_grad, grad_rad @ signed, None
+
+
+interval_linear_weight = _define(
+    "interval_linear_weight(Tensor grad_mid, Tensor grad_rad, Tensor mid, Tensor rad, Tensor weight) -> Tensor",
+    lambda grad_mid, grad_rad, mid, rad, weight: _like(weight),
+    _linear_weight_backward,
+    _weight_setup,
+)
+
+
+def _linear_weight(*args: Tensor) -> Tensor:
+    return (interval_linear_weight if _has_kernels(args[0]) else reference.interval_linear_weight)(*args)
+
+
+# --- interval_conv2d_weight: the same for convolutions -----------------------------------------------------
+
+
+def _conv2d_weight_backward(ctx: Any, weight_grad: Tensor) -> Any:
+    grad_mid, grad_rad, mid, rad, weight = ctx.saved_tensors
+    signed = weight_grad * weight.sign()
+    return (
+        torch.conv2d(mid, weight_grad, None, *ctx.args),
+        torch.conv2d(rad, signed, None, *ctx.args),
+        reference.conv2d_input(grad_mid, weight_grad, mid.shape, *ctx.args),
+        reference.conv2d_input(grad_rad, signed, mid.shape, *ctx.args),
+        *(None,) * 5,
+    )
+
+
+interval_conv2d_weight = _define(
+    "interval_conv2d_weight(Tensor grad_mid, Tensor grad_rad, Tensor mid, Tensor rad, Tensor weight, int[] stride, "
+    "int[] padding, int[] dilation, int groups) -> Tensor",
+    lambda grad_mid, grad_rad, mid, rad, weight, *args: _like(weight),
+    _conv2d_weight_backward,
+    _weight_setup,
+)
+
+
+def _conv2d_weight(*args: Any) -> Tensor:
+    return (interval_conv2d_weight if _has_kernels(args[0]) else reference.interval_conv2d_weight)(*args)
+
+
 # --- interval_linear: mid' = mid·Wᵀ + b, rad' = rad·|W|ᵀ, then ReLU ----------------------------------------
 
 
@@ -205,10 +281,13 @@ def _linear_backward(ctx: Any, mid_grad: Tensor, rad_grad: Tensor, _: Any) -> An
     mid, rad, weight, _state = ctx.saved_tensors
     need_mid, need_rad, need_weight, need_bias = ctx.needs_input_grad[:4]
     mid_grad, rad_grad = _affine_grads(ctx, mid_grad, rad_grad)
+    if need_mid and need_rad and _has_kernels(mid_grad):
+        box_grad = interval_linear_backward(mid_grad, rad_grad, weight, None)
+    else:
+        box_grad = (mid_grad @ weight if need_mid else None, rad_grad @ weight.abs() if need_rad else None)
     return (
-        mid_grad @ weight if need_mid else None,
-        rad_grad @ weight.abs() if need_rad else None,
-        mid_grad.t() @ mid + weight.sign() * (rad_grad.t() @ rad) if need_weight else None,
+        *box_grad,
+        _linear_weight(mid_grad, rad_grad, mid, rad, weight) if need_weight else None,
         mid_grad.sum(0) if need_bias else None,
         *(None,) * 2,
     )
@@ -252,9 +331,13 @@ def _linear_data_backward(ctx: Any, mid_grad: Tensor, rad_grad: Tensor) -> Any:
     weight_grad = None
     box_grad: Any = (None, None)
     if ctx.needs_input_grad[2]:
-        weight_grad = mid.t() @ mid_grad + weight.sign() * (rad.t() @ rad_grad)
+        weight_grad = _linear_weight(mid, rad, mid_grad, rad_grad, weight)
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-        box_grad = _ungate(ctx, mid_grad @ weight.t(), rad_grad @ weight.abs().t(), gate)
+        if _has_kernels(mid_grad):
+            box_grad = interval_linear(mid_grad, rad_grad, weight, None, False)[:2]
+        else:
+            box_grad = (mid_grad @ weight.t(), rad_grad @ weight.abs().t())
+        box_grad = _ungate(ctx, box_grad[0], box_grad[1], gate)
     return *box_grad, weight_grad, *(None,) * 2
 
 
@@ -287,14 +370,16 @@ def _conv2d_backward(ctx: Any, mid_grad: Tensor, rad_grad: Tensor, _: Any) -> An
     need_mid, need_rad, need_weight, need_bias = ctx.needs_input_grad[:4]
     mid_grad, rad_grad = _affine_grads(ctx, mid_grad, rad_grad)
     args = ctx.args[:4]
-    weight_grad = None
-    if need_weight:
-        weight_grad = reference.conv2d_weight(mid_grad, mid, weight, *args)
-        weight_grad = weight_grad + weight.sign() * reference.conv2d_weight(rad_grad, rad, weight, *args)
+    if need_mid and need_rad and _has_kernels(mid_grad):
+        box_grad = interval_conv2d_backward(mid_grad, rad_grad, weight, None, ctx.input_size, *args)
+    else:
+        box_grad = (
+            reference.conv2d_input(mid_grad, weight, ctx.input_size, *args) if need_mid else None,
+            reference.conv2d_input(rad_grad, weight.abs(), ctx.input_size, *args) if need_rad else None,
+        )
     return (
-        reference.conv2d_input(mid_grad, weight, ctx.input_size, *args) if need_mid else None,
-        reference.conv2d_input(rad_grad, weight.abs(), ctx.input_size, *args) if need_rad else None,
-        weight_grad,
+        *box_grad,
+        _conv2d_weight(mid_grad, rad_grad, mid, rad, weight, *args) if need_weight else None,
         mid_grad.sum((0, 2, 3)) if need_bias else None,
         *(None,) * 6,
     )
@@ -323,15 +408,16 @@ def _conv2d_data_backward(ctx: Any, mid_grad: Tensor, rad_grad: Tensor) -> Any:
     weight_grad = None
     box_grad: Any = (None, None)
     if ctx.needs_input_grad[2]:  # the roles of input and output gradient are exchanged
-        weight_grad = reference.conv2d_weight(mid, mid_grad, weight, *args)
-        weight_grad = weight_grad + weight.sign() * reference.conv2d_weight(rad, rad_grad, weight, *args)
+        weight_grad = _conv2d_weight(mid, rad, mid_grad, rad_grad, weight, *args)
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-        box_grad = _ungate(
-            ctx,
-            torch.conv2d(mid_grad, weight, None, *args),
-            torch.conv2d(rad_grad, weight.abs(), None, *args),
-            gate,
-        )
+        if _has_kernels(mid_grad):
+            box_grad = interval_conv2d(mid_grad, rad_grad, weight, None, *args, False)[:2]
+        else:
+            box_grad = (
+                torch.conv2d(mid_grad, weight, None, *args),
+                torch.conv2d(rad_grad, weight.abs(), None, *args),
+            )
+        box_grad = _ungate(ctx, box_grad[0], box_grad[1], gate)
     return *box_grad, weight_grad, *(None,) * 7
 
 

@@ -135,6 +135,10 @@ def interval_conv2d_backward(
     return reference.interval_conv2d_backward(mid, rad, weight, None, *args, rounding, _STAGES)
 
 
+interval_linear_weight = reference.interval_linear_weight
+interval_conv2d_weight = reference.interval_conv2d_weight
+
+
 def interval_scale_shift(
     mid: Tensor,
     rad: Tensor,

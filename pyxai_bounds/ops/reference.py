@@ -103,6 +103,11 @@ def interval_linear_backward(
     return interval_linear(mid, rad, weight.t(), None, False, rounding, stages)[:2]
 
 
+def interval_linear_weight(grad_mid: Tensor, grad_rad: Tensor, mid: Tensor, rad: Tensor, weight: Tensor) -> Tensor:
+    """Gradient of ``interval_linear`` in the weight: gradᵀ·mid + sign(W) ⊙ (grad_radᵀ·rad)."""
+    return grad_mid.t() @ mid + weight.sign() * (grad_rad.t() @ rad)
+
+
 def interval_conv2d(
     mid: Tensor,
     rad: Tensor,
@@ -161,6 +166,23 @@ def interval_conv2d_backward(
 
         out_mid, out_rad = _blocked(convolve, mid, rad, weight, None, 0, groups, rounding, stages)
     return out_mid.contiguous(memory_format=order), out_rad.contiguous(memory_format=order)
+
+
+def interval_conv2d_weight(
+    grad_mid: Tensor,
+    grad_rad: Tensor,
+    mid: Tensor,
+    rad: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Gradient of ``interval_conv2d`` in the weight: the convolution's at midpoints, plus sign(W) ⊙ its at radii."""
+    args = (stride, padding, dilation, groups)
+    grad = conv2d_weight(grad_mid, mid, weight, *args) + weight.sign() * conv2d_weight(grad_rad, rad, weight, *args)
+    return grad.contiguous(memory_format=memory_format(weight))
 
 
 BLOCK = 160  # terms that a convolution sums in one go when it is rounded outward

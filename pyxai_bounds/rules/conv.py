@@ -156,8 +156,11 @@ def _is_square(weight: Value, transposed: bool) -> bool:
 
 
 def _in_fast_order(x: Interval) -> Interval:
-    """Channels-last where oneDNN runs it about twice as fast; every stage after keeps the order it is given."""
-    if x.device.type == "cpu" and x.dtype is torch.float32 and x.shape[1] > 1:
+    """Channels-last where oneDNN runs it about twice as fast, and on GPUs, whose kernels here know no other order.
+
+    Every stage after keeps the order it is given.
+    """
+    if (x.device.type == "cuda" or x.dtype is torch.float32) and x.shape[1] > 1:
         return Interval.of(*(part.contiguous(memory_format=torch.channels_last) for part in (x.mid, x.rad)))
     return x
 

@@ -76,7 +76,10 @@ def test_encloses_samples(backend, relu):
 def test_is_exact_at_zero_radius(backend):
     mid, _, weight, bias, *_ = problem()
     out_mid, out_rad, _ = ops.interval_linear(mid, torch.zeros_like(mid), weight, bias, True)
-    assert torch.equal(out_mid, torch.nn.functional.linear(mid, weight, bias).relu()) and not out_rad.any()
+    expected = torch.nn.functional.linear(mid, weight, bias).relu()
+    # Triton's interpreter leaves products to numpy, which sums in another order.
+    slack = 1e-15 * (mid.abs() @ weight.t().abs() + bias.abs()) if backend == "triton" else 0.0
+    assert ((out_mid - expected).abs() <= slack).all() and not out_rad.any()
 
 
 @pytest.mark.parametrize("relu", [True, False])

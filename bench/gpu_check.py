@@ -1,0 +1,130 @@
+"""``make gpu-check``: builds the package beside the source tree, tests the kernels on the GPU, measures them.
+
+Runs under any python that has PyTorch with CUDA, needs no network and changes nothing in that python's environment: the
+package is installed into build/gpu-check, together with copies of tests/ and bench/. Ends inside nine minutes.
+Exit status 2 if something that it needs is missing, 1 if something failed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PLACE = ROOT / "build" / "gpu-check"
+LIMIT = 525.0  # seconds; nine minutes are 540
+TEST_LIMIT = 170.0
+MODULES = {
+    "torch": "PyTorch with CUDA",
+    "triton": "Triton, which comes with it",
+    "pip": "pip",
+    "pytest": "pytest",
+    "hypothesis": "hypothesis",
+    "numpy": "numpy",
+    "scikit_build_core": "scikit-build-core",
+    "pybind11": "pybind11",
+}
+PROGRAMS = {"nvcc": "the CUDA compiler", "cmake": "CMake", "ninja": "ninja", "c++": "a C++17 compiler"}
+
+_start = time.monotonic()
+
+
+def left() -> float:
+    return LIMIT - (time.monotonic() - _start)
+
+
+def say(text: str) -> None:
+    print(f"gpu-check [{time.monotonic() - _start:4.0f} s] {text}", flush=True)
+
+
+def missing() -> list[str]:
+    """What is not here, one line each."""
+    lines = [f"module {m}: {what}" for m, what in MODULES.items() if importlib.util.find_spec(m) is None]
+    here = [os.path.dirname(sys.executable), "/usr/local/cuda/bin", os.environ.get("PATH", "")]
+    os.environ["PATH"] = os.pathsep.join(here)
+    for program, what in PROGRAMS.items():
+        in_python = program in ("cmake", "ninja") and importlib.util.find_spec(program) is not None
+        if shutil.which(program) is None and not in_python:
+            lines.append(f"program {program}: {what}")
+    if importlib.util.find_spec("torch") is not None:
+        import torch
+
+        if torch.version.cuda is None:
+            lines.append(f"CUDA in PyTorch: {torch.__version__} is built without it")
+        elif not torch.cuda.is_available():
+            lines.append("a CUDA device: PyTorch finds none (see nvidia-smi)")
+    return lines
+
+
+def run(what: str, command: list[str], seconds: float, cwd: Path, environment: dict[str, str] | None = None) -> int:
+    """Run to the end or to the time limit; 124 for the latter, as timeout(1) says it."""
+    say(f"{what} (at most {seconds:.0f} s)")
+    try:
+        return subprocess.run(command, cwd=cwd, timeout=seconds, env={**os.environ, **(environment or {})}).returncode
+    except subprocess.TimeoutExpired:
+        say(f"{what}: stopped, the time was up")
+        return 124
+
+
+def build() -> int:
+    shutil.rmtree(PLACE, ignore_errors=True)
+    PLACE.mkdir(parents=True)
+    command = [
+        sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation",
+        "--disable-pip-version-check", "--root-user-action=ignore", "--target", str(PLACE), str(ROOT),
+    ]  # fmt: skip
+    status = run("build", command, 180, ROOT)
+    if status == 0:
+        for folder in ("tests", "bench"):
+            shutil.copytree(ROOT / folder, PLACE / folder)
+        shutil.copy(ROOT / "pyproject.toml", PLACE)
+    return status
+
+
+def commit() -> str:
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "none"
+
+
+def main() -> int:
+    lines = missing()
+    without_gpu = any(line.startswith(("CUDA", "a CUDA", "module torch")) for line in lines)
+    for line in lines:
+        say(f"missing: {line}")
+    if lines and not without_gpu:
+        return 2
+    if (status := build()) != 0:
+        say("build: FAILED")
+        return 2 if without_gpu else status
+    python = [sys.executable]
+    if without_gpu:
+        say("built; without a CUDA device there is nothing to test or to measure")
+        return 2
+    # Importing the folder tests/kernels from the copy: there the installed package is the one beside it.
+    tests = [*python, "-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider", "tests/kernels"]
+    if importlib.util.find_spec("xdist") is not None:
+        tests += ["-n", str(min(8, os.cpu_count() or 1))]  # most of the time goes into compiling kernels
+    tested = run("tests", [*tests, "--deselect", "tests/kernels/test_compile.py"], min(TEST_LIMIT, left()), PLACE)
+    say("tests: " + ("passed" if tested == 0 else f"FAILED ({tested})"))
+    out = ROOT / "bench" / "results"
+    name = subprocess.run(
+        [*python, "-c", "import torch; print(torch.cuda.get_device_name().lower())"], capture_output=True, text=True
+    ).stdout.strip()
+    folder = out / "-".join("".join(c if c.isalnum() else " " for c in name).split())
+    bench = [*python, "-m", "bench.gpu", "--out", str(folder), "--seconds", f"{left() - 60:.0f}"]
+    measured = run("benchmarks", bench, left(), PLACE, {"PYXAI_BOUNDS_COMMIT": commit()})
+    say("benchmarks: " + (f"written to {folder}" if measured == 0 else f"FAILED ({measured})"))
+    say(f"tests {'passed' if tested == 0 else 'FAILED'}, benchmarks {'done' if measured == 0 else 'FAILED'}")
+    return 1 if tested or measured else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

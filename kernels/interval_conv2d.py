@@ -1,0 +1,397 @@
+"""interval_conv2d, its backward-data operator and its weight gradient as matrix products that are never laid out.
+
+Boxes are channels-last [B, H, W, C], weights [OC, KH, KW, C / groups], as channels-last tensors of PyTorch lie
+in memory; a row of the product is a pixel, and the sum runs over kernel taps and channels. Sums over one tap's
+channels read neighbours in memory; FLAT is for so few channels that a block of the sum spans several taps.
+As in ``interval_linear.py``, whose helpers do the work on tiles, the weight is the left factor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .interval_linear import dual_dot, relu_backward_of_tile, sign, store_box, tile_of
+from .launch import Block, dot_options, is_flat, on_device, parts_of, sum_type
+
+_GEOMETRY = ["M", "B", "H", "W", "OH", "OW", "KH", "KW", "SH", "SW", "PH", "PW", "DH", "DW"]
+
+
+@triton.jit(do_not_specialize=[*_GEOMETRY, "out_plane"])
+def interval_conv2d_fwd_kernel(
+    mid_ptr,  # [B, H, W, C]
+    rad_ptr,  # [B, H, W, C]
+    weight_ptr,  # [OC, KH, KW, CG]
+    bias_ptr,  # [OC], or anything without HAS_BIAS
+    out_mid_ptr,  # [B, OH, OW, OC], M = B·OH·OW pixels
+    out_rad_ptr,  # [B, OH, OW, OC]
+    state_ptr,  # [2, M·OC / 8], or anything without RELU
+    M,
+    H,
+    W,
+    C,
+    OH,
+    OW,
+    OC,
+    CG,  # channels of a group: of the input,
+    OG,  # of the output
+    KH,
+    KW,
+    SH,
+    SW,
+    PH,
+    PW,
+    DH,
+    DW,
+    out_plane,
+    HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,  # needs OG to be a multiple of 8
+    FLAT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(OG, BLOCK_N), 8)
+    group = tl.program_id(1)
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    first_h = m // OW % OH * SH - PH
+    first_w = m % OW * SW - PW
+    # Of the first tap's pixel, which may lie outside: only what `inside` allows is read.
+    box_row = (((m // OW // OH).to(tl.int64) * H + first_h) * W + first_w) * C + group * CG
+    weight_row = (group * OG + n) * (KH * KW * CG)
+    acc_mid = tl.zeros((BLOCK_N, BLOCK_M), COMPUTE)
+    acc_rad = tl.zeros((BLOCK_N, BLOCK_M), COMPUTE)
+    blocks = tl.cdiv(CG, BLOCK_K)
+    steps = tl.cdiv(KH * KW * CG, BLOCK_K) if FLAT else KH * KW * blocks
+    for step in range(steps):
+        if FLAT:
+            at_k = step * BLOCK_K + k
+            tap = at_k // CG
+            c = at_k - tap * CG
+            h = first_h[:, None] + (tap // KW * DH)[None, :]
+            w = first_w[:, None] + (tap % KW * DW)[None, :]
+            offset = (tap // KW * DH * W + tap % KW * DW) * C + c
+            k_inside = at_k < KH * KW * CG
+            inside = (m < M)[:, None] & (h >= 0) & (h < H) & (w >= 0) & (w < W) & k_inside[None, :]
+        else:
+            tap = step // blocks
+            c = (step - tap * blocks) * BLOCK_K + k
+            at_k = tap * CG + c
+            h = first_h + tap // KW * DH
+            w = first_w + tap % KW * DW
+            offset = (tap // KW * DH * W + tap % KW * DW) * C + c
+            k_inside = c < CG
+            inside = ((m < M) & (h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None] & k_inside[None, :]
+        box_at = box_row[:, None] + offset[None, :]
+        mid = tl.load(mid_ptr + box_at, inside, 0.0)
+        rad = tl.load(rad_ptr + box_at, inside, 0.0)
+        weight = tl.load(weight_ptr + weight_row[:, None] + at_k[None, :], (n < OG)[:, None] & k_inside[None, :], 0.0)
+        acc_mid, acc_rad = dual_dot(weight, mid, rad, acc_mid, acc_rad, PRECISION, WIDEN)
+    if HAS_BIAS:
+        acc_mid += tl.load(bias_ptr + group * OG + n, n < OG, 0.0).to(COMPUTE)[:, None]
+    store_box(
+        out_mid_ptr, out_rad_ptr, state_ptr, out_plane, acc_mid, acc_rad, tile_m, M, OC, group * OG, tile_n, OG,
+        RELU, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+
+
+@triton.jit
+def first_tap(remainder, padding, stride, dilation, taps, tap_step):
+    """The first tap that reaches the pixels ``remainder`` + stride·t, ``taps`` or more if none does."""
+    first = taps
+    for tap in range(tap_step):
+        first = tl.where((remainder + padding - tap * dilation) % stride == 0, tap, first)
+    return first
+
+
+@triton.jit(do_not_specialize=[*_GEOMETRY, "TAP_STEP_H", "TAP_STEP_W", "OUT_STEP_H", "OUT_STEP_W", "in_plane"])
+def interval_conv2d_bwd_kernel(
+    grad_mid_ptr,  # [B, OH, OW, OC]
+    grad_rad_ptr,  # [B, OH, OW, OC]
+    weight_ptr,  # [OC, KH, KW, CG]
+    state_ptr,  # [2, ceil(B·OH·OW·OC / 8)], or anything without GATED: ReLU′ on the gradient
+    out_mid_ptr,  # [B, H, W, C]
+    out_rad_ptr,  # [B, H, W, C]
+    B,
+    H,
+    W,
+    C,
+    OH,
+    OW,
+    OC,
+    CG,
+    OG,
+    KH,
+    KW,
+    SH,
+    SW,
+    PH,
+    PW,
+    DH,
+    DW,
+    TAP_STEP_H,  # stride / gcd(stride, dilation): taps that far apart reach the same pixels,
+    TAP_STEP_W,
+    OUT_STEP_H,  # dilation / gcd(stride, dilation): and this far apart in the output
+    OUT_STEP_W,
+    in_plane,
+    GATED: tl.constexpr,
+    ALIGNED: tl.constexpr,  # OG is a multiple of 8
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    # Pixels of one remainder modulo the stride are reached by the same taps, and those are all that is summed.
+    most = B * tl.cdiv(H, SH) * tl.cdiv(W, SW)
+    tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(most, BLOCK_M), tl.cdiv(CG, BLOCK_N), 8)
+    group = tl.program_id(1) // (SH * SW)
+    remainder_h = tl.program_id(1) // SW % SH
+    remainder_w = tl.program_id(1) % SW
+    rows = (H - remainder_h + SH - 1) // SH
+    columns = (W - remainder_w + SW - 1) // SW
+    M = B * rows * columns
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    image = m // tl.maximum(columns, 1) // tl.maximum(rows, 1)
+    row = m // tl.maximum(columns, 1) % tl.maximum(rows, 1)
+    column = m % tl.maximum(columns, 1)
+    first_h = first_tap(remainder_h, PH, SH, DH, KH, TAP_STEP_H)
+    first_w = first_tap(remainder_w, PW, SW, DW, KW, TAP_STEP_W)
+    taps_h = tl.cdiv(tl.maximum(KH - first_h, 0), TAP_STEP_H)
+    taps_w = tl.cdiv(tl.maximum(KW - first_w, 0), TAP_STEP_W)
+    # The output pixel at the first tap; exact divisions.
+    out_h = row + (remainder_h + PH - first_h * DH) // SH
+    out_w = column + (remainder_w + PW - first_w * DW) // SW
+    grad_row = ((image.to(tl.int64) * OH + out_h) * OW + out_w) * OC + group * OG
+    weight_row = group * OG * KH * KW * CG + n
+    acc_mid = tl.zeros((BLOCK_N, BLOCK_M), COMPUTE)
+    acc_rad = tl.zeros((BLOCK_N, BLOCK_M), COMPUTE)
+    blocks = tl.cdiv(OG, BLOCK_K)
+    for step in range(taps_h * taps_w * blocks):
+        tap = step // blocks
+        tap_h = tap // tl.maximum(taps_w, 1)
+        tap_w = tap - tap_h * taps_w
+        start = (step - tap * blocks) * BLOCK_K
+        o = start + k
+        h = out_h - tap_h * OUT_STEP_H
+        w = out_w - tap_w * OUT_STEP_W
+        there = (m < M) & (h >= 0) & (h < OH) & (w >= 0) & (w < OW)
+        tap_row = grad_row - (tap_h * OUT_STEP_H * OW + tap_w * OUT_STEP_W) * OC
+        inside = there[:, None] & (o < OG)[None, :]
+        mid = tl.load(grad_mid_ptr + tap_row[:, None] + o[None, :], inside, 0.0)
+        rad = tl.load(grad_rad_ptr + tap_row[:, None] + o[None, :], inside, 0.0)
+        if GATED:
+            mid, rad = relu_backward_of_tile(
+                mid, rad, state_ptr, in_plane, tap_row, start, inside, there, ALIGNED, COMPUTE, BLOCK_M, BLOCK_K
+            )
+        kernel = (first_h + tap_h * TAP_STEP_H) * KW + first_w + tap_w * TAP_STEP_W
+        weight_at = weight_row[:, None] + (o * (KH * KW * CG))[None, :] + kernel * CG
+        weight = tl.load(weight_ptr + weight_at, (n < CG)[:, None] & (o < OG)[None, :], 0.0)
+        acc_mid, acc_rad = dual_dot(weight, mid, rad, acc_mid, acc_rad, PRECISION, WIDEN)
+    pixel = (image.to(tl.int64) * H + row * SH + remainder_h) * W + column * SW + remainder_w
+    at = (pixel * C + group * CG)[:, None] + n[None, :]
+    inside = (m < M)[:, None] & (n < CG)[None, :]
+    tl.store(out_mid_ptr + at, tl.trans(acc_mid), inside)
+    tl.store(out_rad_ptr + at, tl.trans(acc_rad), inside)
+
+
+@triton.jit(do_not_specialize=[*_GEOMETRY, "rows_of_part"])
+def interval_conv2d_weight_kernel(
+    grad_mid_ptr,  # [B, OH, OW, OC], M = B·OH·OW pixels
+    grad_rad_ptr,  # [B, OH, OW, OC]
+    mid_ptr,  # [B, H, W, C]
+    rad_ptr,  # [B, H, W, C]
+    weight_ptr,  # [OC, KH, KW, CG]
+    out_ptr,  # [parts, OC, KH, KW, CG]; program_id(1) sums its part of the pixels
+    M,
+    H,
+    W,
+    C,
+    OH,
+    OW,
+    OC,
+    CG,
+    OG,
+    KH,
+    KW,
+    SH,
+    SW,
+    PH,
+    PW,
+    DH,
+    DW,
+    rows_of_part,
+    FLAT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    taps_and_channels = KH * KW * CG
+    blocks = tl.cdiv(CG, BLOCK_K)
+    tiles_k = tl.cdiv(taps_and_channels, BLOCK_K) if FLAT else KH * KW * blocks
+    tile_n, tile_k = tile_of(tl.program_id(0), tl.cdiv(OG, BLOCK_N), tiles_k, 8)
+    part = tl.program_id(1)
+    group = tl.program_id(2)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    if FLAT:
+        at_k = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
+        tap = at_k // CG
+        c = at_k - tap * CG
+        k_inside = at_k < taps_and_channels
+    else:
+        tap = tile_k // blocks
+        c = (tile_k - tap * blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
+        at_k = tap * CG + c
+        k_inside = c < CG
+    tap_h = tap // KW * DH - PH
+    tap_w = tap % KW * DW - PW
+    acc_mid = tl.zeros((BLOCK_N, BLOCK_K), COMPUTE)
+    acc_rad = tl.zeros((BLOCK_N, BLOCK_K), COMPUTE)
+    stop = min(M, (part + 1) * rows_of_part)
+    for start in range(part * rows_of_part, stop, BLOCK_M):
+        m = start + tl.arange(0, BLOCK_M)
+        first_h = m // OW % OH * SH
+        first_w = m % OW * SW
+        if FLAT:
+            h = first_h[:, None] + tap_h[None, :]
+            w = first_w[:, None] + tap_w[None, :]
+            inside = (m < stop)[:, None] & (h >= 0) & (h < H) & (w >= 0) & (w < W) & k_inside[None, :]
+        else:
+            h = first_h + tap_h
+            w = first_w + tap_w
+            inside = ((m < stop) & (h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None] & k_inside[None, :]
+        box_row = (((m // OW // OH).to(tl.int64) * H + first_h) * W + first_w) * C + group * CG
+        at = box_row[:, None] + ((tap_h * W + tap_w) * C + c)[None, :]
+        grad_at = (m.to(tl.int64) * OC + group * OG)[:, None] + n[None, :]
+        grad_inside = (m < stop)[:, None] & (n < OG)[None, :]
+        grad_mid = tl.trans(tl.load(grad_mid_ptr + grad_at, grad_inside, 0.0))
+        grad_rad = tl.trans(tl.load(grad_rad_ptr + grad_at, grad_inside, 0.0))
+        mid = tl.load(mid_ptr + at, inside, 0.0)
+        rad = tl.load(rad_ptr + at, inside, 0.0)
+        if WIDEN:
+            grad_mid, grad_rad = grad_mid.to(tl.float32), grad_rad.to(tl.float32)
+            mid, rad = mid.to(tl.float32), rad.to(tl.float32)
+        acc_mid = tl.dot(grad_mid, mid, acc_mid, input_precision=PRECISION, out_dtype=COMPUTE)
+        acc_rad = tl.dot(grad_rad, rad, acc_rad, input_precision=PRECISION, out_dtype=COMPUTE)
+    inside = (n < OG)[:, None] & k_inside[None, :]
+    at = (group * OG + n)[:, None] * taps_and_channels + at_k[None, :]
+    weight = tl.load(weight_ptr + at, inside, 0.0).to(COMPUTE)
+    tl.store(out_ptr + part.to(tl.int64) * OC * taps_and_channels + at, acc_mid + sign(weight) * acc_rad, inside)
+
+
+# --- launchers: boxes and weights channels-last in memory, [B, C, H, W] and [OC, C / groups, KH, KW] in shape --------
+
+
+def forward_into(
+    mid: Tensor,
+    rad: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    out_mid: Tensor,
+    out_rad: Tensor,
+    out_state: Tensor | None,
+    block: Block,
+    tf32: bool,
+) -> None:
+    """The convolution of the box; then ReLU if a state is given, which needs OC / groups to be a multiple of 8."""
+    _, C, H, W = mid.shape
+    B, OC, OH, OW = out_mid.shape
+    CG, KH, KW = weight.shape[1:]
+    M, OG = B * OH * OW, OC // groups
+    grid = (triton.cdiv(M, block.m) * triton.cdiv(OG, block.n), groups)
+    with on_device(mid):
+        interval_conv2d_fwd_kernel[grid](
+            mid, rad, weight, mid if bias is None else bias, out_mid, out_rad, mid if out_state is None else out_state,
+            M, H, W, C, OH, OW, OC, CG, OG, KH, KW, *stride, *padding, *dilation, M * OC // 8,
+            HAS_BIAS=bias is not None, RELU=out_state is not None, FLAT=is_flat(CG),
+            BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=block.k, num_warps=block.warps, num_stages=block.stages,
+            **dot_options(mid, tf32),
+        )  # fmt: skip
+
+
+def backward_into(
+    mid: Tensor,
+    rad: Tensor,
+    weight: Tensor,
+    in_state: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    out_mid: Tensor,
+    out_rad: Tensor,
+    block: Block,
+    tf32: bool,
+) -> None:
+    """ReLU′ on the gradient box if a state is given (channels-last like the box), then backward-data."""
+    B, OC, OH, OW = mid.shape
+    _, C, H, W = out_mid.shape
+    CG, KH, KW = weight.shape[1:]
+    OG = OC // groups
+    common = [math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
+    tap_steps = [s // g for s, g in zip(stride, common, strict=True)]
+    out_steps = [d // g for d, g in zip(dilation, common, strict=True)]
+    most = B * triton.cdiv(H, stride[0]) * triton.cdiv(W, stride[1])
+    grid = (triton.cdiv(most, block.m) * triton.cdiv(CG, block.n), groups * stride[0] * stride[1])
+    with on_device(mid):
+        interval_conv2d_bwd_kernel[grid](
+            mid, rad, weight, mid if in_state is None else in_state, out_mid, out_rad,
+            B, H, W, C, OH, OW, OC, CG, OG, KH, KW, *stride, *padding, *dilation, *tap_steps, *out_steps,
+            (mid.numel() + 7) // 8, GATED=in_state is not None, ALIGNED=OG % 8 == 0,
+            BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=block.k, num_warps=block.warps, num_stages=block.stages,
+            **dot_options(mid, tf32),
+        )  # fmt: skip
+
+
+def weight_gradient(
+    grad_mid: Tensor,
+    grad_rad: Tensor,
+    mid: Tensor,
+    rad: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    block: Block,
+    tf32: bool,
+) -> Tensor:
+    """The gradient of the weight, channels-last: the convolution's at midpoints, plus sign(weight) ⊙ its at radii."""
+    _, C, H, W = mid.shape
+    B, OC, OH, OW = grad_mid.shape
+    CG, KH, KW = weight.shape[1:]
+    M, OG = B * OH * OW, OC // groups
+    tiles_k = triton.cdiv(KH * KW * CG, block.k) if is_flat(CG) else KH * KW * triton.cdiv(CG, block.k)
+    tiles = triton.cdiv(OG, block.n) * tiles_k
+    parts, rows = parts_of(M, tiles * groups, block.m)
+    dtype = weight.dtype if parts == 1 else sum_type(weight)
+    out = torch.empty(parts, OC, KH, KW, CG, dtype=dtype, device=weight.device)
+    with on_device(mid):
+        interval_conv2d_weight_kernel[(tiles, parts, groups)](
+            grad_mid, grad_rad, mid, rad, weight, out,
+            M, H, W, C, OH, OW, OC, CG, OG, KH, KW, *stride, *padding, *dilation, rows, FLAT=is_flat(CG),
+            BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=block.k, num_warps=block.warps, num_stages=block.stages,
+            **dot_options(mid, tf32),
+        )  # fmt: skip
+    summed = out[0] if parts == 1 else out.sum(0).to(weight.dtype)
+    return summed.permute(0, 3, 1, 2)

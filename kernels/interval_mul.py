@@ -1,0 +1,55 @@
+"""interval_mul: the elementwise product of two boxes, from its four end-point products, in one pass."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import EXACT, compute_type, flat, flat_offsets, on_device
+
+
+@triton.jit
+def _least(a, b):
+    return tl.minimum(a, b, tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _greatest(a, b):
+    return tl.maximum(a, b, tl.PropagateNan.ALL)
+
+
+@triton.jit
+def interval_mul_kernel(
+    a_mid_ptr,  # [n]
+    a_rad_ptr,  # [n]
+    b_mid_ptr,  # [n]
+    b_rad_ptr,  # [n]
+    out_mid_ptr,  # [n]
+    out_rad_ptr,  # [n]
+    n,
+    GROUPS: tl.constexpr,
+    WIDE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    _, at = flat_offsets(GROUPS, WIDE)
+    inside = at < n
+    a_mid = tl.load(a_mid_ptr + at, inside, 0.0).to(COMPUTE)
+    a_rad = tl.load(a_rad_ptr + at, inside, 0.0).to(COMPUTE)
+    b_mid = tl.load(b_mid_ptr + at, inside, 0.0).to(COMPUTE)
+    b_rad = tl.load(b_rad_ptr + at, inside, 0.0).to(COMPUTE)
+    a_lower, a_upper, b_lower, b_upper = a_mid - a_rad, a_mid + a_rad, b_mid - b_rad, b_mid + b_rad
+    ll, lu, ul, uu = a_lower * b_lower, a_lower * b_upper, a_upper * b_lower, a_upper * b_upper
+    lower = _least(_least(ll, lu), _least(ul, uu))
+    upper = _greatest(_greatest(ll, lu), _greatest(ul, uu))
+    tl.store(out_mid_ptr + at, (lower + upper) * 0.5, inside)
+    tl.store(out_rad_ptr + at, (upper - lower) * 0.5, inside)
+
+
+def mul_into(a_mid: Tensor, a_rad: Tensor, b_mid: Tensor, b_rad: Tensor, out_mid: Tensor, out_rad: Tensor) -> None:
+    """All tensors dense in one memory order."""
+    grid, block = flat(a_mid.numel())
+    with on_device(a_mid):
+        interval_mul_kernel[grid](
+            a_mid, a_rad, b_mid, b_rad, out_mid, out_rad, a_mid.numel(), **block, COMPUTE=compute_type(a_mid), **EXACT
+        )

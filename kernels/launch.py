@@ -1,0 +1,130 @@
+"""What all launchers share: sizes of an elementwise launch, the arithmetic's type, and the device to launch on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Elementwise kernels must round as the reference does: a product and a sum round once each. ptxas would contract them.
+EXACT = {"enable_fp_fusion": False}
+
+PROGRAMS = 528  # enough for four on each multiprocessor of an H200
+
+
+def interpreting() -> bool:
+    """Do the kernels run in Triton's interpreter, on the CPU? It decides when they are imported."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def compute_type(t: Tensor) -> Any:
+    """What a kernel computes in: float32, for tensors of 16 bits too, and float64 for float64."""
+    return tl.float64 if t.dtype is torch.float64 else tl.float32
+
+
+def on_device(t: Tensor) -> Any:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
+
+
+def flat(n: int) -> tuple[tuple[int], dict[str, Any]]:
+    """Grid and block of a launch over n elements in groups of eight, whose bits are one byte."""
+    groups = 8192 if interpreting() else 256  # a program of the interpreter costs milliseconds, whatever its size
+    grid = (triton.cdiv(n, 8 * groups),)
+    return grid, {"GROUPS": groups, "WIDE": n + 8 * groups >= 2**31}
+
+
+@triton.jit
+def flat_offsets(GROUPS: tl.constexpr, WIDE: tl.constexpr):
+    """The bytes of this program [GROUPS] and their elements [GROUPS, 8]; 64 bits wide where 32 would overflow."""
+    start = tl.program_id(0)
+    if WIDE:
+        start = start.to(tl.int64)
+    groups = start * GROUPS + tl.arange(0, GROUPS)
+    return groups, groups[:, None] * 8 + tl.arange(0, 8)[None, :]
+
+
+# --- matrix products -----------------------------------------------------------------------------------------------
+
+
+class Block(NamedTuple):
+    """Tile sizes of a matrix product along its three dimensions, warps per tile and stages of the load pipeline."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+# A program of the interpreter costs milliseconds; these tiles still have edges on the shapes of the tests.
+_INTERPRETED = [Block(64, 32, 32, 4, 1)]
+
+
+def box_blocks(dtype: torch.dtype, n: int, flat: bool, tf32: bool, hopper: bool) -> list[Block]:
+    """Candidates for box · weight: m rows of the box, n of the weight, k summed; the first is the default.
+
+    Chosen so that nothing spills: two accumulators take twice the registers of an ordinary product, and ``flat``
+    kernels hold an address for each element besides.
+    """
+    if interpreting():
+        return _INTERPRETED
+    if dtype is torch.float64:
+        return [Block(32, 32, 16, 4, 2)]
+    if dtype is torch.float32 and not tf32:  # no tensor cores: what limits these are registers
+        return [Block(64, 64, 16, 8, 3), Block(32, 64, 16, 8, 3)]
+    k = 32 if dtype is torch.float32 or not hopper else 64
+    if n <= 16:
+        return [Block(64, 16, k, 4, 3), Block(128, 16, k, 8, 3)]
+    if flat:
+        return [Block(64, 64, 32, 8, 2), Block(32, 64, 32, 4, 2)]
+    wide = [Block(64, 128, k, 8, 3), *([Block(128, 128, k // 2, 8, 4)] if hopper else [])] if n > 64 else []
+    return [Block(128, 64, k, 8, 3), Block(64, 64, k, 8, 4), Block(32, 64, k, 4, 4), *wide]
+
+
+def weight_blocks(dtype: torch.dtype, n: int, flat: bool, tf32: bool, hopper: bool) -> list[Block]:
+    """Candidates for the weight's gradient: m summed, n rows of the weight, k columns."""
+    if interpreting():
+        return _INTERPRETED
+    if dtype is torch.float64:
+        return [Block(16, 32, 32, 4, 2)]
+    if dtype is torch.float32 and not tf32:
+        return [Block(16, 64, 64, 8, 3)]
+    m = 32 if dtype is torch.float32 or flat or not hopper else 64
+    if n <= 16:
+        return [Block(m, 16, 64, 4, 3)]
+    if flat:
+        return [Block(m, 64, 32, 8, 2)]
+    return [Block(m, 64, 64, 4, 3), Block(m, 64, 128, 8, 3)]
+
+
+def is_flat(channels: int) -> bool:
+    """Is a block of a convolution's sum better filled from several taps than from one tap's channels?"""
+    return channels < 16
+
+
+def dot_options(t: Tensor, tf32: bool) -> dict[str, Any]:
+    """Arithmetic of the products: of 32-bit operands in full precision, unless tf32 is asked for."""
+    precision = "tf32" if tf32 else "ieee"
+    widen = interpreting() and t.element_size() == 2
+    return {"PRECISION": precision, "WIDEN": widen, "COMPUTE": compute_type(t), "enable_fp_fusion": True}
+
+
+def sum_type(t: Tensor) -> torch.dtype:
+    """The type in which partial sums are written."""
+    return torch.float64 if t.dtype is torch.float64 else torch.float32
+
+
+def parts_of(rows: int, tiles: int, block: int) -> tuple[int, int]:
+    """Into how many parts to split a sum over ``rows`` so that ``tiles`` of them fill the device; rows of a part.
+
+    Each part is summed by its own program and the parts are added in a fixed order: the result is reproducible.
+    """
+    wanted = max(1, min(PROGRAMS // max(1, tiles), rows // (4 * block), 256))
+    rows_of_part = triton.cdiv(triton.cdiv(max(1, rows), wanted), block) * block
+    return triton.cdiv(max(1, rows), rows_of_part), rows_of_part

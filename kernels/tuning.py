@@ -1,0 +1,62 @@
+"""Chooses the fastest of several ways to compute one thing, by measuring them once per kind of problem."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from triton.runtime.errors import OutOfResources
+
+from .launch import interpreting
+
+Candidate = TypeVar("Candidate")
+
+WARM_UP_MS = 3.0
+MEASURE_MS = 10.0
+
+_chosen: dict[Hashable, Any] = {}
+
+
+def fastest(key: Hashable, candidates: Sequence[Candidate], run: Callable[[Candidate], Any]) -> Candidate:
+    """The candidate with which ``run`` takes least time on the current CUDA device, as measured when ``key`` was new.
+
+    The first one unmeasured, in the interpreter and while a CUDA graph is being captured (run once before capturing).
+    A candidate that needs more of the device than there is drops out.
+    """
+    if len(candidates) == 1 or interpreting():
+        return candidates[0]
+    if key not in _chosen:
+        if torch.cuda.is_current_stream_capturing():
+            return candidates[0]
+        times = [_milliseconds(run, candidate) for candidate in candidates]
+        _chosen[key] = candidates[times.index(min(times))]
+    return _chosen[key]
+
+
+def choices() -> dict[Hashable, Any]:
+    """What was chosen so far, by key."""
+    return dict(_chosen)
+
+
+def _milliseconds(run: Callable[[Candidate], Any], candidate: Candidate) -> float:
+    try:
+        run(candidate)  # compiles
+        rounds = max(1, min(20, int(WARM_UP_MS / max(_timed(run, candidate, 1), 1e-3))))
+        each = _timed(run, candidate, rounds)
+        rounds = max(1, min(20, int(MEASURE_MS / 3 / max(each, 1e-3))))
+        return statistics.median(_timed(run, candidate, rounds) for _ in range(3))
+    except (OutOfResources, torch.cuda.OutOfMemoryError):
+        return float("inf")
+
+
+def _timed(run: Callable[[Candidate], Any], candidate: Candidate, rounds: int) -> float:
+    """Milliseconds of one of several runs back to back, launches included."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(rounds):
+        run(candidate)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / rounds

@@ -1,0 +1,474 @@
+"""The fused interval operators as Triton kernels: on CUDA, and on the CPU in Triton's interpreter, for tests.
+
+The functions are those of ``reference.py``. This file allocates, checks what a kernel could not survive, brings
+tensors into the kernels' memory order, and chooses tile sizes by measurement. ``measured`` is what ``auto`` uses: the
+same functions, which may also leave a matrix product to cuBLAS or cuDNN where that was faster, and fuse the rest.
+None of this may serve a run with outward rounding: 32-bit operands may be rounded to tf32, sums are in any order.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import math
+import os
+from collections.abc import Callable, Sequence
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyxai_bounds.ops import reference
+from pyxai_bounds.ops.layout import in_order_of, memory_format, state_size
+from pyxai_bounds.ops.native import _bits_of, _boxes, _describe, _per_channel
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+CAPABILITY = (8, 0)  # the oldest that the kernels are compiled for in the tests
+
+
+def available() -> bool:
+    """Whether the kernels can run: on an NVIDIA GPU, or in the interpreter."""
+    return not why_not_available()
+
+
+def why_not_available() -> str:
+    """What is wrong and how to mend it; empty if nothing is."""
+    if not _is_installed():
+        return "The triton backend is not available: triton is not installed; pip install triton (Linux, NVIDIA GPU)."
+    if _interpreting():
+        return ""
+    if torch.version.cuda is None:
+        return (
+            "The triton backend is not available: this PyTorch is built without CUDA; install one with CUDA "
+            "(https://pytorch.org), or set TRITON_INTERPRET=1 to test the kernels on the CPU, slowly."
+        )
+    if not torch.cuda.is_available():
+        return "The triton backend is not available: PyTorch finds no CUDA device; see nvidia-smi."
+    if not any(_is_capable(index) for index in range(torch.cuda.device_count())):
+        return "The triton backend is not available: it needs a GPU of compute capability 8.0 (Ampere) or newer."
+    return ""
+
+
+def supports(mid: Tensor) -> bool:
+    """Whether ``mid`` can run here. Asked at every call, so it looks no further than it must."""
+    if mid.dtype not in DTYPES or not _is_installed():
+        return False
+    if _interpreting():
+        return mid.device.type == "cpu"
+    return mid.device.type == "cuda" and torch.version.cuda is not None and _is_capable(_index(mid))
+
+
+def interval_gate(mid: Tensor, rad: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    mid, rad = in_order_of(gate, *_boxes(mid, rad))
+    gate = _bits_of(gate, mid)
+    out_mid, out_rad = _like(mid), _like(mid)
+    if mid.numel():
+        _kernels("interval_relu").gate_into(mid, rad, gate, out_mid, out_rad)
+    return out_mid, out_rad
+
+
+def interval_relu(mid: Tensor, rad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    mid, rad = _boxes(mid, rad)
+    return _relu_into(mid, rad, _like(mid), _like(mid))
+
+
+def interval_relu_backward(mid: Tensor, rad: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    gate = torch.empty_like(state)
+    return *_relu_backward(mid, rad, state, gate), gate
+
+
+def interval_linear(
+    mid: Tensor, rad: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, *, library: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    mid, rad = _boxes(mid, rad)
+    _check_weight(weight, mid, (weight.shape[0], mid.shape[-1]))
+    _check_bias(bias, mid, weight.shape[0])
+    out_mid = mid.new_empty(*mid.shape[:-1], weight.shape[0])
+    out_rad = torch.empty_like(out_mid)
+    fused = relu and weight.shape[0] % 8 == 0  # or a byte of the state would belong to two rows
+    state = torch.empty(state_size(out_mid) if fused else 0, dtype=torch.uint8, device=mid.device)
+
+    def run(block: Any) -> tuple[Tensor, Tensor, Tensor]:
+        if block is None:
+            out = reference.interval_linear(mid, rad, weight, bias, False)
+            return _relu_into(out[0], out[1], out[0], out[1]) if relu else out
+        _kernels("interval_linear").box_product_into(
+            _rows(mid), _rows(rad), weight, None if bias is None else bias.contiguous(), None,
+            _rows(out_mid), _rows(out_rad), state if fused else None, block, _tf32_matmul(mid),
+        )  # fmt: skip
+        return _relu_into(out_mid, out_rad, out_mid, out_rad) if relu and not fused else (out_mid, out_rad, state)
+
+    if out_mid.numel() == 0:
+        return out_mid, out_rad, torch.empty(state_size(out_mid) if relu else 0, dtype=torch.uint8, device=mid.device)
+    key = ("linear", mid.shape, weight.shape, weight.stride(), bias is None, relu)
+    return _fastest(key, mid, _box_blocks(mid, weight.shape[0], _tf32_matmul(mid)), library, run)
+
+
+def interval_linear_backward(
+    mid: Tensor, rad: Tensor, weight: Tensor, state: Tensor | None, *, library: bool = False
+) -> tuple[Tensor, Tensor]:
+    mid, rad = _boxes(mid, rad)
+    _check_weight(weight, mid, (mid.shape[-1], weight.shape[1]))
+    state = None if state is None else _bits_of(state, mid)
+    out_mid = mid.new_empty(*mid.shape[:-1], weight.shape[1])
+    out_rad = torch.empty_like(out_mid)
+
+    def run(block: Any) -> tuple[Tensor, Tensor]:
+        in_state, box = state, (mid, rad)
+        if state is not None and (block is None or mid.dtype is torch.float64):
+            in_state, box = None, _relu_backward(mid, rad, state, None)  # Triton 3.6 cannot change factors of 64 bits
+        if block is None:
+            return reference.interval_linear_backward(*box, weight, None)
+        _kernels("interval_linear").box_product_into(
+            _rows(box[0]), _rows(box[1]), weight.t(), None, in_state, _rows(out_mid), _rows(out_rad), None, block,
+            _tf32_matmul(mid),
+        )  # fmt: skip
+        return out_mid, out_rad
+
+    if out_mid.numel() == 0:
+        return out_mid, out_rad
+    key = ("linear_backward", mid.shape, weight.shape, weight.stride(), state is None)
+    return _fastest(key, mid, _box_blocks(mid, weight.shape[1], _tf32_matmul(mid)), library, run)
+
+
+def interval_linear_weight(
+    grad_mid: Tensor, grad_rad: Tensor, mid: Tensor, rad: Tensor, weight: Tensor, *, library: bool = False
+) -> Tensor:
+    grad_mid, grad_rad = _boxes(grad_mid, grad_rad)
+    mid, rad = _boxes(mid, rad)
+    _check_weight(weight, mid, (grad_mid.shape[1], mid.shape[1]))
+    _check_same(grad_mid, mid, (mid.shape[0], grad_mid.shape[1]))
+
+    def run(block: Any) -> Tensor:
+        if block is None:
+            return reference.interval_linear_weight(grad_mid, grad_rad, mid, rad, weight)
+        return _kernels("interval_linear").weight_gradient(
+            grad_mid, grad_rad, mid, rad, weight, block, _tf32_matmul(mid)
+        )
+
+    if weight.numel() == 0 or mid.shape[0] == 0:
+        return weight.new_zeros(weight.shape)
+    key = ("linear_weight", mid.shape, weight.shape, weight.stride())
+    return _fastest(key, mid, _weight_blocks(mid, weight.shape[0], _tf32_matmul(mid)), library, run)
+
+
+def interval_conv2d(
+    mid: Tensor,
+    rad: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    relu: bool,
+    *,
+    library: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    mid, rad = _boxes(mid, rad)
+    outputs, channels, *kernel = weight.shape
+    _check_weight(weight, mid, (outputs, mid.shape[1] // groups, *kernel))
+    _check_bias(bias, mid, outputs)
+    order = memory_format(mid)
+    size = [mid.shape[0], outputs, *_output_size(mid.shape[2:], kernel, stride, padding, dilation)]
+    if math.prod(size) == 0:
+        out_mid = mid.new_empty(size)
+        state = torch.empty(state_size(out_mid) if relu else 0, dtype=torch.uint8, device=mid.device)
+        return out_mid, torch.empty_like(out_mid), state
+    args = (stride, padding, dilation, groups)
+    tf32 = _tf32_convolution(mid)
+
+    def run(block: Any) -> tuple[Tensor, Tensor, Tensor]:
+        if block is None:
+            out = reference.interval_conv2d(mid, rad, weight, bias, *args, False)
+            return _relu_into(out[0], out[1], out[0], out[1]) if relu else out
+        out_mid, out_rad = _empty_last(mid, size, order), _empty_last(mid, size, order)
+        # The kernel packs the state as the results lie in memory, eight channels of a group to a byte.
+        fused = relu and outputs // groups % 8 == 0 and out_mid.is_contiguous(memory_format=order)
+        state = torch.empty(state_size(out_mid) if fused else 0, dtype=torch.uint8, device=mid.device)
+        _kernels("interval_conv2d").forward_into(
+            *_last(mid, rad, weight), None if bias is None else bias.contiguous(), *args, out_mid, out_rad,
+            state if fused else None, block, tf32,
+        )  # fmt: skip
+        out_mid, out_rad = out_mid.contiguous(memory_format=order), out_rad.contiguous(memory_format=order)
+        return _relu_into(out_mid, out_rad, out_mid, out_rad) if relu and not fused else (out_mid, out_rad, state)
+
+    key = ("conv2d", mid.shape, order, weight.shape, *_flat(args), bias is None, relu)
+    return _fastest(key, mid, _box_blocks(mid, outputs // groups, tf32, channels), library, run)
+
+
+def interval_conv2d_backward(
+    mid: Tensor,
+    rad: Tensor,
+    weight: Tensor,
+    state: Tensor | None,
+    input_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    *,
+    library: bool = False,
+) -> tuple[Tensor, Tensor]:
+    mid, rad = _boxes(mid, rad)
+    outputs, channels, *kernel = weight.shape
+    _check_weight(weight, mid, (mid.shape[1], input_size[1] // groups, *kernel))
+    expected = _output_size(input_size[2:], kernel, stride, padding, dilation)
+    _check_same(mid, mid, (input_size[0], outputs, *expected))
+    if state is not None:
+        mid, rad = in_order_of(state, mid, rad)
+        state = _bits_of(state, mid)
+    order = memory_format(mid)
+    if math.prod(input_size) == 0 or mid.numel() == 0:
+        out_mid = torch.empty(input_size, dtype=mid.dtype, device=mid.device, memory_format=order).zero_()
+        return out_mid, torch.zeros_like(out_mid)
+    args: tuple[Any, ...] = (stride, padding, dilation, groups)
+    tf32 = _tf32_convolution(mid)
+
+    def run(block: Any) -> tuple[Tensor, Tensor]:
+        in_state, box = state, (mid, rad)
+        readable = mid.is_contiguous(memory_format=torch.channels_last) and mid.dtype is not torch.float64
+        if state is not None and (block is None or not readable):
+            in_state, box = None, _relu_backward(mid, rad, state, None)  # float64: as above
+        if block is None:
+            return reference.interval_conv2d_backward(*box, weight, None, input_size, *args)
+        out_mid, out_rad = _empty_last(mid, input_size, order), _empty_last(mid, input_size, order)
+        _kernels("interval_conv2d").backward_into(*_last(*box, weight), in_state, *args, out_mid, out_rad, block, tf32)
+        return out_mid.contiguous(memory_format=order), out_rad.contiguous(memory_format=order)
+
+    key = ("conv2d_backward", mid.shape, order, weight.shape, tuple(input_size), *_flat(args), state is None)
+    return _fastest(key, mid, _box_blocks(mid, channels, tf32), library, run)
+
+
+def interval_conv2d_weight(
+    grad_mid: Tensor,
+    grad_rad: Tensor,
+    mid: Tensor,
+    rad: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    *,
+    library: bool = False,
+) -> Tensor:
+    grad_mid, grad_rad = _boxes(grad_mid, grad_rad)
+    mid, rad = _boxes(mid, rad)
+    outputs, channels, *kernel = weight.shape
+    _check_weight(weight, mid, (grad_mid.shape[1], mid.shape[1] // groups, *kernel))
+    size = _output_size(mid.shape[2:], kernel, stride, padding, dilation)
+    _check_same(grad_mid, mid, (mid.shape[0], outputs, *size))
+    args: tuple[Any, ...] = (stride, padding, dilation, groups)
+    tf32 = _tf32_convolution(mid)
+    order = memory_format(weight)
+
+    def run(block: Any) -> Tensor:
+        if block is None:
+            return reference.interval_conv2d_weight(grad_mid, grad_rad, mid, rad, weight, *args)
+        grad = _kernels("interval_conv2d").weight_gradient(
+            *_last(grad_mid, grad_rad, mid, rad, weight), *args, block, tf32
+        )
+        return _like(weight).copy_(grad) if grad.stride() != _like(weight).stride() else grad
+
+    if weight.numel() == 0 or grad_mid.numel() == 0 or mid.numel() == 0:
+        return torch.zeros_like(weight, memory_format=order)
+    key = ("conv2d_weight", mid.shape, memory_format(mid), memory_format(grad_mid), weight.shape, order, *_flat(args))
+    return _fastest(key, mid, _weight_blocks(mid, outputs // groups, tf32, channels), library, run)
+
+
+def interval_scale_shift(
+    mid: Tensor,
+    rad: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    scale_rad: Tensor | None = None,
+    shift_rad: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    if scale_rad is not None or shift_rad is not None:
+        return reference.interval_scale_shift(mid, rad, scale, shift, scale_rad, shift_rad)
+    mid, rad = _boxes(mid, rad)
+    scale = _per_channel("scale", scale, mid)
+    shift = None if shift is None else _per_channel("shift", shift, mid)
+    out_mid, out_rad = _like(mid), _like(mid)
+    if mid.numel():
+        last = memory_format(mid) is torch.channels_last
+        inner = 1 if last else mid.numel() // (mid.shape[0] * mid.shape[1])
+        _kernels("interval_scale_shift").scale_shift_into(mid, rad, scale, shift, inner, out_mid, out_rad)
+    return out_mid, out_rad
+
+
+def interval_mul(a_mid: Tensor, a_rad: Tensor, b_mid: Tensor, b_rad: Tensor) -> tuple[Tensor, Tensor]:
+    a_mid, a_rad, b_mid, b_rad = _boxes(a_mid, a_rad, b_mid, b_rad)
+    out_mid, out_rad = _like(a_mid), _like(a_mid)
+    if a_mid.numel():
+        _kernels("interval_mul").mul_into(a_mid, a_rad, b_mid, b_rad, out_mid, out_rad)
+    return out_mid, out_rad
+
+
+_elementwise: tuple[Callable, ...] = (
+    supports,
+    interval_gate,
+    interval_relu,
+    interval_relu_backward,
+    interval_scale_shift,
+    interval_mul,
+)
+_products: tuple[Callable, ...] = (
+    interval_linear,
+    interval_linear_backward,
+    interval_linear_weight,
+    interval_conv2d,
+    interval_conv2d_backward,
+    interval_conv2d_weight,
+)
+measured = SimpleNamespace(
+    **{f.__name__: f for f in _elementwise},
+    **{f.__name__: functools.partial(f, library=True) for f in _products},
+)
+
+
+# --- stages that two operators share ------------------------------------------------------------------------
+
+
+def _relu_into(mid: Tensor, rad: Tensor, out_mid: Tensor, out_rad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """ReLU of a dense box, written where it is told to: the box itself after a matrix product."""
+    state = torch.empty(state_size(mid), dtype=torch.uint8, device=mid.device)
+    if mid.numel():
+        _kernels("interval_relu").relu_into(mid, rad, out_mid, out_rad, state)
+    return out_mid, out_rad, state
+
+
+def _relu_backward(mid: Tensor, rad: Tensor, state: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
+    mid, rad = in_order_of(state, *_boxes(mid, rad))
+    state = _bits_of(state, mid)
+    out_mid, out_rad = _like(mid), _like(mid)
+    if mid.numel():
+        _kernels("interval_relu").relu_backward_into(mid, rad, state, out_mid, out_rad, gate)
+    return out_mid, out_rad
+
+
+# --- choices ------------------------------------------------------------------------------------------------
+
+
+def _fastest(key: tuple, mid: Tensor, blocks: list[Any], library: bool, run: Callable[[Any], Any]) -> Any:
+    """Run with the block of this kind of problem; ``library`` adds None, cuBLAS or cuDNN with fused stages about it."""
+    tf32 = (_tf32_matmul(mid), _tf32_convolution(mid))
+    key = (*key, mid.dtype, mid.device, tf32, library)
+    candidates = [*blocks, None] if library else blocks
+    with _kernels("launch").on_device(mid):
+        return run(_kernels("tuning").fastest(key, candidates, run))
+
+
+def _box_blocks(mid: Tensor, columns: int, tf32: bool, channels: int | None = None) -> list[Any]:
+    launch = _kernels("launch")
+    return launch.box_blocks(mid.dtype, columns, _is_flat(channels), tf32, _is_hopper(mid))
+
+
+def _weight_blocks(mid: Tensor, rows: int, tf32: bool, channels: int | None = None) -> list[Any]:
+    launch = _kernels("launch")
+    return launch.weight_blocks(mid.dtype, rows, _is_flat(channels), tf32, _is_hopper(mid))
+
+
+def _is_flat(channels: int | None) -> bool:
+    return channels is not None and _kernels("launch").is_flat(channels)
+
+
+def _tf32_matmul(t: Tensor) -> bool:
+    """May 32-bit operands of matrix products be rounded to tf32? What PyTorch is told holds here, too."""
+    return t.dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def _tf32_convolution(t: Tensor) -> bool:
+    return t.dtype is torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+
+
+# --- the machine --------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _kernels(name: str) -> ModuleType:
+    """One file of the kernels; importing it imports triton."""
+    return importlib.import_module(f"pyxai_bounds.kernels.{name}")
+
+
+@functools.cache
+def _is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def _is_capable(index: int) -> bool:
+    return _capability(index) >= CAPABILITY
+
+
+def _is_hopper(t: Tensor) -> bool:
+    return not t.is_cuda or _capability(_index(t)) >= (9, 0)
+
+
+def _index(t: Tensor) -> int:
+    return torch.cuda.current_device() if t.device.index is None else t.device.index
+
+
+# --- allocation, memory order and checks --------------------------------------------------------------------
+
+
+def _like(t: Tensor) -> Tensor:
+    return torch.empty_like(t, memory_format=memory_format(t))
+
+
+def _empty_last(like: Tensor, size: Sequence[int], order: torch.memory_format) -> Tensor:
+    """Uninitialised and channels-last, which is every order where there is one channel or one pixel."""
+    order = order if size[1] == 1 or size[2] * size[3] == 1 else torch.channels_last
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=order)
+
+
+def _last(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t.contiguous(memory_format=torch.channels_last) for t in tensors)
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+
+
+def _flat(args: tuple) -> tuple:
+    return tuple(tuple(a) if isinstance(a, Sequence) else a for a in args)
+
+
+def _output_size(
+    size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> list[int]:
+    return [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True)
+    ]
+
+
+def _check_weight(weight: Tensor, mid: Tensor, shape: tuple[int, ...]) -> None:
+    if weight.shape != shape or weight.dtype is not mid.dtype or weight.device != mid.device:
+        raise ValueError(
+            f"The box {_describe(mid)} needs a weight of shape {list(shape)} of its dtype on its device, "
+            f"not {_describe(weight)}."
+        )
+
+
+def _check_bias(bias: Tensor | None, mid: Tensor, outputs: int) -> None:
+    if bias is not None and (bias.shape != (outputs,) or bias.dtype is not mid.dtype or bias.device != mid.device):
+        raise ValueError(
+            f"A bias for {_describe(mid)} is one value for each of {outputs} outputs, not {_describe(bias)}."
+        )
+
+
+def _check_same(t: Tensor, like: Tensor, shape: tuple[int, ...]) -> None:
+    if t.shape != shape or t.dtype is not like.dtype or t.device != like.device:
+        raise ValueError(f"{_describe(t)} does not fit {_describe(like)}: it must have the shape {list(shape)}.")

@@ -1,0 +1,178 @@
+"""Compiles the Triton kernels for sm_80 and sm_90 without a GPU, and prints what the compiler used, as JSON lines.
+
+``python -m tests.kernels.compile_kernels [--all]`` in a process of its own, without TRITON_INTERPRET: what Triton's
+decorator makes of a function is decided when it is imported. ``--all`` takes every candidate block for every type
+(minutes); without it each kernel, type and architecture is seen at least once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+from pyxai_bounds.kernels import (
+    interval_conv2d,
+    interval_linear,
+    interval_mul,
+    interval_relu,
+    interval_scale_shift,
+)
+from pyxai_bounds.kernels.launch import Block, box_blocks, weight_blocks
+
+DTYPES = {
+    "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32,
+    "fp64": torch.float64,
+}  # fmt: skip
+
+
+def gemm_variants() -> dict[str, tuple[Any, dict[str, Any], list[str], list[str]]]:
+    """Name → kernel, its flags, its integers that are 1 and those that are known to be multiples of 16."""
+    linear = interval_linear.interval_linear_kernel
+    linear_weight = interval_linear.interval_linear_weight_kernel
+    forward = interval_conv2d.interval_conv2d_fwd_kernel
+    backward = interval_conv2d.interval_conv2d_bwd_kernel
+    weight = interval_conv2d.interval_conv2d_weight_kernel
+    channels = ["C", "OC", "CG", "OG"]
+    plain = {"HAS_BIAS": False, "GATED": False, "ALIGNED": True, "RELU": False}
+    return {
+        "linear": (
+            linear,
+            plain | {"HAS_BIAS": True, "RELU": True},
+            ["weight_stride_k"],
+            ["N", "K", "weight_stride_n"],
+        ),
+        "linear_backward": (linear, plain | {"GATED": True}, ["weight_stride_n"], ["N", "K", "weight_stride_k"]),
+        "linear_weight": (linear_weight, {}, ["weight_stride_k"], ["N", "K", "weight_stride_n"]),
+        "conv2d": (forward, {"HAS_BIAS": True, "RELU": True, "FLAT": False}, [], channels),
+        "conv2d_linear": (forward, {"HAS_BIAS": False, "RELU": False, "FLAT": False}, [], channels),
+        "conv2d_flat": (forward, {"HAS_BIAS": True, "RELU": True, "FLAT": True}, [], ["OC", "OG"]),
+        "conv2d_backward": (backward, {"GATED": True, "ALIGNED": True}, [], channels),
+        "conv2d_backward_narrow": (backward, {"GATED": True, "ALIGNED": True}, [], ["OC", "OG"]),  # to 3 channels
+        "conv2d_weight": (weight, {"FLAT": False}, [], channels),
+        "conv2d_weight_flat": (weight, {"FLAT": True}, [], ["OC", "OG"]),
+    }
+
+
+def elementwise_kernels() -> dict[str, tuple[Any, dict[str, Any]]]:
+    return {
+        "relu": (interval_relu.interval_relu_fwd_kernel, {}),
+        "relu_backward": (interval_relu.interval_relu_bwd_kernel, {"WRITE_GATE": True}),
+        "gate": (interval_relu.interval_gate_kernel, {}),
+        "scale_shift": (interval_scale_shift.interval_scale_shift_kernel, {"HAS_SHIFT": True}),
+        "mul": (interval_mul.interval_mul_kernel, {}),
+    }
+
+
+def blocks_of(variant: str, dtype: str, capability: int) -> list[Block]:
+    candidates = weight_blocks if "weight" in variant else box_blocks
+    columns = 3 if variant.endswith("narrow") else 512
+    return candidates(DTYPES[dtype], columns, variant.endswith("flat"), dtype == "tf32", capability >= 90)
+
+
+def compile_one(
+    kernel: Any, flags: dict[str, Any], dtype: str, capability: int, ones: list[str], sixteens: list[str], options: dict
+) -> dict[str, Any]:
+    pointer = "*" + dtype.replace("tf32", "fp32")
+    signature: dict[str, str] = {}
+    attributes: dict[tuple[int], list] = {}
+    constants = flags | {name: 1 for name in ones}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = "*u8" if "state" in name or "gate" in name else pointer
+        else:
+            signature[name] = "i32"
+        if signature[name] != "constexpr" and (name.endswith("_ptr") or name in sixteens):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    return {
+        "shared": compiled.metadata.shared,
+        **resources(compiled.asm["cubin"], ptx, capability),
+        "wgmma": ptx.count("wgmma.mma_async"),
+        "mma": ptx.count("mma.sync"),
+        "fma": len(re.findall(r"\bfma\.", ptx)),
+        "wide loads": len(re.findall(r"cp\.async\.cg|ld\.global[.\w:]*\.v[48]\.b32|ld\.global[.\w:]*\.v2\.b64", ptx)),
+    }
+
+
+def resources(cubin: bytes, ptx: str, capability: int) -> dict[str, int]:
+    """Registers per thread, and bytes of registers that spilled."""
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder) / "kernel.cubin"
+        binary.write_bytes(cubin)
+        usage = _output([knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(binary)])
+        spilled = 0
+        if _number(r"STACK:(\d+)", usage):  # a stack need not hold spilled registers: the assembler knows
+            text = Path(folder) / "kernel.ptx"
+            text.write_text(ptx)
+            arch = f"sm_{capability}" + ("a" if capability == 90 else "")  # as Triton does, for wgmma
+            command = [get_ptxas(capability).path, "-v", f"--gpu-name={arch}", str(text), "-o", str(binary)]
+            spilled = _number(r"(\d+) bytes spill stores", _output(command))
+        return {"registers": _number(r"REG:(\d+)", usage), "spilled": spilled}
+
+
+def _output(command: list[str]) -> str:
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    return result.stdout + result.stderr
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    assert found is not None, f"no {pattern} in {text}"
+    return int(found[1])
+
+
+def chosen(everything: bool) -> Iterator[tuple[str, str, int, Block]]:
+    """What is compiled: variant, type, architecture, block."""
+    for variant in gemm_variants():
+        for dtype in DTYPES:
+            for capability in (80, 90):
+                both = dtype in ("bf16", "fp32")
+                for index, block in enumerate(blocks_of(variant, dtype, capability)):
+                    first = index == 0 and (both or capability == 90)
+                    if everything or first or (dtype == "bf16" and capability == 90):
+                        yield variant, dtype, capability, block
+
+
+def main() -> None:
+    variants = gemm_variants()
+    for variant, dtype, capability, block in chosen("--all" in sys.argv):
+        kernel, flags, ones, sixteens = variants[variant]
+        flags = flags | {
+            "BLOCK_M": block.m, "BLOCK_N": block.n, "BLOCK_K": block.k, "WIDEN": False,
+            "PRECISION": "tf32" if dtype == "tf32" else "ieee",
+            "COMPUTE": tl.float64 if dtype == "fp64" else tl.float32,
+        }  # fmt: skip
+        if dtype == "fp64" and "GATED" in flags:
+            flags["GATED"] = False  # ops/triton.py applies ReLU′ before the product
+        options = {"num_warps": block.warps, "num_stages": block.stages, "enable_fp_fusion": True}
+        found = compile_one(kernel, flags, dtype, capability, ones, sixteens, options)
+        print(json.dumps({"kernel": variant, "dtype": dtype, "sm": capability, "block": block, **found}), flush=True)
+    for name, (kernel, flags) in elementwise_kernels().items():
+        for dtype, capability in (("fp32", 80), ("bf16", 90), ("fp64", 90)):
+            flags = flags | {"GROUPS": 256, "WIDE": False, "COMPUTE": tl.float64 if dtype == "fp64" else tl.float32}
+            found = compile_one(kernel, flags, dtype, capability, [], [], {"enable_fp_fusion": False})
+            print(json.dumps({"kernel": name, "dtype": dtype, "sm": capability, "block": None, **found}), flush=True)
+
+
+if __name__ == "__main__":
+    assert "TRITON_INTERPRET" not in os.environ, "the interpreter compiles nothing"
+    main()
