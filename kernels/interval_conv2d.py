@@ -144,8 +144,7 @@ def interval_conv2d_bwd_kernel(
     OUT_STEP_H,  # dilation / gcd(stride, dilation): and this far apart in the output
     OUT_STEP_W,
     in_plane,
-    GATED: tl.constexpr,
-    ALIGNED: tl.constexpr,  # OG is a multiple of 8
+    GATED: tl.constexpr,  # needs OG to be a multiple of 8
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -195,7 +194,7 @@ def interval_conv2d_bwd_kernel(
         rad = tl.load(grad_rad_ptr + tap_row[:, None] + o[None, :], inside, 0.0)
         if GATED:
             mid, rad = relu_backward_of_tile(
-                mid, rad, state_ptr, in_plane, tap_row, start, inside, there, ALIGNED, COMPUTE, BLOCK_M, BLOCK_K
+                mid, rad, state_ptr, in_plane, tap_row, start, there, COMPUTE, BLOCK_M, BLOCK_K
             )
         kernel = (first_h + tap_h * TAP_STEP_H) * KW + first_w + tap_w * TAP_STEP_W
         weight_at = weight_row[:, None] + (o * (KH * KW * CG))[None, :] + kernel * CG
@@ -343,7 +342,9 @@ def backward_into(
     block: Block,
     tf32: bool,
 ) -> None:
-    """ReLU′ on the gradient box if a state is given (channels-last like the box), then backward-data."""
+    """ReLU′ on the gradient box if a state is given, then backward-data.
+
+    The state is channels-last like the box, and needs OC / groups to be a multiple of 8."""
     B, OC, OH, OW = mid.shape
     _, C, H, W = out_mid.shape
     CG, KH, KW = weight.shape[1:]
@@ -357,7 +358,7 @@ def backward_into(
         interval_conv2d_bwd_kernel[grid](
             mid, rad, weight, mid if in_state is None else in_state, out_mid, out_rad,
             B, H, W, C, OH, OW, OC, CG, OG, KH, KW, *stride, *padding, *dilation, *tap_steps, *out_steps,
-            (mid.numel() + 7) // 8, GATED=in_state is not None, ALIGNED=OG % 8 == 0,
+            (mid.numel() + 7) // 8, GATED=in_state is not None,
             BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=block.k, num_warps=block.warps, num_stages=block.stages,
             **dot_options(mid, tf32),
         )  # fmt: skip

@@ -97,26 +97,20 @@ def store_box(
 
 @triton.jit
 def relu_backward_of_tile(
-    mid, rad, state_ptr, plane, row_start, column, inside, row_inside, ALIGNED: tl.constexpr, COMPUTE: tl.constexpr,
+    mid, rad, state_ptr, plane, row_start, column, row_inside, COMPUTE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """ReLU′ on a tile [ROWS, COLUMNS] of a gradient box whose element (r, c) is number row_start[r] + column + c.
 
-    ALIGNED: rows and ``column`` start at whole bytes, each of which is then loaded once.
+    Rows start at whole bytes of the state, each of which is loaded once.
     """
-    if ALIGNED:
-        groups = column // 8 + tl.arange(0, COLUMNS // 8)
-        byte = (row_start // 8)[:, None] + groups[None, :]
-        there = row_inside[:, None] & (byte < plane)
-        bit = tl.arange(0, 8)[None, None, :]
-        active = bits_of(tl.load(state_ptr + byte, there, 0)[:, :, None], bit)
-        alive = bits_of(tl.load(state_ptr + plane + byte, there, 0)[:, :, None], bit)
-        active, alive = tl.reshape(active, (ROWS, COLUMNS)), tl.reshape(alive, (ROWS, COLUMNS))
-    else:
-        at = row_start[:, None] + (column + tl.arange(0, COLUMNS))[None, :]
-        bit = (at % 8).to(tl.int32)
-        active = bits_of(tl.load(state_ptr + at // 8, inside, 0), bit)
-        alive = bits_of(tl.load(state_ptr + plane + at // 8, inside, 0), bit)
+    groups = column // 8 + tl.arange(0, COLUMNS // 8)
+    byte = (row_start // 8)[:, None] + groups[None, :]
+    there = row_inside[:, None] & (byte < plane)
+    bit = tl.arange(0, 8)[None, None, :]
+    active = bits_of(tl.load(state_ptr + byte, there, 0)[:, :, None], bit)
+    alive = bits_of(tl.load(state_ptr + plane + byte, there, 0)[:, :, None], bit)
+    active, alive = tl.reshape(active, (ROWS, COLUMNS)), tl.reshape(alive, (ROWS, COLUMNS))
     wide_mid, wide_rad = mid.to(COMPUTE), rad.to(COMPUTE)
     keep_lower, keep_upper = relu_backward_keeps(wide_mid, wide_rad, active, alive)
     wide_mid, wide_rad = gated(wide_mid, wide_rad, keep_lower, keep_upper)
@@ -141,8 +135,7 @@ def interval_linear_kernel(
     in_plane,
     out_plane,
     HAS_BIAS: tl.constexpr,
-    GATED: tl.constexpr,
-    ALIGNED: tl.constexpr,  # K is a multiple of 8
+    GATED: tl.constexpr,  # needs K to be a multiple of 8
     RELU: tl.constexpr,  # needs N to be a multiple of 8
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -167,7 +160,7 @@ def interval_linear_kernel(
         rad = tl.load(rad_ptr + box_at, box_inside, 0.0)
         if GATED:
             mid, rad = relu_backward_of_tile(
-                mid, rad, in_state_ptr, in_plane, box_row, start, box_inside, m < M, ALIGNED, COMPUTE, BLOCK_M, BLOCK_K
+                mid, rad, in_state_ptr, in_plane, box_row, start, m < M, COMPUTE, BLOCK_M, BLOCK_K
             )
         weight_at = weight_row[:, None] + at_k[None, :].to(tl.int64) * weight_stride_k
         w = tl.load(weight_ptr + weight_at, (n < N)[:, None] & (at_k < K)[None, :], 0.0)
@@ -252,7 +245,7 @@ def box_product_into(
 ) -> None:
     """(mid, rad)·weightᵀ + bias; ReLU′ by ``in_state`` before and ReLU after, where a state is given.
 
-    ``out_state`` needs N to be a multiple of 8: a byte of it must not belong to two rows.
+    ``in_state`` needs K and ``out_state`` N to be a multiple of 8: a byte must not belong to two rows.
     """
     (M, K), N = mid.shape, weight.shape[0]
     grid = (triton.cdiv(M, block.m) * triton.cdiv(N, block.n),)
@@ -261,7 +254,7 @@ def box_product_into(
             mid, rad, weight, mid if bias is None else bias, mid if in_state is None else in_state,
             out_mid, out_rad, mid if out_state is None else out_state,
             M, N, K, *weight.stride(), (M * K + 7) // 8, M * N // 8,
-            HAS_BIAS=bias is not None, GATED=in_state is not None, ALIGNED=K % 8 == 0, RELU=out_state is not None,
+            HAS_BIAS=bias is not None, GATED=in_state is not None, RELU=out_state is not None,
             BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=block.k, num_warps=block.warps, num_stages=block.stages,
             **dot_options(mid, tf32),
         )  # fmt: skip

@@ -80,7 +80,7 @@ def box_blocks(dtype: torch.dtype, n: int, flat: bool, tf32: bool, hopper: bool)
         return [Block(64, 64, 16, 8, 3), Block(32, 64, 16, 8, 3)]
     k = 32 if dtype is torch.float32 or not hopper else 64
     if n <= 16:
-        return [Block(64, 16, k, 4, 3), Block(128, 16, k, 8, 3)]
+        return [Block(64, 16, 32, 4, 2)] if flat else [Block(64, 16, k, 4, 3), Block(128, 16, k, 8, 3)]
     if flat:
         return [Block(64, 64, 32, 8, 2), Block(32, 64, 32, 4, 2)]
     wide = [Block(64, 128, k, 8, 3), *([Block(128, 128, k // 2, 8, 4)] if hopper else [])] if n > 64 else []

@@ -117,8 +117,8 @@ def interval_linear_backward(
 
     def run(block: Any) -> tuple[Tensor, Tensor]:
         in_state, box = state, (mid, rad)
-        if state is not None and (block is None or mid.dtype is torch.float64):
-            in_state, box = None, _relu_backward(mid, rad, state, None)  # Triton 3.6 cannot change factors of 64 bits
+        if state is not None and (block is None or not _gates(mid, mid.shape[-1])):
+            in_state, box = None, _relu_backward(mid, rad, state, None)
         if block is None:
             return reference.interval_linear_backward(*box, weight, None)
         _kernels("interval_linear").box_product_into(
@@ -229,9 +229,9 @@ def interval_conv2d_backward(
 
     def run(block: Any) -> tuple[Tensor, Tensor]:
         in_state, box = state, (mid, rad)
-        readable = mid.is_contiguous(memory_format=torch.channels_last) and mid.dtype is not torch.float64
+        readable = mid.is_contiguous(memory_format=torch.channels_last) and _gates(mid, outputs // groups)
         if state is not None and (block is None or not readable):
-            in_state, box = None, _relu_backward(mid, rad, state, None)  # float64: as above
+            in_state, box = None, _relu_backward(mid, rad, state, None)
         if block is None:
             return reference.interval_conv2d_backward(*box, weight, None, input_size, *args)
         out_mid, out_rad = _empty_last(mid, input_size, order), _empty_last(mid, input_size, order)
@@ -348,6 +348,14 @@ def _relu_backward(mid: Tensor, rad: Tensor, state: Tensor, gate: Tensor | None)
     if mid.numel():
         _kernels("interval_relu").relu_backward_into(mid, rad, state, out_mid, out_rad, gate)
     return out_mid, out_rad
+
+
+def _gates(mid: Tensor, row: int) -> bool:
+    """Can the products apply ReLU′ themselves, to rows of this length? Else it is a pass of its own.
+
+    Where rows do not start at whole bytes the kernels would spill, and Triton 3.6 cannot change factors of 64 bits.
+    """
+    return row % 8 == 0 and mid.dtype is not torch.float64
 
 
 # --- choices ------------------------------------------------------------------------------------------------

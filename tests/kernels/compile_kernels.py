@@ -48,7 +48,7 @@ def gemm_variants() -> dict[str, tuple[Any, dict[str, Any], list[str], list[str]
     backward = interval_conv2d.interval_conv2d_bwd_kernel
     weight = interval_conv2d.interval_conv2d_weight_kernel
     channels = ["C", "OC", "CG", "OG"]
-    plain = {"HAS_BIAS": False, "GATED": False, "ALIGNED": True, "RELU": False}
+    plain = {"HAS_BIAS": False, "GATED": False, "RELU": False}
     return {
         "linear": (
             linear,
@@ -61,8 +61,8 @@ def gemm_variants() -> dict[str, tuple[Any, dict[str, Any], list[str], list[str]
         "conv2d": (forward, {"HAS_BIAS": True, "RELU": True, "FLAT": False}, [], channels),
         "conv2d_linear": (forward, {"HAS_BIAS": False, "RELU": False, "FLAT": False}, [], channels),
         "conv2d_flat": (forward, {"HAS_BIAS": True, "RELU": True, "FLAT": True}, [], ["OC", "OG"]),
-        "conv2d_backward": (backward, {"GATED": True, "ALIGNED": True}, [], channels),
-        "conv2d_backward_narrow": (backward, {"GATED": True, "ALIGNED": True}, [], ["OC", "OG"]),  # to 3 channels
+        "conv2d_backward": (backward, {"GATED": True}, [], channels),
+        "conv2d_backward_narrow": (backward, {"GATED": True}, [], ["OC", "OG"]),  # to 3 channels
         "conv2d_weight": (weight, {"FLAT": False}, [], channels),
         "conv2d_weight_flat": (weight, {"FLAT": True}, [], ["OC", "OG"]),
     }
