@@ -7,7 +7,8 @@ import itertools
 import math
 from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 def build(name: str, input_shape: tuple[int, ...], classes: int) -> nn.Module:
@@ -83,6 +84,160 @@ def _cnn7(input_shape: tuple[int, ...], classes: int) -> nn.Module:
     )  # fmt: skip
 
 
+def _rec_mnist(input_shape: tuple[int, ...], classes: int) -> nn.Module:
+    """REC's network for MNIST: 16 4×4 stride 2, 32 4×4, a hidden layer of 100."""
+    channels, height, width = _image("rec-mnist", input_shape)
+    if min(height, width) < 10:
+        raise ValueError(f"rec-mnist needs images of at least 10×10, not {height}×{width}; use cnn-small.")
+    flat = 32 * math.prod((size - 4) // 2 + 1 - 3 for size in (height, width))
+    return nn.Sequential(
+        nn.Conv2d(channels, 16, 4, stride=2), nn.ReLU(),
+        nn.Conv2d(16, 32, 4), nn.ReLU(),
+        nn.Flatten(), nn.Linear(flat, 100), nn.ReLU(), nn.Linear(100, classes),
+    )  # fmt: skip
+
+
+def _rar_mnist(input_shape: tuple[int, ...], classes: int) -> nn.Module:
+    """RAR's network for MNIST: 32 5×5, pool, 64 5×5, pool, a hidden layer of 1024."""
+    channels, height, width = _image("rar-mnist", input_shape)
+    flat = 64 * _halved(_halved(height)) * _halved(_halved(width))
+    return nn.Sequential(
+        nn.Conv2d(channels, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True),
+        nn.Conv2d(32, 64, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True),
+        nn.Flatten(), nn.Linear(flat, 1024), nn.ReLU(), nn.Linear(1024, classes),
+    )  # fmt: skip
+
+
+class PreActivationBlock(nn.Module):
+    """x + conv(act(conv(act(x)))), the input's size and channels matched by average pooling and zero channels.
+
+    RAR's residual unit: leaky ReLU of slope 0.1, no batch norm. ``shared`` lets the skip start behind the first
+    activation.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1, shared: bool = False) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.stride, self.grow, self.shared = stride, outputs - inputs, shared
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = F.leaky_relu(x, 0.1)
+        skip = active if self.shared else x
+        if self.stride > 1:
+            skip = F.avg_pool2d(skip, self.stride, ceil_mode=True)
+        if self.grow:
+            skip = F.pad(skip, (0, 0, 0, 0, self.grow // 2, self.grow - self.grow // 2))
+        return self.conv2(F.leaky_relu(self.conv1(active), 0.1)) + skip
+
+
+def _rar_resnet(name: str, units: int) -> Callable[[tuple[int, ...], int], nn.Module]:
+    """RAR's small residual networks: 16, 32 and 64 channels, ``units`` blocks of each."""
+
+    def make(input_shape: tuple[int, ...], classes: int) -> nn.Module:
+        channels, _, _ = _image(name, input_shape)
+        layers: list[nn.Module] = [nn.Conv2d(channels, 16, 3, padding=1, bias=False)]
+        for i, (inputs, outputs) in enumerate(((16, 16), (16, 32), (32, 64))):
+            layers.append(PreActivationBlock(inputs, outputs, stride=1 if i == 0 else 2, shared=i == 0))
+            layers += [PreActivationBlock(outputs, outputs) for _ in range(units - 1)]
+        layers += [nn.LeakyReLU(0.1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes)]
+        return nn.Sequential(*layers)
+
+    return make
+
+
+class ResidualBlock(nn.Module):
+    """relu(norm(conv(relu(norm(conv(x))))) + x): He et al. 2015, with a 1×1 convolution where the shape changes."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(outputs)
+        self.skip: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.skip = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(hidden)) + self.skip(x))
+
+
+def _resnet18(input_shape: tuple[int, ...], classes: int) -> nn.Module:
+    """ResNet-18; images under 64×64 get the stem that is usual for CIFAR, one 3×3 convolution and no pooling."""
+    channels, height, width = _image("resnet18", input_shape)
+    if min(height, width) < 64:
+        stem = [nn.Conv2d(channels, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+    else:
+        stem = [
+            nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
+            nn.MaxPool2d(3, stride=2, padding=1),
+        ]  # fmt: skip
+    blocks = []
+    for i, (inputs, outputs) in enumerate(((64, 64), (64, 128), (128, 256), (256, 512))):
+        blocks += [ResidualBlock(inputs, outputs, stride=1 if i == 0 else 2), ResidualBlock(outputs, outputs)]
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes))
+
+
+class WideBlock(nn.Module):
+    """x + conv(relu(norm(conv(relu(norm(x)))))): Zagoruyko and Komodakis, "Wide residual networks", 2016."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        changes = stride != 1 or inputs != outputs
+        self.skip = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False) if changes else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = F.relu(self.norm1(x))
+        skip = x if self.skip is None else self.skip(active)
+        return self.conv2(F.relu(self.norm2(self.conv1(active)))) + skip
+
+
+def _wrn_16_4(input_shape: tuple[int, ...], classes: int) -> nn.Module:
+    """A wide residual network of depth 16 and width 4: 64, 128 and 256 channels, two blocks of each."""
+    channels, _, _ = _image("wrn-16-4", input_shape)
+    layers: list[nn.Module] = [nn.Conv2d(channels, 16, 3, padding=1, bias=False)]
+    for i, (inputs, outputs) in enumerate(((16, 64), (64, 128), (128, 256))):
+        layers += [WideBlock(inputs, outputs, stride=1 if i == 0 else 2), WideBlock(outputs, outputs)]
+    return nn.Sequential(
+        *layers, nn.BatchNorm2d(256), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, classes)
+    )
+
+
+class Residual(nn.Module):
+    """x + f(x)."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.f = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(x) + x
+
+
+def _resnet9(input_shape: tuple[int, ...], classes: int) -> nn.Module:
+    """ResNet-9, R2ET's network for CIFAR-10: 64 to 512 channels, two residual pairs, max pools."""
+    channels, height, width = _image("resnet9", input_shape)
+    last = _halved(_halved(_halved(height))), _halved(_halved(_halved(width)))
+
+    def conv(inputs: int, outputs: int) -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU())
+
+    def pool() -> nn.Module:
+        return nn.MaxPool2d(2, ceil_mode=True)
+
+    return nn.Sequential(
+        conv(channels, 64), conv(64, 128), pool(), Residual(conv(128, 128), conv(128, 128)),
+        conv(128, 256), pool(), conv(256, 512), pool(), Residual(conv(512, 512), conv(512, 512)),
+        nn.MaxPool2d(last), nn.Flatten(), nn.Linear(512, classes),
+    )  # fmt: skip
+
+
 def _image(name: str, input_shape: tuple[int, ...]) -> tuple[int, ...]:
     if len(input_shape) != 3:
         raise ValueError(
@@ -93,7 +248,7 @@ def _image(name: str, input_shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _halved(size: int) -> int:
-    """The size behind a 3×3 convolution of stride 2 and padding 1."""
+    """The size behind a 3×3 convolution of stride 2 and padding 1, or a 2×2 pool that keeps the last odd row."""
     return (size + 1) // 2
 
 
@@ -103,4 +258,11 @@ MODELS: dict[str, Callable[[tuple[int, ...], int], nn.Module]] = {
     "fc-256x2": _fully_connected(256, 256),
     "cnn-small": _cnn_small,
     "cnn7": _cnn7,
+    "resnet9": _resnet9,
+    "resnet18": _resnet18,
+    "wrn-16-4": _wrn_16_4,
+    "rec-mnist": _rec_mnist,
+    "rar-mnist": _rar_mnist,
+    "rar-gtsrb": _rar_resnet("rar-gtsrb", 2),
+    "rar-flower": _rar_resnet("rar-flower", 1),
 }

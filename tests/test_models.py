@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from pyxai_bounds import models
+from pyxai_bounds import Interval, bound, explain, models
 
 
 @pytest.mark.parametrize("name", models.MODELS)
-@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 9, 7)])
+@pytest.mark.parametrize("shape", [(1, 10, 10), (3, 11, 13)])
 def test_logits_have_one_column_per_class(name, shape):
     assert models.build(name, shape, 4)(torch.rand(3, *shape)).shape == (3, 4)
 
@@ -21,10 +21,43 @@ def test_dense_networks_take_tables(name):
     assert models.build(name, (13,), 3)(torch.rand(2, 13)).shape == (2, 3)
 
 
-@pytest.mark.parametrize(("name", "linear", "convolutions"), [("linear", 1, 0), ("cnn-small", 2, 2), ("cnn7", 2, 5)])
-def test_layers_are_what_the_name_says(name, linear, convolutions):
-    kinds = [type(m) for m in models.build(name, (1, 8, 8), 2).modules()]
+@pytest.mark.parametrize(
+    ("name", "shape", "linear", "convolutions", "parameters"),
+    [
+        ("linear", (1, 8, 8), 1, 0, 130),
+        ("cnn-small", (1, 8, 8), 2, 2, 37_762),
+        ("cnn7", (1, 8, 8), 2, 5, 1_456_706),
+        ("rec-mnist", (1, 28, 28), 2, 2, 328_798),
+        ("rar-mnist", (1, 28, 28), 2, 2, 3_266_434),
+        ("rar-gtsrb", (3, 32, 32), 1, 13, 171_058),
+        ("rar-flower", (3, 128, 128), 1, 7, 74_290),
+        ("resnet9", (3, 32, 32), 1, 8, 6_571_266),
+        ("resnet18", (3, 32, 32), 1, 20, 11_169_858),
+        ("resnet18", (3, 224, 224), 1, 20, 11_177_538),
+        ("wrn-16-4", (3, 32, 32), 1, 16, 2_746_834),
+    ],
+)
+def test_layers_are_what_the_name_says(name, shape, linear, convolutions, parameters):
+    kinds = [type(m) for m in models.build(name, shape, 2).modules()]
     assert kinds.count(nn.Linear) == linear and kinds.count(nn.Conv2d) == convolutions
+    assert sum(p.numel() for p in models.build(name, shape, 2).parameters()) == parameters
+
+
+@pytest.mark.parametrize("name", ["rec-mnist", "rar-mnist", "rar-gtsrb", "rar-flower", "resnet9", "wrn-16-4"])
+def test_their_explanations_can_be_bounded(name, one_thread):
+    """At a radius where deep networks with random weights have bounds at all; the sample itself must lie inside."""
+    torch.manual_seed(0)
+    model = models.build(name, (3, 10, 11), 3).double().eval()
+    x, y = torch.rand(1, 3, 10, 11, dtype=torch.float64), torch.tensor([2])
+    box = bound(explain.gradient(model))(Interval.linf(x, 1e-9), y)
+    inside = torch.stack([explain.gradient(model)(x + d, y) for d in 1e-9 * (2 * torch.rand(3, *x.shape) - 1)])
+    slack = 1e-12 * inside.abs().max()  # bounds are rounded to nearest
+    assert (box.lower - slack <= inside).all() and (inside <= box.upper + slack).all() and box.isfinite().all()
+
+
+def test_a_picture_that_is_too_small():
+    with pytest.raises(ValueError, match="at least 10×10, not 8×8"):
+        models.build("rec-mnist", (1, 8, 8), 2)
 
 
 def test_convolutions_refuse_a_table():

@@ -1,58 +1,58 @@
-"""The data sets that scikit-learn carries inside itself, as tensors, split once and for all by a seed-0 permutation.
+"""Data sets by name: four that scikit-learn carries inside itself, others from files, and one's own.
 
 The start of the flow: data imports nothing of the engine.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from pyxai_bounds.data.dataset import Dataset, split
+from pyxai_bounds.data.files import data_root
+from pyxai_bounds.data.images import MEDMNIST, load_cifar10, load_flower, load_gtsrb, load_idx, load_medmnist
+from pyxai_bounds.data.tables import TABLES, load_table
 
 TRAIN_FRACTION = 0.78
 
 
-@dataclass(frozen=True, eq=False)
-class Dataset:
-    """One classification task.
+def load(name: str, root: str | Path | None = None) -> Dataset:
+    """The data set called ``name``: one of ``DATASETS``, or ``package.module:factory`` for your own.
 
-    Shapes: train_x, test_x [N, ...] float32; train_y, test_y [N] int64 in 0 … classes − 1.
-    clip: the range that valid inputs lie in, or None where inputs are standardised and unbounded.
-    image_shape: (C, H, W), or None for a table, whose columns feature_names names.
+    Those in ``EMBEDDED`` need no file. The others are read from ``root``, by default the folder that the environment
+    variable PYXAI_BOUNDS_DATA names, or ~/.cache/pyxai_bounds; nothing is downloaded. The split is the same on every
+    machine: the authors' own where they publish one, else a permutation drawn with seed 0. A factory is called
+    without arguments and returns a ``Dataset``.
+    Raises ValueError for an unknown name and for damaged files, FileNotFoundError where files are missing (it says
+    where they were looked for and how to get them), ModuleNotFoundError without scikit-learn or Pillow where needed.
     """
-
-    name: str
-    train_x: Tensor
-    train_y: Tensor
-    test_x: Tensor
-    test_y: Tensor
-    classes: int
-    clip: tuple[float, float] | None
-    image_shape: tuple[int, int, int] | None
-    feature_names: tuple[str, ...]
-    class_names: tuple[str, ...]
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """The shape of one sample."""
-        return tuple(self.train_x.shape[1:])
-
-
-def load(name: str) -> Dataset:
-    """The data set called ``name``: one of ``DATASETS``.
-
-    The split is the same on every machine: a permutation drawn with seed 0, the first part for training.
-    Raises ValueError for an unknown name, ModuleNotFoundError without scikit-learn.
-    """
+    if ":" in name:
+        return _own(name)
     if name not in DATASETS:
-        raise ValueError(f"There is no data set {name!r}; choose one of {', '.join(DATASETS)}.")
-    return DATASETS[name](name)
+        raise ValueError(
+            f"There is no data set {name!r}; choose one of {', '.join(DATASETS)}, or name your own as "
+            "package.module:factory."
+        )
+    return DATASETS[name](name, data_root(root))
 
 
-def _digits(name: str) -> Dataset:
+def _own(name: str) -> Dataset:
+    module, _, attribute = name.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"The data factory {name!r} cannot be imported: {error}.") from error
+    dataset = factory() if callable(factory) else factory
+    if not isinstance(dataset, Dataset):
+        raise ValueError(f"{name} gave {type(dataset).__name__}; a data factory returns a pyxai_bounds.data.Dataset.")
+    return dataset
+
+
+def _digits(name: str, root: Path) -> Dataset:
     """1797 handwritten digits, 8×8 pixels in [0, 1], 1400 of them for training."""
     raw = _sklearn().load_digits()
     images = torch.tensor(raw.images, dtype=torch.float32).unsqueeze(1) / 16
@@ -60,7 +60,7 @@ def _digits(name: str) -> Dataset:
     class_names = tuple(str(digit) for digit in range(10))
     if name == "digits-parity":
         labels, class_names = labels % 2, ("even", "odd")
-    train, test = _split(len(images), 1400)
+    train, test = split(len(images), 1400)
     return Dataset(
         name=name,
         train_x=images[train], train_y=labels[train], test_x=images[test], test_y=labels[test],
@@ -69,12 +69,12 @@ def _digits(name: str) -> Dataset:
     )  # fmt: skip
 
 
-def _table(name: str) -> Dataset:
+def _measurements(name: str, root: Path) -> Dataset:
     """A table of measurements, each column scaled to mean 0 and deviation 1 on the training rows."""
     raw = {"breast-cancer": _sklearn().load_breast_cancer, "wine": _sklearn().load_wine}[name]()
     rows = torch.tensor(raw.data, dtype=torch.float64)
     labels = torch.tensor(raw.target, dtype=torch.int64)
-    train, test = _split(len(rows), round(TRAIN_FRACTION * len(rows)))
+    train, test = split(len(rows), round(TRAIN_FRACTION * len(rows)))
     # The test rows must not be seen: a scaler fitted on all rows, or on each part, leaks or misaligns them.
     mean, deviation = rows[train].mean(0), rows[train].std(0, unbiased=False)
     rows = ((rows - mean) / torch.where(deviation > 0, deviation, 1)).float()
@@ -87,24 +87,30 @@ def _table(name: str) -> Dataset:
     )  # fmt: skip
 
 
-def _split(samples: int, train: int) -> tuple[Tensor, Tensor]:
-    order = torch.randperm(samples, generator=torch.Generator().manual_seed(0))
-    return order[:train], order[train:]
-
-
 def _sklearn() -> Any:
     try:
         import sklearn.datasets
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "The data sets come from scikit-learn, which is not installed: pip install 'pyxai-bounds[train]'."
+            "This data set comes from scikit-learn, which is not installed: pip install 'pyxai-bounds[train]'."
         ) from error
     return sklearn.datasets
 
 
-DATASETS: dict[str, Callable[[str], Dataset]] = {
+EMBEDDED: dict[str, Callable[[str, Path], Dataset]] = {
     "digits": _digits,
     "digits-parity": _digits,
-    "breast-cancer": _table,
-    "wine": _table,
+    "breast-cancer": _measurements,
+    "wine": _measurements,
+}
+
+DATASETS: dict[str, Callable[[str, Path], Dataset]] = {
+    **EMBEDDED,
+    "mnist": load_idx,
+    "fashion-mnist": load_idx,
+    "cifar10": load_cifar10,
+    "gtsrb": load_gtsrb,
+    "flower": load_flower,
+    **dict.fromkeys(MEDMNIST, load_medmnist),
+    **dict.fromkeys(TABLES, load_table),
 }

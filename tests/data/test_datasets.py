@@ -1,6 +1,8 @@
-"""Data sets: sizes, splits that are the same everywhere, and no test row in the scaler."""
+"""Data sets by name: sizes, splits that are the same everywhere, no test row in the scaler, one's own."""
 
+import dataclasses
 import sys
+import types
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch
 from pyxai_bounds import data
 
 
-@pytest.mark.parametrize("name", data.DATASETS)
+@pytest.mark.parametrize("name", data.EMBEDDED)
 def test_shapes_dtypes_and_names(name):
     d = data.load(name)
     assert d.name == name
@@ -65,8 +67,59 @@ def test_the_scaler_saw_the_training_rows_alone(name):
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"no data set 'mnist'.*digits, digits-parity, breast-cancer, wine"):
-        data.load("mnist")
+    with pytest.raises(ValueError, match=r"no data set 'mnst'.*digits, digits-parity, breast-cancer, wine.*:factory"):
+        data.load("mnst")
+
+
+@pytest.mark.parametrize("name", data.DATASETS.keys() - data.EMBEDDED.keys())
+def test_a_missing_data_set_says_where_it_was_looked_for_and_how_to_get_it(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    message = rf"{name} is not here: looked for .* in {tmp_path}.*To get it: .+--data-root FOLDER.*PYXAI_BOUNDS_DATA"
+    with pytest.raises(FileNotFoundError, match=message):
+        data.load(name, tmp_path)
+    monkeypatch.setenv(data.ROOT_VARIABLE, str(tmp_path / "elsewhere"))
+    with pytest.raises(FileNotFoundError, match=f"in {tmp_path}/elsewhere"):
+        data.load(name)
+    monkeypatch.delenv(data.ROOT_VARIABLE)
+    with pytest.raises(FileNotFoundError, match=f"in {tmp_path}/home/.cache/pyxai_bounds"):
+        data.load(name)
+
+
+@pytest.fixture
+def own(monkeypatch):
+    module = types.ModuleType("own_data")
+    module.wine = lambda: dataclasses.replace(data.load("wine"), name="mine")
+    module.number = lambda: 3
+    monkeypatch.setitem(sys.modules, "own_data", module)
+
+
+def test_ones_own_factory(own):
+    assert data.load("own_data:wine").name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("own_data:number", "gave int; a data factory returns"), ("own_data:absent", "cannot be imported")],
+)
+def test_a_bad_factory_says_what_is_wrong(own, name, message):
+    with pytest.raises(ValueError, match=message):
+        data.load(name)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train_y": torch.zeros(3, dtype=torch.int64)}, "139 samples and 3 labels"),
+        ({"classes": 2}, "labels go from 0 to 2, but there are 2 classes"),
+        ({"test_x": torch.zeros(39, 4)}, r"training sample has shape \[13\], a test sample \[4\]"),
+        ({"test_x": torch.full((39, 13), torch.nan)}, "NaN"),
+        ({"test_x": torch.zeros(39, 13, dtype=torch.int64)}, "must be floating point"),
+        ({"clip": (0.0, 1.0)}, "outside of clip"),
+    ],
+)
+def test_parts_that_do_not_fit_together(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(data.load("wine"), **change)
 
 
 def test_without_scikit_learn_the_error_names_the_extra(monkeypatch):
