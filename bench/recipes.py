@@ -60,8 +60,8 @@ class Settings:
 LINEAR = 0.9169  # test accuracy of logistic regression (Adam 0.02, 600 full-batch steps), certified at any radius
 
 RECIPES = {
-    "digits-cnn7": Settings("cnn7-identity", epochs=120, hinge=0.4, margin=0.025, width=0.05, stability=1.0),
-    "digits-resnet": Settings("resnet11-identity", epochs=100, hinge=0.35, margin=0.025, width=0.03, stability=1.0),
+    "digits-cnn7": Settings("cnn7-identity", epochs=90, hinge=0.5, margin=0.03, width=0.06, stability=1.0),
+    "digits-resnet": Settings("resnet11-identity", epochs=90, hinge=0.35, margin=0.025, width=0.03, stability=1.0),
 }
 
 
@@ -197,7 +197,7 @@ def plot(results: Path, picture: Path) -> None:
                 chosen = [
                     row for row in rows
                     if row["model"].startswith(kind) and (row["by"] == "package") == final
-                    and json.loads(row["settings"]).get("sym", 1) == centred
+                    and (json.loads(row["settings"]).get("logits") != "free") == centred
                 ]  # fmt: skip
                 if not chosen:
                     continue
