@@ -205,7 +205,7 @@ def plot(results: Path, picture: Path) -> None:
                     [float(row["certified_01"]) for row in chosen], [float(row["accuracy"]) for row in chosen],
                     c=[int(row["top_sets"]) for row in chosen], norm=LogNorm(1, 200), cmap="viridis_r", marker=mark,
                     s=size * (2.2 if final else 1), edgecolors="#d55e00" if final else "#808285",
-                    linewidths=1.6 if final else 0.5, label=kind + (", final recipe" if final else ""),
+                    linewidths=1.6 if final else 0.5, label=kind + (", trained by the engine" if final else ""),
                 )  # fmt: skip
         ax.scatter([1], [LINEAR], marker="*", s=130, color="#d55e00", label="linear model", zorder=3)
         for level, certified in ((0.97, 0.85), (0.97, 0.70)):
