@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -238,6 +239,101 @@ def _resnet9(input_shape: tuple[int, ...], classes: int) -> nn.Module:
     )  # fmt: skip
 
 
+class CentredLinear(nn.Linear):
+    """A linear layer whose outputs sum to zero: x ↦ (W − mean of its rows)·x + b − mean(b).
+
+    Softmax does not notice. It is for the last layer of a network that trains for certified explanations: without it,
+    an objective on the true label's logit can leave one class's logit linear while the others do the work, and that
+    class's certificates are trivial. Here no logit can stay behind; with two classes their gradients are opposite.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias - self.bias.mean()
+        return F.linear(x, self.weight - self.weight.mean(0, keepdim=True), bias)
+
+
+@torch.no_grad()
+def near_identity_(conv: nn.Conv2d, noise: float = 0.1) -> nn.Conv2d:
+    """Set a convolution to hand its input on, plus ``noise`` times Kaiming's normal weights; returns it.
+
+    Output channel c copies input channel c mod I. With stride s and O > I, the copies are of different pixels of each
+    s×s cell, so that with O = I·s² nothing is lost. Behind a ReLU the input is ≥ 0 and the small positive bias keeps
+    what is copied in the active half of the next ReLU: a deep network starts as a shallow one, with bounds as narrow,
+    and grows its nonlinearity where that pays. Draws from the global generator.
+    Raises ValueError for groups, dilation, or a kernel that does not reach all pixels of a cell.
+    """
+    if conv.groups != 1 or conv.dilation != (1, 1):
+        raise ValueError(f"near_identity_ is for convolutions without groups and dilation; got {conv}.")
+    outputs, inputs, *kernel = conv.weight.shape
+    strides, padding = conv.stride, conv.padding
+    if isinstance(padding, str) or any(p + s > size for p, s, size in zip(padding, strides, kernel, strict=True)):
+        raise ValueError(
+            f"The kernel of {conv} must reach every pixel of its stride cell, from its padding given in numbers."
+        )
+    nn.init.kaiming_normal_(conv.weight).mul_(noise)
+    cell = [(int(padding[0]) + i, int(padding[1]) + j) for i in range(strides[0]) for j in range(strides[1])]
+    for c in range(outputs):
+        row, column = cell[c // inputs % len(cell)]
+        conv.weight[c, c % inputs, row, column] += 1
+    if conv.bias is not None:
+        conv.bias.fill_(0.01)
+    return conv
+
+
+def _cnn7_identity(input_shape: tuple[int, ...], classes: int) -> nn.Module:
+    """cnn7's five convolutions and two linear layers, narrow, near the identity behind the first, logits centred."""
+    channels, height, width = _image("cnn7-identity", input_shape)
+    first = nn.Conv2d(channels, 16, 3, padding=1)
+    assert first.bias is not None
+    nn.init.kaiming_normal_(first.weight)
+    nn.init.uniform_(first.bias, -0.1, 0.1)  # away from 0, where a background of zeros would sit on every kink
+    return nn.Sequential(
+        first, nn.ReLU(),
+        near_identity_(nn.Conv2d(16, 16, 3, padding=1)), nn.ReLU(),
+        near_identity_(nn.Conv2d(16, 64, 3, stride=2, padding=1)), nn.ReLU(),
+        near_identity_(nn.Conv2d(64, 64, 3, padding=1)), nn.ReLU(),
+        near_identity_(nn.Conv2d(64, 64, 3, padding=1)), nn.ReLU(),
+        nn.Flatten(), nn.Linear(64 * _halved(height) * _halved(width), 128), nn.ReLU(), CentredLinear(128, classes),
+    )  # fmt: skip
+
+
+class GrowingBlock(nn.Module):
+    """relu(norm(conv(relu(norm(conv(x))))) + skip(x)) that starts as its skip: the last norm's weight begins at 0.
+
+    The skip copies its input, into s²-fold channels where stride s folds space (:func:`near_identity_`).
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(outputs)
+        nn.init.kaiming_normal_(self.conv1.weight)
+        nn.init.kaiming_normal_(self.conv2.weight)
+        nn.init.zeros_(self.norm2.weight)
+        self.skip: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.skip = near_identity_(nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(hidden)) + self.skip(x))
+
+
+def _resnet11_identity(input_shape: tuple[int, ...], classes: int) -> nn.Module:
+    """A residual network with batch norm whose five blocks start as their skips: 11 convolutions and 2 in skips."""
+    channels, height, width = _image("resnet11-identity", input_shape)
+    stem = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(stem.weight)
+    return nn.Sequential(
+        stem, nn.BatchNorm2d(16), nn.ReLU(),
+        GrowingBlock(16, 16), GrowingBlock(16, 32, stride=2), GrowingBlock(32, 32),
+        GrowingBlock(32, 64, stride=2), GrowingBlock(64, 64),
+        nn.Flatten(), CentredLinear(64 * _halved(_halved(height)) * _halved(_halved(width)), classes),
+    )  # fmt: skip
+
+
 def _image(name: str, input_shape: tuple[int, ...]) -> tuple[int, ...]:
     if len(input_shape) != 3:
         raise ValueError(
@@ -265,4 +361,6 @@ MODELS: dict[str, Callable[[tuple[int, ...], int], nn.Module]] = {
     "rar-mnist": _rar_mnist,
     "rar-gtsrb": _rar_resnet("rar-gtsrb", 2),
     "rar-flower": _rar_resnet("rar-flower", 1),
+    "cnn7-identity": _cnn7_identity,
+    "resnet11-identity": _resnet11_identity,
 }

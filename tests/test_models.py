@@ -98,3 +98,49 @@ def test_ones_own_factory(factories):
 def test_a_bad_factory_says_what_is_wrong(factories, name, message):
     with pytest.raises(ValueError, match=message):
         models.build(name, (1, 2, 2), 5)
+
+
+@pytest.mark.parametrize(("name", "convolutions"), [("cnn7-identity", 5), ("resnet11-identity", 13)])
+def test_recipes_networks_are_as_deep_as_they_say(name, convolutions):
+    layers = list(models.build(name, (1, 8, 8), 2).modules())
+    assert sum(isinstance(m, nn.Conv2d) for m in layers) == convolutions
+    assert isinstance(layers[-1], models.CentredLinear)
+    kinds = {type(m) for m in layers}
+    assert nn.ReLU in kinds or models.GrowingBlock in kinds
+    if name.startswith("resnet"):
+        assert nn.BatchNorm2d in kinds and any(isinstance(m, models.GrowingBlock) for m in layers)
+
+
+@pytest.mark.parametrize(("stride", "size"), [(1, 7), (2, 8), (3, 9)])
+def test_near_identity_loses_nothing(stride, size):
+    """Without noise, each input value comes out once: a cell's pixels in channels of their own."""
+    conv = models.near_identity_(nn.Conv2d(2, 2 * stride**2, stride + 2, stride=stride, padding=1), noise=0.0)
+    x = torch.rand(3, 2, size, size)
+    out = (conv(x) - 0.01).flatten(1).sort().values
+    assert torch.allclose(out, x.flatten(1).sort().values, atol=1e-6)
+    assert (conv.bias > 0).all()
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [nn.Conv2d(2, 2, 3, padding=1, groups=2), nn.Conv2d(2, 2, 3, dilation=2), nn.Conv2d(2, 8, 2, stride=2, padding=1)],
+)
+def test_near_identity_says_what_it_cannot_do(conv):
+    with pytest.raises(ValueError, match=r"near_identity_|stride cell"):
+        models.near_identity_(conv)
+
+
+def test_a_growing_block_starts_as_its_skip():
+    block = models.GrowingBlock(4, 4).eval()
+    x = torch.rand(2, 4, 6, 6)
+    assert torch.equal(block(x), x)
+    assert models.GrowingBlock(4, 16, stride=2)(torch.rand(2, 4, 7, 5)).shape == (2, 16, 4, 3)
+
+
+def test_centred_logits_are_the_same_to_softmax():
+    layer = models.CentredLinear(5, 3)
+    x = torch.randn(7, 5)
+    plain = nn.functional.linear(x, layer.weight, layer.bias)
+    assert torch.allclose(layer(x).sum(1), torch.zeros(7), atol=1e-6)
+    assert torch.allclose(layer(x).softmax(1), plain.softmax(1), atol=1e-6)
+    assert models.CentredLinear(5, 3, bias=False)(x).shape == (7, 3)

@@ -308,3 +308,14 @@ def certain_members(property: TopK, bounds: Interval) -> Tensor:
     lower, upper = property.scores(bounds)
     rivals = (upper.unsqueeze(1) >= lower.unsqueeze(2)).sum(2) - 1  # itself
     return (rivals < property.k) & bounds.isfinite().flatten(1).all(1, keepdim=True)
+
+
+def commonest_top_share(property: TopK, attributions: Tensor, y: Tensor) -> float:
+    """The share of samples whose set of top features is the commonest one of their class.
+
+    1 means that the set says nothing of the sample, as a linear model's: its certificate is then worth little, although
+    the explanations may differ otherwise. Shapes: attributions [N, ...], y [N]. NaN without samples.
+    """
+    top = property.top(attributions.detach())
+    commonest = sum(int(top[y == label].unique(dim=0, return_counts=True)[1].max()) for label in y.unique())
+    return commonest / len(y) if len(y) else float("nan")
