@@ -26,7 +26,7 @@ from pyxai_bounds.certify.metrics import (
 )
 from pyxai_bounds.data import Dataset
 from pyxai_bounds.train import linear_ramp, natural
-from pyxai_bounds.train.objectives_topk import separated_topk
+from pyxai_bounds.train.objectives.separated import separated_topk
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "cpu" / "recipes.csv"

@@ -102,13 +102,18 @@ _R2ET = {
 # --- ours -------------------------------------------------------------------------------------------------------------
 
 _DIGITS = {
+    # docs/recipes.md has the runs that chose these.
     "digits-cnn7": Recipe(
-        data="digits-parity", model="cnn7", objective="rec", options=Options(alpha=0.1, width="log"),
-        eps=0.01, eps_ramp="smooth", epochs=40, natural_epochs=5, lr=1e-3, clip_gradient=1.0,
+        data="digits-parity", model="cnn7-identity", objective="separated-topk",
+        options=Options(hinge=0.45, margin=0.025, width=0.05, stability=1.0),
+        eps=0.012, epochs=110, natural_epochs=5, batch_size=100, lr=2e-3, lr_schedule="cosine", warmup=42,
+        beta2=0.99, clip_gradient=5.0, batch_norm="frozen",
     ),
     "digits-resnet": Recipe(
-        data="digits-parity", model="wrn-16-4", objective="rec", options=Options(alpha=0.1, width="log"),
-        eps=0.01, eps_ramp="smooth", weight_ramp="linear", epochs=40, natural_epochs=5, lr=1e-3, clip_gradient=1.0,
+        data="digits-parity", model="resnet11-identity", objective="separated-topk",
+        options=Options(hinge=0.35, margin=0.025, width=0.03, stability=1.0),
+        eps=0.012, epochs=90, natural_epochs=5, batch_size=100, lr=2e-3, lr_schedule="cosine", warmup=42,
+        beta2=0.99, clip_gradient=5.0, batch_norm="frozen",
     ),
 }  # fmt: skip
 

@@ -33,6 +33,7 @@ from pyxai_bounds.train.objectives.r4 import r4
 from pyxai_bounds.train.objectives.ranking import certified_topk, topk_hinge
 from pyxai_bounds.train.objectives.rar import certified_ig_norm, certified_ig_sum_norm, ig_norm, ig_sum_norm
 from pyxai_bounds.train.objectives.rec import Width, explanation_width, rec, rec_released
+from pyxai_bounds.train.objectives.separated import separated_topk
 from pyxai_bounds.train.objectives.stability import box_growth, relu_stability, tightness, unstable_relus
 
 Objective = Callable[..., Tensor]
@@ -49,6 +50,7 @@ OBJECTIVES: dict[str, Objective] = {
     "r2et": r2et,
     "r2et-mm": r2et_mm,
     "certified-topk": certified_topk,
+    "separated-topk": separated_topk,
     "r4": r4,
     "pgd": pgd,
     "l2": l2,
@@ -150,6 +152,7 @@ __all__ = [
     "rec",
     "rec_released",
     "relu_stability",
+    "separated_topk",
     "ssr",
     "tightness",
     "weighted",

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pyxai_bounds import Interval, TopK, certify, explain
-from pyxai_bounds.train.objectives_topk import instability, separated_topk, separation
+from pyxai_bounds.train.objectives.separated import instability, separated_topk, separation
 
 
 def box(lower, upper):
