@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -37,7 +39,14 @@ def _refuse_truth(a: Any, b: Any) -> None:
 
 
 def _scaled(x: Any, factor: float) -> Any:
-    return multiply(x, factor) if isinstance(x, Interval) else x * factor
+    """x·factor; of numbers the exact product, of a tensor one that is not rounded where bounds are proofs."""
+    if isinstance(x, Interval):
+        return multiply(x, factor)
+    if not outward():
+        return x * factor
+    if isinstance(x, Tensor):
+        return multiply(Interval.point(x if x.is_floating_point() else x.double()), factor)
+    return Fraction(x) * Fraction(factor) if math.isfinite(x) and math.isfinite(factor) else x * factor
 
 
 @rule(aten.add.Tensor, aten.add.Scalar, precision="own", ulps=0)
@@ -47,8 +56,6 @@ def add(a: Any, b: Any, alpha: float = 1) -> Interval:
         return plus(a, b)
     if alpha == -1:
         return minus(a, b)
-    if outward() and isinstance(b, Tensor):
-        b = Interval.point(b)  # its product with alpha rounds
     return plus(a, _scaled(b, alpha))
 
 

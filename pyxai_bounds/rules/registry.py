@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Literal
 
 import torch
@@ -131,11 +132,13 @@ def ends(x: Any) -> tuple[Any, Any]:
 
 def between(lower: Tensor, upper: Tensor) -> Interval:
     """The set with these end points. Rounded outward, its radius covers the rounding of midpoint, radius and halves."""
-    mid, rad = (lower + upper) * 0.5, (upper - lower) * 0.5
-    if outward():
-        lost = mid.detach().abs() * (4 * rd.unit(mid.dtype))
-        rad = torch.where(lower == upper, rad, rd.up(rad + lost, underflows=True))
-    return Interval.of(mid, rad)
+    if not outward():
+        return Interval.of((lower + upper) * 0.5, (upper - lower) * 0.5)
+    # Halved first: the sum of two large ends would overflow, and two such sets would look equal.
+    same = lower == upper
+    mid, rad = lower * 0.5 + upper * 0.5, upper * 0.5 - lower * 0.5
+    lost = mid.detach().abs() * (4 * rd.unit(mid.dtype))
+    return Interval.of(torch.where(same, lower, mid), torch.where(same, 0.0, rd.up(rad + lost, underflows=True)))
 
 
 def settle(mid: Tensor, rad: Tensor, roundings: int = 1) -> Interval:
@@ -213,12 +216,12 @@ def bilinear(product: Callable[[Tensor, Tensor], Tensor], a: Value, b: Value, te
     lost = rd.errors(terms, mid.dtype)
     if not isinstance(b, Interval):
         return Interval.of(
-            mid, product(rd.widen(mid_of(a), a.rad if isinstance(a, Interval) else None, lost), rd.magnitude(b))
+            mid, product(rd.widen(mid_of(a), a.rad if isinstance(a, Interval) else None, lost), rd.magnitude(b, lost))
         )
-    rad = product(rd.magnitude(mid_of(a)), rd.widen(b.mid, b.rad, lost))
+    rad = product(rd.magnitude(mid_of(a), lost), rd.widen(b.mid, b.rad, lost))
     if isinstance(a, Interval):
         spread = rd.widen(torch.zeros_like(a.rad), a.rad, lost)
-        rad = rd.up(rad + product(spread, rd.magnitude(rd.up(b.mid.abs() + b.rad))))
+        rad = rd.up(rad + product(spread, rd.magnitude(rd.up(b.mid.abs() + b.rad), lost)))
     return Interval.of(mid, rad)
 
 
@@ -236,6 +239,8 @@ def multiply(a: Any, b: Any) -> Interval:
         return Interval.of(a.mid * b, a.rad * b)
     if not isinstance(b, Tensor) and abs(b) == 1:
         return Interval.of(a.mid * b, a.rad * 1)
+    if outward() and not isinstance(b, Tensor) and not _is_normal(b, a.dtype):
+        return multiply(a, number(b, a.mid))
     product = settle(a.mid * b, a.rad * abs(b), 2)  # a number is rounded to the dtype first
     if not outward():
         return product
@@ -243,23 +248,52 @@ def multiply(a: Any, b: Any) -> Interval:
     return evaluated(Interval.of(product.mid, product.rad + some * (2 * rd.tiny(product.dtype))), 2)
 
 
+def number(value: Any, like: Tensor) -> Interval:
+    """A number of the program as a set of one element, in the dtype of ``like``."""
+    held, moved = rd.stored(value, like.dtype)
+    return Interval.of(like.new_full((), held), like.new_full((), moved))
+
+
+def _is_normal(value: float, dtype: torch.dtype) -> bool:
+    """Is the number 0, or rounded to the dtype by no more than its unit roundoff?"""
+    info = torch.finfo(torch.float32 if rd.mode() == rd.Rounding.EVALUATED else dtype)
+    return value == 0 or info.tiny <= abs(value) <= info.max or not math.isfinite(value)
+
+
 def plus(a: Any, b: Any) -> Interval:
-    """Elementwise sum with broadcasting. Rounded outward, it loses one rounding, and a number is rounded to the dtype.
+    """Elementwise sum with broadcasting. Rounded outward, it loses one rounding, and what its operands lose when they
+    are converted to the dtype of the result: Python numbers, integers, and a float64 tensor without dimensions.
     """
-    return _sum(mid_of(a) + mid_of(b), a, b)
+    (a, a_rad), (b, b_rad) = _terms(a, b)
+    return _sum(a + b, a_rad, b_rad)
 
 
 def minus(a: Any, b: Any) -> Interval:
     """Elementwise difference; see :func:`plus`."""
-    return _sum(mid_of(a) - mid_of(b), a, b)
+    (a, a_rad), (b, b_rad) = _terms(a, b)
+    return _sum(a - b, a_rad, b_rad)
 
 
-def _sum(mid: Tensor, a: Any, b: Any) -> Interval:
-    rads = [x.rad for x in (a, b) if isinstance(x, Interval)]
-    rad = (rads[0] if len(rads) == 1 else rads[0] + rads[1]).expand_as(mid).to(mid.dtype)
-    if outward():
-        rad = rad + sum(rd.unit(mid.dtype) * abs(x) for x in (a, b) if isinstance(x, float) and not x.is_integer())
-    return evaluated(settle(mid, rad), 2)
+def _sum(mid: Tensor, a_rad: Any, b_rad: Any) -> Interval:
+    rad = a_rad if b_rad is None else b_rad if a_rad is None else a_rad + b_rad
+    return evaluated(settle(mid, rad.expand_as(mid).to(mid.dtype)), 2)
+
+
+def _terms(a: Any, b: Any) -> list[tuple[Any, Any]]:
+    """Midpoint and radius, or None, of both terms of a sum, in the dtype of the sum where that may round."""
+    dtype = torch.result_type(*(float(x) if isinstance(x, Fraction) else mid_of(x) for x in (a, b)))
+    parts: list[tuple[Any, Any]] = []
+    for x in (a, b):
+        if outward() and isinstance(x, Tensor | Interval) and x.dtype not in (dtype, torch.bool):
+            x = narrow(in_float64(x) if isinstance(x, Interval) else Interval.point(x.double()), dtype)
+        if isinstance(x, Interval):
+            parts.append((x.mid, x.rad))
+        elif isinstance(x, Tensor) or not outward():
+            parts.append((x, None))
+        else:
+            held, moved = rd.stored(x, dtype)
+            parts.append((held, moved or None))
+    return parts
 
 
 def in_float64(x: Any) -> Any:
