@@ -320,9 +320,20 @@ def monotone(function: Callable[[Tensor], Tensor], x: Interval, *, ulps: float, 
     0 is for functions that select, which do not round; the libraries' exp, log, tanh, … keep within 4.
     """
     lower, upper = ends(x)
+    at_lower, at_upper = function(lower), function(upper)
     if ulps == absolute == 0:
-        return between(function(lower), function(upper))
-    return enclose(function(lower), function(upper), ulps, absolute)
+        return between(at_lower, at_upper)
+    return _zero_stays(enclose(at_lower, at_upper, ulps, absolute), x, at_lower)
+
+
+def _zero_stays(out: Interval, x: Interval, value: Tensor) -> Interval:
+    """Where x is the point 0, and 0 was computed there, the value is 0 and not the result of rounding: black backgrounds
+    and dead features stay exact.
+    """
+    if not outward():
+        return out
+    zero = (x.mid == 0) & (x.rad == 0) & (value == 0)
+    return Interval.of(torch.where(zero, 0.0, out.mid), torch.where(zero, 0.0, out.rad))
 
 
 def range_of(
@@ -346,7 +357,9 @@ def range_of(
         inside = (lower <= point) & (point <= upper) & (lower < upper)
         least = torch.where(inside, least.clamp(max=value), least)
         greatest = torch.where(inside, greatest.clamp(min=value), greatest)
-    return between(least, greatest) if ulps == absolute == 0 else enclose(least, greatest, ulps, absolute)
+    if ulps == absolute == 0:
+        return between(least, greatest)
+    return _zero_stays(enclose(least, greatest, ulps, absolute), x, at_lower)
 
 
 def positive_linear(
