@@ -330,7 +330,7 @@ def _zero_stays(out: Interval, x: Interval, value: Tensor) -> Interval:
     """Where x is the point 0, and 0 was computed there, the value is 0 and not the result of rounding: black backgrounds
     and dead features stay exact.
     """
-    if not outward():
+    if not outward() or value.shape != x.shape:  # a reduction
         return out
     zero = (x.mid == 0) & (x.rad == 0) & (value == 0)
     return Interval.of(torch.where(zero, 0.0, out.mid), torch.where(zero, 0.0, out.rad))

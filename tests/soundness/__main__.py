@@ -50,7 +50,7 @@ def networks(count: int, seed: int, epsilons: tuple[float, ...] = EPSILONS, poin
                 counts["sound"] += int(bad.sum())
                 counts["nearest"] += int(outside(nearest, value).sum())
         if i % 100 == 99:
-            print(f"{i + 1} networks: {dict(found[epsilons[0]])}", file=sys.stderr, flush=True)
+            print(f"{i + 1}: {({eps: dict(c) for eps, c in found.items()})}", file=sys.stderr, flush=True)
     return found
 
 

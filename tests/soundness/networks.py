@@ -56,7 +56,7 @@ class Standardise(nn.Module):
 ACTIVATIONS: list[Callable[[], nn.Module]] = [
     nn.ReLU, nn.ReLU, nn.ReLU, nn.LeakyReLU, nn.Hardtanh, nn.ReLU6, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.ELU, nn.SELU,
     lambda: nn.CELU(0.6), nn.GELU, lambda: nn.GELU("tanh"), nn.SiLU, nn.Hardsigmoid, nn.Hardswish, nn.Softsign,
-    lambda: nn.ReLU(inplace=True),
+    lambda: nn.Sequential(Apply(lambda x: x - 0.1), nn.ReLU(inplace=True)),
 ]  # fmt: skip
 
 FUNCTIONS: list[Callable[[Tensor], Tensor]] = [
