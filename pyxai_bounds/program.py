@@ -269,17 +269,14 @@ class _Interpreter(fx.Interpreter):
 
 
 def _apply(rule: Rule, node: fx.Node, args: tuple, kwargs: dict) -> Any:
-    """The rule's result; where bounds are proofs computed in float64 if the rule asks for it, and in the node's dtypes.
-    """
+    """The rule's result; where bounds are proofs computed in float64 if the rule asks for it, and in the node's dtypes."""
     if not outward():
         return rule.function(*args, **kwargs)
     leaves = pytree.tree_leaves((args, kwargs))
     moves = rule.precision == "exact" and _holds_numbers(leaves)
     if rule.precision == "wide" or (rule.precision == "exact" and not moves):
         kept = rule.shape_only
-        args = tuple(
-            pytree.tree_map(_empty_in_float64 if i in kept else in_float64, a) for i, a in enumerate(args)
-        )
+        args = tuple(pytree.tree_map(_empty_in_float64 if i in kept else in_float64, a) for i, a in enumerate(args))
         kwargs = {
             k: torch.float64 if isinstance(v, torch.dtype) and v.is_floating_point else v for k, v in kwargs.items()
         }
@@ -322,8 +319,7 @@ _MOVING = frozenset(
 
 
 def _is_exact(node: fx.Node, rule: Rule | None, leaves: list[Any]) -> bool:
-    """Does the operator return exact results for points: moved or selected numbers, truth values, integers, constants?
-    """
+    """Does the operator return exact results for points: moved or selected numbers, truth values, integers, constants?"""
     if node.target in _MOVING:
         return True
     if rule is not None and rule.precision == "exact":

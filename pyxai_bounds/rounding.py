@@ -91,8 +91,8 @@ def gamma(n: int, dtype: torch.dtype) -> float:
 
 
 class Errors(NamedTuple):
-    """What a sum of products loses, relative to Σ|w||mid| and to Σ|w|rad, how much its radius' own sum may lose, and the
-    least factors of a product that does not underflow.
+    """What a sum of products loses, relative to Σ|w||mid| and to Σ|w|rad, how much its radius' own sum may lose, and
+    the least factors of a product that does not underflow.
     """
 
     on_mid: float

@@ -188,7 +188,9 @@ def _blocked(
         errors = rd.errors(terms, mid.dtype, rounding, computed=wide)
         out_mid = convolve(mid.to(wide), weight.to(wide), None if bias is None else bias.to(wide)).to(mid.dtype)
         widened, share = rd.widen(mid, rad, errors), rd.bias_error(bias, errors)
-        out_rad = convolve(widened.to(wide), rd.magnitude(weight, errors).to(wide), None if share is None else share.to(wide))
+        out_rad = convolve(
+            widened.to(wide), rd.magnitude(weight, errors).to(wide), None if share is None else share.to(wide)
+        )
         return out_mid, _or_nan(rd.narrow_up(out_rad, mid.dtype), out_mid)
     size = max(1, BLOCK // taps) if groups == 1 and rounding == rd.Rounding.OUTWARD else channels
     starts = range(0, channels, size)

@@ -327,8 +327,8 @@ def monotone(function: Callable[[Tensor], Tensor], x: Interval, *, ulps: float, 
 
 
 def _zero_stays(out: Interval, x: Interval, value: Tensor) -> Interval:
-    """Where x is the point 0, and 0 was computed there, the value is 0 and not the result of rounding: black backgrounds
-    and dead features stay exact.
+    """Where x is the point 0, and 0 was computed there, the value is 0 and not the result of rounding: black
+    backgrounds and dead features stay exact.
     """
     if not outward() or value.shape != x.shape:  # a reduction
         return out

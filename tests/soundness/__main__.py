@@ -45,12 +45,15 @@ def networks(count: int, seed: int, epsilons: tuple[float, ...] = EPSILONS, poin
                 value = subj.value(x)
                 bad = outside(sound, value)
                 if bad.any():
-                    print(f"network {seed}+{i}, eps {eps}: {int(bad.sum())} of {bad.numel()} components outside", flush=True)
+                    print(
+                        f"network {seed}+{i}, eps {eps}: {int(bad.sum())} of {bad.numel()} components outside",
+                        flush=True,
+                    )
                 counts["components"] += value.numel()
                 counts["sound"] += int(bad.sum())
                 counts["nearest"] += int(outside(nearest, value).sum())
         if i % 100 == 99:
-            print(f"{i + 1}: {({eps: dict(c) for eps, c in found.items()})}", file=sys.stderr, flush=True)
+            print(f"{i + 1}: { ({eps: dict(c) for eps, c in found.items()}) }", file=sys.stderr, flush=True)
     return found
 
 

@@ -90,10 +90,12 @@ FUNCTIONS: list[Callable[[Tensor], Tensor]] = [
 ]  # fmt: skip
 
 
+RARE = ["max", "average", "adaptive", "branches", "transposed", "resize", "standardise"]
+
+
 def _layer(choose: Choose, channels: int) -> tuple[nn.Module, int]:
     """A layer on images [B, channels, H, W] of at least 3×3, and its output channels."""
-    kind = choose(["conv"] * 5 + ["act"] * 5 + ["norm"] * 2 + ["max", "average", "adaptive", "branches", "transposed",
-                                                               "resize", "function", "function", "standardise"])  # fmt: skip
+    kind = choose(["conv", "act"] * 5 + ["norm", "function"] * 2 + RARE)
     if kind == "conv":
         groups = choose([1, 1, channels])
         out = channels if groups > 1 else choose([1, 2, 3, 5])
@@ -226,8 +228,7 @@ class Subject:
 
 
 def subject(choose: Choose, batch: int = 2) -> Subject:
-    """A random network, explanation and batch of images: smooth, rounded (kinks and ties), or with a black background.
-    """
+    """A random network, explanation and batch of images: smooth, rounded (kinks, ties), or with a black background."""
     model = network(choose)
     generator = torch.Generator().manual_seed(choose(range(1000)))
     x = torch.rand(batch, 2, 6, 6, generator=generator)

@@ -78,8 +78,10 @@ def ones(per_rule: int = 3) -> Iterator[One]:
                 values = [seen.values[n] for n in inputs]
                 like = seen.values[wide]
                 elementwise = (
-                    all(v.shape == like.shape for v in values) if isinstance(like, Tensor) else False
-                ) and all(n in inputs for n in wide.all_input_nodes) and wide.target in _ELEMENTWISE
+                    (all(v.shape == like.shape for v in values) if isinstance(like, Tensor) else False)
+                    and all(n in inputs for n in wide.all_input_nodes)
+                    and wide.target in _ELEMENTWISE
+                )
                 names = [n.name for n in inputs]
                 yield One(
                     wide.target.name(), _alone(narrow, pair.narrow, names, seen, torch.float32),
@@ -88,17 +90,13 @@ def ones(per_rule: int = 3) -> Iterator[One]:
 
 
 _SPLIT = {aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.convolution_backward.default}
-_ELEMENTWISE = {
-    op
-    for op in RULES
-    if op.name().split("::")[1].split(".")[0]
-    in (
-        "relu threshold_backward leaky_relu leaky_relu_backward hardtanh hardtanh_backward hardsigmoid "
-        "hardsigmoid_backward hardswish hardswish_backward tanh tanh_backward sigmoid sigmoid_backward softplus "
-        "softplus_backward elu elu_backward celu gelu gelu_backward silu silu_backward add sub rsub neg mul div "
-        "reciprocal abs sign sgn pow sqrt rsqrt exp expm1 log log1p erf clamp clamp_min clamp_max maximum minimum"
-    ).split()
-}
+_NAMES = frozenset(
+    """relu threshold_backward leaky_relu leaky_relu_backward hardtanh hardtanh_backward hardsigmoid
+    hardsigmoid_backward hardswish hardswish_backward tanh tanh_backward sigmoid sigmoid_backward softplus
+    softplus_backward elu elu_backward celu gelu gelu_backward silu silu_backward add sub rsub neg mul div
+    reciprocal abs sign sgn pow sqrt rsqrt exp expm1 log log1p erf clamp clamp_min clamp_max maximum minimum""".split()
+)
+_ELEMENTWISE = {op for op in RULES if op.name().split("::")[1].split(".")[0] in _NAMES}
 
 
 def _log_softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
@@ -169,7 +167,9 @@ def check(one: One, eps: float, seed: int, points: int = 3, semantics: str = "re
     for i in range(points if eps else 1):
         position = [2 * torch.rand(b.shape, generator=generator, dtype=torch.float64) - 1 for b in boxes]
         position = [p.sign() if i % 2 == 0 else p for p in position] if i else [0 * p for p in position]
-        values = _tensors(one.wide(*(b.mid.double() + b.rad.double() * p for b, p in zip(boxes, position, strict=True))))
+        values = _tensors(
+            one.wide(*(b.mid.double() + b.rad.double() * p for b, p in zip(boxes, position, strict=True)))
+        )
         for s, n, v in zip(sound, nearest, values, strict=False):
             if isinstance(s, xb.Interval) and isinstance(n, xb.Interval):
                 found[0] += v.numel()

