@@ -173,6 +173,13 @@ class Program:
     def __init__(self, captured: Captured, leaves: list[Any], rounding: rd.Rounding) -> None:
         self.captured = captured
         self.rounding = rounding
+        if rounding != rd.Rounding.NEAREST:
+            for tensor in _tensors(leaves):
+                if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64):
+                    raise TypeError(
+                        f"sound=True needs float32 or float64 tensors, not {tensor.dtype}; convert the model and the "
+                        "inputs."
+                    )
         # Per placeholder of the captured graph: is it a set?
         kinds = [isinstance(leaf, Interval) for leaf in leaves if isinstance(leaf, (Interval, Tensor))]
         interpreter = _Interpreter(captured.graph)
@@ -269,7 +276,8 @@ class _Interpreter(fx.Interpreter):
 
 
 def _apply(rule: Rule, node: fx.Node, args: tuple, kwargs: dict) -> Any:
-    """The rule's result; where bounds are proofs computed in float64 if the rule asks for it, and in the node's dtypes."""
+    """The rule's result; where bounds are proofs computed in float64 if the rule asks for it, and in the node's dtypes.
+    """
     if not outward():
         return rule.function(*args, **kwargs)
     leaves = pytree.tree_leaves((args, kwargs))
@@ -319,7 +327,8 @@ _MOVING = frozenset(
 
 
 def _is_exact(node: fx.Node, rule: Rule | None, leaves: list[Any]) -> bool:
-    """Does the operator return exact results for points: moved or selected numbers, truth values, integers, constants?"""
+    """Does the operator return exact results for points: moved or selected numbers, truth values, integers, constants?
+    """
     if node.target in _MOVING:
         return True
     if rule is not None and rule.precision == "exact":

@@ -94,7 +94,7 @@ _NAMES = frozenset(
     """relu threshold_backward leaky_relu leaky_relu_backward hardtanh hardtanh_backward hardsigmoid
     hardsigmoid_backward hardswish hardswish_backward tanh tanh_backward sigmoid sigmoid_backward softplus
     softplus_backward elu elu_backward celu gelu gelu_backward silu silu_backward add sub rsub neg mul div
-    reciprocal abs sign sgn pow sqrt rsqrt exp expm1 log log1p erf clamp clamp_min clamp_max maximum minimum""".split()
+    reciprocal abs sign sgn pow sqrt rsqrt exp expm1 log log1p erf clamp clamp_min clamp_max maximum minimum""".split()  # noqa: SIM905
 )
 _ELEMENTWISE = {op for op in RULES if op.name().split("::")[1].split(".")[0] in _NAMES}
 
