@@ -32,6 +32,7 @@ from pyxai_bounds.rules.registry import (
     NO_VALUE,
     Product,
     Rule,
+    Truth,
     evaluated,
     in_float64,
     narrow,
@@ -200,6 +201,13 @@ class Program:
     def __init__(self, captured: Captured, leaves: list[Any], bounded: BoundFunction) -> None:
         self.captured = captured
         self.rounding = bounded.rounding
+        if self.rounding != rd.Rounding.NEAREST:
+            for tensor in _tensors(leaves):
+                if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64):
+                    raise TypeError(
+                        f"sound=True needs float32 or float64 tensors, not {tensor.dtype}; convert the model and the "
+                        "inputs."
+                    )
         # Per placeholder of the captured graph: is it a set?
         kinds = [isinstance(leaf, Interval) for leaf in leaves if isinstance(leaf, (Interval, Tensor))]
         interpreter = _Interpreter(captured.graph, bounded.parameters)
@@ -314,21 +322,43 @@ def _apply(rule: Rule, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     """The rule's result in the node's dtypes; where bounds are proofs, computed in float64 if the rule asks for it."""
     if not outward():
         return rule.function(*args, **kwargs)
-    if rule.precision == "wide":
+    leaves = pytree.tree_leaves((args, kwargs))
+    moves = rule.precision == "exact" and _holds_numbers(leaves)
+    if rule.precision == "wide" or (rule.precision == "exact" and not moves):
         kept = rule.shape_only
-        args = tuple(a if i in kept else pytree.tree_map(in_float64, a) for i, a in enumerate(args))
+        args = tuple(pytree.tree_map(_empty_in_float64 if i in kept else in_float64, a) for i, a in enumerate(args))
         kwargs = {
             k: torch.float64 if isinstance(v, torch.dtype) and v.is_floating_point else v for k, v in kwargs.items()
         }
     result = rule.function(*args, **kwargs)
-    if rule.precision == "exact":
+    if moves:
         return result
+    given = next(x.dtype for x in leaves if isinstance(x, Interval) and x is not NO_VALUE)
+    if isinstance(result, Truth):
+        return narrow(result, given)
     results = list(result) if isinstance(result, (tuple, list)) else [result]
     values = node.meta["val"] if isinstance(result, (tuple, list)) else [node.meta["val"]]
     for i, (part, value) in enumerate(zip(results, values, strict=True)):
         if isinstance(part, Interval) and part is not NO_VALUE:
-            results[i] = narrow(evaluated(part, rule.ulps), value.dtype)
+            dtype = value.dtype if value.dtype.is_floating_point else given  # truth values are counted by integers
+            results[i] = narrow(evaluated(part, 1 if rule.precision == "exact" else rule.ulps), dtype)
     return results if isinstance(result, (tuple, list)) else results[0]
+
+
+def _empty_in_float64(x: Any) -> Any:
+    """Of an argument of which the shape alone is used: that shape, in the dtype of the others."""
+    like = x.mid if isinstance(x, Interval) and x is not NO_VALUE else x
+    return torch.empty_like(like, dtype=torch.float64) if isinstance(like, Tensor) and like.is_floating_point() else x
+
+
+def _holds_numbers(leaves: list[Any]) -> bool:
+    """Can an operator that moves or compares numbers hold all that it is given? Python numbers, and float64 tensors
+    without dimensions, are rounded to the dtype of the others.
+    """
+    tensors = [x for x in leaves if isinstance(x, (Interval, Tensor)) and x is not NO_VALUE]
+    dtypes = {x.dtype for x in tensors if x.dtype.is_floating_point}
+    numbers = [x for x in leaves if isinstance(x, float)]
+    return len(dtypes) < 2 and all(rd.stored(x, dtype)[1] == 0 for x in numbers for dtype in dtypes)
 
 
 # Operators without a rule that return numbers they are given, or numbers that a program may call constants.
@@ -340,8 +370,11 @@ _MOVING = frozenset(
 
 def _is_exact(node: fx.Node, rule: Rule | None, leaves: list[Any]) -> bool:
     """Are results for points exact: moved or selected numbers, truth values, integers, constants?"""
-    if (rule is not None and rule.precision == "exact") or node.target in _MOVING:
+    if node.target in _MOVING:
         return True
+    if rule is not None and rule.precision == "exact":
+        # What a program writes into a tensor of its own is a constant, which holds what its dtype can.
+        return bool(rule.shape_only) or _holds_numbers([x for x in leaves if isinstance(x, (float, Tensor))])
     values = node.meta["val"] if isinstance(node.meta["val"], (tuple, list)) else [node.meta["val"]]
     if not any(isinstance(v, Tensor) and v.is_floating_point() for v in values):
         return True

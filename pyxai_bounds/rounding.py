@@ -19,6 +19,7 @@ import contextvars
 import math
 from collections.abc import Iterator
 from enum import IntEnum
+from fractions import Fraction
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -90,11 +91,14 @@ def gamma(n: int, dtype: torch.dtype) -> float:
 
 
 class Errors(NamedTuple):
-    """What a sum of products loses, relative to Σ|w||mid| and to Σ|w|rad, and how much its radius' own sum may lose."""
+    """What a sum of products loses, relative to Σ|w||mid| and to Σ|w|rad, how much its radius' own sum may lose, and
+    the least factors of a product that does not underflow.
+    """
 
     on_mid: float
     on_rad: float
     slack: float
+    floor: float
 
     @property
     def of_mid(self) -> float:
@@ -127,9 +131,9 @@ def errors(
         own += 2 * unit(dtype)
     slack = 1 / (1 - gamma(terms + 4, dtype)) * (1 + 1e-12)
     if (mode() if rounding is None else rounding) != Rounding.EVALUATED:
-        return Errors(own, 0.0, slack)
+        return Errors(own, 0.0, slack, floor(dtype))
     evaluated = gamma(terms + 4, torch.float32)
-    return Errors(own + evaluated, evaluated, slack)
+    return Errors(own + evaluated, evaluated, slack, floor(torch.float32))
 
 
 # --- stepping outward ----------------------------------------------------------------------------------------
@@ -168,7 +172,7 @@ def widen(mid: Tensor, rad: Tensor | None, lost: Errors) -> Tensor:
     if rad is not None:
         spread = rad * lost.of_rad + spread
         some = some | (rad != 0)
-    return spread * (1 + 16 * unit(mid.dtype)) + some.to(mid.dtype) * (2 * floor(mid.dtype))
+    return spread * (1 + 16 * unit(mid.dtype)) + some.to(mid.dtype) * (2 * lost.floor)
 
 
 def bias_error(bias: Tensor | None, lost: Errors) -> Tensor | None:
@@ -176,13 +180,13 @@ def bias_error(bias: Tensor | None, lost: Errors) -> Tensor | None:
     if bias is None:
         return None
     size = bias.detach().abs()
-    return size * (lost.of_mid * (1 + 16 * unit(bias.dtype))) + (size != 0).to(bias.dtype) * tiny(bias.dtype)
+    return size * (lost.of_mid * (1 + 16 * unit(bias.dtype))) + (size != 0).to(bias.dtype) * lost.floor**2
 
 
-def magnitude(weight: Tensor) -> Tensor:
+def magnitude(weight: Tensor, lost: Errors | None = None) -> Tensor:
     """|weight|, the partner of a radius made by :func:`widen`: where it is not 0 it is at least ``floor``."""
     size = weight.abs()
-    return torch.where(size == 0, size, size.clamp(min=floor(weight.dtype)))
+    return torch.where(size == 0, size, size.clamp(min=floor(weight.dtype) if lost is None else lost.floor))
 
 
 def narrow_up(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -238,12 +242,32 @@ def scalar_up(value: float, dtype: torch.dtype) -> float:
     return float(rounded.item())
 
 
+def stored(value: float | Fraction, dtype: torch.dtype) -> tuple[float, float]:
+    """A number as ``dtype`` holds it, and no less than what that moves it by (∞ where it overflows); exactly computed.
+
+    Where float32 evaluations must be covered too, they may hold the number as float32 does.
+    """
+    held = torch.tensor(float(value), dtype=dtype).item()
+    if math.isnan(value) or math.isinf(value):
+        return held, 0.0
+    values = [held]
+    if mode() == Rounding.EVALUATED:
+        values.append(torch.tensor(float(value), dtype=torch.float32).item())
+    if not all(map(math.isfinite, values)):
+        return held, math.inf
+    exact = Fraction(value)
+    moved = max(abs(exact - Fraction(held)), *(abs(Fraction(v) - Fraction(held)) for v in values))
+    if moved == 0:
+        return held, 0.0
+    return held, scalar_up(max(float(moved) * (1 + 1e-12), 5e-324), dtype)
+
+
 # --- the arithmetic that proofs rely on ------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def ieee_arithmetic() -> Iterator[None]:
-    """No reduced precision inside the ``with`` block: neither tf32 nor bfloat16 behind float32 products.
+    """No reduced precision inside the ``with`` block: neither tf32 nor bfloat16 behind float32 products, nor Winograd.
 
     Raises RuntimeError if PyTorch was told to flush subnormal numbers to 0, which the error bounds do not cover.
     """
@@ -253,13 +277,16 @@ def ieee_arithmetic() -> Iterator[None]:
             "sound=True needs subnormal numbers, which this thread flushes to 0: call torch.set_flush_denormal(False)."
         )
     before = [getattr(owner, name) for owner, name, _ in _PRECISION]
+    nnpack = torch._C._get_nnpack_enabled()
     try:
+        torch._C._set_nnpack_enabled(False)  # it convolves by Winograd's method wherever oneDNN is switched off
         for owner, name, exact in _PRECISION:
             setattr(owner, name, exact)
         yield
     finally:
         for (owner, name, _), value in zip(_PRECISION, before, strict=True):
             setattr(owner, name, value)
+        torch._C._set_nnpack_enabled(nnpack)
 
 
 # (owner, setting, its exact value). The oneDNN settings exist in newer versions of PyTorch only.

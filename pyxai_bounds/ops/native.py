@@ -278,19 +278,17 @@ def widen(mid: Tensor, rad: Tensor, lost: rounding_units.Errors) -> Tensor:
     out = _like(mid)
     _module().widen(
         mid.element_size(), mid.numel(), mid.data_ptr(), rad.data_ptr(), lost.of_mid, lost.of_rad,
-        2 * rounding_units.floor(mid.dtype), out.data_ptr(),
+        2 * lost.floor, out.data_ptr(),
     )  # fmt: skip
     return out
 
 
-def magnitude(weight: Tensor) -> Tensor:
+def magnitude(weight: Tensor, lost: rounding_units.Errors) -> Tensor:
     """``rounding.magnitude``, in one pass over memory."""
     transposed = weight.dim() == 2 and weight.t().is_contiguous()
     (weight,) = dense(weight.t() if transposed else weight)
     out = _like(weight)
-    _module().magnitude(
-        weight.element_size(), weight.numel(), weight.data_ptr(), rounding_units.floor(weight.dtype), out.data_ptr()
-    )
+    _module().magnitude(weight.element_size(), weight.numel(), weight.data_ptr(), lost.floor, out.data_ptr())
     return out.t() if transposed else out
 
 

@@ -88,7 +88,8 @@ def interval_linear(
         wide = torch.float64
         out_mid = linear(mid.to(wide), weight.to(wide), None if bias is None else bias.to(wide)).to(mid.dtype)
         errors = rd.errors(weight.shape[1], mid.dtype, rounding, computed=wide)
-        out_rad = linear(stages.widen(mid, rad, errors), stages.magnitude(weight), rd.bias_error(bias, errors))
+        out_rad = linear(stages.widen(mid, rad, errors), stages.magnitude(weight, errors), rd.bias_error(bias, errors))
+        out_rad = _or_nan(out_rad, out_mid)
     return _maybe_relu(out_mid, out_rad, relu, rounding)
 
 
@@ -214,9 +215,9 @@ def _blocked(
         out_mid = convolve(mid.to(wide), weight.to(wide), None if bias is None else bias.to(wide)).to(mid.dtype)
         widened, share = stages.widen(mid, rad, errors), rd.bias_error(bias, errors)
         out_rad = convolve(
-            widened.to(wide), stages.magnitude(weight).to(wide), None if share is None else share.to(wide)
+            widened.to(wide), stages.magnitude(weight, errors).to(wide), None if share is None else share.to(wide)
         )
-        return out_mid, rd.narrow_up(out_rad, mid.dtype)
+        return out_mid, _or_nan(rd.narrow_up(out_rad, mid.dtype), out_mid)
     size = max(1, BLOCK // taps) if groups == 1 and rounding == rd.Rounding.OUTWARD else channels
     starts = range(0, channels, size)
     if len(starts) == 1:
@@ -227,7 +228,15 @@ def _blocked(
             length = min(size, channels - start)
             out_mid += convolve(mid[:, start : start + length], weight.narrow(dim, start, length), None)
     errors = rd.errors(terms, mid.dtype, rounding, summed=min(terms, size * taps) + len(starts))
-    return out_mid, convolve(stages.widen(mid, rad, errors), stages.magnitude(weight), rd.bias_error(bias, errors))
+    out_rad = convolve(stages.widen(mid, rad, errors), stages.magnitude(weight, errors), rd.bias_error(bias, errors))
+    return out_mid, _or_nan(out_rad, out_mid)
+
+
+def _or_nan(rad: Tensor, mid: Tensor) -> Tensor:
+    """The radius; NaN where the midpoint is not finite. There a partial sum has overflowed and says nothing of the real
+    number, so that ReLU must not call it active or dead.
+    """
+    return torch.addcmul(rad, mid, torch.zeros((), dtype=mid.dtype, device=mid.device))
 
 
 def interval_scale_shift(
@@ -257,15 +266,20 @@ def interval_scale_shift(
         return out, out_rad
     u = rd.unit(mid.dtype)
     lost = product.abs() if shift is None else product.abs() + out.abs()
+    lost = u * lost
+    tiny = rd.tiny(mid.dtype)
     if rounding == rd.Rounding.EVALUATED:
-        # Whatever the algebra: at most 12 roundings of x·s, mean·s and the shift, at any x and s in their boxes.
+        # Whatever the algebra: at most 12 roundings in float32 of x·s, mean·s and the shift, at any x and s in their
+        # boxes; where mean·s and the bias cancel in the shift, what they lose is in its radius.
         reach = (product.abs() + out_rad) * 2
-        lost = lost + 12 * (reach if shift is None else reach + shift.abs().reshape(per_channel))
-    out_rad = (out_rad + u * lost) * (1 + 16 * u)
+        reach = reach if shift is None else reach + shift.abs().reshape(per_channel)
+        lost = lost + 12 * rd.unit(torch.float32) * reach
+        tiny = rd.tiny(torch.float32)
+    out_rad = (out_rad + lost) * (1 + 16 * u)
     some = (mid != 0) | (rad != 0)
     if shift is not None:
         some = some | (out != 0)
-    return out, out_rad + some.to(mid.dtype) * (4 * rd.tiny(mid.dtype))
+    return out, _or_nan(out_rad + some.to(mid.dtype) * (4 * tiny), out)
 
 
 def interval_mul(
@@ -286,8 +300,10 @@ def interval_mul(
     u = rd.unit(mid.dtype)
     reach = (a_mid.abs() + a_rad) * (b_mid.abs() + b_rad)
     some = ((a_mid != 0) | (a_rad != 0)) & ((b_mid != 0) | (b_rad != 0))
-    lost = 8 if rounding == rd.Rounding.OUTWARD else 10
-    return mid, (rad + lost * u * reach) * (1 + 16 * u) + some.to(mid.dtype) * (4 * rd.tiny(mid.dtype))
+    lost, tiny = 8 * u, rd.tiny(mid.dtype)
+    if rounding == rd.Rounding.EVALUATED:
+        lost, tiny = lost + 2 * rd.unit(torch.float32), rd.tiny(torch.float32)
+    return mid, (rad + lost * reach) * (1 + 16 * u) + some.to(mid.dtype) * (4 * tiny)
 
 
 def interval_matmul(a_mid: Tensor, a_rad: Tensor, b_mid: Tensor, b_rad: Tensor, exact: bool) -> tuple[Tensor, Tensor]:

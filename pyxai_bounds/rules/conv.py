@@ -113,7 +113,10 @@ def convolution_backward(
         results[1] = _product(weight_grad, grad, x, grad.shape.numel() // grad.shape[1] + len(grad), exact)
     if output_mask[2]:
         over = [0, *range(2, len(grad.shape))]
-        results[2] = total(grad, over) if isinstance(grad, Interval) else grad.sum(over)
+        if outward():
+            results[2] = total(in_float64(grad) if isinstance(grad, Interval) else Interval.point(grad.double()), over)
+        else:
+            results[2] = total(grad, over) if isinstance(grad, Interval) else grad.sum(over)
     return results
 
 
@@ -133,6 +136,8 @@ def _product(product: Any, a: Value, b: Value, terms: int, exact: Any) -> Value:
     """Rounded outward in float64, where a sum of any length loses next to nothing; ``exact`` is for two sets."""
     if outward():
         a, b = in_float64(a), in_float64(b)
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            a = Interval.point(a)  # a product of points rounds, too
     if exact is not None and exact_product() and isinstance(a, Interval) and isinstance(b, Interval):
         return exact_bilinear(exact, product, a, b, terms)
     if isinstance(a, Interval) or isinstance(b, Interval):

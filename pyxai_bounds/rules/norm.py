@@ -17,6 +17,7 @@ from pyxai_bounds.rules.registry import (
     UnsupportedArgumentsError,
     Value,
     enclose,
+    evaluated,
     in_float64,
     mid_of,
     minus,
@@ -81,6 +82,8 @@ def native_batch_norm(
     inverse = _inverse(variance, eps)
     exact: Callable[[Any], Any] = in_float64 if outward() else lambda t: t
     offset = _times(inverse, exact(mean))  # mean / √(variance + eps)
+    if isinstance(offset, Interval):
+        offset = evaluated(offset, 12)  # float32 loses that much of it, also where the bias cancels it afterwards
     if isinstance(weight, Interval):
         # Normalise first: the weight then meets (x − mean) once, and not x and the mean apart.
         normal = _scale_shift(x, inverse, minus(0.0, offset) if isinstance(offset, Interval) else -offset)

@@ -87,7 +87,7 @@ def vector_norm(x: Interval, ord: float = 2, dim: Any = None, keepdim: bool = Fa
         return evaluated(root, 2)
     if ord in (1, float("inf")):
         magnitude = range_of(torch.abs, x, [(0.0, 0.0)], ulps=0)
-        count = _summed(x.mid, dims)
+        count = _summed(x.mid, dims) if ord == 1 else 0  # the greatest one is selected, not computed
         norm = monotone(lambda t: aten.linalg_vector_norm(t, ord, dim, keepdim, **kwargs), magnitude, ulps=count)
         return evaluated(norm, count)
     raise UnsupportedArgumentsError(f"is a norm of order {ord}; 1, 2 and inf are supported")

@@ -13,6 +13,7 @@ import contextvars
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Literal
 
 import torch
@@ -151,11 +152,13 @@ def ends(x: Any) -> tuple[Any, Any]:
 
 def between(lower: Tensor, upper: Tensor) -> Interval:
     """The set with these end points. Rounded outward, its radius covers the rounding of midpoint, radius and halves."""
-    mid, rad = (lower + upper) * 0.5, (upper - lower) * 0.5
-    if outward():
-        lost = mid.detach().abs() * (4 * rd.unit(mid.dtype))
-        rad = torch.where(lower == upper, rad, rd.up(rad + lost, underflows=True))
-    return Interval.of(mid, rad)
+    if not outward():
+        return Interval.of((lower + upper) * 0.5, (upper - lower) * 0.5)
+    # Halved first: the sum of two large ends would overflow, and two such sets would look equal.
+    same = lower == upper
+    mid, rad = lower * 0.5 + upper * 0.5, upper * 0.5 - lower * 0.5
+    lost = mid.detach().abs() * (4 * rd.unit(mid.dtype))
+    return Interval.of(torch.where(same, lower, mid), torch.where(same, 0.0, rd.up(rad + lost, underflows=True)))
 
 
 def settle(mid: Tensor, rad: Tensor, roundings: int = 1) -> Interval:
@@ -232,12 +235,12 @@ def bilinear(product: Callable[[Tensor, Tensor], Tensor], a: Value, b: Value, te
     lost = rd.errors(terms, mid.dtype)
     if not isinstance(b, Interval):
         return Interval.of(
-            mid, product(rd.widen(mid_of(a), a.rad if isinstance(a, Interval) else None, lost), rd.magnitude(b))
+            mid, product(rd.widen(mid_of(a), a.rad if isinstance(a, Interval) else None, lost), rd.magnitude(b, lost))
         )
-    rad = product(rd.magnitude(mid_of(a)), rd.widen(b.mid, b.rad, lost))
+    rad = product(rd.magnitude(mid_of(a), lost), rd.widen(b.mid, b.rad, lost))
     if isinstance(a, Interval):
         spread = rd.widen(torch.zeros_like(a.rad), a.rad, lost)
-        rad = rd.up(rad + product(spread, rd.magnitude(rd.up(b.mid.abs() + b.rad))))
+        rad = rd.up(rad + product(spread, rd.magnitude(rd.up(b.mid.abs() + b.rad), lost)))
     return Interval.of(mid, rad)
 
 
@@ -256,9 +259,11 @@ def exact_bilinear(
     mid, rad = exact(a.mid, a.rad, b.mid, b.rad)
     if not outward():
         return Interval.of(mid, rad)
-    reach = product(*(rd.magnitude(rd.up(x.mid.abs() + x.rad)) for x in (a, b)))
     lost = rd.errors(2 * terms + 2, mid.dtype)
-    spread = reach * (lost.of_mid * (1 + 16 * rd.unit(mid.dtype))) + (reach != 0).to(mid.dtype) * rd.tiny(mid.dtype)
+    reach = product(*(rd.magnitude(rd.up(x.mid.abs() + x.rad), lost) for x in (a, b)))
+    spread = reach * (lost.of_mid * (1 + 16 * rd.unit(mid.dtype))) + (reach != 0).to(mid.dtype) * (
+        terms * lost.floor**2
+    )
     return Interval.of(mid, rd.up(rad + spread))
 
 
@@ -276,6 +281,8 @@ def multiply(a: Any, b: Any) -> Interval:
         return Interval.of(a.mid * b, a.rad * b)
     if not isinstance(b, Tensor) and abs(b) == 1:
         return Interval.of(a.mid * b, a.rad * 1)
+    if outward() and not isinstance(b, Tensor) and not _is_normal(b, a.dtype):
+        return multiply(a, number(b, a.mid))
     product = settle(a.mid * b, a.rad * abs(b), 2)  # a number is rounded to the dtype first
     if not outward():
         return product
@@ -283,22 +290,52 @@ def multiply(a: Any, b: Any) -> Interval:
     return evaluated(Interval.of(product.mid, product.rad + some.to(product.dtype) * (2 * rd.tiny(product.dtype))), 2)
 
 
+def number(value: Any, like: Tensor) -> Interval:
+    """A number of the program as a set of one element, in the dtype of ``like``."""
+    held, moved = rd.stored(value, like.dtype)
+    return Interval.of(like.new_full((), held), like.new_full((), moved))
+
+
+def _is_normal(value: float, dtype: torch.dtype) -> bool:
+    """Is the number 0, or rounded to the dtype by no more than its unit roundoff?"""
+    info = torch.finfo(torch.float32 if rd.mode() == rd.Rounding.EVALUATED else dtype)
+    return value == 0 or info.tiny <= abs(value) <= info.max or not math.isfinite(value)
+
+
 def plus(a: Any, b: Any) -> Interval:
-    """Elementwise sum with broadcasting. Rounded outward, it loses one rounding; a number is rounded to the dtype."""
-    return _sum(mid_of(a) + mid_of(b), a, b)
+    """Elementwise sum with broadcasting. Rounded outward, it loses one rounding, and what its operands lose when they
+    are converted to the dtype of the result: Python numbers, integers, and a float64 tensor without dimensions.
+    """
+    (a, a_rad), (b, b_rad) = _terms(a, b)
+    return _sum(a + b, a_rad, b_rad)
 
 
 def minus(a: Any, b: Any) -> Interval:
     """Elementwise difference; see :func:`plus`."""
-    return _sum(mid_of(a) - mid_of(b), a, b)
+    (a, a_rad), (b, b_rad) = _terms(a, b)
+    return _sum(a - b, a_rad, b_rad)
 
 
-def _sum(mid: Tensor, a: Any, b: Any) -> Interval:
-    rads = [x.rad for x in (a, b) if isinstance(x, Interval)]
-    rad = (rads[0] if len(rads) == 1 else rads[0] + rads[1]).expand_as(mid).to(mid.dtype)
-    if outward():
-        rad = rad + sum(rd.unit(mid.dtype) * abs(x) for x in (a, b) if isinstance(x, float) and not x.is_integer())
-    return evaluated(settle(mid, rad), 2)
+def _sum(mid: Tensor, a_rad: Any, b_rad: Any) -> Interval:
+    rad = a_rad if b_rad is None else b_rad if a_rad is None else a_rad + b_rad
+    return evaluated(settle(mid, rad.expand_as(mid).to(mid.dtype)), 2)
+
+
+def _terms(a: Any, b: Any) -> list[tuple[Any, Any]]:
+    """Midpoint and radius, or None, of both terms of a sum, in the dtype of the sum where that may round."""
+    dtype = torch.result_type(*(float(x) if isinstance(x, Fraction) else mid_of(x) for x in (a, b)))
+    parts: list[tuple[Any, Any]] = []
+    for x in (a, b):
+        if outward() and isinstance(x, Tensor | Interval) and x.dtype not in (dtype, torch.bool):
+            x = narrow(in_float64(x) if isinstance(x, Interval) else Interval.point(x.double()), dtype)
+        if isinstance(x, Interval):
+            parts.append((x.mid, x.rad))
+        elif isinstance(x, Tensor) or not outward():
+            parts.append((x, None))
+        else:
+            held, moved = rd.stored(x, dtype)
+            parts.append((held, moved or None))
+    return parts
 
 
 def in_float64(x: Any) -> Any:
@@ -325,9 +362,20 @@ def monotone(function: Callable[[Tensor], Tensor], x: Interval, *, ulps: float, 
     0 is for functions that select, which do not round; the libraries' exp, log, tanh, … keep within 4.
     """
     lower, upper = ends(x)
+    at_lower, at_upper = function(lower), function(upper)
     if ulps == absolute == 0:
-        return between(function(lower), function(upper))
-    return enclose(function(lower), function(upper), ulps, absolute)
+        return between(at_lower, at_upper)
+    return _zero_stays(enclose(at_lower, at_upper, ulps, absolute), x, at_lower)
+
+
+def _zero_stays(out: Interval, x: Interval, value: Tensor) -> Interval:
+    """Where x is the point 0, and 0 was computed there, the value is 0 and not the result of rounding: black
+    backgrounds and dead features stay exact.
+    """
+    if not outward() or value.shape != x.shape:  # a reduction
+        return out
+    zero = (x.mid == 0) & (x.rad == 0) & (value == 0)
+    return Interval.of(torch.where(zero, 0.0, out.mid), torch.where(zero, 0.0, out.rad))
 
 
 def range_of(
@@ -351,7 +399,9 @@ def range_of(
         inside = (lower <= point) & (point <= upper) & (lower < upper)
         least = torch.where(inside, least.clamp(max=value), least)
         greatest = torch.where(inside, greatest.clamp(min=value), greatest)
-    return between(least, greatest) if ulps == absolute == 0 else enclose(least, greatest, ulps, absolute)
+    if ulps == absolute == 0:
+        return between(least, greatest)
+    return _zero_stays(enclose(least, greatest, ulps, absolute), x, at_lower)
 
 
 def positive_linear(

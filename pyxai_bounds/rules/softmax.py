@@ -46,8 +46,10 @@ def _log_odds(x: Interval, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def _size(x: Interval, dim: int) -> Tensor:
-    """The greatest |x| along the dimension."""
-    return (x.mid.detach().abs() + x.rad.detach()).amax(dim, keepdim=True)
+    """The greatest |x| along the dimension, but for points at −∞, which a mask left out of the sum."""
+    mid, rad = x.mid.detach(), x.rad.detach()
+    left_out = (mid == float("-inf")) & (rad == 0)
+    return torch.where(left_out, 0.0, mid.abs() + rad).amax(dim, keepdim=True)
 
 
 def _log_sum_of_others(x: Tensor, dim: int) -> Tensor:
@@ -135,11 +137,12 @@ def nll_loss(
     if weight is not None and outward() and reduction == Reduction.MEAN:
         raise UnsupportedArgumentsError("divides by the sum of its class weights; use reduction='sum' or 'none'")
     mid, count = aten.nll_loss_forward(x.mid, target, weight, reduction, ignore_index)
-    rad = rd.widen(x.mid, x.rad, rd.errors(target.numel() + 2, x.dtype)) if outward() else x.rad
+    lost = rd.errors(target.numel() + 2, x.dtype)
+    rad = rd.widen(x.mid, x.rad, lost) if outward() else x.rad
     if weight is None:
         return Interval.of(mid, -aten.nll_loss_forward(rad, target, None, reduction, ignore_index)[0]), count
     summed = Reduction.NONE if reduction == Reduction.NONE else Reduction.SUM
-    rad = -aten.nll_loss_forward(rad, target, rd.magnitude(weight), summed, ignore_index)[0]
+    rad = -aten.nll_loss_forward(rad, target, rd.magnitude(weight, lost), summed, ignore_index)[0]
     return Interval.of(mid, rad / count.abs() if reduction == Reduction.MEAN else rad), count
 
 

@@ -152,8 +152,8 @@ def test_native_stages_of_outward_rounding_agree(dtype: torch.dtype, level_name:
     with level(level_name):
         pairs = (
             (native.widen(mid, rad, lost), rounding.widen(mid, rad, lost)),
-            (native.magnitude(mid), rounding.magnitude(mid)),
-            (native.magnitude(mid.reshape(17, 59).t()), rounding.magnitude(mid.reshape(17, 59).t())),
+            (native.magnitude(mid, lost), rounding.magnitude(mid, lost)),
+            (native.magnitude(mid.reshape(17, 59).t(), lost), rounding.magnitude(mid.reshape(17, 59).t(), lost)),
         )
     for actual, expected in pairs:
         assert torch.equal(actual.nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))
