@@ -109,6 +109,7 @@ def hardsigmoid_backward(grad: Value, x: Value) -> Interval:
     """φ′ is 1/6 strictly between −3 and 3 and 0 elsewhere."""
 
     def slope(t: Tensor) -> Tensor:
+        t = t.detach()  # piecewise constant; PyTorch has no derivative of its kernel
         return torch.where(t.isnan(), t, aten.hardsigmoid_backward(torch.ones_like(t), t))
 
     jumps = [(-3.0, 0.0), (-3.0, _SIXTH), (3.0, _SIXTH), (3.0, 0.0)]
@@ -125,7 +126,9 @@ def hardswish_backward(grad: Value, x: Value) -> Interval:
     """φ′ jumps at −3 from 0 to −1/2, rises to 3/2, and jumps at 3 to 1."""
 
     def slope(t: Tensor) -> Tensor:
-        return torch.where(t.isnan(), t, aten.hardswish_backward(torch.ones_like(t), t))
+        x = t.detach()  # PyTorch has no derivative of its kernel, which is 1/3 between the jumps
+        value = torch.where(x.isnan(), x, aten.hardswish_backward(torch.ones_like(x), x))
+        return value + torch.where(x.abs() < 3, (t - x) / 3, 0.0)
 
     jumps = [(-3.0, 0.0), (-3.0, -0.5), (3.0, 1.5), (3.0, 1.0)]
     return _times_slope(grad, x, slope, jumps, ulps=_SIXTH_ULPS, absolute=8)

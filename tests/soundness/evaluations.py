@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from pyxai_bounds.fuse import VIEWS
+
 aten = torch.ops.aten
 
 
@@ -23,6 +25,9 @@ class Evaluation(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         other: Callable | None = _OTHER.get(n.target) if n.op == "call_function" else None  # type: ignore[arg-type]
+        if n.target in VIEWS:  # another algorithm leaves its result in another memory order
+            args, _ = self.fetch_args_kwargs_from_env(n)
+            return args[0].reshape(args[1])
         if other is None:
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
