@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import math
+import os
 from collections.abc import Iterator
 from enum import IntEnum
 from fractions import Fraction
@@ -269,12 +270,17 @@ def stored(value: float | Fraction, dtype: torch.dtype) -> tuple[float, float]:
 def ieee_arithmetic() -> Iterator[None]:
     """No reduced precision inside the ``with`` block: neither tf32 nor bfloat16 behind float32 products, nor Winograd.
 
-    Raises RuntimeError if PyTorch was told to flush subnormal numbers to 0, which the error bounds do not cover.
+    Raises RuntimeError if PyTorch was told to flush subnormal numbers to 0, or oneDNN to multiply in less than float32:
+    the error bounds cover neither.
     """
     smallest = torch.tensor(5e-324, dtype=torch.float64)
     if (smallest + 0.0).item() == 0.0:
         raise RuntimeError(
             "sound=True needs subnormal numbers, which this thread flushes to 0: call torch.set_flush_denormal(False)."
+        )
+    if os.environ.get("ONEDNN_DEFAULT_FPMATH_MODE", "STRICT").upper() != "STRICT":
+        raise RuntimeError(
+            "sound=True needs full float32 products, but ONEDNN_DEFAULT_FPMATH_MODE allows narrower ones: unset it."
         )
     before = [getattr(owner, name) for owner, name, _ in _PRECISION]
     nnpack = torch._C._get_nnpack_enabled()

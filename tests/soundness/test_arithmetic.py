@@ -54,3 +54,10 @@ def test_flushed_subnormal_numbers_are_refused() -> None:
 def test_narrow_dtypes_are_refused(dtype: torch.dtype, fn: object) -> None:
     with pytest.raises(TypeError, match="float32 or float64"):
         xb.bound(fn, sound=True)(xb.Interval.linf(torch.ones(3, dtype=dtype), 0.1))  # type: ignore[arg-type]
+
+
+def test_narrow_products_behind_the_back_of_pytorch_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    bounded = xb.bound(torch.nn.Linear(3, 2), sound=True)
+    monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", "BF16")
+    with pytest.raises(RuntimeError, match="ONEDNN_DEFAULT_FPMATH_MODE"):
+        bounded(xb.Interval.point(torch.ones(1, 3)))
