@@ -48,6 +48,7 @@ class Settings:
     margin: float
     width: float
     stability: float
+    hinge_ramp: bool = False  # whether the hinge's weight grows with eps
     reach: float = 2.0
     eps: float = 0.012
     natural_epochs: int = 5
@@ -61,6 +62,9 @@ LINEAR = 0.9169  # test accuracy of logistic regression (Adam 0.02, 600 full-bat
 
 RECIPES = {
     "digits-cnn7": Settings("cnn7-identity", epochs=110, hinge=0.45, margin=0.025, width=0.05, stability=1.0),
+    "digits-cnn7-ramped": Settings(
+        "cnn7-identity", epochs=110, hinge=0.75, margin=0.025, width=0.05, stability=1.0, hinge_ramp=True
+    ),
     "digits-resnet": Settings("resnet11-identity", epochs=90, hinge=0.35, margin=0.025, width=0.03, stability=1.0),
 }
 
@@ -115,8 +119,9 @@ def train(settings: Settings, dataset: Dataset, seed: int) -> nn.Module:
         else:
             eps = linear_ramp(step - before, (steps - before) // 2, settings.eps)
             loss = separated_topk(
-                model, x[batch], y[batch], eps, dataset.clip, hinge=settings.hinge, margin=settings.margin,
-                width=settings.width, stability=settings.stability, reach=settings.reach,
+                model, x[batch], y[batch], eps, dataset.clip, margin=settings.margin, width=settings.width,
+                hinge=settings.hinge * (eps / settings.eps if settings.hinge_ramp else 1),
+                stability=settings.stability, reach=settings.reach,
             )  # fmt: skip
         rate = settings.lr * min(1, (step + 1) / settings.warmup) * (1 + math.cos(math.pi * step / steps)) / 2
         optimiser.param_groups[0]["lr"] = rate
