@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -146,6 +147,33 @@ void magnitude(int element_size, int64_t n, Address weight, double least, Addres
     });
 }
 
+// Then ReLU in place, if there is somewhere to write its state.
+void linear(int element_size, int64_t batch, int64_t n, int64_t m, Address mid, Address rad, Address weight,
+            Address bias, Address out_mid, Address out_rad, Address state) {
+    typed(element_size, [=](const auto& stages) {
+        using T = decltype(element_type(stages));
+        T *const to_mid = at<T>(out_mid), *const to_rad = at<T>(out_rad);
+        stages.linear(batch, n, m, at<T>(mid), at<T>(rad), at<T>(weight), at<T>(bias), to_mid, to_rad);
+        if (state) stages.relu(batch * m, to_mid, to_rad, to_mid, to_rad, at<uint8_t>(state), false);
+    });
+}
+
+// ReLU' first, if there is a state of it.
+void linear_backward(int element_size, int64_t batch, int64_t m, int64_t n, Address mid, Address rad, Address state,
+                     Address weight, Address out_mid, Address out_rad) {
+    typed(element_size, [=](const auto& stages) {
+        using T = decltype(element_type(stages));
+        const T *from_mid = at<T>(mid), *from_rad = at<T>(rad);
+        const std::unique_ptr<T[]> gated(state ? new T[2 * batch * m] : nullptr);
+        if (state) {
+            T *const to_mid = gated.get(), *const to_rad = to_mid + batch * m;
+            stages.relu_backward(batch * m, from_mid, from_rad, at<uint8_t>(state), to_mid, to_rad, nullptr, false);
+            from_mid = to_mid, from_rad = to_rad;
+        }
+        stages.linear_backward(batch, m, n, from_mid, from_rad, at<T>(weight), at<T>(out_mid), at<T>(out_rad));
+    });
+}
+
 void matmul(int element_size, int64_t batch, int64_t m, int64_t k, int64_t n, Address a_mid, Address a_rad,
             Address b_mid, Address b_rad, Address out_mid, Address out_rad) {
     typed(element_size, [=](const auto& stages) {
@@ -180,6 +208,8 @@ PYBIND11_MODULE(_native, m) {
     m.def("mul", &mul, no_gil);
     m.def("widen", &widen, no_gil);
     m.def("magnitude", &magnitude, no_gil);
+    m.def("linear", &linear, no_gil);
+    m.def("linear_backward", &linear_backward, no_gil);
     m.def("matmul", &matmul, no_gil);
     m.def("matmul_backward", &matmul_backward, no_gil);
     m.def("threads", &threads, "The number of threads that a large stage would use.");

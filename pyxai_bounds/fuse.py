@@ -24,6 +24,7 @@ def optimise(graph: fx.GraphModule) -> None:
     """Run all passes, in place."""
     for simplify in (
         _remove_no_ops,
+        _compute_constants,
         _cancel_transposes,
         _share_equal_nodes,
         _fold_scale_into_affine,
@@ -74,6 +75,46 @@ def _remove_no_ops(graph: fx.GraphModule) -> None:
             padded = target is aten.constant_pad_nd.default and any(node.args[1])  # type: ignore[arg-type]
             if before.shape == node.meta["val"].shape and not padded:
                 node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+
+
+_SMALL = 1 << 14  # elements of a constant that may be kept for the life of the program
+
+
+def _compute_constants(graph: fx.GraphModule) -> None:
+    """What depends on nothing is computed now: the seed of a gradient, the zeros that it is scattered into.
+
+    Results of the program are left alone: the caller owns them, and may write into them.
+    """
+    constant: dict[fx.Node, None] = {}
+    for node in graph.graph.nodes:
+        if _is_aten(node) and all(n in constant for n in node.all_input_nodes):
+            value = node.meta.get("val")
+            if isinstance(value, torch.Tensor) and value.numel() <= _SMALL:
+                constant[node] = None
+    values: dict[fx.Node, torch.Tensor] = {}
+    with torch.no_grad():
+        for node in constant:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    for node, value in values.items():
+        readers = [user for user in node.users if user not in constant]
+        # A larger constant, or the list of results, may be a view of this one.
+        if not readers or any(
+            user.op == "output" or all(n in constant for n in user.all_input_nodes) for user in readers
+        ):
+            continue
+        name = f"_computed_{node.name}"
+        graph.register_buffer(name, value, persistent=False)
+        with graph.graph.inserting_before(node):
+            kept = graph.graph.get_attr(name)
+        kept.meta = dict(node.meta)
+        for user in readers:
+            user.replace_input_with(node, kept)
+
+
+def _is_aten(node: fx.Node) -> bool:
+    target = node.target
+    return node.op == "call_function" and isinstance(target, torch._ops.OpOverload) and target.namespace == "aten"
 
 
 def _cancel_transposes(graph: fx.GraphModule) -> None:

@@ -19,8 +19,9 @@ from typing import Any, get_args
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
+from torch.nn import Parameter
 
-from pyxai_bounds import fuse
+from pyxai_bounds import fuse, ops
 from pyxai_bounds import rounding as rd
 from pyxai_bounds.capture import Captured, as_captured, capture, is_one_integer, retrace, source_of
 from pyxai_bounds.errors import UnsupportedOperatorError
@@ -232,6 +233,8 @@ class Program:
 
     def _without_grad(self, tensors: list[Tensor]) -> Any:
         with torch.no_grad():
+            if all(type(t) is Tensor or type(t) is Parameter for t in tensors) and not _is_observed():
+                return self._undispatched_graph(*tensors)
             return self._inference_graph(*tensors)
 
     @functools.cached_property
@@ -242,6 +245,28 @@ class Program:
         for node in graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled):
             graph.erase_node(node)
         return fx.GraphModule(self.graph, graph)
+
+    @functools.cached_property
+    def _undispatched_graph(self) -> fx.GraphModule:
+        """That program with the fused operators as plain function calls, if its constants are plain tensors."""
+        inference = self._inference_graph
+        if not all(type(t) in (Tensor, Parameter) for t in self.captured.constants()):
+            return inference
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(inference.graph, {}))
+        for node in graph.nodes:
+            if node.op == "call_function":
+                node.target = ops.undispatched.get(node.target, node.target)
+        return fx.GraphModule(inference, graph)
+
+
+def _is_observed() -> bool:
+    """Does anything look at the operators that run: torch.compile, a dispatch mode, a transform of functions?"""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 _SET = object()  # marks a result that is a set among results that are constants

@@ -78,6 +78,10 @@ def _select_outward(mid: Tensor) -> ModuleType:
 
 _library = torch.library.Library("pyxai_bounds", "DEF")
 
+# What each operator runs, without PyTorch's dispatcher: on plain tensors and without gradients the same, sooner (of
+# 30 us for a product of one box with a 256 x 256 weight 19 were the dispatcher's).
+undispatched: dict[Any, Callable[..., Any]] = {}
+
 
 def _define(signature: str, fake: Callable[..., Any], backward: Callable, setup_context: Callable) -> Any:
     """Define one operator; its implementation is looked up in the selected backend at each call.
@@ -108,7 +112,9 @@ def _define(signature: str, fake: Callable[..., Any], backward: Callable, setup_
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"pyxai_bounds::{name}", fake, lib=_library)
     torch.library.register_autograd(f"pyxai_bounds::{name}", run_backward, setup_context=remember, lib=_library)
-    return getattr(torch.ops.pyxai_bounds, name).default
+    operator = getattr(torch.ops.pyxai_bounds, name).default
+    undispatched[operator] = run
+    return operator
 
 
 def _like(t: Tensor, shape: Any = None, bits: Tensor | None = None) -> Tensor:
@@ -519,9 +525,16 @@ interval_mul = _define(
 _library.define("check_target(Tensor target, int classes) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
+_READ_AT_ONCE = 64  # so few integers are compared sooner in Python
+
+
 def _check_target(target: Tensor, classes: int) -> Tensor:
-    wrong = (target < 0) | (target >= classes)
-    if wrong.any():
+    if target.device.type == "cpu" and target.numel() <= _READ_AT_ONCE:
+        fits = all(0 <= label < classes for label in target.flatten().tolist())
+    else:
+        fits = not bool(((target < 0) | (target >= classes)).any())
+    if not fits:
+        wrong = (target < 0) | (target >= classes)
         index = int(wrong.nonzero()[0])
         raise ValueError(
             f"target[{index}] = {int(target[index])} is out of range: the model has {classes} outputs, so targets "
@@ -535,6 +548,7 @@ torch.library.register_fake(
     "pyxai_bounds::check_target", lambda target, classes: torch.empty_like(target), lib=_library
 )
 check_target = torch.ops.pyxai_bounds.check_target.default
+undispatched[check_target] = _check_target
 
 
 # --- interval_matmul: two products of two boxes, Rump's and the exact one -----------------------------------

@@ -89,6 +89,16 @@ def interval_relu_backward(mid: Tensor, rad: Tensor, state: Tensor, rounding: in
 def interval_linear(
     mid: Tensor, rad: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, rounding: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if not rounding and _few(mid, rad, weight, 1) and (bias is None or _vector(bias, mid, weight.shape[0])):
+        state = torch.empty((2, (mid.shape[0] * weight.shape[0] + 7) // 8 * relu), dtype=torch.uint8)
+        out_mid = torch.empty((mid.shape[0], weight.shape[0]), dtype=mid.dtype)
+        out_rad = torch.empty_like(out_mid)
+        _module().linear(
+            mid.element_size(), *mid.shape, weight.shape[0], mid.data_ptr(), rad.data_ptr(), weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(), out_mid.data_ptr(), out_rad.data_ptr(),
+            state.data_ptr() if relu else 0,
+        )  # fmt: skip
+        return out_mid, out_rad, state if relu else state.new_empty(0)
     out = reference.interval_linear(mid, rad, weight, bias, False, rounding, _STAGES)
     return _relu_in_place(out[0], out[1], rounding) if relu else out
 
@@ -96,9 +106,49 @@ def interval_linear(
 def interval_linear_backward(
     mid: Tensor, rad: Tensor, weight: Tensor, state: Tensor | None, rounding: int = 0
 ) -> tuple[Tensor, Tensor]:
+    if not rounding and _few(mid, rad, weight, 0) and (state is None or state.dim() == 2):
+        state = None if state is None else _bits_of(state, mid)
+        out_mid = torch.empty((mid.shape[0], weight.shape[1]), dtype=mid.dtype)
+        out_rad = torch.empty_like(out_mid)
+        _module().linear_backward(
+            mid.element_size(), *mid.shape, weight.shape[1], mid.data_ptr(), rad.data_ptr(),
+            0 if state is None else state.data_ptr(), weight.data_ptr(), out_mid.data_ptr(), out_rad.data_ptr(),
+        )  # fmt: skip
+        return out_mid, out_rad
     if state is not None:
         mid, rad = _relu_backward_into(mid, rad, state, None, rounding)
     return reference.interval_linear_backward(mid, rad, weight, None, rounding, _STAGES)
+
+
+# Up to so many boxes, reading the weight once beats a library's matrix products, which need |W| in memory. For a weight
+# [256, 784], forward and backward, float32, one thread with AVX-512, in us: 1 box 21 and 18 against 48 and 42, 4 boxes
+# 32 and 45 against 163 and 226, 8 boxes 217 and 150 against 318 and 322, 16 boxes 616 and 353 against 531 and 386.
+FEW = 8
+
+
+def _few(mid: Tensor, rad: Tensor, weight: Tensor, dim: int) -> bool:
+    """Can the kernel multiply these few boxes by the weight, summing over its dimension ``dim``?
+
+    What does not fit is copied, or refused, on the other way.
+    """
+    shape, dtype = mid.shape, mid.dtype
+    return (
+        len(shape) == 2 == weight.dim()
+        and shape[0] <= FEW
+        and shape[1] == weight.shape[dim]
+        and rad.shape == shape
+        and rad.dtype is dtype is weight.dtype
+        and mid.is_cpu
+        and rad.is_cpu
+        and weight.is_cpu
+        and mid.is_contiguous()
+        and rad.is_contiguous()
+        and weight.is_contiguous()
+    )
+
+
+def _vector(t: Tensor, like: Tensor, size: int) -> bool:
+    return t.shape == (size,) and t.dtype is like.dtype and t.is_cpu and t.is_contiguous()
 
 
 def interval_conv2d(

@@ -24,6 +24,12 @@ struct Stages {
     // The factors of an outward-rounded affine operator; the constants are those of pyxai_bounds/rounding.py.
     void (*widen)(std::int64_t n, const T* mid, const T* rad, T on_mid, T on_rad, T least, T* out);
     void (*magnitude)(std::int64_t n, const T* weight, T least, T* out);
+    // A few boxes through x ↦ x·Wᵀ + bias and g ↦ g·W; weight is [m, n]. All contiguous, outputs apart from inputs.
+    // `bias` may be null.
+    void (*linear)(std::int64_t batch, std::int64_t n, std::int64_t m, const T* mid, const T* rad, const T* weight,
+                   const T* bias, T* out_mid, T* out_rad);
+    void (*linear_backward)(std::int64_t batch, std::int64_t m, std::int64_t n, const T* mid, const T* rad,
+                            const T* weight, T* out_mid, T* out_rad);
     // The matrix products: `batch` of [m, k] × [k, n], all contiguous, outputs apart from inputs, k > 0.
     void (*matmul)(std::int64_t batch, std::int64_t m, std::int64_t k, std::int64_t n, const T* a_mid, const T* a_rad,
                    const T* b_mid, const T* b_rad, T* out_mid, T* out_rad);
@@ -39,6 +45,8 @@ struct Stages {
     template <class T>                                \
     void set_interval_relu(Stages<T>& stages);        \
     template <class T>                                \
+    void set_interval_linear(Stages<T>& stages);      \
+    template <class T>                                \
     void set_interval_scale_shift(Stages<T>& stages); \
     template <class T>                                \
     void set_interval_mul(Stages<T>& stages);         \
@@ -50,6 +58,7 @@ struct Stages {
     Stages<T> stages() {                              \
         Stages<T> table{};                            \
         set_interval_relu(table);                     \
+        set_interval_linear(table);                   \
         set_interval_scale_shift(table);              \
         set_interval_mul(table);                      \
         set_outward(table);                           \
