@@ -147,6 +147,13 @@ void magnitude(int element_size, int64_t n, Address weight, double least, Addres
     });
 }
 
+void signed_sum(int element_size, int64_t n, Address a, Address b, Address weight, Address out) {
+    typed(element_size, [=](const auto& stages) {
+        using T = decltype(element_type(stages));
+        stages.signed_sum(n, at<T>(a), at<T>(b), at<T>(weight), at<T>(out));
+    });
+}
+
 // Then ReLU in place, if there is somewhere to write its state.
 void linear(int element_size, int64_t batch, int64_t n, int64_t m, Address mid, Address rad, Address weight,
             Address bias, Address out_mid, Address out_rad, Address state) {
@@ -208,6 +215,7 @@ PYBIND11_MODULE(_native, m) {
     m.def("mul", &mul, no_gil);
     m.def("widen", &widen, no_gil);
     m.def("magnitude", &magnitude, no_gil);
+    m.def("signed_sum", &signed_sum, no_gil);
     m.def("linear", &linear, no_gil);
     m.def("linear_backward", &linear_backward, no_gil);
     m.def("matmul", &matmul, no_gil);

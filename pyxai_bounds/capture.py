@@ -47,6 +47,7 @@ class Captured:
     graph: fx.GraphModule  # one placeholder per tensor argument, in order; one flat tuple of results
     out_spec: pytree.TreeSpec
     modules: ModuleWatch
+    specialised: bool = False  # to the values of one-element integer arguments, which are constants of it
     derived: dict[Any, Any] = field(default_factory=dict)  # programs made from this graph
 
     def constants(self) -> Iterator[Tensor]:
@@ -111,7 +112,7 @@ def capture(fn: Callable, spec: pytree.TreeSpec, leaves: list[Any], *, specialis
     _simplify(graph)
     _refuse_lost_writes(graph, record)
     assert out_spec is not None
-    return Captured(graph, out_spec, watch)
+    return Captured(graph, out_spec, watch, specialise)
 
 
 def retrace(program: Callable, tensors: list[Tensor]) -> fx.GraphModule:

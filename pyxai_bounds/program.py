@@ -13,7 +13,7 @@ import re
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, get_args
 
 import torch
@@ -93,8 +93,33 @@ class BoundFunction:
         self.product = product
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        return _program(self, leaves, spec)(_tensors(leaves))
+        key = None if kwargs else self._plain_key(args)
+        if key is None:
+            leaves, spec = pytree.tree_flatten((args, kwargs))
+            return _program(self, leaves, spec)(_tensors(leaves))
+        captures = _captures_of(self.fn)
+        program = captures.programs.get(key)
+        if program is None or not program.captured.is_current():
+            leaves, spec = pytree.tree_flatten((args, kwargs))
+            program = _program(self, leaves, spec)
+            if not program.captured.specialised:
+                captures.keep(key, program)
+        return program(_tensors(args))
+
+    def _plain_key(self, args: tuple) -> tuple | None:
+        """What tells the programs of calls with nothing but tensors and sets apart; None for other calls."""
+        key: list[Any] = [self.rounding, self.product, None if self.parameters is None else self.parameters.key]
+        for argument in args:
+            if type(argument) is Interval:
+                tensor = argument.mid
+                key.append(argument.rad.stride())
+            elif type(argument) is Tensor:
+                tensor = argument
+                key.append(None)
+            else:
+                return None
+            key += (tensor.shape, tensor.dtype, tensor.device, tensor.stride())
+        return tuple(key)
 
     def graph(self, *args: Any, **kwargs: Any) -> fx.GraphModule:
         """The compiled program for these arguments, to read or to print."""
@@ -171,7 +196,7 @@ def _explain_mismatch(fn: Callable, points: list[Any], error: Exception) -> None
         ) from error
 
 
-def _tensors(leaves: list[Any]) -> list[Tensor]:
+def _tensors(leaves: Iterable[Any]) -> list[Tensor]:
     """The tensors of the arguments in order; a set gives its midpoint and its radius."""
     tensors: list[Tensor] = []
     for leaf in leaves:
@@ -218,12 +243,15 @@ class Program:
         fuse.optimise(self.graph)
 
     def __call__(self, tensors: list[Tensor]) -> Any:
-        enabled = torch.is_grad_enabled()
-        try:
+        if torch.is_grad_enabled():
+            try:
+                with as_captured(), self._arithmetic():
+                    flat = self.graph(*tensors)
+            finally:
+                torch._C._set_grad_enabled(True)
+        else:
             with as_captured(), self._arithmetic():
-                flat = self.graph(*tensors) if enabled else self._without_grad(tensors)
-        finally:
-            torch._C._set_grad_enabled(enabled)
+                flat = self._without_grad(tensors)
         values = iter(flat)
         results = [Interval.of(next(values), next(values)) if result is _SET else result for result in self.results]
         return pytree.tree_unflatten(results, self.captured.out_spec)
@@ -232,10 +260,8 @@ class Program:
         return contextlib.nullcontext() if self.rounding == rd.Rounding.NEAREST else rd.ieee_arithmetic()
 
     def _without_grad(self, tensors: list[Tensor]) -> Any:
-        with torch.no_grad():
-            if all(type(t) is Tensor or type(t) is Parameter for t in tensors) and not _is_observed():
-                return self._undispatched_graph(*tensors)
-            return self._inference_graph(*tensors)
+        run = self._inference_graph if ops.needs_dispatcher(*tensors) else self._undispatched
+        return run(*tensors)
 
     @functools.cached_property
     def _inference_graph(self) -> fx.GraphModule:
@@ -247,26 +273,24 @@ class Program:
         return fx.GraphModule(self.graph, graph)
 
     @functools.cached_property
-    def _undispatched_graph(self) -> fx.GraphModule:
-        """That program with the fused operators as plain function calls, if its constants are plain tensors."""
+    def _undispatched(self) -> Callable:
+        """That program with the fused operators as plain function calls and its constants, if these are plain tensors,
+        at hand: looking one up in a module takes as long as a small operator.
+        """
         inference = self._inference_graph
-        if not all(type(t) in (Tensor, Parameter) for t in self.captured.constants()):
+        nodes = inference.graph.find_nodes(op="get_attr")
+        constants = [operator.attrgetter(str(node.target))(inference) for node in nodes]
+        if not all(type(t) in (Tensor, Parameter) for t in constants):
             return inference
-        graph = fx.Graph()
-        graph.output(graph.graph_copy(inference.graph, {}))
+        graph, new = fx.Graph(), {}
+        for node in (*inference.graph.find_nodes(op="placeholder"), *nodes):
+            new[node] = graph.placeholder(node.name)
+        graph.output(graph.graph_copy(inference.graph, new))
         for node in graph.nodes:
             if node.op == "call_function":
                 node.target = ops.undispatched.get(node.target, node.target)
-        return fx.GraphModule(inference, graph)
-
-
-def _is_observed() -> bool:
-    """Does anything look at the operators that run: torch.compile, a dispatch mode, a transform of functions?"""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
+        forward = fx.GraphModule(torch.nn.Module(), graph).forward
+        return lambda *tensors: forward(*tensors, *constants)
 
 
 _SET = object()  # marks a result that is a set among results that are constants
@@ -433,7 +457,14 @@ class _Captures:
 
     def __init__(self) -> None:
         self._entries: OrderedDict[Any, Any] = OrderedDict()
+        self.programs: dict[tuple, Program] = {}  # of calls that are told apart without looking into structures
         self._lock = threading.Lock()
+
+    def keep(self, key: tuple, program: Program) -> None:
+        with self._lock:
+            while len(self.programs) >= CACHE_SIZE:
+                self.programs.pop(next(iter(self.programs)))
+            self.programs[key] = program
 
     def get(self, key: Any) -> Any:
         with self._lock:

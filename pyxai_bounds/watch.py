@@ -301,11 +301,14 @@ class _Watched:
         return (
             len(attributes) == self._size
             and list(map(id, map(attributes.get, self._names))) == self._ids
-            and not any(other.is_dead() for other in self._others.values())
+            and not (self._others and any(other.is_dead() for other in self._others.values()))
             and _children(module) == self._children
             and _layout(module) == self._layout
             and (self._hooks is None or _hooks(module) == self._hooks)
-            and all(token(attributes.get(name), 2) == before for name, before in self._containers.items())
+            and not (
+                self._containers
+                and any(token(attributes.get(name), 2) != before for name, before in self._containers.items())
+            )
         )
 
 
@@ -314,6 +317,8 @@ def _is_internal(name: str) -> bool:
 
 
 def _children(module: nn.Module) -> list[tuple[str, int]]:
+    if not module._modules:
+        return []
     return [(name, id(child)) for name, child in module._modules.items()]  # each is watched itself
 
 
@@ -322,10 +327,15 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 
 def _layout(module: nn.Module) -> list[tuple]:
+    if not module._parameters and not module._buffers:
+        return []
     return [(id(t), t.dtype, t.device, t.stride(), t.requires_grad) for t in _tensors(module)]
 
 
 def _hooks(module: nn.Module) -> list[int]:
+    attributes = module.__dict__
+    if not any(map(attributes.__getitem__, _HOOKS)):
+        return []
     return [id(hook) for name in _HOOKS for hook in module.__dict__[name].values()]
 
 

@@ -1,7 +1,8 @@
-// A linear layer on a few boxes, and its backward-data pass: one walk over the weight feeds midpoint and radius, and
-// |W| exists in registers alone. With few rows of boxes the weight's memory traffic is all the cost, and a library
-// would read it three times and write |W| once; with many rows a library's matrix product is faster (see
-// ops/native.py). Sums are taken in another order than in the specification, pyxai_bounds/ops/reference.py.
+// A linear layer on a few boxes, its backward-data pass, and the last step of any weight's gradient. One walk over the
+// weight feeds midpoint and radius, and |W| exists in registers alone: with few boxes the weight's memory traffic is
+// all the cost, and a library would read it three times and write |W| once. With many boxes a library's matrix product
+// is faster (see ops/native.py). Sums are taken in another order than in the specification,
+// pyxai_bounds/ops/reference.py.
 #include "pyxai_bounds/parallel.h"
 #include "pyxai_bounds/stages.h"
 #include "pyxai_bounds/vec.h"
@@ -129,10 +130,28 @@ void linear_backward(int64_t batch, int64_t m, int64_t n, const T* mid, const T*
     });
 }
 
+// The sign of 0 and of NaN is 0, as PyTorch has it.
+template <class T>
+void signed_sum(int64_t n, const T* a, const T* b, const T* weight, T* out) {
+    const auto step = [=](auto lanes, int64_t i) {
+        using V = decltype(lanes);
+        const V w = V::load(weight + i), zero = V::fill(T(0));
+        const V sign = V::select(V::less(zero, w), V::fill(T(1)), V::select(V::less(w, zero), V::fill(T(-1)), zero));
+        const V part = sign * V::load(b + i);
+        (a ? V::load(a + i) + part : part).store(out + i);
+    };
+    parallel_ranges(n, [=](int64_t begin, int64_t end) {
+        int64_t i = begin;
+        for (; i + Vec<T>::lanes <= end; i += Vec<T>::lanes) step(Vec<T>{}, i);
+        for (; i < end; ++i) step(Scalar<T>{}, i);
+    });
+}
+
 }  // namespace
 
 template <class T>
 void set_interval_linear(Stages<T>& stages) {
+    stages.signed_sum = signed_sum<T>;
     stages.linear = linear<T>;
     stages.linear_backward = linear_backward<T>;
 }

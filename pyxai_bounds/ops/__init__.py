@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from pyxai_bounds.ops import native, reference, triton
 from pyxai_bounds.ops.layout import dense, memory_format, order_of, state_size
@@ -83,6 +84,23 @@ _library = torch.library.Library("pyxai_bounds", "DEF")
 undispatched: dict[Any, Callable[..., Any]] = {}
 
 
+def needs_dispatcher(*tensors: Tensor) -> bool:
+    """Is something at work that must see operators: torch.compile, a dispatch mode, a transform, a tensor subclass?"""
+    return (
+        torch.compiler.is_compiling()
+        or not all(type(t) is Tensor or type(t) is Parameter for t in tensors)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def _call(operator: Any, *args: Any) -> Any:
+    """An operator inside a derivative: only a second derivative needs autograd to see it."""
+    if torch.is_grad_enabled() or needs_dispatcher(args[0]):
+        return operator(*args)
+    return undispatched[operator](*args)
+
+
 def _define(signature: str, fake: Callable[..., Any], backward: Callable, setup_context: Callable) -> Any:
     """Define one operator; its implementation is looked up in the selected backend at each call.
 
@@ -132,6 +150,14 @@ def _optional(grad: Tensor | None, like_shape: Any, like: Tensor) -> Tensor:
     return like.new_zeros(like_shape) if grad is None else grad
 
 
+def _or_zeros(grad: Tensor | None, other: Tensor | None) -> Tensor:
+    """A gradient; zeros like the other one where it is left out."""
+    if grad is not None:
+        return grad
+    assert other is not None
+    return torch.zeros_like(other)
+
+
 # --- interval_gate: lower' = a·lower, upper' = b·upper; symmetric, so it is its own adjoint ---------------
 
 
@@ -142,9 +168,7 @@ def _gate_setup(ctx: Any, inputs: tuple, output: Any) -> None:
 def _gate_adjoint(mid_grad: Tensor | None, rad_grad: Tensor | None, gate: Tensor) -> Any:
     if mid_grad is None and rad_grad is None:
         return None, None
-    mid_grad = torch.zeros_like(rad_grad) if mid_grad is None else mid_grad  # type: ignore[arg-type]
-    rad_grad = torch.zeros_like(mid_grad) if rad_grad is None else rad_grad
-    return interval_gate(mid_grad, rad_grad, gate)
+    return _call(interval_gate, _or_zeros(mid_grad, rad_grad), _or_zeros(rad_grad, mid_grad), gate)
 
 
 def _gate_backward(ctx: Any, mid_grad: Tensor, rad_grad: Tensor) -> Any:
@@ -214,8 +238,20 @@ interval_linear_weight = _define(
 )
 
 
-def _linear_weight(*args: Tensor) -> Tensor:
-    return (interval_linear_weight if _has_kernels(args[0]) else reference.interval_linear_weight)(*args)
+def _weight_gradient(name: str, grad_mid: Any, grad_rad: Any, mid: Any, rad: Any, *rest: Any) -> Tensor:
+    """A product of midpoints plus a signed one of radii; a product with a factor that is None is left out."""
+    weight = rest[0]
+    if _has_kernels(weight):
+        factors = (
+            _or_zeros(grad_mid, grad_rad),
+            _or_zeros(grad_rad, grad_mid),
+            _or_zeros(mid, rad),
+            _or_zeros(rad, mid),
+        )
+        return getattr(torch.ops.pyxai_bounds, name)(*factors, *rest)
+    # Plain PyTorch where autograd or a trace must see it.
+    seen = torch.is_grad_enabled() or needs_dispatcher(weight)
+    return getattr(reference if seen else _select(weight), name)(grad_mid, grad_rad, mid, rad, *rest)
 
 
 # --- interval_conv2d_weight: the same for convolutions -----------------------------------------------------
@@ -240,10 +276,6 @@ interval_conv2d_weight = _define(
     _conv2d_weight_backward,
     _weight_setup,
 )
-
-
-def _conv2d_weight(*args: Any) -> Tensor:
-    return (interval_conv2d_weight if _has_kernels(args[0]) else reference.interval_conv2d_weight)(*args)
 
 
 # --- interval_linear: mid' = mid·Wᵀ + b, rad' = rad·|W|ᵀ, then ReLU ----------------------------------------
@@ -276,25 +308,25 @@ def _affine_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.out_shape = output[0].shape
 
 
-def _affine_grads(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None) -> tuple[Tensor, Tensor]:
-    weight, state = ctx.saved_tensors[2:]
-    mid_grad = _optional(mid_grad, ctx.out_shape, weight)
-    rad_grad = _optional(rad_grad, ctx.out_shape, weight)
-    return _gate_adjoint(mid_grad, rad_grad, state) if ctx.relu else (mid_grad, rad_grad)
+def _affine_grads(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None) -> Any:
+    return _gate_adjoint(mid_grad, rad_grad, ctx.saved_tensors[3]) if ctx.relu else (mid_grad, rad_grad)
 
 
 def _linear_backward(ctx: Any, mid_grad: Tensor, rad_grad: Tensor, _: Any) -> Any:
     mid, rad, weight, _state = ctx.saved_tensors
     need_mid, need_rad, need_weight, need_bias = ctx.needs_input_grad[:4]
     mid_grad, rad_grad = _affine_grads(ctx, mid_grad, rad_grad)
-    if need_mid and need_rad and _has_kernels(mid_grad):
-        box_grad = interval_linear_backward(mid_grad, rad_grad, weight, None)
+    if need_mid and need_rad and _has_kernels(weight):
+        box_grad = interval_linear_backward(_or_zeros(mid_grad, rad_grad), _or_zeros(rad_grad, mid_grad), weight, None)
     else:
-        box_grad = (mid_grad @ weight if need_mid else None, rad_grad @ weight.abs() if need_rad else None)
+        box_grad = (
+            mid_grad @ weight if need_mid and mid_grad is not None else None,
+            rad_grad @ weight.abs() if need_rad and rad_grad is not None else None,
+        )
     return (
         *box_grad,
-        _linear_weight(mid_grad, rad_grad, mid, rad, weight) if need_weight else None,
-        mid_grad.sum(0) if need_bias else None,
+        _weight_gradient("interval_linear_weight", mid_grad, rad_grad, mid, rad, weight) if need_weight else None,
+        mid_grad.sum(0) if need_bias and mid_grad is not None else None,
         *(None,) * 2,
     )
 
@@ -320,7 +352,7 @@ def _data_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _gated(ctx: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     mid, rad, _, state = ctx.saved_tensors
-    return (mid, rad, None) if state is None else interval_relu_backward(mid, rad, state)
+    return (mid, rad, None) if state is None else _call(interval_relu_backward, mid, rad, state)
 
 
 def _ungate(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None, gate: Tensor | None) -> Any:
@@ -332,17 +364,19 @@ def _ungate(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None, gate: Te
 def _linear_data_backward(ctx: Any, mid_grad: Tensor, rad_grad: Tensor) -> Any:
     weight = ctx.saved_tensors[2]
     mid, rad, gate = _gated(ctx)
-    mid_grad = _optional(mid_grad, ctx.out_shape, weight)
-    rad_grad = _optional(rad_grad, ctx.out_shape, weight)
     weight_grad = None
     box_grad: Any = (None, None)
-    if ctx.needs_input_grad[2]:
-        weight_grad = _linear_weight(mid, rad, mid_grad, rad_grad, weight)
+    if ctx.needs_input_grad[2]:  # the roles of input and output gradient are exchanged
+        weight_grad = _weight_gradient("interval_linear_weight", mid, rad, mid_grad, rad_grad, weight)
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-        if _has_kernels(mid_grad):
-            box_grad = interval_linear(mid_grad, rad_grad, weight, None, False)[:2]
+        if _has_kernels(weight):
+            both = _or_zeros(mid_grad, rad_grad), _or_zeros(rad_grad, mid_grad)
+            box_grad = interval_linear(*both, weight, None, False)[:2]
         else:
-            box_grad = (mid_grad @ weight.t(), rad_grad @ weight.abs().t())
+            box_grad = (
+                None if mid_grad is None else mid_grad @ weight.t(),
+                None if rad_grad is None else rad_grad @ weight.abs().t(),
+            )
         box_grad = _ungate(ctx, box_grad[0], box_grad[1], gate)
     return *box_grad, weight_grad, *(None,) * 2
 
@@ -376,17 +410,21 @@ def _conv2d_backward(ctx: Any, mid_grad: Tensor, rad_grad: Tensor, _: Any) -> An
     need_mid, need_rad, need_weight, need_bias = ctx.needs_input_grad[:4]
     mid_grad, rad_grad = _affine_grads(ctx, mid_grad, rad_grad)
     args = ctx.args[:4]
-    if need_mid and need_rad and _has_kernels(mid_grad):
-        box_grad = interval_conv2d_backward(mid_grad, rad_grad, weight, None, ctx.input_size, *args)
+    if need_mid and need_rad and _has_kernels(weight):
+        both = _or_zeros(mid_grad, rad_grad), _or_zeros(rad_grad, mid_grad)
+        box_grad = interval_conv2d_backward(*both, weight, None, ctx.input_size, *args)
     else:
+        conv2d_input = reference.conv2d_input
         box_grad = (
-            reference.conv2d_input(mid_grad, weight, ctx.input_size, *args) if need_mid else None,
-            reference.conv2d_input(rad_grad, weight.abs(), ctx.input_size, *args) if need_rad else None,
+            conv2d_input(mid_grad, weight, ctx.input_size, *args) if need_mid and mid_grad is not None else None,
+            conv2d_input(rad_grad, weight.abs(), ctx.input_size, *args) if need_rad and rad_grad is not None else None,
         )
     return (
         *box_grad,
-        _conv2d_weight(mid_grad, rad_grad, mid, rad, weight, *args) if need_weight else None,
-        mid_grad.sum((0, 2, 3)) if need_bias else None,
+        _weight_gradient("interval_conv2d_weight", mid_grad, rad_grad, mid, rad, weight, *args)
+        if need_weight
+        else None,
+        mid_grad.sum((0, 2, 3)) if need_bias and mid_grad is not None else None,
         *(None,) * 6,
     )
 
@@ -406,22 +444,21 @@ interval_conv2d = _define(
 def _conv2d_data_backward(ctx: Any, mid_grad: Tensor, rad_grad: Tensor) -> Any:
     weight = ctx.saved_tensors[2]
     mid, rad, gate = _gated(ctx)
-    mid_grad = _optional(mid_grad, ctx.out_shape, weight)
-    rad_grad = _optional(rad_grad, ctx.out_shape, weight)
     # In the box's own order: the results are gated in it, and channels-last convolutions are the faster ones.
-    mid_grad, rad_grad = dense(mid, mid_grad, rad_grad)[1:]
+    mid_grad, rad_grad = (None if grad is None else dense(mid, grad)[1] for grad in (mid_grad, rad_grad))
     args = ctx.args[1:5]
     weight_grad = None
     box_grad: Any = (None, None)
     if ctx.needs_input_grad[2]:  # the roles of input and output gradient are exchanged
-        weight_grad = _conv2d_weight(mid, rad, mid_grad, rad_grad, weight, *args)
+        weight_grad = _weight_gradient("interval_conv2d_weight", mid, rad, mid_grad, rad_grad, weight, *args)
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-        if _has_kernels(mid_grad):
-            box_grad = interval_conv2d(mid_grad, rad_grad, weight, None, *args, False)[:2]
+        if _has_kernels(weight):
+            both = _or_zeros(mid_grad, rad_grad), _or_zeros(rad_grad, mid_grad)
+            box_grad = interval_conv2d(*both, weight, None, *args, False)[:2]
         else:
             box_grad = (
-                torch.conv2d(mid_grad, weight, None, *args),
-                torch.conv2d(rad_grad, weight.abs(), None, *args),
+                None if mid_grad is None else torch.conv2d(mid_grad, weight, None, *args),
+                None if rad_grad is None else torch.conv2d(rad_grad, weight.abs(), None, *args),
             )
         box_grad = _ungate(ctx, box_grad[0], box_grad[1], gate)
     return *box_grad, weight_grad, *(None,) * 7

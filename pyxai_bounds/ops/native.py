@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -185,8 +186,29 @@ def interval_conv2d_backward(
     return reference.interval_conv2d_backward(mid, rad, weight, None, *args, rounding, _STAGES)
 
 
-interval_linear_weight = reference.interval_linear_weight
-interval_conv2d_weight = reference.interval_conv2d_weight
+def interval_linear_weight(
+    grad_mid: Tensor | None, grad_rad: Tensor | None, mid: Tensor | None, rad: Tensor | None, weight: Tensor
+) -> Tensor:
+    of_mid = None if grad_mid is None or mid is None else grad_mid.t() @ mid
+    of_rad = None if grad_rad is None or rad is None else grad_rad.t() @ rad
+    return signed_sum(of_mid, of_rad, weight)
+
+
+def interval_conv2d_weight(*args: Any) -> Tensor:
+    return reference.interval_conv2d_weight(*args, signed_sum=signed_sum)
+
+
+def signed_sum(of_mid: Tensor | None, of_rad: Tensor | None, weight: Tensor) -> Tensor:
+    """``reference.signed_sum``, in one pass over memory; overwrites ``of_rad``."""
+    if of_rad is None:
+        return reference.signed_sum(of_mid, None, weight)
+    order, *parts = dense(of_rad, weight, *(t for t in (of_mid,) if t is not None))
+    _boxes(order, *parts)
+    _module().signed_sum(
+        order.element_size(), order.numel(), parts[1].data_ptr() if len(parts) > 1 else 0, order.data_ptr(),
+        parts[0].data_ptr(), order.data_ptr(),
+    )  # fmt: skip
+    return order
 
 
 def interval_scale_shift(

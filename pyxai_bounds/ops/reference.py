@@ -104,9 +104,24 @@ def interval_linear_backward(
     return interval_linear(mid, rad, weight.t(), None, False, rounding, stages)[:2]
 
 
-def interval_linear_weight(grad_mid: Tensor, grad_rad: Tensor, mid: Tensor, rad: Tensor, weight: Tensor) -> Tensor:
-    """Gradient of ``interval_linear`` in the weight: gradᵀ·mid + sign(W) ⊙ (grad_radᵀ·rad)."""
-    return grad_mid.t() @ mid + weight.sign() * (grad_rad.t() @ rad)
+def interval_linear_weight(
+    grad_mid: Tensor | None, grad_rad: Tensor | None, mid: Tensor | None, rad: Tensor | None, weight: Tensor
+) -> Tensor:
+    """Gradient of ``interval_linear`` in the weight: gradᵀ·mid + sign(W) ⊙ (grad_radᵀ·rad).
+
+    A product with a factor that is None, which stands for zeros, is left out.
+    """
+    of_mid = None if grad_mid is None or mid is None else grad_mid.t() @ mid
+    of_rad = None if grad_rad is None or rad is None else grad_rad.t() @ rad
+    return signed_sum(of_mid, of_rad, weight)
+
+
+def signed_sum(of_mid: Tensor | None, of_rad: Tensor | None, weight: Tensor) -> Tensor:
+    """of_mid + sign(weight) ⊙ of_rad, which are two parts of a gradient; None stands for zeros."""
+    if of_rad is None:
+        return torch.zeros_like(weight) if of_mid is None else of_mid
+    signed = weight.sign() * of_rad
+    return signed if of_mid is None else of_mid + signed
 
 
 def interval_conv2d(
@@ -170,20 +185,25 @@ def interval_conv2d_backward(
 
 
 def interval_conv2d_weight(
-    grad_mid: Tensor,
-    grad_rad: Tensor,
-    mid: Tensor,
-    rad: Tensor,
+    grad_mid: Tensor | None,
+    grad_rad: Tensor | None,
+    mid: Tensor | None,
+    rad: Tensor | None,
     weight: Tensor,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    signed_sum: Callable[..., Tensor] = signed_sum,
 ) -> Tensor:
-    """Gradient of ``interval_conv2d`` in the weight: the convolution's at midpoints, plus sign(W) ⊙ its at radii."""
-    args = (stride, padding, dilation, groups)
-    grad = conv2d_weight(grad_mid, mid, weight, *args) + weight.sign() * conv2d_weight(grad_rad, rad, weight, *args)
-    return grad.contiguous(memory_format=memory_format(weight))
+    """Gradient of ``interval_conv2d`` in the weight: the convolution's at midpoints, plus sign(W) ⊙ its at radii.
+
+    A part with a factor that is None, which stands for zeros, is left out.
+    """
+    args = (weight, stride, padding, dilation, groups)
+    of_mid = None if grad_mid is None or mid is None else conv2d_weight(grad_mid, mid, *args)
+    of_rad = None if grad_rad is None or rad is None else conv2d_weight(grad_rad, rad, *args)
+    return signed_sum(of_mid, of_rad, weight).contiguous(memory_format=memory_format(weight))
 
 
 BLOCK = 160  # terms that a convolution sums in one go when it is rounded outward

@@ -24,6 +24,8 @@ struct Stages {
     // The factors of an outward-rounded affine operator; the constants are those of pyxai_bounds/rounding.py.
     void (*widen)(std::int64_t n, const T* mid, const T* rad, T on_mid, T on_rad, T least, T* out);
     void (*magnitude)(std::int64_t n, const T* weight, T least, T* out);
+    // a + sign(weight)·b, the two parts of a weight's gradient. `a` may be null, for zeros.
+    void (*signed_sum)(std::int64_t n, const T* a, const T* b, const T* weight, T* out);
     // A few boxes through x ↦ x·Wᵀ + bias and g ↦ g·W; weight is [m, n]. All contiguous, outputs apart from inputs.
     // `bias` may be null.
     void (*linear)(std::int64_t batch, std::int64_t n, std::int64_t m, const T* mid, const T* rad, const T* weight,
