@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.__main__ import COLUMNS, row, say
-from bench.measure import _status, interleaved, percentiles
+from bench.fresh import status
+from bench.measure import interleaved, percentiles
+from bench.rows import COLUMNS, row, say
 from pyxai_bounds import ops
 from pyxai_bounds.ops import reference
 
@@ -164,9 +165,9 @@ def own_peak(name: str, kind: str, n: int, dtype: torch.dtype) -> int:
     ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as reset:
         reset.write("5")  # VmHWM starts again at the present VmRSS
-    before = _status("VmRSS")
+    before = status("VmRSS")
     CONTENDERS[name](*box)
-    return _status("VmHWM") - before
+    return status("VmHWM") - before
 
 
 def main() -> int:
