@@ -33,7 +33,12 @@ def main() -> int:
     parser.add_argument(
         "--check", type=Path, metavar="CSV", help="measure quickly, compare with this table, and write nothing"
     )
+    parser.add_argument("--from-csv", type=Path, metavar="CSV", help="print this table as Markdown, and its figures")
     options = parser.parse_args()
+    if options.from_csv is not None:
+        print(figures.markdown(measured := read(options.from_csv)))
+        print(f"\n{figures.table(measured)}")
+        return 0
     options.quick |= options.check is not None
     rows: list[Row] = []
     refused: list[str] = []

@@ -70,3 +70,21 @@ FIGURES = [
 
 def table(rows: list[Row]) -> str:
     return "\n".join([f"{'figure':62}{'wanted':8}reached", *(figure.line(rows) for figure in FIGURES)])
+
+
+def markdown(rows: list[Row]) -> str:
+    """Milliseconds (p50) by network and contender for each operation, and MiB of the training step."""
+    parts = []
+    for op, column, unit in (("certify", "p50", 1e3), ("train", "p50", 1e3), ("train", "peak_bytes", 2**-20)):
+        some = [entry for entry in rows if entry["op"] == op and entry[column] != ""]
+        if not some:
+            continue
+        backends = list(dict.fromkeys(entry["backend"].split()[0] for entry in some))
+        lines = [f"{op}, {'MiB' if column == 'peak_bytes' else 'ms'} | " + " | ".join(backends)]
+        lines.append("---|" * len(backends) + "---")
+        for shape in dict.fromkeys(entry["shape"] for entry in some):
+            values = [find(some, op, shape, backend, column) for backend in backends]
+            cells = ["–" if value is None else f"{unit * value:.3g}" for value in values]
+            lines.append(" | ".join([shape, *cells]))
+        parts.append("\n".join(f"| {line} |" for line in lines))
+    return "\n\n".join(parts)

@@ -33,10 +33,13 @@ def regularizer() -> ModuleType:
     return script
 
 
-def gradient_bounds(model: nn.Sequential, x: Tensor, eps: float, target: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+def gradient_bounds(
+    model: nn.Sequential, x: Tensor, eps: float, target: Tensor, *, gamma: float = 0.0
+) -> Callable[[], tuple[Tensor, Tensor]]:
     """A function that returns lower and upper ends of d logit[target] / d x, differentiable in the parameters.
 
-    Raises ImportError without the library, NotImplementedError for layers that it does not know.
+    ``gamma`` is the radius of the box of every weight and bias. Raises ImportError without the library,
+    NotImplementedError for layers that it does not know.
     """
     script = regularizer()
     for layer in model:
@@ -48,10 +51,10 @@ def gradient_bounds(model: nn.Sequential, x: Tensor, eps: float, target: Tensor)
     def run() -> tuple[Tensor, Tensor]:
         boxes = [(x - eps, x + eps)]
         for layer in layers:
-            boxes.append(script.propagate_module_forward(layer, *boxes[-1], 0.0))
+            boxes.append(script.propagate_module_forward(layer, *boxes[-1], gamma))
         lower = upper = torch.nn.functional.one_hot(target, last.out_features).to(x.dtype)
         for layer, box in zip(reversed(model), reversed(boxes), strict=True):
-            lower, upper = script.propagate_module_backward(layer, lower, upper, *box, 0.0)
+            lower, upper = script.propagate_module_backward(layer, lower, upper, *box, gamma)
         return lower, upper
 
     return run

@@ -26,9 +26,11 @@ def gradient_bounds(
     With ``any_label`` the label is an argument, as it is for the engine.
     Raises ImportError without the library, NotImplementedError for what crashes in it.
     """
-    from auto_LiRPA import BoundedModule, BoundedTensor
-    from auto_LiRPA.jacobian import JacobianOP
-    from auto_LiRPA.perturbations import PerturbationLpNorm
+    with warnings.catch_warnings():  # it still compiles functions by torch.jit.script
+        warnings.simplefilter("ignore")
+        from auto_LiRPA import BoundedModule, BoundedTensor
+        from auto_LiRPA.jacobian import JacobianOP
+        from auto_LiRPA.perturbations import PerturbationLpNorm
 
     if len(x) > 1 and not any_label:
         raise NotImplementedError("the label is built in, so that it takes one image at a time")
