@@ -64,7 +64,8 @@ def run_case(case: Case, quick: bool, refused: list[str]) -> list[Row]:
     contenders: dict[tuple[str, str], Contender] = {}
     say(f"{case.name}: the tuned loop in float64")
     truth = measure.truth(case)
-    torch._dynamo.reset()
+    if not quick:
+        torch._dynamo.reset()  # the last case's compiled loops
     for backend, kind in CONTENDERS.items():
         if quick and not kind.quick:
             continue

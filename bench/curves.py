@@ -127,7 +127,7 @@ def measure_axis(axis: str, values: tuple[int, ...], memory: bool) -> list[Row]:
         agree(case, contenders)
         gc.collect()
         for op in OPS:
-            times = measure.interleaved({b: steps(one)[op] for b, one in contenders.items()}, seconds=0.4, rounds=4)
+            times = measure.interleaved({b: steps(one)[op] for b, one in contenders.items()}, seconds=0.4, rounds=3)
             for backend in BACKENDS:
                 peak = peaks.get(backend, {}).get((op, value), "")
                 rows.append(row(op, case.name, backend, measure.percentiles(times[backend]), peak))
