@@ -212,9 +212,8 @@ def _products(layer: Any, inputs: torch.Size, outputs: torch.Size, layout: torch
 
 def outcome(case: Case, one: Contender) -> dict[str, list[Tensor]]:
     """Midpoint and radius, and the parameters' gradients (0 where there is none) if it trains."""
-    mid, rad = one.bounds()
-    if one.ends:
-        mid, rad = (mid + rad) / 2, (rad - mid) / 2
+    first, second = one.bounds()
+    mid, rad = ((first + second) / 2, (second - first) / 2) if one.ends else (first, second)
     found = {"mid": [mid], "rad": [rad]}
     if one.step is not None:
         one.step()

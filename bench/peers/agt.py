@@ -49,6 +49,12 @@ def gradient_bounds(
     assert isinstance(last, nn.Linear)
 
     def run() -> tuple[Tensor, Tensor]:
+        # The script multiplies a weight by a batch of columns. While nothing is recorded, PyTorch copies the weight for
+        # each of them: ten times slower at 64 images than what it does while recording.
+        with torch.set_grad_enabled(torch.is_grad_enabled() or len(x) > 1):
+            return bound()
+
+    def bound() -> tuple[Tensor, Tensor]:
         boxes = [(x - eps, x + eps)]
         for layer in layers:
             boxes.append(script.propagate_module_forward(layer, *boxes[-1], gamma))
