@@ -62,8 +62,8 @@ def peak(name: str, backend: str, layout: str) -> int:
     return growth(step)
 
 
-def growth(step: Step) -> int:
-    """Growth of the resident set over three calls, in bytes.
+def growth(step: Step, calls: int = 3) -> int:
+    """Growth of the resident set over that many calls, in bytes.
 
     Counts everything that they touch: tensors, oneDNN's scratch space, a backend's own buffers, the parameters'
     gradients. Freed heap is handed back first, or its reuse would not show.
@@ -73,7 +73,7 @@ def growth(step: Step) -> int:
         with open("/proc/self/clear_refs", "w") as reset:
             reset.write("5")  # VmHWM starts again at the present VmRSS
     before = status("VmRSS")
-    for _ in range(3):
+    for _ in range(calls):
         step()
     return status("VmHWM") - before
 
