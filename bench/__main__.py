@@ -97,7 +97,7 @@ def run_case(case: Case, quick: bool, refused: list[str]) -> list[Row]:
         both = {key: one.bounds if op == "certify" else one.step for key, one in contenders.items()}
         steps = {key: step for key, step in both.items() if step is not None}
         gc.collect()
-        times = measure.interleaved(steps, seconds=0.2 if quick else 1.5, rounds=3 if quick else 9)
+        times = measure.interleaved(steps, seconds=0.4 if quick else 1.5, rounds=5 if quick else 9)
         for backend in CONTENDERS:
             spans = {layout: measure.percentiles(t) for (name, layout), t in times.items() if name == backend}
             if not spans:
