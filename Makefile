@@ -10,7 +10,7 @@ installed := .venv/.installed
 sources := pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 checked_cpp := $(filter %.h %.cpp %.cu,$(sources))
 
-.PHONY: install demo test lint bench bench-check wheel gpu-check
+.PHONY: install demo test lint bench bench-check bench-curves wheel gpu-check
 .DEFAULT_GOAL := install
 .DELETE_ON_ERROR:
 
@@ -41,6 +41,10 @@ lint: $(installed)
 
 bench: $(installed)
 	$(bin)/python -m bench
+
+# Other libraries take part where they can be imported: bench/peers/__init__.py says how.
+bench-curves: $(installed)
+	$(bin)/python -m bench.curves
 
 bench-check: $(installed)
 	$(bin)/python -m bench --check bench/results/cpu/gradient_bounds.csv

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 
 import pyxai_bounds as xb
 from bench import measure, models
-from bench.__main__ import COLUMNS, commit, triton
 from bench.measure import Case, Contender
+from bench.rows import COLUMNS, commit, triton
 from pyxai_bounds import ops
 from pyxai_bounds.ops.replay import Replay
 

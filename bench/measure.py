@@ -1,16 +1,14 @@
-"""Compares and times the ways to bound a gradient: the engine, the eager loop, its compiled form, a floor of GEMMs.
+"""Ways to bound a gradient, made comparable: the engine, hand-written loops, the least that a GEMM library can do.
 
-``python -m bench.measure CASE BACKEND LAYOUT`` prints the peak memory of one training step, measured in that process.
+``contenders.py`` lists them; here they are built, compared and timed.
 """
 
 from __future__ import annotations
 
 import copy
-import ctypes
 import functools
+import math
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench import models
-from bench.eager import gradient_bounds
+from bench.eager import gradient_bounds as tuned_bounds
+from bench.peers.plain import gradient_bounds as plain_bounds
 
 Step = Callable[[], Any]
 EPS = 1 / 255
@@ -45,29 +44,31 @@ class Case:
         return self.x.contiguous(memory_format=LAYOUTS[layout])
 
 
-CASES = {
-    "n4 B32": (models.n4, 32),
-    "mlp B1": (models.mlp, 1),
-    "mlp B64": (models.mlp, 64),
-    "residual B32": (models.residual, 32),
+IMAGE = (3, 32, 32)
+CASES: dict[str, tuple[Callable[[], nn.Sequential], int, tuple[int, ...]]] = {
+    "n4 B32": (models.n4, 32, IMAGE),
+    "n4 B1": (models.n4, 1, IMAGE),
+    "mlp B1": (models.mlp, 1, (784,)),
+    "mlp B64": (models.mlp, 64, (784,)),
+    "residual B32": (models.residual, 32, IMAGE),
 }
 
 
-def make_case(name: str) -> Case:
-    build, batch = CASES[name]
+def make_case(name: str, build: Callable[[], nn.Sequential], batch: int, shape: tuple[int, ...]) -> Case:
     model = build()
     generator = torch.Generator().manual_seed(1)
-    shape = (batch, 784) if build is models.mlp else (batch, 3, 32, 32)
-    x = torch.rand(shape, generator=generator)
+    x = torch.rand((batch, *shape), generator=generator)
     return Case(name, model, x, torch.randint(10, (batch,), generator=generator))
 
 
 @dataclass
 class Contender:
-    """``bounds`` returns (mid, rad) and is certify's work; ``step`` leaves gradients in the parameters."""
+    """``bounds`` is certify's work and returns (mid, rad), or (lower, upper) where ``ends``; ``step`` leaves gradients
+    in the parameters, and is None where it cannot train."""
 
     bounds: Step
-    step: Step
+    step: Step | None
+    ends: bool = False
 
 
 def _loss(model: nn.Module, x: Tensor, target: Tensor, width: Tensor) -> Tensor:
@@ -87,8 +88,19 @@ def _contender(model: nn.Module, bounds: Step, loss: Step) -> Contender:
 
 
 def eager(case: Case, layout: str, compiled: bool = False) -> Contender:
+    """The tuned loop."""
+    return _loop(
+        case, layout, functools.partial(tuned_bounds, case.model, channels_last=layout == "channels-last"), compiled
+    )
+
+
+def plain(case: Case, layout: str, compiled: bool = False) -> Contender:
+    """The loop as it is usually written."""
+    return _loop(case, layout, functools.partial(plain_bounds, case.model), compiled)
+
+
+def _loop(case: Case, layout: str, run: Callable[..., tuple[Tensor, Tensor]], compiled: bool) -> Contender:
     x = case.input(layout)
-    run = functools.partial(gradient_bounds, case.model, channels_last=layout == "channels-last")
 
     def bounds(x: Tensor, rad: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         return run(x, rad, target)
@@ -98,7 +110,6 @@ def eager(case: Case, layout: str, compiled: bool = False) -> Contender:
 
     if compiled:
         # One graph or an error: pieces with eager code between them would be a weaker opponent than it looks.
-        torch._dynamo.reset()
         bounds, loss = (torch.compile(function, dynamic=False, fullgraph=True) for function in (bounds, loss))
     # The box is built inside the clock, as the engine's is.
     return _contender(
@@ -106,6 +117,19 @@ def eager(case: Case, layout: str, compiled: bool = False) -> Contender:
         lambda: bounds(x, torch.full_like(x, EPS), case.target),
         lambda: loss(x, torch.full_like(x, EPS), case.target),
     )
+
+
+def peer(case: Case, layout: str, make: Callable[..., Step], trains: bool) -> Contender:
+    """Another library: ``make(model, x, eps, target)`` returns a function that returns lower and upper ends."""
+    x = case.input(layout)
+    ends = make(case.model, x, EPS, case.target)
+
+    def loss() -> Tensor:
+        lower, upper = ends()
+        return _loss(case.model, x, case.target, upper - lower)
+
+    one = _contender(case.model, ends, loss)
+    return Contender(one.bounds, one.step if trains else None, ends=True)
 
 
 def engine(case: Case, layout: str, backend: str) -> Contender:
@@ -186,20 +210,15 @@ def _products(layer: Any, inputs: torch.Size, outputs: torch.Size, layout: torch
     ]
 
 
-def contender(case: Case, backend: str, layout: str) -> Contender:
-    if backend in ("native", "reference"):
-        return engine(case, layout, backend)
-    if backend == "floor":
-        return floor(case, layout)
-    return eager(case, layout, compiled=backend == "compiled")
-
-
 def outcome(case: Case, one: Contender) -> dict[str, list[Tensor]]:
-    """Midpoint and radius, and the parameters' gradients (0 where there is none)."""
-    one.step()
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in case.model.parameters()]
-    mid, rad = one.bounds()
-    return {"mid": [mid], "rad": [rad], "grad": grads}
+    """Midpoint and radius, and the parameters' gradients (0 where there is none) if it trains."""
+    first, second = one.bounds()
+    mid, rad = ((first + second) / 2, (second - first) / 2) if one.ends else (first, second)
+    found = {"mid": [mid], "rad": [rad]}
+    if one.step is not None:
+        one.step()
+        found["grad"] = [torch.zeros_like(p) if p.grad is None else p.grad for p in case.model.parameters()]
+    return found
 
 
 def truth(case: Case) -> dict[str, list[Tensor]]:
@@ -215,7 +234,7 @@ def disagreement(found: dict[str, list[Tensor]], true: dict[str, list[Tensor]]) 
     of their ReLU differs between any two float32 evaluations.
     """
     return {
-        name: max(_relative(a, b) for a, b in zip(found[name], true[name], strict=True)) for name in true
+        name: max(_relative(a, b) for a, b in zip(found[name], true[name], strict=True)) for name in found
     }  # fmt: skip
 
 
@@ -225,22 +244,37 @@ def _relative(a: Tensor, b: Tensor) -> float:
 
 
 def interleaved(steps: dict[Any, Step], seconds: float, rounds: int) -> dict[Any, list[float]]:
-    """Seconds per call. One call of each in turn, so that a drift of the machine meets all alike.
+    """Seconds per call. Each in its turn, so that a drift of the machine meets all alike.
 
-    Runs at least ``rounds`` rounds and at most 30, until ``seconds`` per contender have passed.
+    A turn is one call, or as many as fill 5 ms after one that is not timed: a short call would otherwise meet the
+    caches as the contender before left them, which nobody who calls it in a loop would. At least ``rounds`` rounds
+    and at most 100, until ``seconds`` per contender have passed.
     """
-    for step in steps.values():
+    calls: dict[Any, int] = {}
+    for key, step in steps.items():
         step()
+        calls[key] = int(TURN / _elapsed(step, 1))
     times: dict[Any, list[float]] = {key: [] for key in steps}
     start = time.perf_counter()
-    for index in range(30):
+    for index in range(100):
         if index >= rounds and time.perf_counter() - start > seconds * len(steps):
             break
         for key, step in steps.items():
-            before = time.perf_counter()
-            step()
-            times[key].append(time.perf_counter() - before)
+            if calls[key]:
+                step()
+            times[key].append(_elapsed(step, max(1, calls[key])))
     return times
+
+
+TURN = 5e-3  # seconds
+
+
+def _elapsed(step: Step, calls: int) -> float:
+    """Seconds per call."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        step()
+    return (time.perf_counter() - start) / calls
 
 
 def percentiles(times: list[float]) -> tuple[float, float, float]:
@@ -248,39 +282,7 @@ def percentiles(times: list[float]) -> tuple[float, float, float]:
     return tenths[1], statistics.median(times), tenths[7]
 
 
-def peak_bytes(name: str, backend: str, layout: str) -> int:
-    """Peak memory of a training step, from a process of its own."""
-    command = [sys.executable, "-m", "bench.measure", name, backend, layout]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    return int(result.stdout.split()[-1])
-
-
-def _own_peak(name: str, backend: str, layout: str) -> int:
-    """Growth of the resident set over three training steps, in bytes.
-
-    Counts everything the steps touch: tensors, oneDNN's scratch space, a backend's own buffers, the parameters'
-    gradients. What a first step at another batch size (1, or 2 where the batch is 1) loads and keeps lies in the
-    baseline. Freed heap is handed back first, or its reuse would not show.
-    """
-    case = make_case(name)
-    few = torch.arange(2 if len(case.x) == 1 else 1) % len(case.x)
-    contender(Case(name, case.model, case.x[few], case.target[few]), backend, layout).step()
-    case.model.zero_grad(set_to_none=True)
-    one = contender(case, backend, layout)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
-        with open("/proc/self/clear_refs", "w") as reset:
-            reset.write("5")  # VmHWM starts again at the present VmRSS
-    before = _status("VmRSS")
-    for _ in range(3):
-        one.step()
-    return _status("VmHWM") - before
-
-
-def _status(field: str) -> int:
-    with open("/proc/self/status") as status:
-        return next(1024 * int(line.split()[1]) for line in status if line.startswith(field))
-
-
-if __name__ == "__main__":
-    print(_own_peak(*sys.argv[1:]))
+def exponent(sizes: list[float], costs: list[float]) -> float:
+    """p of the power law cost ∝ size^p that fits best, by least squares on logarithms."""
+    x, y = ([math.log(value) for value in values] for values in (sizes, costs))
+    return statistics.linear_regression(x, y).slope

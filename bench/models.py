@@ -63,15 +63,16 @@ def mlp() -> nn.Sequential:
     return nn.Sequential(*layers).eval()
 
 
-def n4() -> nn.Sequential:
-    """Four convolutions and two linear layers; input [B, 3, 32, 32]."""
+def n4(width: int = 1, pixels: int = 32) -> nn.Sequential:
+    """Four convolutions and two linear layers, ``width`` times as wide; input [B, 3, pixels, pixels]."""
     torch.manual_seed(0)
+    a, b = 32 * width, 64 * width
     return nn.Sequential(
-        nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(),
-        nn.Conv2d(32, 64, 4, stride=2, padding=1), nn.ReLU(),
-        nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(),
-        nn.Conv2d(64, 64, 4, stride=2, padding=1), nn.ReLU(),
-        nn.Flatten(), nn.Linear(4096, 256), nn.ReLU(), nn.Linear(256, 10),
+        nn.Conv2d(3, a, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(a, b, 4, stride=2, padding=1), nn.ReLU(),
+        nn.Conv2d(b, b, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(b, b, 4, stride=2, padding=1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(b * (pixels // 4) ** 2, 256 * width), nn.ReLU(), nn.Linear(256 * width, 10),
     ).eval()  # fmt: skip
 
 
@@ -100,6 +101,26 @@ def residual(width: int = 32) -> nn.Sequential:
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, 10),
     ).eval()  # fmt: skip
     return _with_statistics(model)
+
+
+def chain(depth: int, width: int = 32) -> nn.Sequential:
+    """A stem, (depth − 2) / 2 equal residual blocks and a linear layer; input [B, 3, H, W].
+
+    Each block adds a tenth of its convolutions' output, so that bounds stay finite at any depth.
+    """
+    if depth < 4 or depth % 2:
+        raise ValueError(f"depth must be an even number from 4 on, not {depth}.")
+    torch.manual_seed(0)
+    blocks = [ResidualBlock(width, width) for _ in range((depth - 2) // 2)]
+    model = nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(), *blocks,
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10),
+    ).eval()  # fmt: skip
+    _with_statistics(model)
+    with torch.no_grad():
+        for block in blocks:
+            block.main[-1].weight.mul_(0.1)  # type: ignore[operator]
+    return model
 
 
 def resnet18(width: int = 64) -> nn.Sequential:

@@ -1,6 +1,6 @@
-"""The engine against the hand-written eager loop of bench/: the same bounds and the same parameter gradients.
+"""The engine and the plain loop against the tuned eager loop of bench/: the same bounds and parameter gradients.
 
-The two share no code. float64, relative 1e-9.
+The three share no code. float64, relative 1e-9.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import pyxai_bounds as xb
 from bench import eager, models
+from bench.peers import plain
 from tests.networks import images, mlp, residual
 
 NETWORKS = {
@@ -60,6 +61,52 @@ def test_bounds_and_parameter_gradients_equal_the_eager_loops(name: str, channel
     for parameter in mine:
         assert_close(mine[parameter], other[parameter], parameter)
     assert sum(grad.norm() > 0 for grad in mine.values()) >= len(mine) / 2 - 1
+
+
+PLAIN = {
+    **NETWORKS,
+    "chain": (lambda: models.chain(6, width=4), (3, 8, 8)),
+    "pre-activation": (lambda: models.wrn16_4(width=2), (3, 16, 16)),
+    "odd sizes": (lambda: strided(), (3, 9, 11)),
+}
+
+
+def strided() -> nn.Sequential:
+    """Strides that cut off a border, dilation and groups; two linear layers without a ReLU between them."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, stride=2), nn.ReLU(), nn.Conv2d(6, 4, 2, stride=3, padding=1, dilation=2, groups=2),
+        nn.Flatten(), nn.Linear(16, 7), nn.ReLU(), nn.Linear(7, 6, bias=False), nn.Linear(6, 10),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_the_plain_loop_equals_the_engine_and_the_tuned_loop(name: str) -> None:
+    make, shape = PLAIN[name]
+    model, x, target = make().double(), images(2, shape=shape), torch.tensor([3, 7])
+    box = xb.Interval.linf(x, EPS)
+    found = plain.gradient_bounds(model, box.mid, box.rad, target)
+    engine = xb.bound(xb.explain.gradient(model))(box, target)
+    others = {"engine": (engine.mid, engine.rad)}
+    if name != "odd sizes":  # the tuned loop takes no linear layer behind the last ReLU but the last one
+        others["tuned"] = eager.gradient_bounds(model, box.mid, box.rad, target)
+    assert found[1].max() > 0
+    mine = gradients(model, loss_of(*found))
+    for other, bounds in others.items():
+        # Of the radius, from which the midpoint is formed: in a deep network it is far smaller.
+        assert (found[0] - bounds[0]).norm() <= 1e-9 * (bounds[0].norm() + bounds[1].norm()), other
+        assert_close(found[1], bounds[1], other)
+        theirs = gradients(model, loss_of(*bounds))
+        for parameter in mine:
+            assert_close(mine[parameter], theirs[parameter], f"{other}: {parameter}")
+
+
+def test_the_plain_loop_says_what_it_does_not_know() -> None:
+    x, target = torch.zeros(1, 4), torch.tensor([0])
+    with pytest.raises(ValueError, match="must end in a linear layer"):
+        plain.gradient_bounds(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), x, x, target)
+    with pytest.raises(ValueError, match="does not know Tanh"):
+        plain.gradient_bounds(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), x, x, target)
 
 
 SMALL = {

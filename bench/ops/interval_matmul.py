@@ -7,8 +7,6 @@ process, the contenders by turns; peak memory is the growth of the resident set 
 from __future__ import annotations
 
 import argparse
-import csv
-import ctypes
 import functools
 import statistics
 import subprocess
@@ -20,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.__main__ import COLUMNS, row, say
-from bench.measure import _status, interleaved, percentiles
+from bench.fresh import growth
+from bench.measure import interleaved, percentiles
+from bench.rows import row, say, write
 from pyxai_bounds import ops
 from pyxai_bounds.ops import reference
 
@@ -161,12 +160,7 @@ def own_peak(name: str, kind: str, n: int, dtype: torch.dtype) -> int:
     """Growth of the resident set over one product, results included, after a small one loaded what stays loaded."""
     CONTENDERS[name](*make(64, kind, dtype))
     box = make(n, kind, dtype)
-    ctypes.CDLL(None).malloc_trim(0)
-    with open("/proc/self/clear_refs", "w") as reset:
-        reset.write("5")  # VmHWM starts again at the present VmRSS
-    before = _status("VmRSS")
-    CONTENDERS[name](*box)
-    return _status("VmHWM") - before
+    return growth(functools.partial(CONTENDERS[name], *box), calls=1)
 
 
 def main() -> int:
@@ -184,12 +178,7 @@ def main() -> int:
         for kind in KINDS:
             run(n, kind, torch.float32, rows, options.quick)
     run(512 if options.quick else 1024, "straddling", torch.float64, rows, options.quick)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with open(options.out, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    say(f"wrote {options.out}")
+    write(options.out, rows)
     return 0
 
 
