@@ -154,11 +154,11 @@ objectives at equal, small budgets, not at their best: [recipes.md](recipes.md) 
 ## What was compared
 """
 
-_COLUMNS_EXPLAINED = """All: Adam, cosine learning rate to 0, gradient norm ≤ 5; cross entropy alone in the
-natural epochs, then the objective with eps growing linearly over half of what is left; one thread. `cnn7-identity` has
+_COLUMNS_EXPLAINED = """All: Adam, cosine learning rate to 0, gradient norm ≤ 5; cross entropy alone in the natural
+epochs, then the objective with eps growing linearly over half of what is left; one thread. `cnn7-identity` has
 the five convolutions and two linear layers of `cnn7`, narrower, starts near the identity and has centred logits: so
-many trainings of the wide one would take hours. The convolutional networks get fewer epochs than the
-others for the same reason.
+many trainings of the wide one would take hours. The convolutional networks get fewer epochs than the others for the
+same reason.
 
 * *accuracy*, *cosine* (mean same-class cosine of the explanations), *unstable* (share of unstable ReLUs at the first
   radius), *commonest* (`commonest_top_share`) and the certificates are about all held-out samples. The certificates are
@@ -306,10 +306,13 @@ def _reading(table: Table) -> list[str]:
         if clear:
             sure = max(clear, key=lambda runs: (runs.mean("certified_top5_1"), runs.mean("accuracy")))
             right = max(clear, key=lambda runs: (runs.mean("accuracy"), runs.mean("certified_top5_1")))
-            text += f"Of these, {_described(sure)} certifies most"
-            text += " and is the most accurate" if sure is right else f"; {_described(right)} is the most accurate"
-            on = [f"`{name}`" for name in frontier(clear)]
-            text += f"; on the frontier: {', '.join(on)}. "
+            if sure is right:
+                text += f"Of these, {_described(sure)} certifies most and is the most accurate; "
+            else:
+                text += f"Of these, {_described(sure)} certifies most; {_described(right)} is the most accurate; "
+            text += f"on the frontier: {', '.join(f'`{name}`' for name in frontier(clear))}. "
+            if not sure.mean("certified_top5_1"):
+                text += "None of these certifies anything at the first radius. "
         by_trap: dict[str, list[str]] = {}
         for name, reasons in caught.items():
             if reasons:
@@ -401,8 +404,8 @@ def plot(table: Table, picture: Path) -> None:
                 ax.axhline(baseline.mean("accuracy"), color="#808285", linewidth=1, linestyle=":")
             ax.set_title(f"{pair[0]}, {pair[1]}", fontsize=9)
             ax.set_xlim(-0.04, 1.04)
-            low = min(runs.mean("accuracy") for runs in [*shown, *([baseline] if baseline else [])])
-            ax.set_ylim(min(low - 0.01, 0.9), 1.002)
+            lowest = min((runs.mean("accuracy") for runs in shown), default=1.0)
+            ax.set_ylim(min(lowest - 0.01, 0.9), 1.002)
             ax.tick_params(labelsize=8)
             for side in ("top", "right"):
                 ax.spines[side].set_visible(False)
