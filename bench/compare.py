@@ -280,7 +280,11 @@ def main(arguments: Sequence[str] | None = None, plans: Sequence[Plan] = tuple(P
             forget(results, jobs)
         jobs = missing(results, jobs)
         failures = run(jobs, options.jobs, results)
-    comparison_page.write(read(results) if results.exists() else [], docs)
+    rows = read(results) if results.exists() else []
+    if rows:
+        comparison_page.write(rows, docs)
+    elif not failures:
+        raise SystemExit(f"{results} has no rows to write a page from: run python -m bench.compare without --page.")
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
     return 1 if failures else 0
@@ -373,11 +377,8 @@ def run(jobs: Sequence[Job], processes: int, results: Path) -> list[str]:
         failures += result.failures
         done += cost(job)
         left = (time.monotonic() - started) * (total / done - 1) / 60
-        what = "; ".join(_short(row) for row in result.rows)
-        print(
-            f"[{number}/{len(jobs)}] {name_of(job)}: {what or 'failed'}; about {left:.0f} min left",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+        what = "; ".join([*dict.fromkeys(map(_short, result.rows)), *(["failed"] if result.failures else [])])
+        print(f"[{number}/{len(jobs)}] {name_of(job)}: {what}; about {left:.0f} min left", file=sys.stderr, flush=True)
     return failures
 
 
@@ -395,14 +396,18 @@ def _done(jobs: Sequence[Job], processes: int) -> Iterator[tuple[Job, Done]]:
         return
     # A process that is spawned reads the number of OpenMP threads anew.
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _one_thread) as pool:
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _one_thread)
+    try:
         futures: dict[Future[Done], Job] = {pool.submit(work, job): job for job in jobs}
         for future in as_completed(futures):
             job = futures[future]
             try:
-                yield job, future.result()
+                result = future.result()
             except Exception as error:  # the process died
-                yield job, Done(failures=[f"{name_of(job)}: {type(error).__name__}: {error}"])
+                result = Done(failures=[f"{name_of(job)}: {type(error).__name__}: {error}"])
+            yield job, result
+    finally:
+        pool.shutdown(cancel_futures=True)  # an interruption waits for what is under way, not for all
 
 
 def _one_thread() -> None:

@@ -68,9 +68,7 @@ Table = dict[tuple[str, str], dict[str, Runs]]  # (data, model) â†’ objective â†
 
 
 def write(rows: Sequence[Row], docs: Path) -> None:
-    """Raises ValueError without rows."""
-    if not rows:
-        raise ValueError("Nothing has been measured yet: run python -m bench.compare first.")
+    """The page and the picture, from at least one row."""
     table = grouped(rows)
     docs.mkdir(parents=True, exist_ok=True)
     (docs / PAGE).write_text(page(table), encoding="utf-8")
@@ -292,10 +290,11 @@ def _reading(table: Table) -> list[str]:
         if pair[1] == "linear":
             ends = sorted(applies, key=lambda runs: runs.mean("accuracy"))
             least = min(runs.mean("certified_top5_2") for runs in applies)
+            share = "all" if least == 1 else f"at least {_short(least)}"
             low, high = (f"{_short(end.mean('accuracy'), 3)} (`{end.objective}`)" for end in (ends[0], ends[-1]))
             lines.append(
-                f"* **{pair[0]}, linear**: each objective certifies at least {_short(least)} of the samples at the "
-                f"second radius; accuracy from {low} to {high}."
+                f"* **{pair[0]}, linear**: every objective certifies {share} of the samples at the second radius; "
+                f"accuracy from {low} to {high}."
             )
             continue
         caught = {runs.objective: traps(runs, baseline) for runs in applies}
