@@ -36,9 +36,9 @@ def test_every_objective_has_options_that_it_knows():
             assert typed_options(name, recipe.options) == recipe.options
 
 
-def test_processes_measure_resume_and_write_the_page(tmp_path, monkeypatch, one_thread):
-    arguments = ["--only", "natural,separated-topk", "--seeds", "2", "--out", str(tmp_path)]
-    assert compare.main([*arguments, "--jobs", "2"], TINY) == 0
+def test_it_measures_resumes_and_writes_the_page(tmp_path, monkeypatch, one_thread):
+    arguments = ["--only", "natural,separated-topk", "--seeds", "2", "--out", str(tmp_path), "--jobs", "1"]
+    assert compare.main(arguments, TINY) == 0
     first = rows_of(tmp_path)
     assert len(first) == 8
     for (model, objective, _), row in first.items():
@@ -47,7 +47,7 @@ def test_processes_measure_resume_and_write_the_page(tmp_path, monkeypatch, one_
         if applies:
             assert 0 <= float(row["certified_top5_2"]) <= float(row["certified_top5_1"]) <= 1
             assert all(0 <= float(row[name]) <= 1 for name in ("accuracy", "AA", "IN", "P@5", "commonest_top_share"))
-    # One process that trained something else on the same network before gets the same numbers.
+    # Whatever was trained on the same network before, the numbers are the same.
     job = compare.Job(TINY[1], "separated-topk", (1, 0))
     compare.row_of(compare.Job(TINY[1], "l2", (0,)), 0)
     for row in compare.work(job).rows:
@@ -55,7 +55,7 @@ def test_processes_measure_resume_and_write_the_page(tmp_path, monkeypatch, one_
 
     with monkeypatch.context() as patched:
         patched.setattr(compare, "work", lambda job: pytest.fail("this has been measured"))
-        assert compare.main([*arguments, "--jobs", "1"], TINY) == 0
+        assert compare.main(arguments, TINY) == 0
     assert rows_of(tmp_path) == first
     page = (tmp_path / "comparison.md").read_text()
     assert "### digits-parity, fc-128" in page and "| *linear model* |" in page and "does not apply" in page
@@ -65,13 +65,20 @@ def test_processes_measure_resume_and_write_the_page(tmp_path, monkeypatch, one_
     # Other settings are another run; what fails is told, and stops nothing else.
     longer = [dataclasses.replace(plan, epochs=3) for plan in TINY]
     monkeypatch.setitem(compare.OPTIONS, "natural", {"no such": 1})
-    assert compare.main([*arguments, "--model", "fc-128", "--jobs", "1"], longer) == 1
+    assert compare.main([*arguments, "--model", "fc-128"], longer) == 1
     after = rows_of(tmp_path)
     assert {key for key in first if key not in after} == {("fc-128", "natural", "0"), ("fc-128", "natural", "1")}
     changed = {key for key, row in after.items() if row != first[key]}
     assert changed == {("fc-128", "separated-topk", "0"), ("fc-128", "separated-topk", "1")}
     assert {json.loads(after[key]["settings"])["epochs"] for key in changed} == {3}
     assert "not measured: `natural`" in (tmp_path / "comparison.md").read_text()
+
+
+def test_processes_share_the_jobs(tmp_path):
+    """With an objective that does not apply there is nothing to train."""
+    plans = [TINY[0], dataclasses.replace(TINY[0], data="digits")]
+    found = compare.main(["--only", "separated-topk", "--jobs", "2", "--seeds", "2", "--out", str(tmp_path)], plans)
+    assert found == 0 and len(read(tmp_path / "comparison.csv")) == 4
 
 
 @pytest.mark.parametrize("arguments", (["--only", "recc"], ["--seeds", "0"], ["--fresh", "--page"]))
