@@ -75,8 +75,8 @@ PLANS = [
         for plan in (
             Plan(name, "linear", epochs=40, natural_epochs=5, lr=2e-2, seconds=1.3),
             Plan(name, "fc-128", epochs=50, natural_epochs=5, seconds=2),
-            Plan(name, "cnn-small", epochs=20, natural_epochs=4, batch_size=50, seconds=7),
-            Plan(name, "cnn7-identity", epochs=11, natural_epochs=3, batch_size=50, seconds=12),
+            Plan(name, "cnn-small", epochs=18, natural_epochs=4, batch_size=50, seconds=6),
+            Plan(name, "cnn7-identity", epochs=10, natural_epochs=3, batch_size=50, seconds=11),
         )
     ),
     Plan(model="linear", epochs=30, natural_epochs=5, lr=2e-2, seconds=1.3, **_TABLE),
@@ -137,10 +137,19 @@ class Job:
         )  # fmt: skip
 
     def settings(self) -> str:
-        """Everything besides the seed that determines a row: rows of other settings are not this job's."""
-        recipe = self.recipe(0).as_json()
-        del recipe["seed"]
-        return json.dumps(recipe | {name: getattr(self.plan, name) for name in ("samples", "attacked", "attack_steps")})
+        """What determines a row besides its first columns: rows of other settings are not this job's.
+
+        Of the recipe, what the page shows and what is not its default.
+        """
+        recipe, default = self.recipe(0).as_json(), Recipe().as_json()
+        named, shown = ("data", "model", "objective", "seed"), ("eps", "epochs", "natural_epochs", "batch_size", "lr")
+        recipe = {
+            name: value for name, value in recipe.items()
+            if name not in named and (name in (*shown, "options") or value != default[name])
+        }  # fmt: skip
+        return json.dumps(
+            recipe | {name: getattr(self.plan, name) for name in ("radii", "samples", "attacked", "attack_steps")}
+        )
 
 
 @dataclass

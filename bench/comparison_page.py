@@ -155,8 +155,8 @@ objectives at equal, small budgets, not at their best: [recipes.md](recipes.md) 
 _COLUMNS_EXPLAINED = """All: Adam, cosine learning rate to 0, gradient norm ≤ 5; cross entropy alone in the natural
 epochs, then the objective with eps growing linearly over half of what is left; one thread. `cnn7-identity` has
 the five convolutions and two linear layers of `cnn7`, narrower, starts near the identity and has centred logits: so
-many trainings of the wide one would take hours. The convolutional networks get fewer epochs than the others for the
-same reason.
+many trainings of the wide one would take several times as long. The convolutional networks get fewer epochs than
+the others for the same reason.
 
 * *accuracy*, *cosine* (mean same-class cosine of the explanations), *unstable* (share of unstable ReLUs at the first
   radius), *commonest* (`commonest_top_share`) and the certificates are about all held-out samples. The certificates are
