@@ -10,7 +10,7 @@ installed := .venv/.installed
 sources := pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 checked_cpp := $(filter %.h %.cpp %.cu,$(sources))
 
-.PHONY: install demo test lint bench bench-check bench-curves wheel gpu-check
+.PHONY: install demo test lint bench bench-check bench-curves compare wheel gpu-check
 .DEFAULT_GOAL := install
 .DELETE_ON_ERROR:
 
@@ -48,6 +48,10 @@ bench-curves: $(installed)
 
 bench-check: $(installed)
 	$(bin)/python -m bench --check bench/results/cpu/gradient_bounds.csv
+
+# Interrupted, it goes on with: .venv/bin/python -m bench.compare
+compare: $(installed)
+	$(bin)/python -m bench.compare --fresh
 
 wheel: $(installed)
 	rm -rf dist

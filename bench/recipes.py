@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -174,11 +174,16 @@ def other_split(dataset: Dataset, seed: int) -> Dataset:
     return replace(dataset, train_x=x[train], train_y=y[train], test_x=x[test], test_y=y[test])
 
 
-def append(path: Path, row: dict[str, Any]) -> None:
+def read(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append(path: Path, row: dict[str, Any], columns: Sequence[str] = tuple(COLUMNS)) -> None:
     new = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerow(row)
@@ -189,8 +194,7 @@ def plot(results: Path, picture: Path) -> None:
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
-    with open(results, newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read(results)
     figure = Figure(figsize=(9.6, 5.2), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     marks = {"fc-128": ("v", 34), "cnn7": ("o", 38), "resnet11": ("s", 34)}

@@ -240,24 +240,34 @@ class Program:
         with rd.use(bounded.rounding), use_product(bounded.product):
             self.graph = retrace(lambda *flat: interpreter.run_flat(flat, kinds), _tensors(leaves))
         self.results = interpreter.results
+        self.single = captured.out_spec == _LEAF and self.results == [_SET]
         fuse.optimise(self.graph)
 
     def __call__(self, tensors: list[Tensor]) -> Any:
         if torch.is_grad_enabled():
+            run = self.graph if ops.needs_dispatcher(*tensors) else self._undispatched_with_grad
             try:
-                with as_captured(), self._arithmetic():
-                    flat = self.graph(*tensors)
+                with self._circumstances():
+                    flat = run(*tensors)
             finally:
                 torch._C._set_grad_enabled(True)
         else:
-            with as_captured(), self._arithmetic():
+            with self._circumstances():
                 flat = self._without_grad(tensors)
+        if self.single:
+            return Interval.of(*flat)
         values = iter(flat)
         results = [Interval.of(next(values), next(values)) if result is _SET else result for result in self.results]
         return pytree.tree_unflatten(results, self.captured.out_spec)
 
-    def _arithmetic(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self.rounding == rd.Rounding.NEAREST else rd.ieee_arithmetic()
+    def _circumstances(self) -> contextlib.AbstractContextManager[Any]:
+        """What the program assumes: no autocast, and arithmetic without shortcuts where bounds are proofs."""
+        if self.rounding == rd.Rounding.NEAREST:
+            return as_captured() if torch._C._is_any_autocast_enabled() else _NOTHING
+        stack = contextlib.ExitStack()
+        stack.enter_context(as_captured())
+        stack.enter_context(rd.ieee_arithmetic())
+        return stack
 
     def _without_grad(self, tensors: list[Tensor]) -> Any:
         run = self._inference_graph if ops.needs_dispatcher(*tensors) else self._undispatched
@@ -274,25 +284,39 @@ class Program:
 
     @functools.cached_property
     def _undispatched(self) -> Callable:
-        """That program with the fused operators as plain function calls and its constants, if these are plain tensors,
-        at hand: looking one up in a module takes as long as a small operator.
-        """
-        inference = self._inference_graph
-        nodes = inference.graph.find_nodes(op="get_attr")
-        constants = [operator.attrgetter(str(node.target))(inference) for node in nodes]
-        if not all(type(t) in (Tensor, Parameter) for t in constants):
-            return inference
-        graph, new = fx.Graph(), {}
-        for node in (*inference.graph.find_nodes(op="placeholder"), *nodes):
-            new[node] = graph.placeholder(node.name)
-        graph.output(graph.graph_copy(inference.graph, new))
-        for node in graph.nodes:
-            if node.op == "call_function":
-                node.target = ops.undispatched.get(node.target, node.target)
-        forward = fx.GraphModule(torch.nn.Module(), graph).forward
-        return lambda *tensors: forward(*tensors, *constants)
+        return _undispatched(self._inference_graph, grads=False)
+
+    @functools.cached_property
+    def _undispatched_with_grad(self) -> Callable:
+        return _undispatched(self.graph, grads=True)
 
 
+def _undispatched(program: fx.GraphModule, grads: bool) -> Callable:
+    """The program with its constants at hand, and its fused operators as plain function calls where gradients are off.
+
+    Looking a constant up in a module takes as long as a small operator. Tensors of a subclass need the dispatcher.
+    """
+    nodes = program.graph.find_nodes(op="get_attr")
+    constants = [operator.attrgetter(str(node.target))(program) for node in nodes]
+    if not all(type(t) in (Tensor, Parameter) for t in constants):
+        return program
+    graph, new = fx.Graph(), {}
+    for node in (*program.graph.find_nodes(op="placeholder"), *nodes):
+        new[node] = graph.placeholder(node.name)
+    graph.output(graph.graph_copy(program.graph, new))
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        if node.target is torch._C._set_grad_enabled:
+            grads = node.args[0]
+        elif not grads:
+            node.target = ops.undispatched.get(node.target, node.target)
+    forward = fx.GraphModule(torch.nn.Module(), graph).forward
+    return lambda *tensors: forward(*tensors, *constants)
+
+
+_NOTHING = contextlib.nullcontext()
+_LEAF = pytree.tree_structure(0)
 _SET = object()  # marks a result that is a set among results that are constants
 _READS_INTEGERS: Any = object()  # in place of a capture: one is needed for each value of the integer arguments
 

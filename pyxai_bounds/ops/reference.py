@@ -194,6 +194,7 @@ def interval_conv2d_weight(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    *,
     signed_sum: Callable[..., Tensor] = signed_sum,
 ) -> Tensor:
     """Gradient of ``interval_conv2d`` in the weight: the convolution's at midpoints, plus sign(W) ⊙ its at radii.
