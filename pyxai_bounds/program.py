@@ -25,6 +25,7 @@ from pyxai_bounds import rounding as rd
 from pyxai_bounds.capture import Captured, as_captured, capture, is_one_integer, retrace, source_of
 from pyxai_bounds.errors import UnsupportedOperatorError
 from pyxai_bounds.interval import Interval
+from pyxai_bounds.ops.replay import Recorder
 from pyxai_bounds.parameters import ParameterBox
 from pyxai_bounds.rounding import Semantics
 from pyxai_bounds.rules import RULES, UnsupportedArgumentsError
@@ -232,7 +233,11 @@ class Program:
 
     def _without_grad(self, tensors: list[Tensor]) -> Any:
         with torch.no_grad():
-            return self._inference_graph(*tensors)
+            return self._on_gpu(tensors) if tensors and tensors[0].is_cuda else self._inference_graph(*tensors)
+
+    @functools.cached_property
+    def _on_gpu(self) -> Recorder:
+        return Recorder(self._inference_graph)
 
     @functools.cached_property
     def _inference_graph(self) -> fx.GraphModule:
