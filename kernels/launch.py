@@ -49,6 +49,12 @@ def flat_offsets(GROUPS: tl.constexpr, WIDE: tl.constexpr):
     return groups, groups[:, None] * 8 + tl.arange(0, 8)[None, :]
 
 
+@triton.jit
+def bytes_for(n):
+    """ceil(n / 8), where n + 7 may be more than 32 bits hold."""
+    return n // 8 + (n % 8 + 7) // 8
+
+
 # --- matrix products -----------------------------------------------------------------------------------------------
 
 

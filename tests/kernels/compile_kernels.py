@@ -65,6 +65,15 @@ def gemm_variants() -> dict[str, tuple[Any, dict[str, Any], list[str], list[str]
         "conv2d_backward_narrow": (backward, {"GATED": True}, [], ["OC", "OG"]),  # to 3 channels
         "conv2d_weight": (weight, {"FLAT": False}, [], channels),
         "conv2d_weight_flat": (weight, {"FLAT": True}, [], ["OC", "OG"]),
+        # Integers that are 1 are constants to the compiler: one output of one input, and one channel to a group.
+        "linear_of_one": (linear, plain | {"HAS_BIAS": True}, ["N", "K", "weight_stride_n", "weight_stride_k"], []),
+        "conv2d_depthwise_flat": (
+            forward,
+            {"HAS_BIAS": True, "RELU": False, "FLAT": True},
+            ["CG", "OG"],
+            ["C", "OC"],
+        ),
+        "conv2d_weight_depthwise_flat": (weight, {"FLAT": True}, ["CG", "OG"], ["C", "OC"]),
     }
 
 
