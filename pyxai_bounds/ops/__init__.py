@@ -181,8 +181,8 @@ interval_relu_backward = _define(
 )
 
 
-def _has_kernels(t: Tensor) -> bool:
-    """Does the backend fuse the two products of a gradient, too? Otherwise plain PyTorch saves the dispatch."""
+def has_kernels(t: Tensor) -> bool:
+    """Does the backend of this tensor fuse what is several passes in plain PyTorch, on the way back too?"""
     return _select(t) not in (reference, native)
 
 
@@ -209,7 +209,7 @@ interval_linear_weight = _define(
 
 
 def _linear_weight(*args: Tensor) -> Tensor:
-    return (interval_linear_weight if _has_kernels(args[0]) else reference.interval_linear_weight)(*args)
+    return (interval_linear_weight if has_kernels(args[0]) else reference.interval_linear_weight)(*args)
 
 
 # --- interval_conv2d_weight: the same for convolutions -----------------------------------------------------
@@ -237,7 +237,7 @@ interval_conv2d_weight = _define(
 
 
 def _conv2d_weight(*args: Any) -> Tensor:
-    return (interval_conv2d_weight if _has_kernels(args[0]) else reference.interval_conv2d_weight)(*args)
+    return (interval_conv2d_weight if has_kernels(args[0]) else reference.interval_conv2d_weight)(*args)
 
 
 # --- interval_linear: mid' = mid·Wᵀ + b, rad' = rad·|W|ᵀ, then ReLU ----------------------------------------
@@ -281,7 +281,7 @@ def _linear_backward(ctx: Any, mid_grad: Tensor, rad_grad: Tensor, _: Any) -> An
     mid, rad, weight, _state = ctx.saved_tensors
     need_mid, need_rad, need_weight, need_bias = ctx.needs_input_grad[:4]
     mid_grad, rad_grad = _affine_grads(ctx, mid_grad, rad_grad)
-    if need_mid and need_rad and _has_kernels(mid_grad):
+    if need_mid and need_rad and has_kernels(mid_grad):
         box_grad = interval_linear_backward(mid_grad, rad_grad, weight, None)
     else:
         box_grad = (mid_grad @ weight if need_mid else None, rad_grad @ weight.abs() if need_rad else None)
@@ -333,7 +333,7 @@ def _linear_data_backward(ctx: Any, mid_grad: Tensor, rad_grad: Tensor) -> Any:
     if ctx.needs_input_grad[2]:
         weight_grad = _linear_weight(mid, rad, mid_grad, rad_grad, weight)
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-        if _has_kernels(mid_grad):
+        if has_kernels(mid_grad):
             box_grad = interval_linear(mid_grad, rad_grad, weight, None, False)[:2]
         else:
             box_grad = (mid_grad @ weight.t(), rad_grad @ weight.abs().t())
@@ -370,7 +370,7 @@ def _conv2d_backward(ctx: Any, mid_grad: Tensor, rad_grad: Tensor, _: Any) -> An
     need_mid, need_rad, need_weight, need_bias = ctx.needs_input_grad[:4]
     mid_grad, rad_grad = _affine_grads(ctx, mid_grad, rad_grad)
     args = ctx.args[:4]
-    if need_mid and need_rad and _has_kernels(mid_grad):
+    if need_mid and need_rad and has_kernels(mid_grad):
         box_grad = interval_conv2d_backward(mid_grad, rad_grad, weight, None, ctx.input_size, *args)
     else:
         box_grad = (
@@ -410,7 +410,7 @@ def _conv2d_data_backward(ctx: Any, mid_grad: Tensor, rad_grad: Tensor) -> Any:
     if ctx.needs_input_grad[2]:  # the roles of input and output gradient are exchanged
         weight_grad = _conv2d_weight(mid, rad, mid_grad, rad_grad, weight, *args)
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-        if _has_kernels(mid_grad):
+        if has_kernels(mid_grad):
             box_grad = interval_conv2d(mid_grad, rad_grad, weight, None, *args, False)[:2]
         else:
             box_grad = (
@@ -514,6 +514,100 @@ interval_mul = _define(
 )
 
 
+# --- interval_max_pool2d, interval_first_maximum, interval_max_pool2d_backward ------------------------------
+
+
+def _no_second_derivative(name: str) -> Callable[..., Any]:
+    def refuse(ctx: Any, *grads: Tensor | None) -> Any:
+        raise NotImplementedError(f"{name} has no second derivative.")
+
+    return refuse
+
+
+def _max_pool_fake(mid: Tensor, rad: Tensor, *geometry: Any) -> tuple[Tensor, Tensor]:
+    shape = torch.ops.aten.max_pool2d_with_indices(mid, *geometry)[0].shape
+    return _like(mid, shape), _like(mid, shape)
+
+
+def _max_pool_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.geometry = inputs[2:]
+    ctx.out_shape = output[0].shape
+
+
+def _max_pool_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None) -> Any:
+    """Each end's gradient goes to where that end was found."""
+    mid, rad = ctx.saved_tensors
+    mid_grad, rad_grad = _optional(mid_grad, ctx.out_shape, mid), _optional(rad_grad, ctx.out_shape, mid)
+    pool = torch.ops.aten.max_pool2d_with_indices
+    ends = []
+    for end, grad in ((mid - rad, (mid_grad - rad_grad) * 0.5), (mid + rad, (mid_grad + rad_grad) * 0.5)):
+        indices = pool(end, *ctx.geometry)[1]
+        ends.append(torch.ops.aten.max_pool2d_with_indices_backward(grad, end, *ctx.geometry, indices))
+    lower, upper = ends
+    return lower + upper, upper - lower, *(None,) * 5
+
+
+interval_max_pool2d = _define(
+    "interval_max_pool2d(Tensor mid, Tensor rad, int[] kernel, int[] stride, int[] padding, int[] dilation, "
+    "bool ceil_mode) -> (Tensor, Tensor)",
+    _max_pool_fake,
+    _max_pool_backward,
+    _max_pool_setup,
+)
+
+
+def _first_maximum_fake(mid: Tensor, rad: Tensor, size: Any, *_: Any) -> tuple[Tensor, Tensor]:
+    shape, order = (*mid.shape[:2], *size), memory_format(mid)
+    must = torch.empty(shape, dtype=torch.int32, device=mid.device, memory_format=order)
+    return must, torch.empty_like(must)
+
+
+# Integers end the path of the gradient: where only they are used, nothing is differentiated through the image.
+interval_first_maximum = _define(
+    "interval_first_maximum(Tensor mid, Tensor rad, int[] size, int[] kernel, int[] stride, int[] padding, "
+    "int[] dilation) -> (Tensor, Tensor)",
+    _first_maximum_fake,
+    lambda ctx, *_: (None,) * 7,
+    lambda ctx, inputs, output: ctx.mark_non_differentiable(*output),
+)
+
+
+def _unpool_fake(mid: Tensor, rad: Tensor, must: Tensor, may: Tensor, size: Any, *_: Any) -> tuple[Tensor, Tensor]:
+    shape = (*mid.shape[:2], *size)
+    out = torch.empty(shape, dtype=mid.dtype, device=mid.device, memory_format=memory_format(must))
+    return out, torch.empty_like(out)
+
+
+def _unpool_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.geometry = inputs[5:]
+    ctx.out_shape = output[0].shape
+
+
+def _unpool_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None) -> Any:
+    box = ctx.saved_tensors
+    mid_grad, rad_grad = _optional(mid_grad, ctx.out_shape, box[0]), _optional(rad_grad, ctx.out_shape, box[0])
+    return *interval_max_pool2d_gather(mid_grad, rad_grad, *box, *ctx.geometry), *(None,) * 7
+
+
+interval_max_pool2d_backward = _define(
+    "interval_max_pool2d_backward(Tensor mid, Tensor rad, Tensor must, Tensor may, int[] size, int[] kernel, "
+    "int[] stride, int[] padding, int[] dilation) -> (Tensor, Tensor)",
+    _unpool_fake,
+    _unpool_backward,
+    _unpool_setup,
+)
+
+interval_max_pool2d_gather = _define(
+    "interval_max_pool2d_gather(Tensor mid, Tensor rad, Tensor grad_mid, Tensor grad_rad, Tensor must, Tensor may, "
+    "int[] kernel, int[] stride, int[] padding, int[] dilation) -> (Tensor, Tensor)",
+    lambda mid, rad, grad_mid, *_: (_like(grad_mid), _like(grad_mid)),
+    _no_second_derivative("The derivative of interval_max_pool2d_backward"),
+    lambda ctx, inputs, output: None,
+)
+
+
 # --- check_target: the one check that needs the data, so it must be part of the captured program ----------
 
 _library.define("check_target(Tensor target, int classes) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
@@ -576,18 +670,12 @@ interval_matmul = _define(
 )
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> Any:
-    raise NotImplementedError(
-        "The exact interval matrix product has no second derivative; use the Rump product, exact=False, which has."
-    )
-
-
 interval_matmul_backward = _define(
     "interval_matmul_backward(Tensor mid_grad, Tensor rad_grad, Tensor a_mid, Tensor a_rad, Tensor b_mid, "
     "Tensor b_rad) -> (Tensor, Tensor, Tensor, Tensor)",
     lambda mid_grad, rad_grad, a_mid, a_rad, b_mid, b_rad: tuple(
         torch.empty_like(t, memory_format=torch.contiguous_format) for t in (a_mid, a_rad, b_mid, b_rad)
     ),
-    _no_second_derivative,
+    _no_second_derivative("The exact interval matrix product (use the Rump product, exact=False)"),
     lambda ctx, inputs, output: None,
 )

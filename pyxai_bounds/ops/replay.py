@@ -140,7 +140,7 @@ def _recordable(tensors: Sequence[Tensor]) -> bool:
         and os.environ.get("PYXAI_BOUNDS_CUDA_GRAPHS", "1") != "0"
         and all(_on_gpu(t) and t.device == tensors[0].device and type(t) in _PLAIN for t in tensors)
         and _get_current_dispatch_mode() is None
-        and not any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)  # type: ignore[attr-defined]
+        and not any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)
         and not torch.compiler.is_compiling()
         and not torch.cuda.is_current_stream_capturing()
     )

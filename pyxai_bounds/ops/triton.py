@@ -308,6 +308,78 @@ def interval_mul(a_mid: Tensor, a_rad: Tensor, b_mid: Tensor, b_rad: Tensor) -> 
     return out_mid, out_rad
 
 
+def interval_max_pool2d(
+    mid: Tensor,
+    rad: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+) -> tuple[Tensor, Tensor]:
+    mid, rad = _boxes(mid, rad)
+    size = torch.ops.aten.max_pool2d_with_indices(
+        torch.empty(mid.shape, device="meta"), kernel, stride, padding, dilation, ceil_mode
+    )[0].shape
+    out_mid = torch.empty(size, dtype=mid.dtype, device=mid.device, memory_format=memory_format(mid))
+    out_rad = torch.empty_like(out_mid)
+    if out_mid.numel():
+        geometry = (kernel, stride, padding, dilation)
+        _kernels("interval_max_pool2d").max_pool_into(mid, rad, geometry, out_mid, out_rad)
+    return out_mid, out_rad
+
+
+def interval_first_maximum(
+    mid: Tensor, rad: Tensor, size: Sequence[int], *geometry: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    mid, rad = _boxes(mid, rad)
+    shape, order = (*mid.shape[:2], *size), memory_format(mid)
+    must = torch.empty(shape, dtype=torch.int32, device=mid.device, memory_format=order)
+    may = torch.empty_like(must)
+    if must.numel():
+        _kernels("interval_max_pool2d").first_maximum_into(mid, rad, geometry, must, may)
+    return must, may
+
+
+def interval_max_pool2d_backward(
+    mid: Tensor, rad: Tensor, must: Tensor, may: Tensor, size: Sequence[int], *geometry: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    must, may, mid, rad = _of_windows(must, may, *_boxes(mid, rad))
+    shape, order = (*mid.shape[:2], *size), memory_format(must)
+    out_mid = torch.empty(shape, dtype=mid.dtype, device=mid.device, memory_format=order)
+    out_rad = torch.empty_like(out_mid)
+    if out_mid.numel():
+        _kernels("interval_max_pool2d").max_pool_backward_into(mid, rad, must, may, geometry, out_mid, out_rad)
+    return out_mid, out_rad
+
+
+def interval_max_pool2d_gather(
+    mid: Tensor,
+    rad: Tensor,
+    grad_mid: Tensor,
+    grad_rad: Tensor,
+    must: Tensor,
+    may: Tensor,
+    *geometry: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    must, may, grad_mid, grad_rad = _of_windows(must, may, *_boxes(grad_mid, grad_rad))
+    mid, rad = (t.contiguous(memory_format=memory_format(must)) for t in _boxes(mid, rad))
+    out_mid, out_rad = _like(grad_mid), _like(grad_mid)
+    if grad_mid.numel():
+        _kernels("interval_max_pool2d").max_pool_gather_into(
+            mid, rad, grad_mid, grad_rad, must, may, geometry, out_mid, out_rad
+        )
+    return out_mid, out_rad
+
+
+def _of_windows(must: Tensor, may: Tensor, *box: Tensor) -> tuple[Tensor, ...]:
+    """The bits of windows and a box that belongs to them, all in the memory order of the bits."""
+    for bits in (must, may):
+        if bits.shape != box[0].shape or bits.dtype is not torch.int32 or bits.device != box[0].device:
+            raise ValueError(f"{_describe(bits)} are not the bits of windows that {_describe(box[0])} belongs to.")
+    return tuple(t.contiguous(memory_format=memory_format(must)) for t in (must, may, *box))
+
+
 _elementwise: tuple[Callable, ...] = (
     supports,
     interval_gate,
@@ -315,6 +387,10 @@ _elementwise: tuple[Callable, ...] = (
     interval_relu_backward,
     interval_scale_shift,
     interval_mul,
+    interval_max_pool2d,
+    interval_first_maximum,
+    interval_max_pool2d_backward,
+    interval_max_pool2d_gather,
 )
 _products: tuple[Callable, ...] = (
     interval_linear,

@@ -28,6 +28,7 @@ from triton.compiler import ASTSource
 from pyxai_bounds.kernels import (
     interval_conv2d,
     interval_linear,
+    interval_max_pool2d,
     interval_mul,
     interval_relu,
     interval_scale_shift,
@@ -84,6 +85,10 @@ def elementwise_kernels() -> dict[str, tuple[Any, dict[str, Any]]]:
         "gate": (interval_relu.interval_gate_kernel, {}),
         "scale_shift": (interval_scale_shift.interval_scale_shift_kernel, {"HAS_SHIFT": True}),
         "mul": (interval_mul.interval_mul_kernel, {}),
+        "max_pool2d": (interval_max_pool2d.interval_max_pool2d_fwd_kernel, {"BLOCK": 512}),
+        "first_maximum": (interval_max_pool2d.first_maximum_kernel, {"BLOCK": 512}),
+        "max_pool2d_backward": (interval_max_pool2d.interval_max_pool2d_bwd_kernel, {"BLOCK": 512}),
+        "max_pool2d_gather": (interval_max_pool2d.interval_max_pool2d_gather_kernel, {"BLOCK": 512}),
     }
 
 
@@ -104,7 +109,8 @@ def compile_one(
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            signature[name] = "*u8" if "state" in name or "gate" in name else pointer
+            bits = {"state": "*u8", "gate": "*u8", "must": "*i32", "may": "*i32"}
+            signature[name] = next((kind for word, kind in bits.items() if word in name), pointer)
         else:
             signature[name] = "i32"
         if signature[name] != "constexpr" and (name.endswith("_ptr") or name in sixteens):
@@ -176,8 +182,9 @@ def main() -> None:
         found = compile_one(kernel, flags, dtype, capability, ones, sixteens, options)
         print(json.dumps({"kernel": variant, "dtype": dtype, "sm": capability, "block": block, **found}), flush=True)
     for name, (kernel, flags) in elementwise_kernels().items():
-        for dtype, capability in (("fp32", 80), ("bf16", 90), ("fp64", 90)):
-            flags = flags | {"GROUPS": 256, "WIDE": False, "COMPUTE": tl.float64 if dtype == "fp64" else tl.float32}
+        for dtype, capability in (("fp32", 80), ("bf16", 90), ("fp16", 90), ("fp64", 90)):
+            flags = flags | {"WIDE": False, "COMPUTE": tl.float64 if dtype == "fp64" else tl.float32}
+            flags = flags if "BLOCK" in flags else flags | {"GROUPS": 256}
             found = compile_one(kernel, flags, dtype, capability, [], [], {"enable_fp_fusion": False})
             print(json.dumps({"kernel": name, "dtype": dtype, "sm": capability, "block": None, **found}), flush=True)
 

@@ -65,7 +65,7 @@ def test_auto_takes_the_kernels_for_tensors_on_a_gpu(monkeypatch):
     monkeypatch.setattr(triton, "_is_installed", lambda: True)
     monkeypatch.setattr(triton, "_interpreting", lambda: False)
     monkeypatch.setattr(triton, "_is_capable", lambda index: True)
-    assert ops._select(on_gpu) is triton.measured and ops._has_kernels(on_gpu)
+    assert ops._select(on_gpu) is triton.measured and ops.has_kernels(on_gpu)
     assert ops._select(torch.empty(4)) is native
     token = ops._forced.set("triton")
     assert ops._select(on_gpu) is triton
