@@ -484,26 +484,10 @@ def _mul_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _mul_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None) -> Any:
-    """Each end of the product is one of four end-point products; the gradient flows to the two ends it took."""
     a_mid, a_rad, b_mid, b_rad = ctx.saved_tensors
     mid_grad = _optional(mid_grad, a_mid.shape, a_mid)
     rad_grad = _optional(rad_grad, a_mid.shape, a_mid)
-    a = torch.stack((a_mid - a_rad, a_mid - a_rad, a_mid + a_rad, a_mid + a_rad))
-    b = torch.stack((b_mid - b_rad, b_mid + b_rad, b_mid - b_rad, b_mid + b_rad))
-    products = a * b
-    a_grads = []
-    b_grads = []
-    for chosen, end_grad in (
-        (products.argmin(0, keepdim=True), (mid_grad - rad_grad) * 0.5),
-        (products.argmax(0, keepdim=True), (mid_grad + rad_grad) * 0.5),
-    ):
-        a_end = torch.where(chosen >= 2, 1.0, -1.0).to(a.dtype).squeeze(0)  # +1: the upper end of a
-        b_end = torch.where(chosen % 2 == 1, 1.0, -1.0).to(a.dtype).squeeze(0)
-        a_grads.append((end_grad * b.gather(0, chosen).squeeze(0), a_end))
-        b_grads.append((end_grad * a.gather(0, chosen).squeeze(0), b_end))
-    (a0, s0), (a1, s1) = a_grads
-    (b0, t0), (b1, t1) = b_grads
-    return a0 + a1, a0 * s0 + a1 * s1, b0 + b1, b0 * t0 + b1 * t1, None
+    return *reference.interval_mul_adjoint(mid_grad, rad_grad, a_mid, a_rad, b_mid, b_rad), None
 
 
 interval_mul = _define(
@@ -514,7 +498,39 @@ interval_mul = _define(
 )
 
 
-# --- interval_max_pool2d, interval_first_maximum, interval_max_pool2d_backward ------------------------------
+# --- interval_smooth, interval_smooth_backward: their adjoints are operators, too ---------------------------
+
+
+def _smooth_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *box, ctx.name, ctx.params = inputs
+    ctx.save_for_backward(*box)
+
+
+def _smooth_gradient(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None) -> Any:
+    box = ctx.saved_tensors
+    mid_grad, rad_grad = _optional(mid_grad, box[0].shape, box[0]), _optional(rad_grad, box[0].shape, box[0])
+    adjoint = interval_smooth_adjoint if len(box) == 2 else interval_smooth_backward_adjoint
+    return *adjoint(mid_grad, rad_grad, *box, ctx.name, ctx.params), None, None
+
+
+def _boxes_like(first: Tensor, boxes: int) -> tuple[Tensor, ...]:
+    return tuple(_like(first) for _ in range(2 * boxes))
+
+
+interval_smooth = _define(
+    "interval_smooth(Tensor mid, Tensor rad, str name, float[] params) -> (Tensor, Tensor)",
+    lambda mid, rad, name, params: _boxes_like(mid, 1),
+    _smooth_gradient,
+    _smooth_setup,
+)
+
+interval_smooth_backward = _define(
+    "interval_smooth_backward(Tensor grad_mid, Tensor grad_rad, Tensor mid, Tensor rad, str name, float[] params) -> "
+    "(Tensor, Tensor)",
+    lambda grad_mid, grad_rad, mid, rad, name, params: _boxes_like(grad_mid, 1),
+    _smooth_gradient,
+    _smooth_setup,
+)
 
 
 def _no_second_derivative(name: str) -> Callable[..., Any]:
@@ -522,6 +538,26 @@ def _no_second_derivative(name: str) -> Callable[..., Any]:
         raise NotImplementedError(f"{name} has no second derivative.")
 
     return refuse
+
+
+interval_smooth_adjoint = _define(
+    "interval_smooth_adjoint(Tensor mid_grad, Tensor rad_grad, Tensor mid, Tensor rad, str name, float[] params) -> "
+    "(Tensor, Tensor)",
+    lambda mid_grad, rad_grad, mid, rad, name, params: _boxes_like(mid_grad, 1),
+    _no_second_derivative("The fused range of a smooth activation"),
+    lambda ctx, inputs, output: None,
+)
+
+interval_smooth_backward_adjoint = _define(
+    "interval_smooth_backward_adjoint(Tensor mid_grad, Tensor rad_grad, Tensor grad_mid, Tensor grad_rad, Tensor mid, "
+    "Tensor rad, str name, float[] params) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda mid_grad, *_: _boxes_like(mid_grad, 2),
+    _no_second_derivative("The fused range of a smooth activation's slope"),
+    lambda ctx, inputs, output: None,
+)
+
+
+# --- interval_max_pool2d, interval_first_maximum, interval_max_pool2d_backward ------------------------------
 
 
 def _max_pool_fake(mid: Tensor, rad: Tensor, *geometry: Any) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyxai_bounds import rounding as rd
 from pyxai_bounds.ops.layout import dense, in_order_of, memory_format, pack, unpack
+from pyxai_bounds.ops.smooth import extremes, extremes_adjoint, smooth
 from pyxai_bounds.ops.windows import Windows, pack_positions, unpack_positions
 
 aten = torch.ops.aten
@@ -305,6 +306,75 @@ def interval_mul(
     if rounding == rd.Rounding.EVALUATED:
         lost, tiny = lost + 2 * rd.unit(torch.float32), rd.tiny(torch.float32)
     return mid, (rad + lost * reach) * (1 + 16 * u) + some.to(mid.dtype) * (4 * tiny)
+
+
+def interval_mul_adjoint(
+    mid_grad: Tensor, rad_grad: Tensor, a_mid: Tensor, a_rad: Tensor, b_mid: Tensor, b_rad: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of ``interval_mul`` in its arguments.
+
+    Each end of the product is one of four end-point products; the gradient flows to the two ends it took.
+    """
+    a = torch.stack((a_mid - a_rad, a_mid - a_rad, a_mid + a_rad, a_mid + a_rad))
+    b = torch.stack((b_mid - b_rad, b_mid + b_rad, b_mid - b_rad, b_mid + b_rad))
+    products = a * b
+    a_grads = []
+    b_grads = []
+    for chosen, end_grad in (
+        (products.argmin(0, keepdim=True), (mid_grad - rad_grad) * 0.5),
+        (products.argmax(0, keepdim=True), (mid_grad + rad_grad) * 0.5),
+    ):
+        a_end = torch.where(chosen >= 2, 1.0, -1.0).to(a.dtype).squeeze(0)  # +1: the upper end of a
+        b_end = torch.where(chosen % 2 == 1, 1.0, -1.0).to(a.dtype).squeeze(0)
+        a_grads.append((end_grad * b.gather(0, chosen).squeeze(0), a_end))
+        b_grads.append((end_grad * a.gather(0, chosen).squeeze(0), b_end))
+    (a0, s0), (a1, s1) = a_grads
+    (b0, t0), (b1, t1) = b_grads
+    return a0 + a1, a0 * s0 + a1 * s1, b0 + b1, b0 * t0 + b1 * t1
+
+
+def interval_smooth(mid: Tensor, rad: Tensor, name: str, params: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """The range of a function of ``smooth.py`` on the box."""
+    mid, rad = dense(mid, rad)
+    function = smooth(name, params)
+    least, greatest, _ = extremes(function.value, mid - rad, mid + rad, function.critical)
+    return (least + greatest) * 0.5, (greatest - least) * 0.5
+
+
+def interval_smooth_adjoint(
+    mid_grad: Tensor, rad_grad: Tensor, mid: Tensor, rad: Tensor, name: str, params: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """The gradients of ``interval_smooth`` in mid and rad."""
+    mid_grad, rad_grad, mid, rad = dense(mid_grad, rad_grad, mid, rad)
+    to_ends = (mid_grad - rad_grad) * 0.5, (mid_grad + rad_grad) * 0.5
+    to_lower, to_upper = extremes_adjoint(smooth(name, params), mid - rad, mid + rad, *to_ends)
+    return to_lower + to_upper, to_upper - to_lower
+
+
+def interval_smooth_backward(
+    grad_mid: Tensor, grad_rad: Tensor, mid: Tensor, rad: Tensor, name: str, params: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """The gradient box times the range of a slope of ``smooth.py`` on the box (mid, rad)."""
+    grad_mid, grad_rad, mid, rad = dense(grad_mid, grad_rad, mid, rad)
+    return interval_mul(grad_mid, grad_rad, *interval_smooth(mid, rad, name, params))
+
+
+def interval_smooth_backward_adjoint(
+    mid_grad: Tensor,
+    rad_grad: Tensor,
+    grad_mid: Tensor,
+    grad_rad: Tensor,
+    mid: Tensor,
+    rad: Tensor,
+    name: str,
+    params: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of ``interval_smooth_backward`` in grad_mid, grad_rad, mid and rad."""
+    mid_grad, rad_grad, grad_mid, grad_rad, mid, rad = dense(mid_grad, rad_grad, grad_mid, grad_rad, mid, rad)
+    factor = interval_smooth(mid, rad, name, params)
+    of_grad_mid, of_grad_rad, *of_factor = interval_mul_adjoint(mid_grad, rad_grad, grad_mid, grad_rad, *factor)
+    of_mid, of_rad = interval_smooth_adjoint(of_factor[0], of_factor[1], mid, rad, name, params)
+    return of_grad_mid, of_grad_rad, of_mid, of_rad
 
 
 def interval_max_pool2d(

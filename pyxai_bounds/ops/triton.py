@@ -23,6 +23,7 @@ from torch import Tensor
 from pyxai_bounds.ops import reference
 from pyxai_bounds.ops.layout import in_order_of, memory_format, state_size
 from pyxai_bounds.ops.native import _bits_of, _boxes, _describe, _per_channel
+from pyxai_bounds.ops.smooth import smooth
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CAPABILITY = (8, 0)  # the oldest that the kernels are compiled for in the tests
@@ -308,6 +309,37 @@ def interval_mul(a_mid: Tensor, a_rad: Tensor, b_mid: Tensor, b_rad: Tensor) -> 
     return out_mid, out_rad
 
 
+def interval_smooth(mid: Tensor, rad: Tensor, name: str, params: Sequence[float]) -> tuple[Tensor, ...]:
+    return _smooth("interval_smooth", (mid, rad), 2, name, params)
+
+
+def interval_smooth_adjoint(*args: Any) -> tuple[Tensor, ...]:
+    return _smooth("interval_smooth_adjoint", args[:-2], 2, *args[-2:])
+
+
+def interval_smooth_backward(*args: Any) -> tuple[Tensor, ...]:
+    return _smooth("interval_smooth_backward", args[:-2], 2, *args[-2:])
+
+
+def interval_smooth_backward_adjoint(*args: Any) -> tuple[Tensor, ...]:
+    return _smooth("interval_smooth_backward_adjoint", args[:-2], 4, *args[-2:])
+
+
+def _smooth(
+    op: str, tensors: tuple[Tensor, ...], results: int, name: str, params: Sequence[float]
+) -> tuple[Tensor, ...]:
+    """One of four elementwise kernels; float64, of which they have no exponential functions, is the reference's."""
+    tensors = _boxes(*tensors)
+    if tensors[0].dtype is torch.float64:
+        return getattr(reference, op)(*tensors, name, params)
+    out = tuple(_like(tensors[0]) for _ in range(results))
+    if tensors[0].numel():
+        kernels = _kernels("interval_smooth")
+        critical = smooth(name, params).critical
+        kernels.launch(getattr(kernels, f"{op}_kernel"), (*tensors, *out), name, params, critical)
+    return out
+
+
 def interval_max_pool2d(
     mid: Tensor,
     rad: Tensor,
@@ -387,6 +419,10 @@ _elementwise: tuple[Callable, ...] = (
     interval_relu_backward,
     interval_scale_shift,
     interval_mul,
+    interval_smooth,
+    interval_smooth_adjoint,
+    interval_smooth_backward,
+    interval_smooth_backward_adjoint,
     interval_max_pool2d,
     interval_first_maximum,
     interval_max_pool2d_backward,

@@ -33,7 +33,8 @@ aten = torch.ops.aten
 def max_pool2d(x: Interval, *geometry: Any) -> tuple[Interval, object]:
     """The indices of a set have no single value; the backward side works from the input itself."""
     if _is_fused(x, geometry[0]):
-        kernel, stride, padding, dilation, ceil_mode = [*geometry, *([], 0, 1, False)[len(geometry) - 1 :]]
+        defaults: list[Any] = [None, [], 0, 1, False]
+        kernel, stride, padding, dilation, ceil_mode = [*geometry, *defaults[len(geometry) :]]
         pairs = (_pair(v) for v in (kernel, stride or kernel, padding, dilation))
         return Interval.of(*ops.interval_max_pool2d(x.mid, x.rad, *pairs, ceil_mode)), NO_VALUE
     return monotone(lambda t: aten.max_pool2d_with_indices(t, *geometry)[0], x, ulps=0), NO_VALUE

@@ -32,6 +32,7 @@ from pyxai_bounds.kernels import (
     interval_mul,
     interval_relu,
     interval_scale_shift,
+    interval_smooth,
 )
 from pyxai_bounds.kernels.launch import Block, box_blocks, weight_blocks
 
@@ -39,6 +40,9 @@ DTYPES = {
     "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32,
     "fp64": torch.float64,
 }  # fmt: skip
+
+
+NUMBERS = ("p0", "v0", "p1", "v1", "a", "b", "c")  # arguments of kernels that are no integers
 
 
 def gemm_variants() -> dict[str, tuple[Any, dict[str, Any], list[str], list[str]]]:
@@ -85,6 +89,16 @@ def elementwise_kernels() -> dict[str, tuple[Any, dict[str, Any]]]:
         "gate": (interval_relu.interval_gate_kernel, {}),
         "scale_shift": (interval_scale_shift.interval_scale_shift_kernel, {"HAS_SHIFT": True}),
         "mul": (interval_mul.interval_mul_kernel, {}),
+        **{
+            f"{kernel}_{name}": (getattr(interval_smooth, f"{kernel}_kernel"), {"NAME": name, "CRITICAL": 2})
+            for name in ("tanh", "gelu", "gelu_tanh_slope", "silu_slope", "softplus", "elu")
+            for kernel in (
+                "interval_smooth",
+                "interval_smooth_backward",
+                "interval_smooth_adjoint",
+                "interval_smooth_backward_adjoint",
+            )
+        },
         "max_pool2d": (interval_max_pool2d.interval_max_pool2d_fwd_kernel, {"BLOCK": 512}),
         "first_maximum": (interval_max_pool2d.first_maximum_kernel, {"BLOCK": 512}),
         "max_pool2d_backward": (interval_max_pool2d.interval_max_pool2d_bwd_kernel, {"BLOCK": 512}),
@@ -112,7 +126,7 @@ def compile_one(
             bits = {"state": "*u8", "gate": "*u8", "must": "*i32", "may": "*i32"}
             signature[name] = next((kind for word, kind in bits.items() if word in name), pointer)
         else:
-            signature[name] = "i32"
+            signature[name] = "fp32" if name in NUMBERS else "i32"
         if signature[name] != "constexpr" and (name.endswith("_ptr") or name in sixteens):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
@@ -185,6 +199,10 @@ def main() -> None:
         for dtype, capability in (("fp32", 80), ("bf16", 90), ("fp16", 90), ("fp64", 90)):
             flags = flags | {"WIDE": False, "COMPUTE": tl.float64 if dtype == "fp64" else tl.float32}
             flags = flags if "BLOCK" in flags else flags | {"GROUPS": 256}
+            if "NAME" in flags:
+                if dtype == "fp64":
+                    continue  # the reference's
+                del flags["COMPUTE"]
             found = compile_one(kernel, flags, dtype, capability, [], [], {"enable_fp_fusion": False})
             print(json.dumps({"kernel": name, "dtype": dtype, "sm": capability, "block": None, **found}), flush=True)
 
