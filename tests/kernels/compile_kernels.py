@@ -82,6 +82,13 @@ def gemm_variants() -> dict[str, tuple[Any, dict[str, Any], list[str], list[str]
     }
 
 
+def smooth(kernel: str, *names: str) -> dict[str, tuple[Any, dict[str, Any]]]:
+    flags = {"CRITICAL": 2, "GROUPS": interval_smooth.GROUPS}
+    return {
+        f"{kernel}_{name}": (getattr(interval_smooth, f"{kernel}_kernel"), flags | {"NAME": name}) for name in names
+    }
+
+
 def elementwise_kernels() -> dict[str, tuple[Any, dict[str, Any]]]:
     return {
         "relu": (interval_relu.interval_relu_fwd_kernel, {}),
@@ -89,16 +96,13 @@ def elementwise_kernels() -> dict[str, tuple[Any, dict[str, Any]]]:
         "gate": (interval_relu.interval_gate_kernel, {}),
         "scale_shift": (interval_scale_shift.interval_scale_shift_kernel, {"HAS_SHIFT": True}),
         "mul": (interval_mul.interval_mul_kernel, {}),
-        **{
-            f"{kernel}_{name}": (getattr(interval_smooth, f"{kernel}_kernel"), {"NAME": name, "CRITICAL": 2})
-            for name in ("tanh", "gelu", "gelu_tanh_slope", "silu_slope", "softplus", "elu")
-            for kernel in (
-                "interval_smooth",
-                "interval_smooth_backward",
-                "interval_smooth_adjoint",
-                "interval_smooth_backward_adjoint",
-            )
-        },
+        # The adjoint of a product contains all the others; one function shows that these compile by themselves.
+        **smooth(
+            "interval_smooth_backward_adjoint", "tanh", "gelu", "gelu_tanh_slope", "silu_slope", "softplus", "elu"
+        ),
+        **smooth("interval_smooth", "gelu"),
+        **smooth("interval_smooth_backward", "gelu_slope"),
+        **smooth("interval_smooth_adjoint", "gelu_slope"),
         "max_pool2d": (interval_max_pool2d.interval_max_pool2d_fwd_kernel, {"BLOCK": 512}),
         "first_maximum": (interval_max_pool2d.first_maximum_kernel, {"BLOCK": 512}),
         "max_pool2d_backward": (interval_max_pool2d.interval_max_pool2d_bwd_kernel, {"BLOCK": 512}),
@@ -198,7 +202,7 @@ def main() -> None:
     for name, (kernel, flags) in elementwise_kernels().items():
         for dtype, capability in (("fp32", 80), ("bf16", 90), ("fp16", 90), ("fp64", 90)):
             flags = flags | {"WIDE": False, "COMPUTE": tl.float64 if dtype == "fp64" else tl.float32}
-            flags = flags if "BLOCK" in flags else flags | {"GROUPS": 256}
+            flags = flags if "BLOCK" in flags else {"GROUPS": 256} | flags
             if "NAME" in flags:
                 if dtype == "fp64":
                     continue  # the reference's

@@ -66,5 +66,6 @@ def test_loads_are_wide(compiled):
 
 def test_elementwise_kernels_round_each_operation(compiled):
     for entry in compiled:
-        if entry["block"] is None:
+        # erf is a library's, which contracts by its own design.
+        if entry["block"] is None and "gelu" not in entry["kernel"]:
             assert entry["fma"] == 0, entry
