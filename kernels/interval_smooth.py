@@ -15,7 +15,6 @@ from torch import Tensor
 from .interval_mul import product_of_ends
 from .launch import EXACT, flat, flat_offsets, on_device
 
-_CRITICAL = ["p0", "v0", "p1", "v1"]
 GROUPS = 128  # eight elements to a thread: with sixteen the adjoint of a slope spills
 
 
@@ -209,7 +208,7 @@ def ends_of_least(ll, lu, ul, uu, a_lower, a_upper, b_lower, b_upper):
     return a_end, tl.where(less, 1.0, a_side), b_end, tl.where(less, 1.0, b_side)
 
 
-@triton.jit(do_not_specialize=_CRITICAL)
+@triton.jit
 def interval_smooth_kernel(
     mid_ptr,  # [n]
     rad_ptr,  # [n]
@@ -237,7 +236,7 @@ def interval_smooth_kernel(
     tl.store(out_rad_ptr + at, (greatest - least) * 0.5, inside)
 
 
-@triton.jit(do_not_specialize=_CRITICAL)
+@triton.jit
 def interval_smooth_backward_kernel(
     grad_mid_ptr,  # [n]
     grad_rad_ptr,  # [n]
@@ -270,7 +269,7 @@ def interval_smooth_backward_kernel(
     tl.store(out_rad_ptr + at, out_rad, inside)
 
 
-@triton.jit(do_not_specialize=_CRITICAL)
+@triton.jit
 def interval_smooth_adjoint_kernel(
     mid_grad_ptr,  # [n]
     rad_grad_ptr,  # [n]
@@ -305,7 +304,7 @@ def interval_smooth_adjoint_kernel(
     tl.store(out_rad_ptr + at, to_upper - to_lower, inside)
 
 
-@triton.jit(do_not_specialize=_CRITICAL)
+@triton.jit
 def interval_smooth_backward_adjoint_kernel(
     mid_grad_ptr,  # [n]
     rad_grad_ptr,  # [n]
