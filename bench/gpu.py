@@ -8,7 +8,6 @@ after every network, prints a short table last.
 from __future__ import annotations
 
 import argparse
-import copy
 import csv
 import os
 import re
@@ -21,12 +20,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-import pyxai_bounds as xb
 from bench import measure, models
 from bench.measure import Case, Contender
 from bench.rows import COLUMNS, commit, triton
 from pyxai_bounds import ops
-from pyxai_bounds.ops.replay import Replay
 
 LAYOUT = "channels-last"
 NETWORKS: dict[str, Callable[[], torch.nn.Sequential]] = {
@@ -92,27 +89,25 @@ def plain(case: Case) -> Contender:
     return Contender(forward, step)
 
 
-def replayed(case: Case) -> Contender:
-    """The engine's program as a CUDA graph, for certify."""
-    x = case.input(LAYOUT)
-    bound = xb.bound(xb.explain.gradient(case.model))
-    box = xb.Interval.linf(x, measure.EPS)
-    program = copy.copy(bound.graph(box, case.target))
-    graph = copy.deepcopy(program.graph)
-    for node in list(graph.find_nodes(op="call_function", target=ops.check_target)):  # looks at the data on the host
-        node.replace_all_uses_with(node.args[0])
-        graph.erase_node(node)
-    for node in list(graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled)):
-        graph.erase_node(node)
-    record = Replay(torch.fx.GraphModule(program, graph), (box.mid, box.rad, case.target))
-    return Contender(lambda: record(box.mid, box.rad, case.target), lambda: None)
+def launched(case: Case) -> Contender:
+    """The engine's certify without a CUDA graph, which it records by itself at its second call."""
+    one = measure.engine(case, LAYOUT, "auto")
+
+    def bounds() -> Any:
+        os.environ["PYXAI_BOUNDS_CUDA_GRAPHS"] = "0"
+        try:
+            return one.bounds()
+        finally:
+            del os.environ["PYXAI_BOUNDS_CUDA_GRAPHS"]
+
+    return Contender(bounds, lambda: None)
 
 
 def contenders(case: Case, compile: bool, refused: list[str]) -> Iterator[tuple[str, Contender]]:
     makers: dict[str, Callable[[], Contender]] = {
         "auto": lambda: measure.engine(case, LAYOUT, "auto"),
         "triton": lambda: measure.engine(case, LAYOUT, "triton"),
-        "auto graph": lambda: replayed(case),
+        "launched": lambda: launched(case),
         "eager": lambda: measure.eager(case, LAYOUT),
         "floor": lambda: measure.floor(case, LAYOUT),
         "plain": lambda: plain(case),
@@ -124,7 +119,8 @@ def contenders(case: Case, compile: bool, refused: list[str]) -> Iterator[tuple[
             say(f"{case.name}: {name}")
             one = make()
             one.step()  # compiles, measures tile sizes
-            one.bounds()
+            for _ in range(2):  # the second call records
+                one.bounds()
             torch.cuda.synchronize()
         except Exception as error:
             refused.append(f"{case.name} {name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}")
@@ -178,7 +174,7 @@ def run_case(case: Case, compile: bool, refused: list[str]) -> list[dict[str, An
     rows = []
     for name, one in contenders(case, compile, refused):
         for op, step in (("train", one.step), ("certify", one.bounds)):
-            if name == "auto graph" and op == "train":
+            if name == "launched" and op == "train":
                 continue
             times = seconds(step, budget=0.5)
             peak = peak_bytes(step)
@@ -220,6 +216,41 @@ def layers(batch: int) -> list[dict[str, Any]]:
                     tuning.fastest = original
                 shape = f"{channels}-{outputs} {pixels}x{pixels} /{stride} B{batch} bf16"
                 rows.append(row(op, shape, contender, spans, ""))
+    return rows
+
+
+def elementwise(batch: int) -> list[dict[str, Any]]:
+    """The elementwise operators and the max-pool pair on 64 channels of 32 × 32, bf16: our kernel and plain PyTorch."""
+    generator = torch.Generator("cuda").manual_seed(1)
+    shape = (batch, 64, 32, 32)
+
+    def box(*size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        mid = torch.randn(size, generator=generator, device="cuda", dtype=torch.bfloat16)
+        mid = mid.contiguous(memory_format=torch.channels_last)
+        return mid, mid.abs() * 0.1
+
+    x, grad, back, pooled = box(*shape), box(*shape), box(*shape), box(batch, 64, 16, 16)
+    geometry = ([2, 2], [2, 2], [0, 0], [1, 1])
+    bits = ops.triton.interval_first_maximum(*x, [16, 16], *geometry)
+    slope: tuple[Any, ...] = ("gelu_slope", ())
+    jobs: list[tuple[str, tuple]] = [
+        ("interval_mul", (*grad, *x)),
+        ("interval_smooth", (*x, "gelu", ())),
+        ("interval_smooth_adjoint", (*back, *x, "gelu", ())),
+        ("interval_smooth_backward", (*grad, *x, *slope)),
+        ("interval_smooth_backward_adjoint", (*back, *grad, *x, *slope)),
+        ("interval_max_pool2d", (*x, *geometry, False)),
+        ("interval_first_maximum", (*x, [16, 16], *geometry)),
+        ("interval_max_pool2d_backward", (*pooled, *bits, [32, 32], *geometry)),
+        ("interval_max_pool2d_gather", (*x, *pooled, *bits, *geometry)),
+    ]
+    rows = []
+    for op, arguments in jobs:
+        for contender, module in (("triton", ops.triton), ("reference", ops.reference)):
+            function = getattr(module, op)
+            function(*arguments)
+            spans = measure.percentiles(seconds(lambda f=function, a=arguments: f(*a), 0.1))  # type: ignore[misc]
+            rows.append(row(op, f"64 32x32 B{batch} bf16", contender, spans, ""))
     return rows
 
 
@@ -292,7 +323,7 @@ def main() -> int:
         torch.cuda.empty_cache()
         write(out / "gradient_bounds.csv", rows)
         if (name, batch) == ("cnn7", 512) and precision == "bf16":
-            write(out / "operators.csv", operators := layers(512))
+            write(out / "operators.csv", operators := layers(512) + elementwise(256))
             say("operators\n" + table(operators))
     choices = ops.triton._kernels("tuning").choices()
     (out / "choices.txt").write_text("".join(f"{key}: {value}\n" for key, value in choices.items()))

@@ -47,6 +47,16 @@ def elementwise() -> dict[str, tuple[float, float]]:
         "interval_gate": (ELEMENT * 4 * n + STATE * n, 6 * n),
         "interval_scale_shift": (ELEMENT * 4 * n, 4 * n),
         "interval_mul": (ELEMENT * 6 * n, 20 * n),
+        # Two evaluations of a function of about 15 operations, or four where a derivative is needed as well.
+        "interval_smooth": (ELEMENT * 4 * n, 40 * n),
+        "interval_smooth_backward": (ELEMENT * 6 * n, 60 * n),
+        "interval_smooth_adjoint": (ELEMENT * 6 * n, 80 * n),
+        "interval_smooth_backward_adjoint": (ELEMENT * 10 * n, 130 * n),
+        # 2 × 2 windows: a quarter as many results, and two int32 of bits for each of them.
+        "interval_max_pool2d": (ELEMENT * 2.5 * n, 6 * n),
+        "interval_first_maximum": (ELEMENT * 2 * n + 8 * n / 4, 30 * n),
+        "interval_max_pool2d_backward": (ELEMENT * 2.5 * n + 8 * n / 4, 60 * n),
+        "interval_max_pool2d_gather": (ELEMENT * 3 * n + 8 * n / 4, 20 * n),
     }
 
 

@@ -20,6 +20,15 @@ def _greatest(a, b):
 
 
 @triton.jit
+def product_of_ends(a_lower, a_upper, b_lower, b_upper):
+    """Midpoint and radius between the least and the greatest of the four products."""
+    ll, lu, ul, uu = a_lower * b_lower, a_lower * b_upper, a_upper * b_lower, a_upper * b_upper
+    lower = _least(_least(ll, lu), _least(ul, uu))
+    upper = _greatest(_greatest(ll, lu), _greatest(ul, uu))
+    return (lower + upper) * 0.5, (upper - lower) * 0.5
+
+
+@triton.jit
 def interval_mul_kernel(
     a_mid_ptr,  # [n]
     a_rad_ptr,  # [n]
@@ -38,12 +47,9 @@ def interval_mul_kernel(
     a_rad = tl.load(a_rad_ptr + at, inside, 0.0).to(COMPUTE)
     b_mid = tl.load(b_mid_ptr + at, inside, 0.0).to(COMPUTE)
     b_rad = tl.load(b_rad_ptr + at, inside, 0.0).to(COMPUTE)
-    a_lower, a_upper, b_lower, b_upper = a_mid - a_rad, a_mid + a_rad, b_mid - b_rad, b_mid + b_rad
-    ll, lu, ul, uu = a_lower * b_lower, a_lower * b_upper, a_upper * b_lower, a_upper * b_upper
-    lower = _least(_least(ll, lu), _least(ul, uu))
-    upper = _greatest(_greatest(ll, lu), _greatest(ul, uu))
-    tl.store(out_mid_ptr + at, (lower + upper) * 0.5, inside)
-    tl.store(out_rad_ptr + at, (upper - lower) * 0.5, inside)
+    mid, rad = product_of_ends(a_mid - a_rad, a_mid + a_rad, b_mid - b_rad, b_mid + b_rad)
+    tl.store(out_mid_ptr + at, mid, inside)
+    tl.store(out_rad_ptr + at, rad, inside)
 
 
 def mul_into(a_mid: Tensor, a_rad: Tensor, b_mid: Tensor, b_rad: Tensor, out_mid: Tensor, out_rad: Tensor) -> None:

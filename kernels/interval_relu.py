@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .ends import bits_of, bytes_of, gated, relu_backward_keeps, relu_keeps
-from .launch import EXACT, compute_type, flat, flat_offsets, on_device
+from .launch import EXACT, bytes_for, compute_type, flat, flat_offsets, on_device
 
 
 @triton.jit
@@ -24,7 +24,7 @@ def interval_relu_fwd_kernel(
 ):
     groups, at = flat_offsets(GROUPS, WIDE)
     bit = tl.arange(0, 8)[None, :]
-    size = (n + 7) // 8
+    size = bytes_for(n)
     inside = at < n
     mid = tl.load(mid_ptr + at, inside, 0.0).to(COMPUTE)
     rad = tl.load(rad_ptr + at, inside, 0.0).to(COMPUTE)
@@ -52,7 +52,7 @@ def interval_relu_bwd_kernel(
 ):
     groups, at = flat_offsets(GROUPS, WIDE)
     bit = tl.arange(0, 8)[None, :]
-    size = (n + 7) // 8
+    size = bytes_for(n)
     inside = at < n
     mid = tl.load(mid_ptr + at, inside, 0.0).to(COMPUTE)
     rad = tl.load(rad_ptr + at, inside, 0.0).to(COMPUTE)
@@ -82,7 +82,7 @@ def interval_gate_kernel(
 ):
     groups, at = flat_offsets(GROUPS, WIDE)
     bit = tl.arange(0, 8)[None, :]
-    size = (n + 7) // 8
+    size = bytes_for(n)
     inside = at < n
     mid = tl.load(mid_ptr + at, inside, 0.0).to(COMPUTE)
     rad = tl.load(rad_ptr + at, inside, 0.0).to(COMPUTE)

@@ -32,9 +32,9 @@ def on_device(t: Tensor) -> Any:
     return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
 
 
-def flat(n: int) -> tuple[tuple[int], dict[str, Any]]:
+def flat(n: int, groups: int = 256) -> tuple[tuple[int], dict[str, Any]]:
     """Grid and block of a launch over n elements in groups of eight, whose bits are one byte."""
-    groups = 8192 if interpreting() else 256  # a program of the interpreter costs milliseconds, whatever its size
+    groups = 8192 if interpreting() else groups  # a program of the interpreter costs milliseconds, whatever its size
     grid = (triton.cdiv(n, 8 * groups),)
     return grid, {"GROUPS": groups, "WIDE": n + 8 * groups >= 2**31}
 
@@ -47,6 +47,12 @@ def flat_offsets(GROUPS: tl.constexpr, WIDE: tl.constexpr):
         start = start.to(tl.int64)
     groups = start * GROUPS + tl.arange(0, GROUPS)
     return groups, groups[:, None] * 8 + tl.arange(0, 8)[None, :]
+
+
+@triton.jit
+def bytes_for(n):
+    """ceil(n / 8), where n + 7 may be more than 32 bits hold."""
+    return n // 8 + (n % 8 + 7) // 8
 
 
 # --- matrix products -----------------------------------------------------------------------------------------------

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import statistics
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
 import torch
+from triton.errors import TritonError
 from triton.runtime.errors import OutOfResources
 
 from .launch import interpreting
@@ -23,7 +25,8 @@ def fastest(key: Hashable, candidates: Sequence[Candidate], run: Callable[[Candi
     """The candidate with which ``run`` takes least time on the current CUDA device, as measured when ``key`` was new.
 
     The first one unmeasured, in the interpreter and while a CUDA graph is being captured (run once before capturing).
-    A candidate that needs more of the device than there is drops out.
+    A candidate that needs more of the device than there is drops out; so does, with a warning, one that this version of
+    Triton cannot compile for this device. If all do, the first is returned, to fail where it is used.
     """
     if len(candidates) == 1 or interpreting():
         return candidates[0]
@@ -48,6 +51,11 @@ def _milliseconds(run: Callable[[Candidate], Any], candidate: Candidate) -> floa
         rounds = max(1, min(20, int(MEASURE_MS / 3 / max(each, 1e-3))))
         return statistics.median(_timed(run, candidate, rounds) for _ in range(3))
     except (OutOfResources, torch.cuda.OutOfMemoryError):
+        return float("inf")
+    except (TritonError, RuntimeError) as error:
+        if not isinstance(error, TritonError) and "PassManager" not in str(error):
+            raise  # not the compiler's: a kernel that failed when it ran
+        warnings.warn(f"Triton could not compile {candidate}: {error}", RuntimeWarning, stacklevel=2)
         return float("inf")
 
 

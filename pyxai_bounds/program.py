@@ -26,6 +26,7 @@ from pyxai_bounds import rounding as rd
 from pyxai_bounds.capture import Captured, as_captured, capture, is_one_integer, retrace, source_of
 from pyxai_bounds.errors import UnsupportedOperatorError
 from pyxai_bounds.interval import Interval
+from pyxai_bounds.ops.replay import Recorder
 from pyxai_bounds.parameters import ParameterBox
 from pyxai_bounds.rounding import Semantics
 from pyxai_bounds.rules import RULES, UnsupportedArgumentsError
@@ -270,8 +271,15 @@ class Program:
         return stack
 
     def _without_grad(self, tensors: list[Tensor]) -> Any:
-        run = self._inference_graph if ops.needs_dispatcher(*tensors) else self._undispatched
-        return run(*tensors)
+        if ops.needs_dispatcher(*tensors):
+            return self._inference_graph(*tensors)
+        if tensors and tensors[0].is_cuda:
+            return self._on_gpu(tensors)
+        return self._undispatched(*tensors)
+
+    @functools.cached_property
+    def _on_gpu(self) -> Recorder:
+        return Recorder(self._inference_graph)
 
     @functools.cached_property
     def _inference_graph(self) -> fx.GraphModule:

@@ -211,8 +211,8 @@ interval_relu_backward = _define(
 )
 
 
-def _has_kernels(t: Tensor) -> bool:
-    """Does the backend fuse the two products of a gradient, too? Otherwise plain PyTorch saves the dispatch."""
+def has_kernels(t: Tensor) -> bool:
+    """Does the backend of this tensor fuse what is several passes in plain PyTorch, on the way back too?"""
     return _select(t) not in (reference, native)
 
 
@@ -241,7 +241,7 @@ interval_linear_weight = _define(
 def _weight_gradient(name: str, grad_mid: Any, grad_rad: Any, mid: Any, rad: Any, *rest: Any) -> Tensor:
     """A product of midpoints plus a signed one of radii; a product with a factor that is None is left out."""
     weight = rest[0]
-    if _has_kernels(weight):
+    if has_kernels(weight):
         factors = (
             _or_zeros(grad_mid, grad_rad),
             _or_zeros(grad_rad, grad_mid),
@@ -316,7 +316,7 @@ def _linear_backward(ctx: Any, mid_grad: Tensor, rad_grad: Tensor, _: Any) -> An
     mid, rad, weight, _state = ctx.saved_tensors
     need_mid, need_rad, need_weight, need_bias = ctx.needs_input_grad[:4]
     mid_grad, rad_grad = _affine_grads(ctx, mid_grad, rad_grad)
-    if need_mid and need_rad and _has_kernels(weight):
+    if need_mid and need_rad and has_kernels(weight):
         box_grad = interval_linear_backward(_or_zeros(mid_grad, rad_grad), _or_zeros(rad_grad, mid_grad), weight, None)
     else:
         box_grad = (
@@ -369,7 +369,7 @@ def _linear_data_backward(ctx: Any, mid_grad: Tensor, rad_grad: Tensor) -> Any:
     if ctx.needs_input_grad[2]:  # the roles of input and output gradient are exchanged
         weight_grad = _weight_gradient("interval_linear_weight", mid, rad, mid_grad, rad_grad, weight)
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-        if _has_kernels(weight):
+        if has_kernels(weight):
             both = _or_zeros(mid_grad, rad_grad), _or_zeros(rad_grad, mid_grad)
             box_grad = interval_linear(*both, weight, None, False)[:2]
         else:
@@ -410,7 +410,7 @@ def _conv2d_backward(ctx: Any, mid_grad: Tensor, rad_grad: Tensor, _: Any) -> An
     need_mid, need_rad, need_weight, need_bias = ctx.needs_input_grad[:4]
     mid_grad, rad_grad = _affine_grads(ctx, mid_grad, rad_grad)
     args = ctx.args[:4]
-    if need_mid and need_rad and _has_kernels(weight):
+    if need_mid and need_rad and has_kernels(weight):
         both = _or_zeros(mid_grad, rad_grad), _or_zeros(rad_grad, mid_grad)
         box_grad = interval_conv2d_backward(*both, weight, None, ctx.input_size, *args)
     else:
@@ -452,7 +452,7 @@ def _conv2d_data_backward(ctx: Any, mid_grad: Tensor, rad_grad: Tensor) -> Any:
     if ctx.needs_input_grad[2]:  # the roles of input and output gradient are exchanged
         weight_grad = _weight_gradient("interval_conv2d_weight", mid, rad, mid_grad, rad_grad, weight, *args)
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-        if _has_kernels(weight):
+        if has_kernels(weight):
             both = _or_zeros(mid_grad, rad_grad), _or_zeros(rad_grad, mid_grad)
             box_grad = interval_conv2d(*both, weight, None, *args, False)[:2]
         else:
@@ -527,26 +527,10 @@ def _mul_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _mul_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None) -> Any:
-    """Each end of the product is one of four end-point products; the gradient flows to the two ends it took."""
     a_mid, a_rad, b_mid, b_rad = ctx.saved_tensors
     mid_grad = _optional(mid_grad, a_mid.shape, a_mid)
     rad_grad = _optional(rad_grad, a_mid.shape, a_mid)
-    a = torch.stack((a_mid - a_rad, a_mid - a_rad, a_mid + a_rad, a_mid + a_rad))
-    b = torch.stack((b_mid - b_rad, b_mid + b_rad, b_mid - b_rad, b_mid + b_rad))
-    products = a * b
-    a_grads = []
-    b_grads = []
-    for chosen, end_grad in (
-        (products.argmin(0, keepdim=True), (mid_grad - rad_grad) * 0.5),
-        (products.argmax(0, keepdim=True), (mid_grad + rad_grad) * 0.5),
-    ):
-        a_end = torch.where(chosen >= 2, 1.0, -1.0).to(a.dtype).squeeze(0)  # +1: the upper end of a
-        b_end = torch.where(chosen % 2 == 1, 1.0, -1.0).to(a.dtype).squeeze(0)
-        a_grads.append((end_grad * b.gather(0, chosen).squeeze(0), a_end))
-        b_grads.append((end_grad * a.gather(0, chosen).squeeze(0), b_end))
-    (a0, s0), (a1, s1) = a_grads
-    (b0, t0), (b1, t1) = b_grads
-    return a0 + a1, a0 * s0 + a1 * s1, b0 + b1, b0 * t0 + b1 * t1, None
+    return *reference.interval_mul_adjoint(mid_grad, rad_grad, a_mid, a_rad, b_mid, b_rad), None
 
 
 interval_mul = _define(
@@ -554,6 +538,152 @@ interval_mul = _define(
     lambda a_mid, a_rad, b_mid, b_rad, rounding=0: (_like(a_mid), _like(a_mid)),
     _mul_backward,
     _mul_setup,
+)
+
+
+# --- interval_smooth, interval_smooth_backward: their adjoints are operators, too ---------------------------
+
+
+def _smooth_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *box, ctx.name, ctx.params = inputs
+    ctx.save_for_backward(*box)
+
+
+def _smooth_gradient(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None) -> Any:
+    box = ctx.saved_tensors
+    mid_grad, rad_grad = _optional(mid_grad, box[0].shape, box[0]), _optional(rad_grad, box[0].shape, box[0])
+    adjoint = interval_smooth_adjoint if len(box) == 2 else interval_smooth_backward_adjoint
+    return *adjoint(mid_grad, rad_grad, *box, ctx.name, ctx.params), None, None
+
+
+def _boxes_like(first: Tensor, boxes: int) -> tuple[Tensor, ...]:
+    return tuple(_like(first) for _ in range(2 * boxes))
+
+
+interval_smooth = _define(
+    "interval_smooth(Tensor mid, Tensor rad, str name, float[] params) -> (Tensor, Tensor)",
+    lambda mid, rad, name, params: _boxes_like(mid, 1),
+    _smooth_gradient,
+    _smooth_setup,
+)
+
+interval_smooth_backward = _define(
+    "interval_smooth_backward(Tensor grad_mid, Tensor grad_rad, Tensor mid, Tensor rad, str name, float[] params) -> "
+    "(Tensor, Tensor)",
+    lambda grad_mid, grad_rad, mid, rad, name, params: _boxes_like(grad_mid, 1),
+    _smooth_gradient,
+    _smooth_setup,
+)
+
+
+def _no_second_derivative(name: str) -> Callable[..., Any]:
+    def refuse(ctx: Any, *grads: Tensor | None) -> Any:
+        raise NotImplementedError(f"{name} has no second derivative.")
+
+    return refuse
+
+
+interval_smooth_adjoint = _define(
+    "interval_smooth_adjoint(Tensor mid_grad, Tensor rad_grad, Tensor mid, Tensor rad, str name, float[] params) -> "
+    "(Tensor, Tensor)",
+    lambda mid_grad, rad_grad, mid, rad, name, params: _boxes_like(mid_grad, 1),
+    _no_second_derivative("The fused range of a smooth activation"),
+    lambda ctx, inputs, output: None,
+)
+
+interval_smooth_backward_adjoint = _define(
+    "interval_smooth_backward_adjoint(Tensor mid_grad, Tensor rad_grad, Tensor grad_mid, Tensor grad_rad, Tensor mid, "
+    "Tensor rad, str name, float[] params) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda mid_grad, *_: _boxes_like(mid_grad, 2),
+    _no_second_derivative("The fused range of a smooth activation's slope"),
+    lambda ctx, inputs, output: None,
+)
+
+
+# --- interval_max_pool2d, interval_first_maximum, interval_max_pool2d_backward ------------------------------
+
+
+def _max_pool_fake(mid: Tensor, rad: Tensor, *geometry: Any) -> tuple[Tensor, Tensor]:
+    shape = torch.ops.aten.max_pool2d_with_indices(mid, *geometry)[0].shape
+    return _like(mid, shape), _like(mid, shape)
+
+
+def _max_pool_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.geometry = inputs[2:]
+    ctx.out_shape = output[0].shape
+
+
+def _max_pool_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None) -> Any:
+    """Each end's gradient goes to where that end was found."""
+    mid, rad = ctx.saved_tensors
+    mid_grad, rad_grad = _optional(mid_grad, ctx.out_shape, mid), _optional(rad_grad, ctx.out_shape, mid)
+    pool = torch.ops.aten.max_pool2d_with_indices
+    ends = []
+    for end, grad in ((mid - rad, (mid_grad - rad_grad) * 0.5), (mid + rad, (mid_grad + rad_grad) * 0.5)):
+        indices = pool(end, *ctx.geometry)[1]
+        ends.append(torch.ops.aten.max_pool2d_with_indices_backward(grad, end, *ctx.geometry, indices))
+    lower, upper = ends
+    return lower + upper, upper - lower, *(None,) * 5
+
+
+interval_max_pool2d = _define(
+    "interval_max_pool2d(Tensor mid, Tensor rad, int[] kernel, int[] stride, int[] padding, int[] dilation, "
+    "bool ceil_mode) -> (Tensor, Tensor)",
+    _max_pool_fake,
+    _max_pool_backward,
+    _max_pool_setup,
+)
+
+
+def _first_maximum_fake(mid: Tensor, rad: Tensor, size: Any, *_: Any) -> tuple[Tensor, Tensor]:
+    shape, order = (*mid.shape[:2], *size), memory_format(mid)
+    must = torch.empty(shape, dtype=torch.int32, device=mid.device, memory_format=order)
+    return must, torch.empty_like(must)
+
+
+# Integers end the path of the gradient: where only they are used, nothing is differentiated through the image.
+interval_first_maximum = _define(
+    "interval_first_maximum(Tensor mid, Tensor rad, int[] size, int[] kernel, int[] stride, int[] padding, "
+    "int[] dilation) -> (Tensor, Tensor)",
+    _first_maximum_fake,
+    lambda ctx, *_: (None,) * 7,
+    lambda ctx, inputs, output: ctx.mark_non_differentiable(*output),
+)
+
+
+def _unpool_fake(mid: Tensor, rad: Tensor, must: Tensor, may: Tensor, size: Any, *_: Any) -> tuple[Tensor, Tensor]:
+    shape = (*mid.shape[:2], *size)
+    out = torch.empty(shape, dtype=mid.dtype, device=mid.device, memory_format=memory_format(must))
+    return out, torch.empty_like(out)
+
+
+def _unpool_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.geometry = inputs[5:]
+    ctx.out_shape = output[0].shape
+
+
+def _unpool_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None) -> Any:
+    box = ctx.saved_tensors
+    mid_grad, rad_grad = _optional(mid_grad, ctx.out_shape, box[0]), _optional(rad_grad, ctx.out_shape, box[0])
+    return *interval_max_pool2d_gather(mid_grad, rad_grad, *box, *ctx.geometry), *(None,) * 7
+
+
+interval_max_pool2d_backward = _define(
+    "interval_max_pool2d_backward(Tensor mid, Tensor rad, Tensor must, Tensor may, int[] size, int[] kernel, "
+    "int[] stride, int[] padding, int[] dilation) -> (Tensor, Tensor)",
+    _unpool_fake,
+    _unpool_backward,
+    _unpool_setup,
+)
+
+interval_max_pool2d_gather = _define(
+    "interval_max_pool2d_gather(Tensor mid, Tensor rad, Tensor grad_mid, Tensor grad_rad, Tensor must, Tensor may, "
+    "int[] kernel, int[] stride, int[] padding, int[] dilation) -> (Tensor, Tensor)",
+    lambda mid, rad, grad_mid, *_: (_like(grad_mid), _like(grad_mid)),
+    _no_second_derivative("The derivative of interval_max_pool2d_backward"),
+    lambda ctx, inputs, output: None,
 )
 
 
@@ -627,18 +757,12 @@ interval_matmul = _define(
 )
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> Any:
-    raise NotImplementedError(
-        "The exact interval matrix product has no second derivative; use the Rump product, exact=False, which has."
-    )
-
-
 interval_matmul_backward = _define(
     "interval_matmul_backward(Tensor mid_grad, Tensor rad_grad, Tensor a_mid, Tensor a_rad, Tensor b_mid, "
     "Tensor b_rad) -> (Tensor, Tensor, Tensor, Tensor)",
     lambda mid_grad, rad_grad, a_mid, a_rad, b_mid, b_rad: tuple(
         torch.empty_like(t, memory_format=torch.contiguous_format) for t in (a_mid, a_rad, b_mid, b_rad)
     ),
-    _no_second_derivative,
+    _no_second_derivative("The exact interval matrix product (use the Rump product, exact=False)"),
     lambda ctx, inputs, output: None,
 )

@@ -51,8 +51,8 @@ def pack(keep_lower: Tensor, keep_upper: Tensor) -> Tensor:
     keep_lower, keep_upper = dense(keep_lower, keep_upper)
     planes = [_memory_order(plane) for plane in (keep_lower, keep_upper)]
     bits = torch.nn.functional.pad(torch.stack(planes).to(torch.uint8), (0, -planes[0].numel() % 8))
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=bits.device)
-    packed = (bits.reshape(2, -1, 8) * weights).sum(-1, dtype=torch.uint8)
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)  # made there: a CUDA graph records no copy
+    packed = (bits.reshape(2, -1, 8) << shifts).sum(-1, dtype=torch.uint8)
     return packed.reshape(state_size(keep_lower))
 
 

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from pyxai_bounds import rounding as rd
 from pyxai_bounds.ops.layout import dense, in_order_of, memory_format, pack, unpack
+from pyxai_bounds.ops.smooth import extremes, extremes_adjoint, smooth
+from pyxai_bounds.ops.windows import Windows, pack_positions, unpack_positions
 
 aten = torch.ops.aten
 
@@ -325,6 +327,172 @@ def interval_mul(
     if rounding == rd.Rounding.EVALUATED:
         lost, tiny = lost + 2 * rd.unit(torch.float32), rd.tiny(torch.float32)
     return mid, (rad + lost * reach) * (1 + 16 * u) + some.to(mid.dtype) * (4 * tiny)
+
+
+def interval_mul_adjoint(
+    mid_grad: Tensor, rad_grad: Tensor, a_mid: Tensor, a_rad: Tensor, b_mid: Tensor, b_rad: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of ``interval_mul`` in its arguments.
+
+    Each end of the product is one of four end-point products; the gradient flows to the two ends it took.
+    """
+    a = torch.stack((a_mid - a_rad, a_mid - a_rad, a_mid + a_rad, a_mid + a_rad))
+    b = torch.stack((b_mid - b_rad, b_mid + b_rad, b_mid - b_rad, b_mid + b_rad))
+    products = a * b
+    a_grads = []
+    b_grads = []
+    for chosen, end_grad in (
+        (products.argmin(0, keepdim=True), (mid_grad - rad_grad) * 0.5),
+        (products.argmax(0, keepdim=True), (mid_grad + rad_grad) * 0.5),
+    ):
+        a_end = torch.where(chosen >= 2, 1.0, -1.0).to(a.dtype).squeeze(0)  # +1: the upper end of a
+        b_end = torch.where(chosen % 2 == 1, 1.0, -1.0).to(a.dtype).squeeze(0)
+        a_grads.append((end_grad * b.gather(0, chosen).squeeze(0), a_end))
+        b_grads.append((end_grad * a.gather(0, chosen).squeeze(0), b_end))
+    (a0, s0), (a1, s1) = a_grads
+    (b0, t0), (b1, t1) = b_grads
+    return a0 + a1, a0 * s0 + a1 * s1, b0 + b1, b0 * t0 + b1 * t1
+
+
+def interval_smooth(mid: Tensor, rad: Tensor, name: str, params: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """The range of a function of ``smooth.py`` on the box."""
+    mid, rad = dense(mid, rad)
+    function = smooth(name, params)
+    least, greatest, _ = extremes(function.value, mid - rad, mid + rad, function.critical)
+    return (least + greatest) * 0.5, (greatest - least) * 0.5
+
+
+def interval_smooth_adjoint(
+    mid_grad: Tensor, rad_grad: Tensor, mid: Tensor, rad: Tensor, name: str, params: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """The gradients of ``interval_smooth`` in mid and rad."""
+    mid_grad, rad_grad, mid, rad = dense(mid_grad, rad_grad, mid, rad)
+    to_ends = (mid_grad - rad_grad) * 0.5, (mid_grad + rad_grad) * 0.5
+    to_lower, to_upper = extremes_adjoint(smooth(name, params), mid - rad, mid + rad, *to_ends)
+    return to_lower + to_upper, to_upper - to_lower
+
+
+def interval_smooth_backward(
+    grad_mid: Tensor, grad_rad: Tensor, mid: Tensor, rad: Tensor, name: str, params: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """The gradient box times the range of a slope of ``smooth.py`` on the box (mid, rad)."""
+    grad_mid, grad_rad, mid, rad = dense(grad_mid, grad_rad, mid, rad)
+    return interval_mul(grad_mid, grad_rad, *interval_smooth(mid, rad, name, params))
+
+
+def interval_smooth_backward_adjoint(
+    mid_grad: Tensor,
+    rad_grad: Tensor,
+    grad_mid: Tensor,
+    grad_rad: Tensor,
+    mid: Tensor,
+    rad: Tensor,
+    name: str,
+    params: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of ``interval_smooth_backward`` in grad_mid, grad_rad, mid and rad."""
+    mid_grad, rad_grad, grad_mid, grad_rad, mid, rad = dense(mid_grad, rad_grad, grad_mid, grad_rad, mid, rad)
+    factor = interval_smooth(mid, rad, name, params)
+    of_grad_mid, of_grad_rad, *of_factor = interval_mul_adjoint(mid_grad, rad_grad, grad_mid, grad_rad, *factor)
+    of_mid, of_rad = interval_smooth_adjoint(of_factor[0], of_factor[1], mid, rad, name, params)
+    return of_grad_mid, of_grad_rad, of_mid, of_rad
+
+
+def interval_max_pool2d(
+    mid: Tensor,
+    rad: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+) -> tuple[Tensor, Tensor]:
+    """The greatest lower and the greatest upper end of each window of an image [B, C, H, W]."""
+    mid, rad = dense(mid, rad)
+    order = memory_format(mid)
+    lower, upper = (
+        aten.max_pool2d_with_indices(end, kernel, stride, padding, dilation, ceil_mode)[0].contiguous(
+            memory_format=order
+        )
+        for end in (mid - rad, mid + rad)
+    )
+    return (lower + upper) * 0.5, (upper - lower) * 0.5
+
+
+def interval_first_maximum(
+    mid: Tensor,
+    rad: Tensor,
+    size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """Which elements of each of the ``size`` windows must be its first maximum, and which may be: int32 [B, C, *size],
+    a bit for each element in row order. (The bits of elements outside of the image mean nothing.)
+    """
+    mid, rad = dense(mid, rad)
+    windows = Windows(mid, size, kernel, stride, padding, dilation)
+    masks = windows.first_maximum(mid - rad, mid + rad)
+    shape, order = (*mid.shape[:2], *size), memory_format(mid)
+    must, may = (pack_positions(mask, shape).contiguous(memory_format=order) for mask in masks)
+    return must, may
+
+
+def interval_max_pool2d_backward(
+    mid: Tensor,
+    rad: Tensor,
+    must: Tensor,
+    may: Tensor,
+    size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """Sends the gradient box of each window to every element of an image of the last two dimensions ``size``, times 1
+    where it must be the first maximum, times [0, 1] where it may be.
+    """
+    must, may, mid, rad = dense(must, may, mid, rad)
+    windows = Windows(mid.new_empty((*mid.shape[:2], *size)), mid.shape[2:], kernel, stride, padding, dilation)
+    positions = kernel[0] * kernel[1]
+    least, most = (unpack_positions(bits, positions).to(mid.dtype) for bits in (must, may))
+    box_mid, box_rad = (t.flatten(2)[:, :, None].expand(least.shape) for t in (mid, rad))
+    parts = interval_mul(box_mid, box_rad, (least + most) * 0.5, (most - least) * 0.5)
+    out_mid, out_rad = (windows.fold(part).contiguous(memory_format=memory_format(must)) for part in parts)
+    return out_mid, out_rad
+
+
+def interval_max_pool2d_gather(
+    mid: Tensor,
+    rad: Tensor,
+    grad_mid: Tensor,
+    grad_rad: Tensor,
+    must: Tensor,
+    may: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """The adjoint of ``interval_max_pool2d_backward`` in the gradient box (grad_mid, grad_rad): for each window, of
+    what comes back to its elements the ends are summed that the box was sent with.
+    """
+    grad_mid, grad_rad = dense(grad_mid, grad_rad)
+    order = memory_format(grad_mid)
+    windows = Windows(mid, grad_mid.shape[2:], kernel, stride, padding, dilation)
+    columns = [windows.unfold(t, 0.0) for t in (mid, rad)]
+    box_mid, box_rad = (t.flatten(2)[:, :, None] for t in (grad_mid, grad_rad))
+    sure, possible = (unpack_positions(bits, columns[0].shape[2]) for bits in (must, may))
+    keep_lower = sure | (possible & ~(box_mid - box_rad >= 0))
+    keep_upper = sure | (possible & ~(box_mid + box_rad <= 0))
+    zero = mid.new_zeros(())
+    lower = torch.where(keep_lower, columns[0] - columns[1], zero)
+    upper = torch.where(keep_upper, columns[0] + columns[1], zero)
+    both = keep_lower & keep_upper
+    kept = torch.where(both, columns[0], (lower + upper) * 0.5), torch.where(both, columns[1], (upper - lower) * 0.5)
+    out = (part.sum(2).reshape(grad_mid.shape).contiguous(memory_format=order) for part in kept)
+    return (*out,)  # type: ignore[return-value]
 
 
 def interval_matmul(a_mid: Tensor, a_rad: Tensor, b_mid: Tensor, b_rad: Tensor, exact: bool) -> tuple[Tensor, Tensor]:

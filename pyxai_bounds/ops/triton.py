@@ -23,6 +23,7 @@ from torch import Tensor
 from pyxai_bounds.ops import reference
 from pyxai_bounds.ops.layout import in_order_of, memory_format, state_size
 from pyxai_bounds.ops.native import _bits_of, _boxes, _describe, _per_channel
+from pyxai_bounds.ops.smooth import smooth
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CAPABILITY = (8, 0)  # the oldest that the kernels are compiled for in the tests
@@ -308,6 +309,109 @@ def interval_mul(a_mid: Tensor, a_rad: Tensor, b_mid: Tensor, b_rad: Tensor) -> 
     return out_mid, out_rad
 
 
+def interval_smooth(mid: Tensor, rad: Tensor, name: str, params: Sequence[float]) -> tuple[Tensor, ...]:
+    return _smooth("interval_smooth", (mid, rad), 2, name, params)
+
+
+def interval_smooth_adjoint(*args: Any) -> tuple[Tensor, ...]:
+    return _smooth("interval_smooth_adjoint", args[:-2], 2, *args[-2:])
+
+
+def interval_smooth_backward(*args: Any) -> tuple[Tensor, ...]:
+    return _smooth("interval_smooth_backward", args[:-2], 2, *args[-2:])
+
+
+def interval_smooth_backward_adjoint(*args: Any) -> tuple[Tensor, ...]:
+    return _smooth("interval_smooth_backward_adjoint", args[:-2], 4, *args[-2:])
+
+
+def _smooth(
+    op: str, tensors: tuple[Tensor, ...], results: int, name: str, params: Sequence[float]
+) -> tuple[Tensor, ...]:
+    """One of four elementwise kernels; float64, of which they have no exponential functions, is the reference's."""
+    tensors = _boxes(*tensors)
+    if tensors[0].dtype is torch.float64:
+        return getattr(reference, op)(*tensors, name, params)
+    out = tuple(_like(tensors[0]) for _ in range(results))
+    if tensors[0].numel():
+        kernels = _kernels("interval_smooth")
+        critical = smooth(name, params).critical
+        kernels.launch(getattr(kernels, f"{op}_kernel"), (*tensors, *out), name, params, critical)
+    return out
+
+
+def interval_max_pool2d(
+    mid: Tensor,
+    rad: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+) -> tuple[Tensor, Tensor]:
+    mid, rad = _boxes(mid, rad)
+    size = torch.ops.aten.max_pool2d_with_indices(
+        torch.empty(mid.shape, device="meta"), kernel, stride, padding, dilation, ceil_mode
+    )[0].shape
+    out_mid = torch.empty(size, dtype=mid.dtype, device=mid.device, memory_format=memory_format(mid))
+    out_rad = torch.empty_like(out_mid)
+    if out_mid.numel():
+        geometry = (kernel, stride, padding, dilation)
+        _kernels("interval_max_pool2d").max_pool_into(mid, rad, geometry, out_mid, out_rad)
+    return out_mid, out_rad
+
+
+def interval_first_maximum(
+    mid: Tensor, rad: Tensor, size: Sequence[int], *geometry: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    mid, rad = _boxes(mid, rad)
+    shape, order = (*mid.shape[:2], *size), memory_format(mid)
+    must = torch.empty(shape, dtype=torch.int32, device=mid.device, memory_format=order)
+    may = torch.empty_like(must)
+    if must.numel():
+        _kernels("interval_max_pool2d").first_maximum_into(mid, rad, geometry, must, may)
+    return must, may
+
+
+def interval_max_pool2d_backward(
+    mid: Tensor, rad: Tensor, must: Tensor, may: Tensor, size: Sequence[int], *geometry: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    must, may, mid, rad = _of_windows(must, may, *_boxes(mid, rad))
+    shape, order = (*mid.shape[:2], *size), memory_format(must)
+    out_mid = torch.empty(shape, dtype=mid.dtype, device=mid.device, memory_format=order)
+    out_rad = torch.empty_like(out_mid)
+    if out_mid.numel():
+        _kernels("interval_max_pool2d").max_pool_backward_into(mid, rad, must, may, geometry, out_mid, out_rad)
+    return out_mid, out_rad
+
+
+def interval_max_pool2d_gather(
+    mid: Tensor,
+    rad: Tensor,
+    grad_mid: Tensor,
+    grad_rad: Tensor,
+    must: Tensor,
+    may: Tensor,
+    *geometry: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    must, may, grad_mid, grad_rad = _of_windows(must, may, *_boxes(grad_mid, grad_rad))
+    mid, rad = (t.contiguous(memory_format=memory_format(must)) for t in _boxes(mid, rad))
+    out_mid, out_rad = _like(grad_mid), _like(grad_mid)
+    if grad_mid.numel():
+        _kernels("interval_max_pool2d").max_pool_gather_into(
+            mid, rad, grad_mid, grad_rad, must, may, geometry, out_mid, out_rad
+        )
+    return out_mid, out_rad
+
+
+def _of_windows(must: Tensor, may: Tensor, *box: Tensor) -> tuple[Tensor, ...]:
+    """The bits of windows and a box that belongs to them, all in the memory order of the bits."""
+    for bits in (must, may):
+        if bits.shape != box[0].shape or bits.dtype is not torch.int32 or bits.device != box[0].device:
+            raise ValueError(f"{_describe(bits)} are not the bits of windows that {_describe(box[0])} belongs to.")
+    return tuple(t.contiguous(memory_format=memory_format(must)) for t in (must, may, *box))
+
+
 _elementwise: tuple[Callable, ...] = (
     supports,
     interval_gate,
@@ -315,6 +419,14 @@ _elementwise: tuple[Callable, ...] = (
     interval_relu_backward,
     interval_scale_shift,
     interval_mul,
+    interval_smooth,
+    interval_smooth_adjoint,
+    interval_smooth_backward,
+    interval_smooth_backward_adjoint,
+    interval_max_pool2d,
+    interval_first_maximum,
+    interval_max_pool2d_backward,
+    interval_max_pool2d_gather,
 )
 _products: tuple[Callable, ...] = (
     interval_linear,

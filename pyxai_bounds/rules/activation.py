@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from pyxai_bounds import ops
 from pyxai_bounds import rounding as rd
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.ops.layout import pack
+from pyxai_bounds.ops.smooth import smooth, softplus_jump
 from pyxai_bounds.rules.registry import (
     Value,
     between,
@@ -134,38 +136,42 @@ def hardswish_backward(grad: Value, x: Value) -> Interval:
     return _times_slope(grad, x, slope, jumps, ulps=_SIXTH_ULPS, absolute=8)
 
 
-# --- smooth activations: monotone between known critical points ---------------------------------------------
+# --- smooth activations: monotone between known critical points, which ops/smooth.py knows -------------------
 
 
-def _root(function: Callable[[float], float], a: float, b: float) -> float:
-    """The zero of a function that changes sign on [a, b], by bisection to the last bit."""
-    negative_left = function(a) < 0
-    while a < (middle := (a + b) / 2) < b:
-        a, b = (middle, b) if (function(middle) < 0) == negative_left else (a, middle)
-    return a
+def _range(
+    x: Interval, name: str, *params: float, ulps: float, absolute: float = 0.0, increasing: bool = False
+) -> Interval:
+    """The range of a function of ``ops/smooth.py``; errors as in ``range_of``."""
+    if not outward() and ops.has_kernels(x.mid):
+        return Interval.of(*ops.interval_smooth(x.mid, x.rad, name, params))
+    function = smooth(name, params)
+    if increasing:
+        return monotone(function.value, x, ulps=ulps, absolute=absolute)
+    return range_of(function.value, x, function.critical, ulps=ulps, absolute=absolute)
 
 
 @rule(aten.tanh.default, ulps=4)
 def tanh(x: Interval) -> Interval:
-    return monotone(torch.tanh, x, ulps=4)
+    return _range(x, "tanh", ulps=4, increasing=True)
 
 
 @rule(aten.tanh_backward.default, ulps=2)
 def tanh_backward(grad: Value, output: Value) -> Interval:
     """1 − y² loses 2u where it cancels."""
-    return _times_slope(grad, output, lambda y: 1 - y * y, [(0.0, 1.0)], ulps=2, absolute=4)
+    return _times(grad, output, "tanh_slope", ulps=2, absolute=4)
 
 
 @rule(aten.sigmoid.default, ulps=8)
 def sigmoid(x: Interval) -> Interval:
     """1/(1 + exp(−x)): three functions of 4u at most, none of which cancels."""
-    return monotone(torch.sigmoid, x, ulps=8)
+    return _range(x, "sigmoid", ulps=8, increasing=True)
 
 
 @rule(aten.sigmoid_backward.default, ulps=2)
 def sigmoid_backward(grad: Value, output: Value) -> Interval:
     """y(1 − y) loses 2u where it cancels."""
-    return _times_slope(grad, output, lambda y: y * (1 - y), [(0.5, 0.25)], ulps=4, absolute=4)
+    return _times(grad, output, "sigmoid_slope", ulps=4, absolute=4)
 
 
 @rule(aten.softplus.default, ulps=0)
@@ -175,12 +181,9 @@ def softplus(x: Interval, beta: float = 1, threshold: float = 20) -> Interval:
     The product beta·x is rounded before exp, which costs |beta·x| u, at most 104 u in float32 and 745 u in float64
     before exp underflows. Whether a value that close lies before or behind the jump is not known: its height is added.
     """
-    jump = threshold / beta
-    before = (max(threshold, 0.0) + math.log1p(math.exp(-abs(threshold)))) / beta
+    jump, before = softplus_jump(beta, threshold)
     height = abs(before - jump)
-    critical = [(jump, before), (jump, jump)]
-    absolute = 2 * height / rd.unit(x.dtype)
-    out = range_of(lambda t: aten.softplus(t, beta, threshold), x, critical, ulps=1024, absolute=absolute)
+    out = _range(x, "softplus", beta, threshold, ulps=1024, absolute=2 * height / rd.unit(x.dtype))
     return evaluated(out, 128, 2 * height / rd.unit(torch.float32))
 
 
@@ -189,12 +192,8 @@ def softplus_backward(grad: Value, x: Value, beta: float, threshold: float) -> I
     """The slope jumps to 1 by the logistic function's value at −threshold; its argument is rounded, as in the forward
     pass.
     """
-
-    def slope(t: Tensor) -> Tensor:
-        return torch.where(t * beta > threshold, 1.0, torch.sigmoid(t * beta))
-
     height = 2 / (1 + math.exp(min(threshold, 700.0)))
-    return _times_slope(grad, x, slope, [], ulps=1024, height=height)
+    return _times(grad, x, "softplus_slope", beta, threshold, ulps=1024, height=height)
 
 
 @rule(aten.celu.default, ulps=0)
@@ -204,62 +203,17 @@ def celu(x: Interval, alpha: float = 1) -> Interval:
 
 @rule(aten.elu.default, ulps=0)
 def elu(x: Interval, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Interval:
-    critical = [] if alpha * input_scale >= 0 and scale >= 0 else [(0.0, 0.0)]
     absolute = 8 * abs(alpha * scale)  # what exp(t) − 1 may lose
-    out = range_of(lambda t: aten.elu(t, alpha, scale, input_scale), x, critical, ulps=16, absolute=absolute)
+    out = _range(x, "elu", alpha, scale, input_scale, ulps=16, absolute=absolute)
     return evaluated(out, 16, absolute)
 
 
 @rule(aten.elu_backward.default, ulps=2)
 def elu_backward(grad: Value, alpha: float, scale: float, input_scale: float, is_result: bool, x: Value) -> Interval:
-    """φ′ jumps after 0 from scale·alpha·input_scale to scale; with ``is_result`` it is read off φ as scale·α + y."""
-
-    def slope(t: Tensor) -> Tensor:
-        below = (
-            (t + alpha * scale) * input_scale if is_result else alpha * scale * input_scale * torch.exp(t * input_scale)
-        )
-        return torch.where(t > 0, scale, below)
-
+    """With ``is_result`` the slope is read off φ as scale·α + y."""
+    name = "elu_slope_of_output" if is_result else "elu_slope"
     absolute = 8 * abs(alpha * scale) * (1 + abs(input_scale))
-    return _times_slope(grad, x, slope, [(0.0, alpha * scale * input_scale)], ulps=16, absolute=absolute)
-
-
-_SQRT2 = math.sqrt(2)
-_SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
-
-
-def _gelu_slope_value(x: float) -> float:
-    return 0.5 * (1 + math.erf(x / _SQRT2)) + x * math.exp(-x * x / 2) / math.sqrt(2 * math.pi)
-
-
-def _gelu_slope(x: Tensor) -> Tensor:
-    return 0.5 * (1 + torch.erf(x / _SQRT2)) + x * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
-
-
-def _gelu_tanh_slope_value(x: float) -> float:
-    inner = math.tanh(_SQRT_2_OVER_PI * (x + 0.044715 * x**3))
-    return 0.5 * (1 + inner) + 0.5 * x * (1 - inner**2) * _SQRT_2_OVER_PI * (1 + 3 * 0.044715 * x * x)
-
-
-def _gelu_tanh_slope(x: Tensor) -> Tensor:
-    inner = torch.tanh(_SQRT_2_OVER_PI * (x + 0.044715 * x * x * x))
-    return 0.5 * (1 + inner) + 0.5 * x * (1 - inner * inner) * _SQRT_2_OVER_PI * (1 + 3 * 0.044715 * x * x)
-
-
-def _gelu_tanh_curvature(x: float, h: float = 1e-4) -> float:
-    return _gelu_tanh_slope_value(x + h) - _gelu_tanh_slope_value(x - h)
-
-
-# GELU falls to one minimum left of 0 and rises from there; its slope has extrema at ±√2 (φ″ = (2 − x²)·density).
-_GELU_MINIMUM = _root(_gelu_slope_value, -1.0, -0.5)
-_GELU_LEAST = 0.5 * _GELU_MINIMUM * (1 + math.erf(_GELU_MINIMUM / _SQRT2))
-_GELU_TANH_MINIMUM = _root(_gelu_tanh_slope_value, -1.0, -0.5)
-_GELU_TANH_LEAST = (
-    0.5
-    * _GELU_TANH_MINIMUM
-    * (1 + math.tanh(_SQRT_2_OVER_PI * (_GELU_TANH_MINIMUM + 0.044715 * _GELU_TANH_MINIMUM**3)))
-)
-_GELU_TANH_BEND = _root(_gelu_tanh_curvature, 1.0, 2.0)
+    return _times(grad, x, name, alpha, scale, input_scale, ulps=16, absolute=absolute)
 
 
 # What GELU, SiLU and their slopes lose: a few u of themselves, and of 1 + |x| where the Gaussian or logistic function
@@ -270,49 +224,34 @@ _SMOOTH = 256.0
 
 @rule(aten.gelu.default, ulps=0)
 def gelu(x: Interval, *, approximate: str = "none") -> Interval:
-    least = (_GELU_MINIMUM, _GELU_LEAST) if approximate == "none" else (_GELU_TANH_MINIMUM, _GELU_TANH_LEAST)
-    out = range_of(lambda t: aten.gelu(t, approximate=approximate), x, [least], ulps=16, absolute=_SMOOTH)
-    return evaluated(out, 16, _SMOOTH)
+    name = "gelu" if approximate == "none" else "gelu_tanh"
+    return evaluated(_range(x, name, ulps=16, absolute=_SMOOTH), 16, _SMOOTH)
 
 
 @rule(aten.gelu_backward.default, ulps=2)
 def gelu_backward(grad: Value, x: Value, *, approximate: str = "none") -> Interval:
-    if approximate == "none":
-        bends = [(end, _gelu_slope_value(end)) for end in (-_SQRT2, _SQRT2)]
-        return _times_slope(grad, x, _gelu_slope, bends, ulps=16, absolute=_SMOOTH)
-    # The approximation's slope flattens out where tanh saturates; its further bends lie below rounding error.
-    bends = [(end, _gelu_tanh_slope_value(end)) for end in (-_GELU_TANH_BEND, _GELU_TANH_BEND)]
-    return _times_slope(grad, x, _gelu_tanh_slope, bends, ulps=16, absolute=_SMOOTH)
-
-
-def _silu_slope_value(x: float) -> float:
-    s = 1 / (1 + math.exp(-x))
-    return s * (1 + x * (1 - s))
-
-
-def _silu_curvature(x: float) -> float:
-    """The sign of SiLU″ = s(1 − s)(2 + x(1 − 2s))."""
-    return 2 + x * (1 - 2 / (1 + math.exp(-x)))
-
-
-_SILU_MINIMUM = _root(_silu_slope_value, -2.0, -1.0)
-_SILU_LEAST = _SILU_MINIMUM / (1 + math.exp(-_SILU_MINIMUM))
-_SILU_BEND = _root(_silu_curvature, 2.0, 3.0)
+    name = "gelu_slope" if approximate == "none" else "gelu_tanh_slope"
+    return _times(grad, x, name, ulps=16, absolute=_SMOOTH)
 
 
 @rule(aten.silu.default, ulps=0)
 def silu(x: Interval) -> Interval:
-    return evaluated(range_of(aten.silu, x, [(_SILU_MINIMUM, _SILU_LEAST)], ulps=16, absolute=_SMOOTH), 16, _SMOOTH)
+    return evaluated(_range(x, "silu", ulps=16, absolute=_SMOOTH), 16, _SMOOTH)
 
 
 @rule(aten.silu_backward.default, ulps=2)
 def silu_backward(grad: Value, x: Value) -> Interval:
-    def slope(t: Tensor) -> Tensor:
-        s = torch.sigmoid(t)
-        return s * (1 + t * (1 - s))
+    return _times(grad, x, "silu_slope", ulps=16, absolute=_SMOOTH)
 
-    bends = [(end, _silu_slope_value(end)) for end in (-_SILU_BEND, _SILU_BEND)]
-    return _times_slope(grad, x, slope, bends, ulps=16, absolute=_SMOOTH)
+
+def _times(
+    grad: Value, x: Value, name: str, *params: float, ulps: float, absolute: float = 0, height: float = 0
+) -> Any:
+    """The gradient times a slope of ``ops/smooth.py``; errors as in ``_times_slope``."""
+    if not outward() and isinstance(x, Interval) and grad.shape == x.shape and ops.has_kernels(x.mid):
+        return Interval.of(*ops.interval_smooth_backward(mid_of(grad), rad_of(grad), x.mid, x.rad, name, params))
+    function = smooth(name, params)
+    return _times_slope(grad, x, function.value, function.critical, ulps=ulps, absolute=absolute, height=height)
 
 
 def _times_slope(

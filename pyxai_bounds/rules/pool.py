@@ -6,11 +6,11 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 from torch._ops import OpOverload
 
+from pyxai_bounds import ops
 from pyxai_bounds.interval import Interval
+from pyxai_bounds.ops.windows import MOST, Windows
 from pyxai_bounds.rules.registry import (
     NO_VALUE,
     Value,
@@ -20,7 +20,9 @@ from pyxai_bounds.rules.registry import (
     mid_of,
     monotone,
     multiply,
+    outward,
     positive_linear,
+    rad_of,
     rule,
 )
 
@@ -30,6 +32,11 @@ aten = torch.ops.aten
 @rule(aten.max_pool2d_with_indices.default, precision="exact")
 def max_pool2d(x: Interval, *geometry: Any) -> tuple[Interval, object]:
     """The indices of a set have no single value; the backward side works from the input itself."""
+    if _is_fused(x, geometry[0]):
+        defaults: list[Any] = [None, [], 0, 1, False]
+        kernel, stride, padding, dilation, ceil_mode = [*geometry, *defaults[len(geometry) :]]
+        pairs = (_pair(v) for v in (kernel, stride or kernel, padding, dilation))
+        return Interval.of(*ops.interval_max_pool2d(x.mid, x.rad, *pairs, ceil_mode)), NO_VALUE
     return monotone(lambda t: aten.max_pool2d_with_indices(t, *geometry)[0], x, ulps=0), NO_VALUE
 
 
@@ -44,24 +51,21 @@ def max_pool2d_backward(
     ceil_mode: bool,
     indices: Any,
 ) -> Interval:
-    """Each position of a window receives the gradient times 0, [0, 1] or 1.
-
-    PyTorch sends it to the first maximum in row order. Position i must receive it iff l_i > u_j for all j before i
-    and l_i ≥ u_j for all j after; it may iff u_i > l_j before and u_i ≥ l_j after.
-    """
+    """Each position of a window receives the gradient times 0, [0, 1] or 1: PyTorch sends it to the first maximum."""
     if not isinstance(x, Interval):
         assert isinstance(grad, Interval)
-        geometry = (kernel, stride, padding, dilation, ceil_mode, indices)
-        return linear_map(
-            lambda t: aten.max_pool2d_with_indices_backward(t, x, *geometry), grad, math.prod(_pair(kernel))
-        )
+        args = (kernel, stride, padding, dilation, ceil_mode, indices)
+        return linear_map(lambda t: aten.max_pool2d_with_indices_backward(t, x, *args), grad, math.prod(_pair(kernel)))
     kernel, padding, dilation = (_pair(v) for v in (kernel, padding, dilation))
     stride = _pair(stride or kernel)
-    windows = _Windows(x.mid, grad.shape[-2:], kernel, stride, padding, dilation)
-    lower, upper = (windows.unfold(end) for end in ends(x))
-    must = (lower > _before(upper)) & (lower >= _after(upper))
-    may = ~((upper <= _before(lower)) | (upper < _after(lower)))  # true for a NaN
-    factor = between(must.to(lower.dtype), may.to(lower.dtype))
+    if _is_fused(x, kernel) and grad.shape[:-2] == x.shape[:-2]:
+        geometry = (kernel, stride, padding, dilation)
+        bits = ops.interval_first_maximum(x.mid, x.rad, grad.shape[-2:], *geometry)
+        size = x.shape[-2:]
+        return Interval.of(*ops.interval_max_pool2d_backward(mid_of(grad), rad_of(grad), *bits, size, *geometry))
+    windows = Windows(x.mid, grad.shape[-2:], kernel, stride, padding, dilation)
+    must, may = windows.first_maximum(*ends(x))
+    factor = between(must.to(x.dtype), may.to(x.dtype))
     per_window = (windows.batch, windows.channels, 1, windows.count)
     if isinstance(grad, Interval):
         grad = Interval.of(grad.mid.reshape(per_window), grad.rad.reshape(per_window))
@@ -71,48 +75,14 @@ def max_pool2d_backward(
     return linear_map(windows.fold, parts, math.prod(kernel))
 
 
-class _Windows:
-    """The pooling windows of an image as columns [B, C, positions, windows], padded with −∞, and back."""
-
-    def __init__(
-        self, x: Tensor, out: Any, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int]
-    ) -> None:
-        self.shape = x.shape
-        self.batch, self.channels = (1, x.shape[0]) if x.dim() == 3 else x.shape[:2]
-        self.kernel, self.stride, self.dilation = kernel, stride, dilation
-        self.count = out[0] * out[1]
-        height, width = x.shape[-2:]
-        # Exactly what the windows touch, which with ceil_mode is more than the padded image, or else less.
-        self.extent = [(n - 1) * s + d * (k - 1) + 1 for n, s, d, k in zip(out, stride, dilation, kernel, strict=True)]
-        top, left = padding
-        self.pad = [left, self.extent[1] - width - left, top, self.extent[0] - height - top]
-
-    def unfold(self, x: Tensor) -> Tensor:
-        image = x.reshape(self.batch, self.channels, *self.shape[-2:])
-        # An element of −∞ can be the maximum of its window, which the padding cannot.
-        padded = F.pad(image.clamp(min=torch.finfo(x.dtype).min), self.pad, value=float("-inf"))
-        columns = aten.im2col(padded, self.kernel, self.dilation, [0, 0], self.stride)
-        return columns.reshape(self.batch, self.channels, self.kernel[0] * self.kernel[1], self.count)
-
-    def fold(self, columns: Tensor) -> Tensor:
-        image = aten.col2im(columns.flatten(1, 2), self.extent, self.kernel, self.dilation, [0, 0], self.stride)
-        return F.pad(image, [-p for p in self.pad]).reshape(self.shape)
+def _is_fused(x: Interval, kernel: list[int]) -> bool:
+    """Is this a case of the fused operators, and are there kernels for them?"""
+    return x.mid.dim() == 4 and math.prod(_pair(kernel)) <= MOST and not outward() and ops.has_kernels(x.mid)
 
 
-def _before(x: Tensor) -> Tensor:
-    """For each position the greatest value at an earlier one (−∞ at the first)."""
-    running = [torch.full_like(x[:, :, 0], float("-inf"))]
-    for position in x.unbind(2)[:-1]:
-        running.append(torch.maximum(running[-1], position))
-    return torch.stack(running, 2)
-
-
-def _after(x: Tensor) -> Tensor:
-    return _before(x.flip(2)).flip(2)
-
-
-def _pair(values: list[int]) -> list[int]:
-    return list(values) * (2 // len(values))
+def _pair(values: list[int] | int) -> list[int]:
+    values = [values] if isinstance(values, int) else list(values)
+    return values * (2 // len(values))
 
 
 positive_linear(

@@ -24,6 +24,7 @@ from torch._ops import OpOverload
 from pyxai_bounds import ops
 from pyxai_bounds import rounding as rd
 from pyxai_bounds.interval import Interval
+from pyxai_bounds.ops.smooth import extremes
 
 
 class UnsupportedArgumentsError(NotImplementedError):
@@ -393,12 +394,7 @@ def range_of(
     critical point that is itself rounded the function is flat, so that its rounding costs the square of u.
     """
     lower, upper = ends(x)
-    at_lower, at_upper = function(lower), function(upper)
-    least, greatest = torch.minimum(at_lower, at_upper), torch.maximum(at_lower, at_upper)
-    for point, value in critical:
-        inside = (lower <= point) & (point <= upper) & (lower < upper)
-        least = torch.where(inside, least.clamp(max=value), least)
-        greatest = torch.where(inside, greatest.clamp(min=value), greatest)
+    least, greatest, at_lower = extremes(function, lower, upper, critical)
     if ulps == absolute == 0:
         return between(least, greatest)
     return _zero_stays(enclose(least, greatest, ulps, absolute), x, at_lower)

@@ -28,9 +28,11 @@ from triton.compiler import ASTSource
 from pyxai_bounds.kernels import (
     interval_conv2d,
     interval_linear,
+    interval_max_pool2d,
     interval_mul,
     interval_relu,
     interval_scale_shift,
+    interval_smooth,
 )
 from pyxai_bounds.kernels.launch import Block, box_blocks, weight_blocks
 
@@ -38,6 +40,9 @@ DTYPES = {
     "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32,
     "fp64": torch.float64,
 }  # fmt: skip
+
+
+NUMBERS = ("p0", "v0", "p1", "v1", "a", "b", "c")  # arguments of kernels that are no integers
 
 
 def gemm_variants() -> dict[str, tuple[Any, dict[str, Any], list[str], list[str]]]:
@@ -65,6 +70,22 @@ def gemm_variants() -> dict[str, tuple[Any, dict[str, Any], list[str], list[str]
         "conv2d_backward_narrow": (backward, {"GATED": True}, [], ["OC", "OG"]),  # to 3 channels
         "conv2d_weight": (weight, {"FLAT": False}, [], channels),
         "conv2d_weight_flat": (weight, {"FLAT": True}, [], ["OC", "OG"]),
+        # Integers that are 1 are constants to the compiler: one output of one input, and one channel to a group.
+        "linear_of_one": (linear, plain | {"HAS_BIAS": True}, ["N", "K", "weight_stride_n", "weight_stride_k"], []),
+        "conv2d_depthwise_flat": (
+            forward,
+            {"HAS_BIAS": True, "RELU": False, "FLAT": True},
+            ["CG", "OG"],
+            ["C", "OC"],
+        ),
+        "conv2d_weight_depthwise_flat": (weight, {"FLAT": True}, ["CG", "OG"], ["C", "OC"]),
+    }
+
+
+def smooth(kernel: str, *names: str) -> dict[str, tuple[Any, dict[str, Any]]]:
+    flags = {"CRITICAL": 2, "GROUPS": interval_smooth.GROUPS}
+    return {
+        f"{kernel}_{name}": (getattr(interval_smooth, f"{kernel}_kernel"), flags | {"NAME": name}) for name in names
     }
 
 
@@ -75,6 +96,17 @@ def elementwise_kernels() -> dict[str, tuple[Any, dict[str, Any]]]:
         "gate": (interval_relu.interval_gate_kernel, {}),
         "scale_shift": (interval_scale_shift.interval_scale_shift_kernel, {"HAS_SHIFT": True}),
         "mul": (interval_mul.interval_mul_kernel, {}),
+        # The adjoint of a product contains all the others; one function shows that these compile by themselves.
+        **smooth(
+            "interval_smooth_backward_adjoint", "tanh", "gelu", "gelu_tanh_slope", "silu_slope", "softplus", "elu"
+        ),
+        **smooth("interval_smooth", "gelu"),
+        **smooth("interval_smooth_backward", "gelu_slope"),
+        **smooth("interval_smooth_adjoint", "gelu_slope"),
+        "max_pool2d": (interval_max_pool2d.interval_max_pool2d_fwd_kernel, {"BLOCK": 512}),
+        "first_maximum": (interval_max_pool2d.first_maximum_kernel, {"BLOCK": 512}),
+        "max_pool2d_backward": (interval_max_pool2d.interval_max_pool2d_bwd_kernel, {"BLOCK": 512}),
+        "max_pool2d_gather": (interval_max_pool2d.interval_max_pool2d_gather_kernel, {"BLOCK": 512}),
     }
 
 
@@ -95,9 +127,10 @@ def compile_one(
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            signature[name] = "*u8" if "state" in name or "gate" in name else pointer
+            bits = {"state": "*u8", "gate": "*u8", "must": "*i32", "may": "*i32"}
+            signature[name] = next((kind for word, kind in bits.items() if word in name), pointer)
         else:
-            signature[name] = "i32"
+            signature[name] = "fp32" if name in NUMBERS else "i32"
         if signature[name] != "constexpr" and (name.endswith("_ptr") or name in sixteens):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
@@ -167,8 +200,13 @@ def main() -> None:
         found = compile_one(kernel, flags, dtype, capability, ones, sixteens, options)
         print(json.dumps({"kernel": variant, "dtype": dtype, "sm": capability, "block": block, **found}), flush=True)
     for name, (kernel, flags) in elementwise_kernels().items():
-        for dtype, capability in (("fp32", 80), ("bf16", 90), ("fp64", 90)):
-            flags = flags | {"GROUPS": 256, "WIDE": False, "COMPUTE": tl.float64 if dtype == "fp64" else tl.float32}
+        for dtype, capability in (("fp32", 80), ("bf16", 90), ("fp16", 90), ("fp64", 90)):
+            flags = flags | {"WIDE": False, "COMPUTE": tl.float64 if dtype == "fp64" else tl.float32}
+            flags = flags if "BLOCK" in flags else {"GROUPS": 256} | flags
+            if "NAME" in flags:
+                if dtype == "fp64":
+                    continue  # the reference's
+                del flags["COMPUTE"]
             found = compile_one(kernel, flags, dtype, capability, [], [], {"enable_fp_fusion": False})
             print(json.dumps({"kernel": name, "dtype": dtype, "sm": capability, "block": None, **found}), flush=True)
 

@@ -25,9 +25,11 @@ def compiled() -> list[dict]:
 
 
 def test_every_kernel_type_and_architecture_is_there(compiled):
+    from tests.kernels.compile_kernels import elementwise_kernels  # imports triton
+
     products = {entry["kernel"] for entry in compiled if entry["block"]}
-    assert {entry["kernel"] for entry in compiled} - products == {"relu", "relu_backward", "gate", "scale_shift", "mul"}
-    assert len(products) == 10
+    assert {entry["kernel"] for entry in compiled} - products == set(elementwise_kernels())
+    assert len(products) == 13
     for kernel in products:
         seen = {(entry["dtype"], entry["sm"]) for entry in compiled if entry["kernel"] == kernel}
         assert seen >= {(d, 90) for d in ("bf16", "fp16", "fp32", "tf32", "fp64")} | {("bf16", 80), ("fp32", 80)}
@@ -58,11 +60,12 @@ def test_products_run_on_tensor_cores(compiled):
 def test_loads_are_wide(compiled):
     """16 bytes at a time, where channels are many and stand side by side."""
     for entry in compiled:
-        if entry["block"] and not entry["kernel"].endswith("flat"):
+        if entry["block"] and not entry["kernel"].endswith(("flat", "of_one")):
             assert entry["wide loads"] > 0, entry
 
 
 def test_elementwise_kernels_round_each_operation(compiled):
     for entry in compiled:
-        if entry["block"] is None:
+        # erf is a library's, which contracts by its own design.
+        if entry["block"] is None and "gelu" not in entry["kernel"]:
             assert entry["fma"] == 0, entry

@@ -85,6 +85,15 @@ def test_offsets_of_64_bits_are_the_same(kernels, monkeypatch):
     assert_agrees("interval_relu", *nasty_box(1003, dtype=torch.float32), device=kernels)
 
 
+def test_bytes_are_counted_where_the_elements_only_just_fit_32_bits(kernels):
+    from tests.kernels.probes import bytes_for_kernel
+
+    out = torch.zeros(1, dtype=torch.int32, device=kernels)
+    for n in (1, 7, 8, 9, 2**31 - 8, 2**31 - 7, 2**31 - 1):
+        bytes_for_kernel[(1,)](out, n)
+        assert out.item() == (n + 7) // 8
+
+
 def test_wrong_arguments_are_refused(kernels):
     mid, rad = (t.to(kernels) for t in box(4, 8, dtype=torch.float32))
     state = ops.interval_relu(mid, rad)[2]

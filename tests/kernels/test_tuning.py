@@ -38,6 +38,21 @@ def test_a_candidate_too_large_for_the_device_drops_out(tuning, monkeypatch):
     assert tuning.fastest("x", ["large", "small"], run) == "small"
 
 
+def test_a_candidate_that_does_not_compile_drops_out_loudly(tuning, monkeypatch):
+    failures = {"passes": RuntimeError("PassManager::run failed"), "ptxas": tuning.TritonError("ptxas failed")}
+
+    def run(candidate):
+        if candidate in failures:
+            raise failures[candidate]
+
+    monkeypatch.setattr(tuning, "_timed", lambda run, candidate, rounds: run(candidate) or 1.0)
+    with pytest.warns(RuntimeWarning, match="could not compile"):
+        assert tuning.fastest("x", ["passes", "ptxas", "library"], run) == "library"
+    failures["crash"] = RuntimeError("CUDA error: an illegal memory access was encountered")
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        tuning.fastest("y", ["crash", "library"], run)
+
+
 def test_nothing_is_measured_while_a_graph_is_captured(tuning, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert tuning.fastest("x", ["default", "other"], None) == "default" and tuning.choices() == {}
@@ -50,7 +65,7 @@ def test_auto_takes_the_kernels_for_tensors_on_a_gpu(monkeypatch):
     monkeypatch.setattr(triton, "_is_installed", lambda: True)
     monkeypatch.setattr(triton, "_interpreting", lambda: False)
     monkeypatch.setattr(triton, "_is_capable", lambda index: True)
-    assert ops._select(on_gpu) is triton.measured and ops._has_kernels(on_gpu)
+    assert ops._select(on_gpu) is triton.measured and ops.has_kernels(on_gpu)
     assert ops._select(torch.empty(4)) is native
     token = ops._forced.set("triton")
     assert ops._select(on_gpu) is triton

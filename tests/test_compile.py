@@ -1,0 +1,58 @@
+"""A training step on bounds under torch.compile: the program is one graph, and its gradients are the same."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import pyxai_bounds as xb
+from tests.ops.cases import needs_native
+
+pytestmark = pytest.mark.filterwarnings("ignore:Input Tensor . did not already require gradients")
+
+NETWORKS: dict[str, Callable[[], nn.Sequential]] = {
+    "mlp": lambda: nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 9), nn.SiLU(), nn.Linear(9, 3)),
+    "cnn": lambda: nn.Sequential(
+        nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(6, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3),
+    ),
+}  # fmt: skip
+
+
+def step(name: str, backend: str, compiler: str | None) -> list[Tensor]:
+    """One step of training on the width of the gradient's bounds: the loss and all gradients."""
+    torch.manual_seed(0)
+    model = NETWORKS[name]().eval()
+    x = torch.rand((4, 12) if name == "mlp" else (4, 2, 8, 8))
+    target = torch.tensor([0, 2, 1, 0])
+    bounded = xb.bound(xb.explain.gradient(model))
+    box = xb.Interval.linf(x, 0.02)
+    with xb.backend(backend):
+        program: Callable = bounded.graph(box, target)
+        if compiler is not None:
+            torch._dynamo.reset()
+            program = torch.compile(program, fullgraph=True, backend=compiler)
+        mid, rad = program(box.mid, box.rad, target)
+        loss = F.cross_entropy(model(x), target) + rad.square().mean() + (mid.abs() * rad).sum()
+        loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize(
+    "name, backend, compiler",
+    [
+        ("mlp", "reference", "aot_eager"),
+        ("cnn", "reference", "aot_eager"),
+        pytest.param("cnn", "native", "aot_eager", marks=needs_native),
+        pytest.param("mlp", "native", "inductor", marks=needs_native),  # once: a cold start compiles C++ for long
+    ],
+)
+def test_the_gradients_of_a_compiled_step_are_the_same(name, backend, compiler):
+    expected = step(name, backend, None)
+    actual = step(name, backend, compiler)
+    assert len(actual) == len(expected) == 1 + len(list(NETWORKS[name]().parameters()))
+    assert all(bool(e.any()) for e in expected)
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.allclose(a, e, rtol=1e-4, atol=1e-5 * e.abs().max().item())
