@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pyxai_bounds as xb
+from tests.networks import Branches
 from tests.soundness.programs import members
 
 Choose = Callable[[Sequence[Any]], Any]  # random.Random(seed).choice, or a draw of hypothesis
@@ -28,18 +29,6 @@ class Apply(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x)
-
-
-class Branches(nn.Module):
-    """Two paths from one image, added or concatenated."""
-
-    def __init__(self, left: nn.Module, right: nn.Module, concatenate: bool) -> None:
-        super().__init__()
-        self.left, self.right, self.concatenate = left, right, concatenate
-
-    def forward(self, x: Tensor) -> Tensor:
-        left, right = self.left(x), self.right(x)
-        return torch.cat([left, right], 1) if self.concatenate else left + right
 
 
 class Standardise(nn.Module):
