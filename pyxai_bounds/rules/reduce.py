@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.rules.elementwise import square
@@ -69,6 +70,20 @@ def max_dim(x: Interval, *args: Any) -> tuple[Interval, object]:
 @rule(aten.min.dim, precision="exact")
 def min_dim(x: Interval, *args: Any) -> tuple[Interval, object]:
     return monotone(lambda t: torch.min(t, *args).values, x, ulps=0), NO_VALUE
+
+
+def _register_ranked(op: OpOverload) -> None:
+    """Order statistics: the k-th largest of many grows with each of them; which one it is has no single value."""
+
+    @rule(op, precision="exact")
+    def ranked(x: Interval, *args: Any, **kwargs: Any) -> tuple[Interval, object]:
+        return monotone(lambda t: op(t, *args, **kwargs)[0], x, ulps=0), NO_VALUE
+
+
+for _op in (
+    aten.topk.default, aten.sort.default, aten.sort.stable, aten.kthvalue.default, aten.median.dim
+):  # fmt: skip
+    _register_ranked(_op)
 
 
 @rule(aten.logsumexp.default, ulps=0)
