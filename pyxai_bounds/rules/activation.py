@@ -381,14 +381,32 @@ def _mish_slope_value(x: float) -> float:
     return inner + x * (1 - inner * inner) / (1 + math.exp(-x))
 
 
+def _mish_curvature(x: float, h: float = 1e-4) -> float:
+    return _mish_slope_value(x + h) - _mish_slope_value(x - h)
+
+
 _MISH_MINIMUM = _root(_mish_slope_value, -1.5, -1.0)
 _MISH_LEAST = _MISH_MINIMUM * math.tanh(math.log1p(math.exp(_MISH_MINIMUM)))
 
 
 @rule(aten.mish.default, ulps=0)
 def mish(x: Interval) -> Interval:
-    """x·tanh(log(1 + exp x)); PyTorch takes its gradient apart."""
+    """x·tanh(log(1 + exp x))."""
     return evaluated(range_of(aten.mish, x, [(_MISH_MINIMUM, _MISH_LEAST)], ulps=16, absolute=_SMOOTH), 16, _SMOOTH)
+
+
+_MISH_BENDS = [(end, _mish_slope_value(end)) for end in (_root(_mish_curvature, -3, -2), _root(_mish_curvature, 1, 2))]
+
+
+@rule(aten.mish_backward.default, ulps=2)
+def mish_backward(grad: Value, x: Value) -> Interval:
+    """φ′ = t + x(1 − t²)σ(x) with t = tanh(log(1 + exp x)), between its two extrema and flat beyond."""
+
+    def slope(x: Tensor) -> Tensor:
+        inner = torch.tanh(torch.log1p(torch.exp(x)))
+        return inner + x * (1 - inner * inner) * torch.sigmoid(x)
+
+    return _times_slope(grad, x, slope, _MISH_BENDS, ulps=16, absolute=_SMOOTH)
 
 
 def _times_slope(

@@ -74,10 +74,19 @@ def min_dim(x: Interval, *args: Any) -> tuple[Interval, object]:
 
 def _register_ranked(op: OpOverload) -> None:
     """Order statistics: the k-th largest of many grows with each of them; which one it is has no single value."""
+    names = [argument.name for argument in op._schema.arguments]
 
     @rule(op, precision="exact")
     def ranked(x: Interval, *args: Any, **kwargs: Any) -> tuple[Interval, object]:
-        return monotone(lambda t: op(t, *args, **kwargs)[0], x, ulps=0), NO_VALUE
+        given = dict(zip(names[1:], args, strict=False)) | kwargs
+        dim = given.get("dim", -1)
+
+        def values(t: Tensor) -> Tensor:
+            found = op(t, *args, **kwargs)[0]
+            unknown = t.isnan().any(dim, keepdim=found.dim() == t.dim())  # PyTorch would rank a NaN above all numbers
+            return torch.where(unknown, torch.nan, found)
+
+        return monotone(values, x, ulps=0), NO_VALUE
 
 
 for _op in (

@@ -1,8 +1,8 @@
 """Normalisation with a sample's own statistics: layer, group and instance norm, and their backward sides; variances.
 
 The norms standardise rows: y = (x − mean)/σ with σ = √(v + eps), v the mean of (x − mean)² over the N entries of a row.
-The quotient of the naive sets is loose, since mean and variance move with x. So y is bounded in two ways, of which each
-entry takes the narrower:
+The quotient of the naive sets is loose, since mean and variance move with x. So y is bounded in two ways, and lies in
+what both have in common:
 
 * By parts, good for wide boxes. Let d = x_i − mean, and S = Σ(x_j − m)² over the others, whose mean is m. Then
   Nv = S + d²·N/(N − 1), and y_i = √N·d/√(S + d²·N/(N − 1) + N·eps) rises with d, and falls with S where d > 0. So the
@@ -28,7 +28,9 @@ from pyxai_bounds.interval import Interval
 from pyxai_bounds.rules.registry import (
     UnsupportedArgumentsError,
     Value,
+    between,
     enclose,
+    ends,
     in_float64,
     minus,
     multiply,
@@ -134,7 +136,7 @@ def _by_parts(m: _Moments, count: int, eps: float) -> Interval:
 
 
 def _by_slopes(m: _Moments, by_parts: Interval, inverse: Interval, eps: float) -> Interval:
-    """The narrower of ``by_parts`` and y at the centre ± Σ_j r_j|∂y_i/∂x_j|.
+    """What ``by_parts`` and y at the centre ± Σ_j r_j|∂y_i/∂x_j| have in common.
 
     With |y_j − s_j| ≤ p_j: Σ_{j≠i} r_j|1 + y_i y_j| ≤ Σ_{j≠i} r_j|1 + s_i s_j| + |s_i|Σrp + p_iΣr|s| + p_iΣrp, and
     0 ≤ 1 − 1/N − y_i²/N for j = i. Where s itself is computed: d is off by slack, σ by as much and by ``lost``, which
@@ -151,8 +153,13 @@ def _by_slopes(m: _Moments, by_parts: Interval, inverse: Interval, eps: float) -
     second = s.abs() * moved + p * _sum(m.rad * s.abs()) + p * moved
     rad = steepest * (own + (_weighted(s, m.rad) + second) / count) * (1 + lost)
     rad = rad + (1 + s.abs()) * (4 * m.slack * steepest) + 4 * lost * s.abs()
+    lower, upper = ends(Interval.of(s, rad))
+    least, greatest = ends(by_parts)
+    cut = (lower < least) | (upper > greatest)
+    common = between(torch.maximum(lower, least), torch.minimum(upper, greatest))
+    mid, rad = torch.where(cut, common.mid, s), torch.where(cut, common.rad.clamp(min=0), rad)
     better = (rad < by_parts.rad) & (m.slack * steepest < 0.125)
-    return Interval.of(torch.where(better, s, by_parts.mid), torch.where(better, rad, by_parts.rad))
+    return Interval.of(torch.where(better, mid, by_parts.mid), torch.where(better, rad, by_parts.rad))
 
 
 def _weighted(s: Tensor, weight: Tensor) -> Tensor:
@@ -174,13 +181,13 @@ def _weighted(s: Tensor, weight: Tensor) -> Tensor:
     return (summed - weight * (1 + s.square())).clamp(min=0) + 2 * lost * sizes
 
 
-def standardised_backward(grad: Interval, normal: Interval, inverse: Value) -> Interval:
+def standardised_backward(grad: Interval, normal: Interval, inverse: Value, contracts: bool) -> Interval:
     """(g − mean g − y·mean(g·y))/σ over rows [M, N]: a linear map of g, by the slopes above.
 
     With g = c ± r and y = s ± p it is c − mean c − s·mean(cs) at the centre. g moves that by
     Σ_j r_j|[i = j] − 1/N − s_i s_j/N|, y by p|mean(cs)| + |s|mean(|c|p), and both together by
-    p·mean(r|s|) + |s|mean(rp) + p·mean((|c| + r)p). The map without 1/σ is symmetric with the eigenvalues 0, 1 and
-    eps/σ², so that ‖g‖₂ bounds it as well.
+    p·mean(r|s|) + |s|mean(rp) + p·mean((|c| + r)p). Where y is standardised (``contracts``) the map without 1/σ is
+    symmetric with the eigenvalues 0, 1 and eps/σ², so that ‖g‖₂ bounds it as well.
     """
     c, r, s, p = grad.mid, grad.rad, normal.mid, normal.rad
     count = c.shape[1]
@@ -198,9 +205,10 @@ def standardised_backward(grad: Interval, normal: Interval, inverse: Value) -> I
     if outward():
         sizes = most + mean(most) + (s.abs() + p) * mean(most * (s.abs() + p))
         rad = rad * (1 + lost) + sizes * (4 * lost)
-    norm = _sum(most.square()).sqrt() * (1 + lost)
-    contracted = norm < rad
-    mid, rad = torch.where(contracted, 0.0, mid), torch.where(contracted, norm, rad)
+    if contracts:
+        norm = _sum(most.square()).sqrt() * (1 + lost)
+        less = norm < rad
+        mid, rad = torch.where(less, 0.0, mid), torch.where(less, norm, rad)
     return multiply(Interval.of(mid, rad), inverse)
 
 
@@ -244,13 +252,14 @@ def normalise_backward(
 ) -> tuple[Interval, Interval]:
     """The gradients of x and, not yet summed, of the weight, in the shape and precision of the rule's arguments."""
     grad = _set(grad)
-    if isinstance(inverse, Interval) and isinstance(inverse.state, Standardised):
-        normal, _, inverse = inverse.state
+    known = isinstance(inverse, Interval) and isinstance(inverse.state, Standardised)
+    if known:
+        normal, _, inverse = inverse.state  # type: ignore[union-attr]
     else:
         mean, inverse = _shaped(_exact(mean), (-1, 1)), _shaped(_exact(inverse), (-1, 1))
         normal = multiply(minus(_shaped(_set(x), rows), mean), inverse)
     scaled = grad if weight is None else multiply(grad, _exact(weight))
-    out = standardised_backward(_shaped(scaled, rows), normal, inverse)
+    out = standardised_backward(_shaped(scaled, rows), normal, inverse, contracts=known)
     return _shaped(out, x.shape), multiply(grad, _shaped(normal, x.shape))
 
 
