@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import operator
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,8 @@ from torch import Tensor, fx, nn
 
 import pyxai_bounds as xb
 from pyxai_bounds.rules import RULES
-from tests.soundness.programs import outside, twins
+from tests.rules.cases import Case
+from tests.soundness.programs import Twins, outside, twins
 
 aten = torch.ops.aten
 
@@ -53,17 +54,16 @@ class One:
         ]
 
 
-def ones(per_rule: int = 3) -> Iterator[One]:
-    """The operators of all cases, up to so many of a kind."""
+def ones(per_rule: int = 3, copies: int = 1) -> Iterator[One]:
+    """The operators of all cases, up to so many of a kind, on so many copies of the case's input side by side."""
     count: dict[Any, int] = {}
     for name in MODULES:
         for case in importlib.import_module(f"tests.rules.test_{name}").CASES:
-            try:
-                pair = twins(case.explained, case.x)
-            except RuntimeError:
-                continue  # runs on the layout it was captured with alone
+            pair, x = _captured(case, copies)
+            if pair is None:
+                continue
             seen = _Seen(pair.wide)
-            seen.run(case.x)
+            seen.run(x)
             for narrow, wide in zip(pair.narrow.graph.nodes, pair.wide.graph.nodes, strict=True):
                 if wide.op != "call_function" or wide.target not in RULES or wide.target in _TOGETHER | _NO_VALUES:
                     continue
@@ -87,6 +87,19 @@ def ones(per_rule: int = 3) -> Iterator[One]:
                     wide.target.name(), _alone(narrow, pair.narrow, names, seen, torch.float32),
                     _alone(wide, pair.wide, names, seen, torch.float64), values, elementwise,
                 )  # fmt: skip
+
+
+def _captured(case: Case, copies: int) -> tuple[Twins | None, Tensor]:
+    """The case's program and its input: of many copies, unless the case is made for the one shape that it has."""
+    for count in sorted({copies, 1}, reverse=True):
+        x = case.x.repeat(count, *[1] * (case.x.dim() - 1)) if case.x.dim() else case.x
+        try:
+            pair = twins(case.explained, x)
+            pair.wide(x)
+        except (RuntimeError, ValueError, IndexError):
+            continue  # the case holds tensors of that shape; or runs on the layout it was captured with alone
+        return pair, x
+    return None, case.x
 
 
 _SPLIT = {aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.convolution_backward.default}
@@ -157,19 +170,14 @@ def _tensors(result: Any) -> list[Any]:
     return [r for r in results if isinstance(r, xb.Interval) or (isinstance(r, Tensor) and r.is_floating_point())]
 
 
-def check(one: One, eps: float, seed: int, points: int = 3, semantics: str = "real") -> tuple[int, int, int]:
+def check(one: One, eps: float, seed: int, semantics: str = "real") -> tuple[int, int, int]:
     """Components checked, violations of the sound bounds, and of the ones that are rounded to nearest, of one draw."""
     generator = torch.Generator().manual_seed(seed)
     boxes = [xb.Interval.linf(v, eps * v.abs().max().clamp(min=1e-30)) for v in one.draw(generator)]
     sound = _tensors(xb.bound(one.narrow, sound=True, semantics=semantics)(*boxes))
     nearest = _tensors(xb.bound(one.narrow)(*boxes))
     found = [0, 0, 0]
-    for i in range(points if eps else 1):
-        position = [2 * torch.rand(b.shape, generator=generator, dtype=torch.float64) - 1 for b in boxes]
-        position = [p.sign() if i % 2 == 0 else p for p in position] if i else [0 * p for p in position]
-        values = _tensors(
-            one.wide(*(b.mid.double() + b.rad.double() * p for b, p in zip(boxes, position, strict=True)))
-        )
+    for values in _values(one, boxes, generator):
         for s, n, v in zip(sound, nearest, values, strict=False):
             if isinstance(s, xb.Interval) and isinstance(n, xb.Interval):
                 found[0] += v.numel()
@@ -178,12 +186,56 @@ def check(one: One, eps: float, seed: int, points: int = 3, semantics: str = "re
     return found[0], found[1], found[2]
 
 
-def table(components: int, epsilons: tuple[float, ...], seed: int = 0, seconds: float = 60.0) -> list[dict[str, Any]]:
+def _values(one: One, boxes: list[xb.Interval], generator: torch.Generator) -> Iterator[list[Tensor]]:
+    """The results in float64: at the midpoint, where a gradient points to, and of many points of each box at once.
+
+    The fewer components there are, the more points, so that a sum is checked about as often as what it sums.
+    """
+    mids, rads = [b.mid.double() for b in boxes], [b.rad.double() for b in boxes]
+
+    def at(positions: list[Tensor]) -> list[Tensor]:
+        return _tensors(one.wide(*(m + r * p for m, r, p in zip(mids, rads, positions, strict=True))))
+
+    middle = at([torch.zeros_like(m) for m in mids])
+    yield middle
+    if not any(bool(r.any()) for r in rads):
+        return
+    for extreme in _extremes(at, mids, generator):
+        yield at(extreme)
+    count = max(2, min(1024, 4096 // max(1, sum(v.numel() for v in middle))))
+    positions = [2 * torch.rand(count, *m.shape, generator=generator, dtype=torch.float64) - 1 for m in mids]
+    positions = [torch.cat([p[: count // 2].sign(), p[count // 2 :]]) for p in positions]
+    if count > 4:
+        try:
+            yield list(torch.vmap(lambda *p: tuple(at(list(p))))(*positions))
+            return
+        except (RuntimeError, ValueError):
+            positions = [p[-8:] for p in positions]  # not an operator that runs on many points at once
+    for point in zip(*positions, strict=True):
+        yield at(list(point))
+
+
+def _extremes(
+    at: Callable[[list[Tensor]], list[Tensor]], mids: list[Tensor], generator: torch.Generator
+) -> Iterator[list[Tensor]]:
+    """The two corners that the gradient of the results, with random signs, points to and away from."""
+    positions = [torch.zeros_like(m).requires_grad_() for m in mids]
+    try:
+        score = sum((torch.randn(v.shape, generator=generator, dtype=v.dtype).sign() * v).sum() for v in at(positions))
+        slopes = torch.autograd.grad(score, positions, allow_unused=True, materialize_grads=True)  # type: ignore[arg-type]
+    except RuntimeError:
+        return  # no derivative
+    for sign in (1.0, -1.0):
+        yield [sign * slope.nan_to_num().sign() for slope in slopes]
+
+
+def table(
+    components: int, epsilons: tuple[float, ...], seed: int = 0, seconds: float = 60.0
+) -> Iterator[dict[str, Any]]:
     """Per rule and eps: components checked (or as many as so many seconds allow), and violations."""
     by_rule: dict[str, list[One]] = {}
-    for one in ones():
+    for one in ones(copies=24):
         by_rule.setdefault(one.name, []).append(one)
-    rows = []
     for name, group in sorted(by_rule.items()):
         for eps in epsilons:
             row = dict.fromkeys(COLUMNS, 0) | {"rule": name, "eps": eps}
@@ -196,5 +248,4 @@ def table(components: int, epsilons: tuple[float, ...], seed: int = 0, seconds: 
                 for column, number in zip(COLUMNS[2:], found, strict=True):
                     row[column] += number
                 draw += 1
-            rows.append(row)
-    return rows
+            yield row
