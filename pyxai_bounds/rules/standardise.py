@@ -146,9 +146,9 @@ def _by_slopes(m: _Moments, by_parts: Interval, inverse: Interval, eps: float) -
     lost = _lost(count, m.rad.dtype)
     s = m.centred * (_sum(m.centred.square()) / count + eps).rsqrt()
     steepest = inverse.mid + inverse.rad
-    p = torch.maximum(by_parts.mid + by_parts.rad - s, s - (by_parts.mid - by_parts.rad)) * (1 + lost)
+    p = torch.maximum(by_parts.mid + by_parts.rad - s, s - (by_parts.mid - by_parts.rad)) * (1 + lost) + lost * s.abs()
     least_size = (s.abs() - p).clamp(min=0)
-    own = m.rad * (1 - 1 / count - least_size.square() / count).clamp(min=0)
+    own = m.rad * ((1 - 1 / count - least_size.square() / count).clamp(min=0) + lost)
     moved = _sum(m.rad * p)
     second = s.abs() * moved + p * _sum(m.rad * s.abs()) + p * moved
     rad = steepest * (own + (_weighted(s, m.rad) + second) / count) * (1 + lost)
