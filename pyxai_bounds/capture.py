@@ -26,6 +26,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -132,7 +133,7 @@ def source_of(node: fx.Node) -> str:
 
 def _trace(program: Callable, tensors: list[Tensor]) -> fx.GraphModule:
     # make_fx looks at the signature of what it is given; a lambda hides it.
-    tracer = make_fx(lambda *args: program(*args), tracing_mode="fake", _allow_non_fake_inputs=True)
+    tracer = make_fx(lambda *args: program(*args), _DECOMPOSED, tracing_mode="fake", _allow_non_fake_inputs=True)
     with fx.traceback.preserve_node_meta():
         return tracer(*[t.clone() if t.is_inference() else t.detach() for t in tensors])
 
@@ -179,12 +180,43 @@ def _clean_modes() -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(as_captured())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_no_fused_layers())
         stack.enter_context(torch._dynamo.config.patch(error_on_nested_fx_trace=False))  # torch 2.11 refuses instead
         # What tracing itself provokes is no news about the user's program: it looks at .grad, and it hooks modules.
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
         warnings.filterwarnings("ignore", message=r"Using `torch.compile\(module\)` when there are global hooks")
         yield
+
+
+@contextlib.contextmanager
+def _no_fused_layers() -> Iterator[None]:
+    """Attention and encoder layers in their parts: matrix products, softmax, norms, for which there are rules."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _lstm(
+    x: Tensor, w_input: Tensor, w_hidden: Tensor, b_input: Tensor, b_hidden: Tensor, h: Tensor, c: Tensor,
+    reverse: bool, batch_sizes: Any, mode: int, hidden_size: int, num_layers: int, has_biases: bool, *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The one layer that PyTorch gives to oneDNN, x [T, B, N], h and c [1, B, H], step by step."""
+    h, c, outputs = h[0], c[0], []
+    gates = F.linear(x, w_input, b_input if has_biases else None)
+    for gate in gates.flip(0) if reverse else gates:
+        i, f, g, o = (gate + F.linear(h, w_hidden, b_hidden if has_biases else None)).chunk(4, 1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+        outputs.append(h)
+    return torch.stack(outputs[::-1] if reverse else outputs), h[None], c[None], x.new_empty(0)
+
+
+_DECOMPOSED = {aten.mkldnn_rnn_layer.default: _lstm}
 
 
 class _Record(TorchDispatchMode):

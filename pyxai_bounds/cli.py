@@ -21,8 +21,9 @@ from torch import nn
 
 from pyxai_bounds import __version__, data, explain, models, ops
 from pyxai_bounds.certify import TopK, certify
+from pyxai_bounds.certify.metrics import accuracy
 from pyxai_bounds.errors import UnsupportedOperatorError
-from pyxai_bounds.report import accuracy, evaluate_all
+from pyxai_bounds.report import evaluate_all
 from pyxai_bounds.train import Options, Progress, Recipe, TrainingDivergedError, load, read_description, run
 from pyxai_bounds.train.checkpoint import write_file
 from pyxai_bounds.train.loop import stored_recipe

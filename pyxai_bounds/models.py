@@ -148,16 +148,27 @@ def _rar_resnet(name: str, units: int) -> Callable[[tuple[int, ...], int], nn.Mo
 
 
 class ResidualBlock(nn.Module):
-    """relu(norm(conv(relu(norm(conv(x))))) + x): He et al. 2015, with a 1×1 convolution where the shape changes."""
+    """relu(norm(conv(relu(norm(conv(x))))) + skip(x)): He et al. 2015, with a convolution for a skip where the shape
+    changes, 1×1 and normalised.
 
-    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+    A ``growing`` one starts as its skip, for the last norm's weight begins at 0; and the skip copies its input, into
+    s²-fold channels where stride s folds space (:func:`near_identity_`).
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1, growing: bool = False) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
         self.norm1 = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(outputs)
+        if growing:
+            nn.init.kaiming_normal_(self.conv1.weight)
+            nn.init.kaiming_normal_(self.conv2.weight)
+            nn.init.zeros_(self.norm2.weight)
         self.skip: nn.Module = nn.Identity()
-        if stride != 1 or inputs != outputs:
+        if (stride != 1 or inputs != outputs) and growing:
+            self.skip = near_identity_(nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False))
+        elif stride != 1 or inputs != outputs:
             self.skip = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -297,39 +308,15 @@ def _cnn7_identity(input_shape: tuple[int, ...], classes: int) -> nn.Module:
     )  # fmt: skip
 
 
-class GrowingBlock(nn.Module):
-    """relu(norm(conv(relu(norm(conv(x))))) + skip(x)) that starts as its skip: the last norm's weight begins at 0.
-
-    The skip copies its input, into s²-fold channels where stride s folds space (:func:`near_identity_`).
-    """
-
-    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(outputs)
-        nn.init.kaiming_normal_(self.conv1.weight)
-        nn.init.kaiming_normal_(self.conv2.weight)
-        nn.init.zeros_(self.norm2.weight)
-        self.skip: nn.Module = nn.Identity()
-        if stride != 1 or inputs != outputs:
-            self.skip = near_identity_(nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False))
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = F.relu(self.norm1(self.conv1(x)))
-        return F.relu(self.norm2(self.conv2(hidden)) + self.skip(x))
-
-
 def _resnet11_identity(input_shape: tuple[int, ...], classes: int) -> nn.Module:
     """A residual network with batch norm whose five blocks start as their skips: 11 convolutions and 2 in skips."""
     channels, height, width = _image("resnet11-identity", input_shape)
     stem = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(stem.weight)
+    blocks = ((16, 16), (16, 32), (32, 32), (32, 64), (64, 64))
     return nn.Sequential(
         stem, nn.BatchNorm2d(16), nn.ReLU(),
-        GrowingBlock(16, 16), GrowingBlock(16, 32, stride=2), GrowingBlock(32, 32),
-        GrowingBlock(32, 64, stride=2), GrowingBlock(64, 64),
+        *(ResidualBlock(inputs, outputs, outputs // inputs, growing=True) for inputs, outputs in blocks),
         nn.Flatten(), CentredLinear(64 * _halved(_halved(height)) * _halved(_halved(width)), classes),
     )  # fmt: skip
 

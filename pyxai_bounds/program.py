@@ -69,7 +69,8 @@ def bound(
 
     parameters: a :func:`~pyxai_bounds.parameter_box`: the bounds then hold for every network in it as well.
     product: how matrix products and convolutions of two sets are bounded (a box of inputs with a box of parameters,
-    attention): "rump" needs matrix products alone and is at most 1.5 times too wide, "exact" is slower.
+    attention): "rump" needs matrix products alone and is at most 1.5 times too wide; "exact" is as fast in
+    the compiled CPU backend (``bench/results/cpu/interval_matmul.csv``), and slower where there is no kernel for it.
 
     Raises UnsupportedOperatorError, listing every operator without a rule; CaptureError (a ValueError) if the
     function is no fixed program; ValueError for options that do not exist, or a parameter box that the function does
@@ -230,11 +231,8 @@ class Program:
         self.rounding = bounded.rounding
         if self.rounding != rd.Rounding.NEAREST:
             for tensor in _tensors(leaves):
-                if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64):
-                    raise TypeError(
-                        f"sound=True needs float32 or float64 tensors, not {tensor.dtype}; convert the model and the "
-                        "inputs."
-                    )
+                if tensor.is_floating_point():
+                    rd.check_dtype(tensor.dtype)
         # Per placeholder of the captured graph: is it a set?
         kinds = [isinstance(leaf, Interval) for leaf in leaves if isinstance(leaf, (Interval, Tensor))]
         interpreter = _Interpreter(captured.graph, bounded.parameters)

@@ -51,6 +51,12 @@ def choose(sound: bool, semantics: str) -> Rounding:
     return Rounding.EVALUATED if semantics == "float32" else Rounding.OUTWARD
 
 
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raises TypeError for a dtype in whose arithmetic nothing is proven."""
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"sound=True needs float32 or float64 tensors, not {dtype}; convert the model and the inputs.")
+
+
 def mode() -> Rounding:
     """The mode in which rules are being applied."""
     return _mode.get()
@@ -278,10 +284,9 @@ def ieee_arithmetic() -> Iterator[None]:
         raise RuntimeError(
             "sound=True needs subnormal numbers, which this thread flushes to 0: call torch.set_flush_denormal(False)."
         )
-    if os.environ.get("ONEDNN_DEFAULT_FPMATH_MODE", "STRICT").upper() != "STRICT":
-        raise RuntimeError(
-            "sound=True needs full float32 products, but ONEDNN_DEFAULT_FPMATH_MODE allows narrower ones: unset it."
-        )
+    for name in ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"):  # oneDNN reads either
+        if os.environ.get(name, "STRICT").upper() != "STRICT":
+            raise RuntimeError(f"sound=True needs full float32 products, but {name} allows narrower ones: unset it.")
     before = [getattr(owner, name) for owner, name, _ in _PRECISION]
     nnpack = torch._C._get_nnpack_enabled()
     try:

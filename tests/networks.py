@@ -35,6 +35,18 @@ class Residual(nn.Module):
         return self.head(self.dropout(x.flatten(1)))
 
 
+class Branches(nn.Module):
+    """Two paths from one image, added or concatenated."""
+
+    def __init__(self, left: nn.Module, right: nn.Module, concatenate: bool) -> None:
+        super().__init__()
+        self.left, self.right, self.concatenate = left, right, concatenate
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.left(x), self.right(x)
+        return torch.cat([left, right], 1) if self.concatenate else left + right
+
+
 def residual(seed: int = 0) -> Residual:
     """A residual network in eval mode with batch-norm statistics and affine parameters that are not trivial."""
     torch.manual_seed(seed)

@@ -106,9 +106,9 @@ def test_recipes_networks_are_as_deep_as_they_say(name, convolutions):
     assert sum(isinstance(m, nn.Conv2d) for m in layers) == convolutions
     assert isinstance(layers[-1], models.CentredLinear)
     kinds = {type(m) for m in layers}
-    assert nn.ReLU in kinds or models.GrowingBlock in kinds
+    assert nn.ReLU in kinds or models.ResidualBlock in kinds
     if name.startswith("resnet"):
-        assert nn.BatchNorm2d in kinds and any(isinstance(m, models.GrowingBlock) for m in layers)
+        assert nn.BatchNorm2d in kinds and any(isinstance(m, models.ResidualBlock) for m in layers)
 
 
 @pytest.mark.parametrize(("stride", "size"), [(1, 7), (2, 8), (3, 9)])
@@ -131,10 +131,10 @@ def test_near_identity_says_what_it_cannot_do(conv):
 
 
 def test_a_growing_block_starts_as_its_skip():
-    block = models.GrowingBlock(4, 4).eval()
+    block = models.ResidualBlock(4, 4, growing=True).eval()
     x = torch.rand(2, 4, 6, 6)
     assert torch.equal(block(x), x)
-    assert models.GrowingBlock(4, 16, stride=2)(torch.rand(2, 4, 7, 5)).shape == (2, 16, 4, 3)
+    assert models.ResidualBlock(4, 16, stride=2, growing=True)(torch.rand(2, 4, 7, 5)).shape == (2, 16, 4, 3)
 
 
 def test_centred_logits_are_the_same_to_softmax():

@@ -13,24 +13,12 @@ from torch import Tensor, nn
 
 import pyxai_bounds as xb
 from pyxai_bounds import ops
-from tests.networks import assert_encloses, assert_exact_at_zero_radius, images, sample
+from tests.networks import Branches, assert_encloses, assert_exact_at_zero_radius, images, sample
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CLASSES = 4
 ACTIVATIONS = [nn.ReLU, nn.LeakyReLU, nn.Hardtanh, lambda: nn.ReLU(inplace=True), nn.ReLU6]
-
-
-class Branches(nn.Module):
-    """Two paths from one image, added or concatenated."""
-
-    def __init__(self, left: nn.Module, right: nn.Module, concatenate: bool) -> None:
-        super().__init__()
-        self.left, self.right, self.concatenate = left, right, concatenate
-
-    def forward(self, x: Tensor) -> Tensor:
-        left, right = self.left(x), self.right(x)
-        return torch.cat([left, right], 1) if self.concatenate else left + right
 
 
 @st.composite

@@ -50,13 +50,10 @@ def targeted(
     def judge(piece: slice) -> Judge:
         return lambda attribution, nominal: flat(attribution - goal(piece)).square().mean(1) - tau
 
-    how = {"move": "adam", **how}
+    walk = _walk(model, label_reg, steps=steps, step_size=step_size, restarts=restarts, keep=keep, beta=beta, **how)
     return search(
         fn, x, target, eps=eps, clip=clip, model=model, guide=guide, judge=judge, broken=lambda margin: margin <= 0,
-        how=Search(
-            steps=steps, step_size=step_size, restarts=restarts, keep=keep, beta=beta,
-            regularisation=label_reg if model is not None else 0.0, **how,
-        ),
+        how=walk,
     )  # fmt: skip
 
 
@@ -86,15 +83,17 @@ def untargeted(
     def judge(attribution: Tensor, nominal: Tensor) -> Tensor:
         return tau + unlike(attribution, nominal)
 
-    how = {"move": "adam", "start": "random", **how}
+    how = {"start": "random", **how}
+    walk = _walk(model, label_reg, steps=steps, step_size=step_size, restarts=restarts, keep=keep, beta=beta, **how)
     return search(
         fn, x, target, eps=eps, clip=clip, model=model, guide=lambda _: unlike, judge=lambda _: judge,
-        broken=lambda margin: margin < 0,
-        how=Search(
-            steps=steps, step_size=step_size, restarts=restarts, keep=keep, beta=beta,
-            regularisation=label_reg if model is not None else 0.0, **how,
-        ),
+        broken=lambda margin: margin < 0, how=walk,
     )  # fmt: skip
+
+
+def _walk(model: Model | None, label_reg: float, **how: Any) -> Search:
+    """Adam unless told otherwise; without a model there are no labels to hold."""
+    return Search(regularisation=label_reg if model is not None else 0.0, **{"move": "adam", **how})
 
 
 def toward_each(

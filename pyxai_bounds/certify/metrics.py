@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from pyxai_bounds import explain
-from pyxai_bounds.certify.properties import TopK, _lost, flat
+from pyxai_bounds.certify.properties import TopK, flat, rounding_loss
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.program import BoundFunction, bound
 
@@ -189,7 +189,7 @@ def ig_norm_bound(
         x, lower, upper = x.double(), lower.double(), upper.double()
         most = torch.maximum(gradient.lower.abs(), gradient.upper.abs()).double()
     total = flat(torch.maximum(upper - x, x - lower) * most).sum(1)
-    return total * (1 + _lost(x[0].numel())) if sound and len(x) else total
+    return total * (1 + rounding_loss(x[0].numel())) if sound and len(x) else total
 
 
 def certified_intersection(property: TopK, nominal: Tensor, bounds: Interval) -> Tensor:

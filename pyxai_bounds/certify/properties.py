@@ -70,7 +70,7 @@ class TopK:
                 raise ValueError(
                     f"TopK: channels='sum' needs explanations of shape [B, C, ...], got {list(lower.shape)}."
                 )
-            lost = _lost(lower.shape[1])
+            lost = rounding_loss(lower.shape[1])
             lower, upper = lower.double(), upper.double()
             lower = lower.sum(1) - lost * lower.abs().sum(1)
             upper = upper.sum(1) + lost * upper.abs().sum(1)
@@ -130,7 +130,7 @@ class _Deviation:
 
     def margin(self, nominal: Tensor, bounds: Interval) -> Tensor:
         size = self.size(flat(deviation(nominal, bounds)))
-        return self.tau - size * (1 + _lost(nominal[0].numel() if len(nominal) else 0))
+        return self.tau - size * (1 + rounding_loss(nominal[0].numel() if len(nominal) else 0))
 
 
 class L1(_Deviation):
@@ -178,7 +178,7 @@ class Cosine:
 
     def margin(self, nominal: Tensor, bounds: Interval) -> Tensor:
         v, d = flat(nominal).double(), flat(deviation(nominal, bounds))
-        lost = _lost(v.shape[1])
+        lost = rounding_loss(v.shape[1])
         norm = torch.linalg.vector_norm(v, dim=1)
         ratio = torch.linalg.vector_norm(d, dim=1) / norm * (1 + lost)
         by_angle = (1 - ratio.square()).clamp(min=0).sqrt() - lost
@@ -197,7 +197,7 @@ def deviation(nominal: Tensor, bounds: Interval) -> Tensor:
     return rounding.up(torch.maximum(bounds.upper.double() - v, v - bounds.lower.double()))
 
 
-def _lost(terms: int) -> float:
+def rounding_loss(terms: int) -> float:
     """What a formula on vectors of so many entries may lose in float64, relative to its terms, several times over."""
     return 8 * (terms + 16) * rounding.unit(torch.float64)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyxai_bounds.certify.properties import _lost, flat, magnitude
+from pyxai_bounds.certify.properties import flat, magnitude, rounding_loss
 from pyxai_bounds.interval import Interval
 
 
@@ -38,7 +38,7 @@ class Unlike:
                 "[T, *explanation]."
             )
         nearest = (goals - goals.maximum(lower).minimum(upper)).square().mean(2).amin(1)
-        return nearest * (1 - _lost(lower.shape[2])) - self.tau
+        return nearest * (1 - rounding_loss(lower.shape[2])) - self.tau
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch.nn import Parameter
 
 from pyxai_bounds.ops import native, reference, triton
 from pyxai_bounds.ops.layout import dense, memory_format, order_of, state_size
-from pyxai_bounds.rounding import Rounding
+from pyxai_bounds.rounding import Rounding, check_dtype
 
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "native": native, "triton": triton}
 _PLANNED = ("cuda",)
@@ -70,10 +70,7 @@ def _select(mid: Tensor) -> Any:
 
 def _select_outward(mid: Tensor) -> ModuleType:
     """The backend for outward rounding: ``native`` where it runs and is not ruled out, else ``reference``."""
-    if mid.dtype not in (torch.float32, torch.float64):
-        raise TypeError(
-            f"sound=True needs float32 or float64 tensors, not {mid.dtype}; convert the model and the inputs."
-        )
+    check_dtype(mid.dtype)
     return native if _forced.get() in ("auto", "native") and native.supports(mid) else reference
 
 

@@ -65,7 +65,7 @@ def extremes_adjoint(
 # --- the functions ------------------------------------------------------------------------------------------
 
 
-def _root(function: Callable[[float], float], a: float, b: float) -> float:
+def root(function: Callable[[float], float], a: float, b: float) -> float:
     """The zero of a function that changes sign on [a, b], by bisection to the last bit."""
     negative_left = function(a) < 0
     while a < (middle := (a + b) / 2) < b:
@@ -110,16 +110,16 @@ def _gelu_tanh_curvature(x: float, h: float = 1e-4) -> float:
 
 
 # GELU falls to one minimum left of 0 and rises from there; its slope has extrema at ±√2 (φ″ = (2 − x²)·density).
-_GELU_MINIMUM = _root(_gelu_slope_value, -1.0, -0.5)
+_GELU_MINIMUM = root(_gelu_slope_value, -1.0, -0.5)
 _GELU_LEAST = 0.5 * _GELU_MINIMUM * (1 + math.erf(_GELU_MINIMUM / _SQRT2))
-_GELU_TANH_MINIMUM = _root(_gelu_tanh_slope_value, -1.0, -0.5)
+_GELU_TANH_MINIMUM = root(_gelu_tanh_slope_value, -1.0, -0.5)
 _GELU_TANH_LEAST = (
     0.5
     * _GELU_TANH_MINIMUM
     * (1 + math.tanh(_SQRT_2_OVER_PI * (_GELU_TANH_MINIMUM + 0.044715 * _GELU_TANH_MINIMUM**3)))
 )
 # The approximation's slope flattens out where tanh saturates; its further bends lie below rounding error.
-_GELU_TANH_BEND = _root(_gelu_tanh_curvature, 1.0, 2.0)
+_GELU_TANH_BEND = root(_gelu_tanh_curvature, 1.0, 2.0)
 
 
 def _silu_slope_value(x: float) -> float:
@@ -132,9 +132,9 @@ def _silu_curvature(x: float) -> float:
     return 2 + x * (1 - 2 / (1 + math.exp(-x)))
 
 
-_SILU_MINIMUM = _root(_silu_slope_value, -2.0, -1.0)
+_SILU_MINIMUM = root(_silu_slope_value, -2.0, -1.0)
 _SILU_LEAST = _SILU_MINIMUM / (1 + math.exp(-_SILU_MINIMUM))
-_SILU_BEND = _root(_silu_curvature, 2.0, 3.0)
+_SILU_BEND = root(_silu_curvature, 2.0, 3.0)
 
 
 def _silu_slope(t: Tensor) -> Tensor:

@@ -5,17 +5,12 @@ The pictures need matplotlib, which ``plots`` and ``html`` import when they are 
 
 from pyxai_bounds.report.evaluate import AtRadius, Evaluation, Sample, SoundnessError, evaluate
 from pyxai_bounds.report.measure import evaluate_all
-from pyxai_bounds.report.metrics import accuracy, certain_members, same_class_cosine, unstable_relu_fraction
 
 __all__ = [
     "AtRadius",
     "Evaluation",
     "Sample",
     "SoundnessError",
-    "accuracy",
-    "certain_members",
     "evaluate",
     "evaluate_all",
-    "same_class_cosine",
-    "unstable_relu_fraction",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import decimal
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 
 from pyxai_bounds import attack, explain
 from pyxai_bounds.certify import Certificate, TopK, certified_radius, certify
+from pyxai_bounds.certify.metrics import accuracy, certain_members, same_class_cosine, unstable_relu_fraction
 from pyxai_bounds.data import Dataset
-from pyxai_bounds.report.metrics import accuracy, certain_members, same_class_cosine, unstable_relu_fraction
 
 
 class SoundnessError(RuntimeError):
@@ -139,6 +140,12 @@ def evaluate(
         cosine=same_class_cosine(first.nominal, y), at=at, curve=curve, radius=reach, max_eps=max_eps,
         rounding=first.rounding, samples=_samples(model, dataset, property, first, reach, min(pictures, len(x))),
     )  # fmt: skip
+
+
+def rounded_down(radius: float) -> str:
+    """A certified radius as text, two significant digits, never more than was certified."""
+    two_digits = decimal.Context(prec=2, rounding=decimal.ROUND_FLOOR)
+    return f"{two_digits.create_decimal(repr(radius)).normalize():f}"
 
 
 def _row(label: str, eps: float, holds: Tensor, broken: Tensor) -> AtRadius:

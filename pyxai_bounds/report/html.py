@@ -9,8 +9,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from pyxai_bounds.report.evaluate import Evaluation
-from pyxai_bounds.report.metrics import rounded_down
+from pyxai_bounds.report.evaluate import Evaluation, rounded_down
 from pyxai_bounds.report.plots import encode, plot_curves, plot_samples
 
 

@@ -15,8 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 
-from pyxai_bounds.report.evaluate import Evaluation, Sample
-from pyxai_bounds.report.metrics import rounded_down
+from pyxai_bounds.report.evaluate import Evaluation, Sample, rounded_down
 
 INK = "#808285"  # legible on white and on near-black alike
 COLOURS = ("#cc79a7", "#d55e00", "#0072b2", "#e69f00", "#009e73", "#56b4e9", "#8d6e63")  # after Okabe and Ito

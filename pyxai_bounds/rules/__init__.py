@@ -5,7 +5,19 @@ while the program is traced: what it computes with tensors becomes part of the c
 decides in Python is decided for good.
 """
 
-from pyxai_bounds.rules import activation, conv, elementwise, linear, logic, norm, pool, reduce, shape, softmax  # noqa: F401
+from pyxai_bounds.rules import (  # noqa: F401
+    activation,
+    conv,
+    elementwise,
+    linear,
+    logic,
+    norm,
+    pool,
+    reduce,
+    shape,
+    softmax,
+    standardise,
+)
 from pyxai_bounds.rules.registry import RULES, Rule, UnsupportedArgumentsError, rule
 
 __all__ = ["RULES", "Rule", "UnsupportedArgumentsError", "rule"]

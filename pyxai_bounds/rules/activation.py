@@ -7,13 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pyxai_bounds import ops
 from pyxai_bounds import rounding as rd
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.ops.layout import pack
-from pyxai_bounds.ops.smooth import smooth, softplus_jump
+from pyxai_bounds.ops.smooth import root, smooth, softplus_jump
+from pyxai_bounds.rules.elementwise import clamp_max
 from pyxai_bounds.rules.registry import (
     Value,
     between,
@@ -23,6 +25,7 @@ from pyxai_bounds.rules.registry import (
     monotone,
     multiply,
     outward,
+    plus,
     rad_of,
     range_of,
     rule,
@@ -78,6 +81,30 @@ def leaky_relu_backward(grad: Value, x: Value, negative_slope: float, self_is_re
     if not isinstance(x, Interval):
         return multiply(grad, at_lower)
     return multiply(grad, between(torch.minimum(at_lower, at_upper), torch.maximum(at_lower, at_upper)))
+
+
+@rule(aten._prelu_kernel.default, ulps=1)
+def prelu(x: Value, weight: Value) -> Interval:
+    """Below 0 the slope is ``weight``, of any sign; where that is a set, the two sides are summed: one of them is 0."""
+    if isinstance(weight, Interval):
+        x = x if isinstance(x, Interval) else Interval.point(x)
+        return plus(relu(x), multiply(clamp_max(x, 0.0), weight))
+    assert isinstance(x, Interval)
+    return range_of(lambda t: aten._prelu_kernel(t, weight), x, [(0.0, 0.0)], ulps=1)
+
+
+@rule(aten._prelu_kernel_backward.default, ulps=1)
+def prelu_backward(grad: Value, x: Value, weight: Value) -> tuple[Interval, Interval]:
+    """The slope is 1 above 0 and ``weight`` at and below it; the weight's gradient is grad·min(x, 0)."""
+    (lower, upper), (least, greatest) = ends(x), ends(weight)
+    above, below = lower > 0, upper <= 0  # a NaN is neither
+    one = torch.ones_like(lower)
+    slope = between(
+        torch.where(above, one, torch.where(below, least, least.clamp(max=1))),
+        torch.where(above, one, torch.where(below, greatest, greatest.clamp(min=1))),
+    )
+    of_weight = clamp_max(x, 0.0) if isinstance(x, Interval) else Interval.point(x.clamp(max=0))
+    return multiply(grad, slope), multiply(grad, of_weight)
 
 
 @rule(aten.hardtanh.default, ulps=1)
@@ -174,6 +201,40 @@ def sigmoid_backward(grad: Value, output: Value) -> Interval:
     return _times(grad, output, "sigmoid_slope", ulps=4, absolute=4)
 
 
+@rule(aten.log_sigmoid_forward.default, ulps=8)
+def log_sigmoid(x: Interval) -> tuple[Interval, Tensor]:
+    """min(x, 0) − log1p(exp(−|x|)): two functions of 4u at most, and a sum of two numbers of one sign."""
+    unused = x.mid.new_empty(0)
+    return monotone(F.logsigmoid, x, ulps=16), unused
+
+
+@rule(aten.log_sigmoid_backward.default, shape_only=("buffer",), ulps=2)
+def log_sigmoid_backward(grad: Value, x: Value, buffer: Tensor) -> Interval:
+    """φ′ is the logistic function of −x."""
+    return _times_slope(grad, x, lambda t: torch.sigmoid(-t), [], ulps=8)
+
+
+@rule(aten.glu.default, ulps=8)
+def glu(x: Interval, dim: int = -1) -> Interval:
+    """One half of the channels times the logistic function of the other."""
+    a, b = _halves(x, dim)
+    return multiply(a, sigmoid(b))
+
+
+@rule(aten.glu_backward.default, ulps=4)
+def glu_backward(grad: Value, x: Value, dim: int) -> Interval:
+    """grad·σ(b), and grad·a·σ′(b)."""
+    a, b = _halves(x if isinstance(x, Interval) else Interval.point(x), dim)
+    s = sigmoid(b)
+    slope = _times_slope(a, s, lambda y: y * (1 - y), [(0.5, 0.25)], ulps=4, absolute=4)
+    parts = multiply(grad, s), multiply(grad, slope)
+    return Interval.of(torch.cat([p.mid for p in parts], dim), torch.cat([p.rad for p in parts], dim))
+
+
+def _halves(x: Interval, dim: int) -> list[Interval]:
+    return [Interval.of(*half) for half in zip(x.mid.chunk(2, dim), x.rad.chunk(2, dim), strict=True)]
+
+
 @rule(aten.softplus.default, ulps=0)
 def softplus(x: Interval, beta: float = 1, threshold: float = 20) -> Interval:
     """Increasing, but for a jump where it becomes the identity, which lies lower.
@@ -252,6 +313,39 @@ def _times(
         return Interval.of(*ops.interval_smooth_backward(mid_of(grad), rad_of(grad), x.mid, x.rad, name, params))
     function = smooth(name, params)
     return _times_slope(grad, x, function.value, function.critical, ulps=ulps, absolute=absolute, height=height)
+
+
+def _mish_slope_value(x: float) -> float:
+    inner = math.tanh(math.log1p(math.exp(x)))
+    return inner + x * (1 - inner * inner) / (1 + math.exp(-x))
+
+
+def _mish_curvature(x: float, h: float = 1e-4) -> float:
+    return _mish_slope_value(x + h) - _mish_slope_value(x - h)
+
+
+_MISH_MINIMUM = root(_mish_slope_value, -1.5, -1.0)
+_MISH_LEAST = _MISH_MINIMUM * math.tanh(math.log1p(math.exp(_MISH_MINIMUM)))
+
+
+@rule(aten.mish.default, ulps=0)
+def mish(x: Interval) -> Interval:
+    """x·tanh(log(1 + exp x))."""
+    return evaluated(range_of(aten.mish, x, [(_MISH_MINIMUM, _MISH_LEAST)], ulps=16, absolute=_SMOOTH), 16, _SMOOTH)
+
+
+_MISH_BENDS = [(end, _mish_slope_value(end)) for end in (root(_mish_curvature, -3, -2), root(_mish_curvature, 1, 2))]
+
+
+@rule(aten.mish_backward.default, ulps=2)
+def mish_backward(grad: Value, x: Value) -> Interval:
+    """φ′ = t + x(1 − t²)σ(x) with t = tanh(log(1 + exp x)), between its two extrema and flat beyond."""
+
+    def slope(x: Tensor) -> Tensor:
+        inner = torch.tanh(torch.log1p(torch.exp(x)))
+        return inner + x * (1 - inner * inner) * torch.sigmoid(x)
+
+    return _times_slope(grad, x, slope, _MISH_BENDS, ulps=16, absolute=_SMOOTH)
 
 
 def _times_slope(

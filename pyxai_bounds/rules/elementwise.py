@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -159,6 +160,71 @@ def log(x: Interval) -> Interval:
 @rule(aten.log1p.default, ulps=4)
 def log1p(x: Interval) -> Interval:
     return monotone(torch.log1p, x, ulps=4)
+
+
+@rule(aten.exp2.default, ulps=4)
+def exp2(x: Interval) -> Interval:
+    return monotone(torch.exp2, x, ulps=4)
+
+
+@rule(aten.log2.default, ulps=4)
+def log2(x: Interval) -> Interval:
+    return monotone(torch.log2, x, ulps=4)
+
+
+@rule(aten.log10.default, ulps=4)
+def log10(x: Interval) -> Interval:
+    return monotone(torch.log10, x, ulps=4)
+
+
+@rule(aten.atan.default, ulps=4)
+def atan(x: Interval) -> Interval:
+    return monotone(torch.atan, x, ulps=4)
+
+
+@rule(aten.sin.default, ulps=0)
+def sin(x: Interval) -> Interval:
+    return _wave(torch.sin, x, 0.25)
+
+
+@rule(aten.cos.default, ulps=0)
+def cos(x: Interval) -> Interval:
+    return _wave(torch.cos, x, 0.0)
+
+
+def _wave(function: Callable[[Tensor], Tensor], x: Interval, crest: float) -> Interval:
+    """±1 where a crest (at so many periods of 2π) or a trough lies inside, else between the values at the ends.
+
+    Where an end is that close to an extremum that rounding hides on which side, within 8u of the number of periods, the
+    extremum counts as inside, which moves the bound by the square of that. Beyond 1e6 periods nothing is known.
+    """
+    lower, upper = ends(x)
+    near = 8 * rd.unit(x.dtype) if outward() else 0.0
+
+    def inside(phase: float) -> Tensor:
+        first, last = lower.detach() / (2 * math.pi) - phase, upper.detach() / (2 * math.pi) - phase
+        return torch.ceil(first - near * (1 + first.abs())) <= torch.floor(last + near * (1 + last.abs()))
+
+    at_lower, at_upper = function(lower), function(upper)
+    far = ~(torch.maximum(lower.abs(), upper.abs()) < 2e6 * math.pi) & (lower < upper)
+    least = torch.where((inside(crest + 0.5) & (lower < upper)) | far, -1.0, torch.minimum(at_lower, at_upper))
+    greatest = torch.where((inside(crest) & (lower < upper)) | far, 1.0, torch.maximum(at_lower, at_upper))
+    least, greatest = (torch.where(lower.isnan() | upper.isnan(), lower, t) for t in (least, greatest))
+    return evaluated(enclose(least, greatest, ulps=4), 4)
+
+
+@rule(aten.addcmul.default, ulps=2)
+def addcmul(x: Value, a: Value, b: Value, *, value: float = 1) -> Interval:
+    return plus(x, _scaled(square(_as_set(a)) if a is b else multiply(_as_set(a), b), value))
+
+
+@rule(aten.addcdiv.default, ulps=4)
+def addcdiv(x: Value, a: Value, b: Value, *, value: float = 1) -> Interval:
+    return plus(x, _scaled(div(_as_set(a), b), value))
+
+
+def _as_set(x: Value) -> Interval:
+    return x if isinstance(x, Interval) else Interval.point(x)
 
 
 @rule(aten.erf.default, ulps=4)

@@ -28,10 +28,9 @@ from pyxai_bounds.rules.registry import (
     rule,
     total,
 )
+from pyxai_bounds.rules.standardise import BATCH_STATISTICS, instance_norm, instance_norm_backward
 
 aten = torch.ops.aten
-
-_MODE = "normalises with the statistics of the batch; call model.eval(), and keep track_running_stats=True"
 
 
 def _inverse(variance: Tensor, eps: float) -> Value:
@@ -74,9 +73,11 @@ def native_batch_norm(
     training: bool,
     momentum: float,
     eps: float,
-) -> tuple[Interval, Tensor, Tensor]:
-    if training or mean is None or variance is None:
-        raise UnsupportedArgumentsError(_MODE)
+) -> tuple[Interval, Value, Value]:
+    if training:
+        return instance_norm(x, weight, bias, eps)
+    if mean is None or variance is None:
+        raise UnsupportedArgumentsError(BATCH_STATISTICS)
     if not isinstance(x, Interval):
         x = Interval.point(x)
     inverse = _inverse(variance, eps)
@@ -105,7 +106,7 @@ def native_batch_norm(
 @rule(aten._native_batch_norm_legit_no_training.default, precision="own", ulps=0)
 def batch_norm_no_training(
     x: Value, weight: Value | None, bias: Value | None, mean: Tensor, variance: Tensor, momentum: float, eps: float
-) -> tuple[Interval, Tensor, Tensor]:
+) -> tuple[Interval, Value, Value]:
     return native_batch_norm(x, weight, bias, mean, variance, False, momentum, eps)
 
 
@@ -121,8 +122,10 @@ def native_batch_norm_backward(
     eps: float,
     output_mask: list[bool],
 ) -> tuple[Any, Any, Any]:
-    if train or variance is None:
-        raise UnsupportedArgumentsError(_MODE)
+    if train:
+        return instance_norm_backward(grad, x, weight, save_mean, save_inverse, output_mask)
+    if variance is None:
+        raise UnsupportedArgumentsError(BATCH_STATISTICS)
     if output_mask[1]:
         raise UnsupportedArgumentsError("is asked for the gradient of its weight")
     if not isinstance(grad, Interval):

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.rules.elementwise import square
@@ -69,6 +70,29 @@ def max_dim(x: Interval, *args: Any) -> tuple[Interval, object]:
 @rule(aten.min.dim, precision="exact")
 def min_dim(x: Interval, *args: Any) -> tuple[Interval, object]:
     return monotone(lambda t: torch.min(t, *args).values, x, ulps=0), NO_VALUE
+
+
+def _register_ranked(op: OpOverload) -> None:
+    """Order statistics: the k-th largest of many grows with each of them; which one it is has no single value."""
+    names = [argument.name for argument in op._schema.arguments]
+
+    @rule(op, precision="exact")
+    def ranked(x: Interval, *args: Any, **kwargs: Any) -> tuple[Interval, object]:
+        given = dict(zip(names[1:], args, strict=False)) | kwargs
+        dim = given.get("dim", -1)
+
+        def values(t: Tensor) -> Tensor:
+            found = op(t, *args, **kwargs)[0]
+            unknown = t.isnan().any(dim, keepdim=found.dim() == t.dim())  # PyTorch would rank a NaN above all numbers
+            return torch.where(unknown, torch.nan, found)
+
+        return monotone(values, x, ulps=0), NO_VALUE
+
+
+for _op in (
+    aten.topk.default, aten.sort.default, aten.sort.stable, aten.kthvalue.default, aten.median.dim
+):  # fmt: skip
+    _register_ranked(_op)
 
 
 @rule(aten.logsumexp.default, ulps=0)

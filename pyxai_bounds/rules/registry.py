@@ -306,9 +306,15 @@ def _is_normal(value: float, dtype: torch.dtype) -> bool:
 def plus(a: Any, b: Any) -> Interval:
     """Elementwise sum with broadcasting. Rounded outward, it loses one rounding, and what its operands lose when they
     are converted to the dtype of the result: Python numbers, integers, and a float64 tensor without dimensions.
+    A mask of −∞ loses nothing.
     """
     (a, a_rad), (b, b_rad) = _terms(a, b)
-    return _sum(a + b, a_rad, b_rad)
+    out = _sum(a + b, a_rad, b_rad)
+    if outward() and isinstance(a, Tensor) and isinstance(b, Tensor) and (a_rad is None or b_rad is None):
+        (mask, term, rad) = (a, b, b_rad) if a_rad is None else (b, a, a_rad)
+        masked = mask.isinf() & (term.isfinite() & torch.as_tensor(rad).isfinite())
+        return Interval.of(out.mid, torch.where(masked, 0.0, out.rad))
+    return out
 
 
 def minus(a: Any, b: Any) -> Interval:

@@ -70,6 +70,14 @@ def softmax(x: Interval, dim: int, half_to_float: bool) -> Interval:
     return evaluated(out, 4 * _size(x, dim) + (x.shape[dim] + 16))
 
 
+@rule(aten._safe_softmax.default, ulps=0)
+def safe_softmax(x: Interval, dim: int, dtype: torch.dtype | None = None) -> Interval:
+    """Softmax, but 0 where a mask leaves nothing: all of them points at −∞."""
+    masked = ((x.mid == float("-inf")) & (x.rad == 0)).all(dim, keepdim=True)
+    some = softmax(Interval.of(torch.where(masked, 0.0, x.mid), x.rad), dim, False)
+    return Interval.of(torch.where(masked, 0.0, some.mid), torch.where(masked, 0.0, some.rad))
+
+
 @rule(aten._log_softmax.default, ulps=0)
 def log_softmax(x: Interval, dim: int, half_to_float: bool) -> Interval:
     """Evaluated as x − max − log Σ exp(x − max): each term loses a few u of |x|, the sum nu."""

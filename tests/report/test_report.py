@@ -13,17 +13,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from pyxai_bounds import TopK, attack, bound, data, explain
+from pyxai_bounds.certify.metrics import accuracy, certain_members, same_class_cosine, unstable_relu_fraction
 from pyxai_bounds.interval import Interval
-from pyxai_bounds.report import (
-    SoundnessError,
-    accuracy,
-    certain_members,
-    evaluate,
-    same_class_cosine,
-    unstable_relu_fraction,
-)
+from pyxai_bounds.report import SoundnessError, evaluate
+from pyxai_bounds.report.evaluate import rounded_down
 from pyxai_bounds.report.html import page, write_page
-from pyxai_bounds.report.metrics import rounded_down
 from pyxai_bounds.report.plots import plot_curves, plot_overview, plot_samples
 from pyxai_bounds.train import fit
 

@@ -14,6 +14,8 @@ from tests.rules.cases import Case, assert_elementwise_ranges_are_exact, case_id
 
 aten = torch.ops.aten
 
+PRELU = torch.tensor([0.25, 1.5, -0.3], dtype=torch.float64)
+
 # Functions of one number, with the interval on which their range is checked.
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], float, float]] = {
     "relu": (F.relu, -2, 2),
@@ -41,6 +43,11 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], float, float]] = {
     "gelu": (F.gelu, -6, 6),
     "gelu, tanh": (lambda x: F.gelu(x, approximate="tanh"), -6, 6),
     "silu": (F.silu, -12, 12),
+    "mish": (F.mish, -12, 12),
+    "log-sigmoid": (F.logsigmoid, -12, 12),
+    "prelu": (lambda x: F.prelu(x, PRELU[:1]), -2, 2),
+    "prelu, slope 1.5": (lambda x: F.prelu(x, PRELU[1:2]), -2, 2),
+    "prelu, slope -0.3": (lambda x: F.prelu(x, PRELU[2:]), -2, 2),
     "hardsigmoid": (F.hardsigmoid, -5, 5),
     "hardswish": (F.hardswish, -5, 5),
 }
@@ -52,7 +59,12 @@ def activation_case(name: str) -> Case:
     return Case(name, fn, x, eps=0.4)
 
 
-CASES = [activation_case(name) for name in ACTIVATIONS]
+CASES = [
+    *(activation_case(name) for name in ACTIVATIONS),
+    Case("prelu, a slope per channel", lambda x: F.prelu(x, PRELU), rand(2, 3, 4)),
+    Case("glu", F.glu, rand(3, 4)),
+    Case("glu over channels", lambda x: F.glu(x, 1), rand(2, 4, 3)),
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
@@ -67,7 +79,7 @@ def test_ranges_of_value_and_slope_are_exact(name: str) -> None:
     assert_elementwise_ranges_are_exact(fn, low, high)
 
 
-@pytest.mark.parametrize("name", ["gelu", "gelu, tanh", "silu", "sigmoid", "tanh", "softplus"])
+@pytest.mark.parametrize("name", ["gelu", "gelu, tanh", "silu", "mish", "log-sigmoid", "sigmoid", "tanh", "softplus"])
 def test_tails(name: str) -> None:
     """Far from 0 the slopes flatten out without bending below or above their limits."""
     fn = ACTIVATIONS[name][0]
@@ -152,3 +164,24 @@ def test_a_point_in_the_backward_pass_keeps_the_gradient_of_pytorch_at_nan() -> 
         bounds = xb.rules.RULES[op].function(grad, *args)
         value = op(grad.mid, *args)
         assert not bounds.isfinite() or bounds.contains(value), op.name()
+
+
+def test_a_box_of_prelus_slopes() -> None:
+    """With a parameter box the slope is a set: the ends of x and of the slope give the range."""
+    layer = torch.nn.PReLU(3).double()
+    layer.weight.data.copy_(PRELU)
+    box = xb.Interval.linf(rand(2, 3, 4), 0.2)
+    bounds = xb.bound(layer, parameters=xb.parameter_box(layer, absolute=0.1, include="*"))(box)
+    corners = torch.stack([F.prelu(x, PRELU + w) for x in (box.lower, box.upper) for w in (-0.1, 0.1)])
+    stable = (box.lower > 0) | (box.upper <= 0)
+    for found, exact in ((bounds.lower, corners.min(0).values), (bounds.upper, corners.max(0).values)):
+        assert ((found - exact).abs() < 1e-12)[stable].all()
+    assert (bounds.lower <= corners + 1e-12).all() and (bounds.upper >= corners - 1e-12).all()
+
+    def slope(x: Tensor) -> Tensor:
+        return torch.autograd.grad(layer(x.requires_grad_()).sum(), x)[0]
+
+    gradient = xb.bound(slope, parameters=xb.parameter_box(layer, absolute=0.1, include="*"))(box)
+    for sign, found in ((-1, gradient.lower), (1, gradient.upper)):
+        exact = torch.where(box.mid > 0, 1.0, PRELU.view(3, 1) + sign * 0.1)
+        assert ((found - exact).abs() < 1e-12)[stable].all()

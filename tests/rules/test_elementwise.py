@@ -52,6 +52,19 @@ CASES = [
     Case("rsub, number", lambda x: 1.5 - x, X),
     Case("rsub, alpha", lambda x: aten.rsub.Tensor(x, OTHER, alpha=3), X),
     Case("neg", lambda x: -x, X),
+    Case("addcmul", lambda x: torch.addcmul(x, x[:1], OTHER, value=-2.5), X),
+    Case("addcmul, itself", lambda x: torch.addcmul(OTHER, x, x), X),
+    Case("addcmul, point by set", lambda x: torch.addcmul(ROW, OTHER, x), X),
+    Case("addcmul, points", lambda x: torch.addcmul(x, OTHER, ROW), X),
+    on_positive("addcdiv", lambda x: torch.addcdiv(x, OTHER, x, value=0.3)),
+    on_positive("addcdiv, by a point", lambda x: torch.addcdiv(OTHER, x, POSITIVE)),
+    Case("addcdiv, points", lambda x: torch.addcdiv(x, OTHER, POSITIVE), X),
+    Case("sin", torch.sin, 3 * X),
+    Case("cos", torch.cos, 3 * X),
+    Case("atan", torch.atan, X),
+    Case("exp2", torch.exp2, X),
+    on_positive("log2", torch.log2),
+    on_positive("log10", torch.log10),
     Case("mul", lambda x: x * OTHER, X),
     Case("mul, negative number", lambda x: x * -2.5, X),
     Case("mul, scalar overload", lambda x: aten.mul.Scalar(x, -2.5), X),
@@ -171,3 +184,13 @@ def test_mixed_precision_promotes_as_pytorch_does() -> None:
         bounds = xb.bound(fn)(xb.Interval.linf(x, 0.1))
         assert bounds.mid.dtype == bounds.rad.dtype == fn(x).dtype
         assert ((bounds.lower <= fn(x) + 1e-6) & (fn(x) <= bounds.upper + 1e-6)).all()
+
+
+@pytest.mark.parametrize("fn", [torch.sin, torch.cos])
+def test_the_range_of_a_wave_is_exact(fn: Callable[[Tensor], Tensor]) -> None:
+    assert_elementwise_ranges_are_exact(fn, -9, 9)
+    whole = xb.bound(fn)(xb.Interval.linf(torch.zeros(1, dtype=torch.float64), 1e12))
+    assert whole.lower.item() == -1 and whole.upper.item() == 1
+    for point in (1e12, -3e15):
+        bounds = xb.bound(fn, sound=True)(xb.Interval.point(torch.tensor([point], dtype=torch.float64)))
+        assert bounds.contains(fn(torch.tensor([point], dtype=torch.float64))).all() and bounds.rad.item() < 1e-14

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -29,6 +31,12 @@ CASES = [
     Case("min over all", lambda x: x.min(), X, finite=False),
     Case("logsumexp", lambda x: x.logsumexp(1), X),
     Case("logsumexp, kept", lambda x: x.logsumexp((0, 1), keepdim=True), X),
+    Case("topk", lambda x: x.topk(2, 1).values, X, gradient=False),
+    Case("least of a column", lambda x: x.topk(1, 0, largest=False).values, X, gradient=False),
+    Case("sort", lambda x: x.sort(1, descending=True).values, X, gradient=False),
+    Case("stable sort", lambda x: x.sort(dim=0, stable=True).values, X, gradient=False),
+    Case("kthvalue", lambda x: x.kthvalue(2, 1).values, X, gradient=False),
+    Case("median", lambda x: x.median(1).values, X, gradient=False),
     Case("2-norm", lambda x: torch.linalg.vector_norm(x), X, finite=False),
     Case("2-norm over a dimension", lambda x: torch.linalg.vector_norm(x, dim=1, keepdim=True), X + 3, finite=False),
     Case("1-norm", lambda x: torch.linalg.vector_norm(x, 1, dim=1), X),
@@ -80,3 +88,13 @@ def test_the_gradient_of_max_over_a_dimension_is_refused_where_the_place_of_the_
 
     with pytest.raises(xb.UnsupportedOperatorError, match="indices that differ"):
         xb.bound(gradient)(xb.Interval.linf(X, 0.1))
+
+
+@pytest.mark.parametrize("fn", [lambda x: x.topk(2, 1), lambda x: x.sort(1), lambda x: x.kthvalue(3, 1)])
+def test_order_statistics_are_exact_and_their_places_are_refused(fn: Callable) -> None:
+    box = xb.Interval.linf(X, 0.7)
+    bounds = xb.bound(lambda x: fn(x)[0])(box)
+    assert (bounds.lower - fn(box.lower)[0]).abs().max() < 1e-15
+    assert (bounds.upper - fn(box.upper)[0]).abs().max() < 1e-15
+    with pytest.raises(xb.UnsupportedOperatorError, match="indices that differ"):
+        xb.bound(lambda x: x.gather(1, fn(x)[1].reshape(3, -1)))(box)

@@ -12,6 +12,8 @@ from torch import Tensor
 import pyxai_bounds as xb
 from tests.rules.cases import Case, case_id, check, rand
 
+aten = torch.ops.aten
+
 TARGET = torch.tensor([2, 0, 3])
 CLASS_WEIGHT = torch.tensor([0.5, 2.0, 0.0, 1.25], dtype=torch.float64)
 SIGNED_WEIGHT = torch.tensor([0.5, -2.0, 3.0, -1.25], dtype=torch.float64)
@@ -31,6 +33,14 @@ CASES = [
     Case("softmax of one class", lambda x: x.softmax(1), rand(3, 1)),
     Case("softmax of large numbers", lambda x: (20 * x).softmax(1), rand(3, 4)),
     Case("softmax with a mask", lambda x: x.masked_fill(MASK, float("-inf")).softmax(1), rand(3, 4)),
+    Case("safe softmax", lambda x: aten._safe_softmax(x, -1), rand(3, 4)),
+    Case("safe softmax over dimension 0", lambda x: aten._safe_softmax(x, 0), rand(3, 4)),
+    Case("scaled dot product attention", lambda x: F.scaled_dot_product_attention(x, x, x), rand(1, 3, 4), eps=0.05),
+    Case("safe softmax with a mask", lambda x: aten._safe_softmax(x.masked_fill(MASK, float("-inf")), -1), rand(3, 4)),
+    Case("safe softmax of nothing", lambda x: aten._safe_softmax(
+        x.masked_fill(torch.tensor([[True], [False], [False]]), float("-inf")), -1), rand(3, 4)),
+    Case("causal attention", lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True), rand(1, 3, 4),
+         eps=0.05),
     Case("attention", lambda x: (x @ x.t()).softmax(1) @ x, rand(3, 4), eps=0.05),
     Case("log-softmax", lambda x: x.log_softmax(1), rand(3, 4)),
     Case("log-softmax over dimension 0", lambda x: x.log_softmax(0), rand(3, 4)),

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pyxai_bounds as xb
+from tests.networks import Branches
 from tests.soundness.programs import members
 
 Choose = Callable[[Sequence[Any]], Any]  # random.Random(seed).choice, or a draw of hypothesis
@@ -30,18 +31,6 @@ class Apply(nn.Module):
         return self.function(x)
 
 
-class Branches(nn.Module):
-    """Two paths from one image, added or concatenated."""
-
-    def __init__(self, left: nn.Module, right: nn.Module, concatenate: bool) -> None:
-        super().__init__()
-        self.left, self.right, self.concatenate = left, right, concatenate
-
-    def forward(self, x: Tensor) -> Tensor:
-        left, right = self.left(x), self.right(x)
-        return torch.cat([left, right], 1) if self.concatenate else left + right
-
-
 class Standardise(nn.Module):
     """Divides each channel by a norm of it: a quotient of two sets."""
 
@@ -56,6 +45,7 @@ class Standardise(nn.Module):
 ACTIVATIONS: list[Callable[[], nn.Module]] = [
     nn.ReLU, nn.ReLU, nn.ReLU, nn.LeakyReLU, nn.Hardtanh, nn.ReLU6, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.ELU, nn.SELU,
     lambda: nn.CELU(0.6), nn.GELU, lambda: nn.GELU("tanh"), nn.SiLU, nn.Hardsigmoid, nn.Hardswish, nn.Softsign,
+    nn.LogSigmoid, nn.Mish, nn.PReLU,
     lambda: nn.Sequential(Apply(lambda x: x - 0.1), nn.ReLU(inplace=True)),
 ]  # fmt: skip
 
@@ -67,6 +57,9 @@ FUNCTIONS: list[Callable[[Tensor], Tensor]] = [
     lambda x: (x.square() + 1).rsqrt() * x,
     lambda x: torch.exp(0.3 * x - 0.1),
     lambda x: torch.log1p(x.abs()) + torch.erf(x),
+    lambda x: torch.sin(3 * x) - torch.cos(x) * torch.atan(x),
+    lambda x: torch.addcmul(x, x, x.flip(2), value=-0.3),
+    lambda x: F.glu(torch.cat([x, x.flip(3)], 1), 1),
     lambda x: torch.log(x.square() + 0.5) - torch.expm1(-x.abs()),
     lambda x: x**3 * 0.1 + (x.abs() + 1) ** 0.7,
     lambda x: torch.where(x > 0.1, x, 0.3 * x),

@@ -27,8 +27,8 @@ COLUMNS = ["rule", "eps", "components", "violations_sound", "violations_nearest"
 SCALES = (1.0, 1.0, 1.0, 0.03, 30.0, 1e-12, 1e-20, 1e9)
 LARGE = 4096  # elements of the arguments of an elementwise operator
 
-# The indices belong to the very input that they came from, so this pair cannot be taken apart.
-_TOGETHER = {aten.max_pool2d_with_indices_backward.default}
+# The indices, or what else the forward side kept, belong to the very input that they came from: no pair to take apart.
+_TOGETHER = {aten.max_pool2d_with_indices_backward.default, aten.log_sigmoid_backward.default}
 _NO_VALUES = {aten.empty_like.default, aten.new_empty.default, aten.new_empty_strided.default}
 
 
@@ -106,7 +106,8 @@ _SPLIT = {aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, ate
 _NAMES = frozenset(
     """relu threshold_backward leaky_relu leaky_relu_backward hardtanh hardtanh_backward hardsigmoid
     hardsigmoid_backward hardswish hardswish_backward tanh tanh_backward sigmoid sigmoid_backward softplus
-    softplus_backward elu elu_backward celu gelu gelu_backward silu silu_backward add sub rsub neg mul div
+    softplus_backward elu elu_backward celu gelu gelu_backward silu silu_backward mish mish_backward
+    log_sigmoid_forward sin cos atan exp2 log2 log10 add sub rsub neg mul div
     reciprocal abs sign sgn pow sqrt rsqrt exp expm1 log log1p erf clamp clamp_min clamp_max maximum minimum""".split()  # noqa: SIM905
 )
 _ELEMENTWISE = {op for op in RULES if op.name().split("::")[1].split(".")[0] in _NAMES}

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyxai_bounds import explain
-from pyxai_bounds.certify.properties import flat
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.train.objectives.adversarial import natural
-from pyxai_bounds.train.objectives.shared import Clip, bounded, deployed, norms
+from pyxai_bounds.train.objectives.shared import Clip, bounded, deployed, magnitude_ends, norms
 
 
 def certified_topk(
@@ -70,14 +69,8 @@ def topk_hinge(
     with deployed(model):
         box = bounded(explanation, model, gamma)(Interval.linf(x, eps, clip), y)
         nominal = explanation(x, y)
-    # max(v_L, −v_U) = |mid| − rad and max(|v_L|, |v_U|) = |mid| + rad
-    least, most, size = box.mid.abs() - box.rad, box.mid.abs() + box.rad, nominal.detach().abs()
-    if channels == "sum" and x.dim() > 2:
-        least, most, size = least.sum(1), most.sum(1), size.sum(1)
-    least, most, size = flat(least), flat(most), flat(size)
-    features = size.shape[1]
-    if not 1 <= k < features:
-        raise ValueError(f"k={k} top features of {features}: give 1 ≤ k < {features}.")
+    least, most = magnitude_ends(box, k, channels)
+    size, _ = magnitude_ends(Interval.point(nominal.detach()), k, channels)
     unit = norms(nominal).clamp(min=torch.finfo(x.dtype).tiny ** 0.5).unsqueeze(1)
     order = size.argsort(1, descending=True)
     top, rest = (least / unit).gather(1, order[:, :k]), (most / unit).gather(1, order[:, k:])

@@ -11,7 +11,7 @@ from pyxai_bounds.certify.metrics import relu_inputs
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.program import bound
 from pyxai_bounds.train.objectives.adversarial import natural
-from pyxai_bounds.train.objectives.shared import Clip, deployed, norms, per_sample
+from pyxai_bounds.train.objectives.shared import Clip, deployed, magnitude_ends, norms, per_sample
 
 
 def separated_topk(
@@ -60,14 +60,13 @@ def separation(box: Interval, k: int, margin: float) -> Tensor:
     0 only where the k largest of mid are certified to stay so. t and ‖mid‖₂ count as constants, so that no sample is
     improved by making its explanation large. Unlike in the worst pair alone, every feature in the way has a slope.
     """
-    mid, rad = per_sample(box.mid).abs(), per_sample(box.rad)
-    if not 1 <= k < mid.shape[1]:
-        raise ValueError(f"k={k} top features of {mid.shape[1]}: give 1 ≤ k < {mid.shape[1]}.")
-    largest = mid.detach().topk(k + 1, dim=1)
+    least, most = magnitude_ends(box, k)
+    size = per_sample(box.mid.detach()).abs()
+    largest = size.topk(k + 1, dim=1)
     threshold = (largest.values[:, k - 1 : k] + largest.values[:, k : k + 1]) / 2
-    unit = norms(mid.detach()).unsqueeze(1) + 1e-6
-    top = torch.zeros_like(mid, dtype=torch.bool).scatter(1, largest.indices[:, :k], True)
-    missing = torch.where(top, threshold - (mid - rad), (mid + rad) - threshold) / unit
+    unit = norms(size).unsqueeze(1) + 1e-6
+    top = torch.zeros_like(size, dtype=torch.bool).scatter(1, largest.indices[:, :k], True)
+    missing = torch.where(top, threshold - least, most - threshold) / unit
     return F.relu(margin + missing).sum(1).mean()
 
 

@@ -48,6 +48,21 @@ def per_sample(t: Tensor) -> Tensor:
     return t.reshape(len(t), -1) if t.numel() else t.reshape(len(t), 0)
 
 
+def magnitude_ends(box: Interval, k: int, channels: Literal["none", "sum"] = "none") -> tuple[Tensor, Tensor]:
+    """max(v_L, −v_U) ≤ |v| and max(|v_L|, |v_U|) ≥ |v| of each feature, [B, D], of which k are to rank highest.
+
+    They are |mid| − rad and |mid| + rad; unlike the greatest lower bound of |v|, the first has a slope where
+    v_L < 0 < v_U. ``"sum"`` adds up an image's channels. Raises ValueError unless 1 ≤ k < D.
+    """
+    least, most = box.mid.abs() - box.rad, box.mid.abs() + box.rad
+    if channels == "sum" and box.mid.dim() > 2:
+        least, most = least.sum(1), most.sum(1)
+    least, most = per_sample(least), per_sample(most)
+    if not 1 <= k < least.shape[1]:
+        raise ValueError(f"k={k} top features of {least.shape[1]}: give 1 ≤ k < {least.shape[1]}.")
+    return least, most
+
+
 def reduced(values: Tensor, reduction: Reduction) -> Tensor:
     """Mean or sum over the batch of one number per sample, [B] → []."""
     if reduction not in ("mean", "sum"):
