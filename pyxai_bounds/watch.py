@@ -300,7 +300,10 @@ class _Watched:
         attributes = module.__dict__
         return (
             len(attributes) == self._size
-            and list(map(id, map(attributes.get, self._names))) == self._ids
+            and (
+                list(map(id, attributes.values())) == self._ids  # sooner, if there is nothing to leave out
+                or list(map(id, map(attributes.get, self._names))) == self._ids
+            )
             and not (self._others and any(other.is_dead() for other in self._others.values()))
             and _children(module) == self._children
             and _layout(module) == self._layout

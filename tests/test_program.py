@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyxai_bounds as xb
 from pyxai_bounds import fuse, ops, program
@@ -262,6 +263,53 @@ def test_autocast_around_the_call_changes_nothing() -> None:
         certificate = xb.certify(xb.explain.gradient(model), box.mid, TARGET, eps=1e-5, property=xb.TopK(2))
     assert bounds.dtype is torch.float32 and torch.equal(bounds.mid, expected.mid)
     assert certificate.nominal.dtype is torch.float32
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_programs_run_alike_with_and_without_the_dispatcher(batch: int) -> None:
+    """A dispatch mode sees operators; without one they are plain calls. A subclass of Tensor needs the dispatcher."""
+    model = residual().float()
+    x, target = images(batch).float(), torch.arange(batch) % 3
+    bounded = xb.bound(xb.explain.gradient(model))
+
+    def outcome() -> list[Tensor]:
+        with torch.no_grad():
+            quick = bounded(xb.Interval.linf(x, 0.01), target)
+        bounds = bounded(xb.Interval.linf(x, 0.01), target)
+        grads = torch.autograd.grad(
+            bounds.width.square().sum(), list(model.parameters()), allow_unused=True, materialize_grads=True
+        )
+        return [quick.mid, quick.rad, bounds.mid.detach(), bounds.rad.detach(), *grads]
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            names.add(func.name())
+            return func(*args, **(kwargs or {}))
+
+    names: set[str] = set()
+    plain = outcome()
+    with Seen():
+        seen = outcome()
+    assert "pyxai_bounds::interval_conv2d" in names
+    assert all(torch.equal(a, b) for a, b in zip(plain, seen, strict=True))
+
+    class Marked(Tensor):
+        pass
+
+    with torch.no_grad():
+        marked = bounded(xb.Interval.of(x.as_subclass(Marked), torch.full_like(x, 0.01)), target)
+    assert torch.allclose(marked.rad.as_subclass(Tensor), plain[1], rtol=1e-5)
+
+
+def test_results_may_be_written_into() -> None:
+    """Constants of a program are computed once and kept; what it returns is the caller's."""
+    bounded = xb.bound(lambda x: (x, torch.ones(2, 3) * 2, torch.zeros(3).expand(2, 3)))
+    for _ in range(2):
+        _, twos, zeros = bounded(xb.Interval.point(torch.rand(2)))
+        assert (twos.mid == 2).all() and (zeros.mid == 0).all()
+        twos.mid.mul_(0)
+        twos.rad.add_(1)
+        zeros.rad.add_(1)
 
 
 def test_jacobians_by_vmap() -> None:

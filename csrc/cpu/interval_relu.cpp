@@ -55,7 +55,7 @@ void keep_ends(int64_t n, const T* mid, const T* rad, const uint8_t* in, T* out_
     const auto step = [=](auto lanes, int64_t i, int shift, Bits in_bits, Bits& out_bits) {
         using V = decltype(lanes);
         const V zero = V::fill(T(0)), half = V::fill(T(0.5));
-        const V m = V::load(mid + i), r = V::load(rad + i);
+        const V m = mid ? V::load(mid + i) : zero, r = V::load(rad + i);
         const Keep<V> in_keep{V::from_bits(in_bits.lower >> shift), V::from_bits(in_bits.upper >> shift)};
         const Keep<V> keep = rule(m, r, in_keep);
         const V lower = V::select(keep.lower, m - r, zero);

@@ -352,9 +352,13 @@ def _gated(ctx: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     return (mid, rad, None) if state is None else _call(interval_relu_backward, mid, rad, state)
 
 
-def _ungate(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None, gate: Tensor | None) -> Any:
-    if gate is None:
+def _ungate(mid_grad: Tensor | None, rad_grad: Tensor | None, gate: Tensor | None) -> Any:
+    """The gate's adjoint, on gradients that were computed a moment ago and that nobody else refers to."""
+    if gate is None or (mid_grad is None and rad_grad is None):
         return mid_grad, rad_grad
+    seen = torch.is_grad_enabled() or rad_grad is None or needs_dispatcher(rad_grad)
+    if not seen and _select(rad_grad) is native:  # type: ignore[arg-type]
+        return native.gate_in_place(mid_grad, rad_grad, gate)  # type: ignore[arg-type]
     return _gate_adjoint(mid_grad, rad_grad, gate)
 
 
@@ -374,7 +378,7 @@ def _linear_data_backward(ctx: Any, mid_grad: Tensor, rad_grad: Tensor) -> Any:
                 None if mid_grad is None else mid_grad @ weight.t(),
                 None if rad_grad is None else rad_grad @ weight.abs().t(),
             )
-        box_grad = _ungate(ctx, box_grad[0], box_grad[1], gate)
+        box_grad = _ungate(box_grad[0], box_grad[1], gate)
     return *box_grad, weight_grad, *(None,) * 2
 
 
@@ -457,7 +461,7 @@ def _conv2d_data_backward(ctx: Any, mid_grad: Tensor, rad_grad: Tensor) -> Any:
                 None if mid_grad is None else torch.conv2d(mid_grad, weight, None, *args),
                 None if rad_grad is None else torch.conv2d(rad_grad, weight.abs(), None, *args),
             )
-        box_grad = _ungate(ctx, box_grad[0], box_grad[1], gate)
+        box_grad = _ungate(box_grad[0], box_grad[1], gate)
     return *box_grad, weight_grad, *(None,) * 7
 
 

@@ -31,6 +31,7 @@ except ImportError as error:
     _failure = str(error)
 
 _warned = False
+_DTYPES = (torch.float32, torch.float64)
 
 
 def available() -> bool:
@@ -51,7 +52,7 @@ def why_not_available() -> str:
 
 def supports(mid: Tensor) -> bool:
     """Whether ``mid`` can run here. Says once, when it could but for the missing module, why it cannot."""
-    if mid.device.type != "cpu" or mid.dtype not in (torch.float32, torch.float64):
+    if not mid.is_cpu or mid.dtype not in _DTYPES:
         return False
     if _native is None:
         _warn_once()
@@ -75,6 +76,21 @@ def interval_gate(mid: Tensor, rad: Tensor, gate: Tensor) -> tuple[Tensor, Tenso
         out_mid.data_ptr(), out_rad.data_ptr(),
     )  # fmt: skip
     return out_mid, out_rad
+
+
+def gate_in_place(mid: Tensor | None, rad: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """``interval_gate`` that overwrites its arguments, which nobody else has seen yet; None stands for zeros."""
+    if mid is not None:
+        rad, out_mid = in_order_of(gate, *_boxes(rad, mid))
+    else:
+        (rad,) = in_order_of(gate, rad)
+        out_mid = _like(rad)
+    gate = _bits_of(gate, rad)
+    _module().gate(
+        rad.element_size(), rad.numel(), 0 if mid is None else out_mid.data_ptr(), rad.data_ptr(), gate.data_ptr(),
+        out_mid.data_ptr(), rad.data_ptr(),
+    )  # fmt: skip
+    return out_mid, rad
 
 
 def interval_relu(mid: Tensor, rad: Tensor, rounding: int = 0) -> tuple[Tensor, Tensor, Tensor]:

@@ -72,6 +72,20 @@ def test_encloses_samples(backend, relu, layout):
         assert_encloses(back_mid, back_rad, torch.autograd.grad(out, x, g)[0])
 
 
+@pytest.mark.parametrize("relu", [True, False])
+def test_gradients_of_one_output_alone(backend, relu):
+    """The engine leaves out the gradient of an output that the loss does not use."""
+    mid, rad, weight, bias, grad, state = problem((1, 2, 3, 4), 2)
+    for used in (0, 1):
+        inputs = leaves(mid, rad, weight, bias)
+        assert torch.autograd.gradcheck(lambda *a, used=used: ops.interval_conv2d(*a, *ARGS, relu)[used], inputs)
+        inputs, bits = leaves(*grad, weight), state if relu else None
+        assert torch.autograd.gradcheck(
+            lambda *a, used=used, bits=bits: ops.interval_conv2d_backward(*a, bits, list(mid.shape), *ARGS)[used],
+            inputs,
+        )
+
+
 def test_results_follow_the_memory_order_of_the_input(backend):
     for layout, order in zip(LAYOUTS, (torch.contiguous_format, torch.channels_last), strict=True):
         mid, rad, weight, bias, grad, state = problem(layout=layout)

@@ -5,10 +5,23 @@ import torch
 from torch.library import opcheck
 
 from pyxai_bounds import ops
-from pyxai_bounds.ops import native
+from pyxai_bounds.ops import native, reference
 from pyxai_bounds.ops.native import FEW
 
-from .cases import DTYPES, LEVELS, assert_encloses, assert_identical, box, leaves, level, needs_native, samples
+from .cases import (
+    DTYPES,
+    LEVELS,
+    SIZES,
+    assert_encloses,
+    assert_identical,
+    assert_identical_up_to_zero_sign,
+    box,
+    leaves,
+    level,
+    nasty_box,
+    needs_native,
+    samples,
+)
 
 
 def problem(batch=5, inputs=7, outputs=9, dtype=torch.float64):
@@ -78,6 +91,33 @@ def test_native_multiplies_few_boxes(sizes, dtype, name):
             strict=True,
         ):
             assert_identical(a, e)
+
+
+@needs_native
+@pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", SIZES)
+def test_native_adds_signed_parts(n, dtype, name):
+    a, b = nasty_box(n, dtype=dtype)
+    weight = nasty_box(n, dtype=dtype, seed=7)[0]
+    for first in (a, None):
+        with level(name):
+            actual = native.signed_sum(first, b.clone(), weight)
+        assert_identical_up_to_zero_sign(actual, reference.signed_sum(first, b, weight))
+
+
+@pytest.mark.parametrize("relu", [True, False])
+def test_gradients_of_one_output_alone(backend, relu):
+    """The engine leaves out the gradient of an output that the loss does not use."""
+    mid, rad, weight, bias, grad, state = problem(3, 4, 5)
+    for used in (0, 1):
+        inputs = leaves(mid, rad, weight, bias)
+        assert torch.autograd.gradcheck(lambda *a, used=used: ops.interval_linear(*a, relu)[used], inputs)
+        inputs = leaves(*grad, weight)
+        bits = state if relu else None
+        assert torch.autograd.gradcheck(
+            lambda *a, used=used, bits=bits: ops.interval_linear_backward(*a, bits)[used], inputs
+        )
 
 
 @needs_native

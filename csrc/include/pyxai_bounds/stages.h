@@ -16,6 +16,7 @@ struct Stages {
     // `gate` may be null: the gate that was applied is then not written.
     void (*relu_backward)(std::int64_t n, const T* mid, const T* rad, const std::uint8_t* state, T* out_mid, T* out_rad,
                           std::uint8_t* gate, bool outward);
+    // `mid` may be null, for zeros.
     void (*gate)(std::int64_t n, const T* mid, const T* rad, const std::uint8_t* gate, T* out_mid, T* out_rad);
     // Element i belongs to channel (i / inner) % channels. `shift` may be null.
     void (*scale_shift)(std::int64_t n, std::int64_t channels, std::int64_t inner, const T* mid, const T* rad,
