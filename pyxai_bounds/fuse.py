@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from pyxai_bounds import ops
-from pyxai_bounds.capture import remove_unused
+from pyxai_bounds.capture import as_captured, remove_unused
 
 aten = torch.ops.aten
 
@@ -92,7 +92,7 @@ def _compute_constants(graph: fx.GraphModule) -> None:
             if isinstance(value, torch.Tensor) and value.numel() <= _SMALL:
                 constant[node] = None
     values: dict[fx.Node, torch.Tensor] = {}
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), as_captured():
         for node in constant:
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
             values[node] = node.target(*args, **kwargs)  # type: ignore[operator]

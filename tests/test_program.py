@@ -301,6 +301,16 @@ def test_programs_run_alike_with_and_without_the_dispatcher(batch: int) -> None:
     assert torch.allclose(marked.rad.as_subclass(Tensor), plain[1], rtol=1e-5)
 
 
+def test_a_program_that_was_made_in_inference_mode_trains_later() -> None:
+    """Its constants must not be inference tensors, which autograd cannot save."""
+    bounded = xb.bound(lambda x: x * torch.full((3,), 2.0).cumsum(0))
+    with torch.inference_mode():
+        bounded(xb.Interval.of(torch.rand(3), torch.rand(3)))
+    mid = torch.rand(3, requires_grad=True)
+    bounded(xb.Interval.of(mid, torch.rand(3))).mid.sum().backward()
+    assert mid.grad is not None and mid.grad.tolist() == [2.0, 4.0, 6.0]
+
+
 def test_results_may_be_written_into() -> None:
     """Constants of a program are computed once and kept; what it returns is the caller's."""
     bounded = xb.bound(lambda x: (x, torch.ones(2, 3) * 2, torch.zeros(3).expand(2, 3)))
