@@ -24,9 +24,9 @@ def optimise(graph: fx.GraphModule) -> None:
     """Run all passes, in place."""
     for simplify in (
         _remove_no_ops,
-        _compute_constants,
         _cancel_transposes,
         _share_equal_nodes,
+        _compute_constants,
         _fold_scale_into_affine,
         _fold_scale_of_gradient_into_affine,
         _share_equal_nodes,
@@ -85,11 +85,15 @@ def _compute_constants(graph: fx.GraphModule) -> None:
 
     Results of the program are left alone: the caller owns them, and may write into them.
     """
+    if ops.needs_dispatcher():
+        return  # a mode would see these operators, and might change what they return
+    arguments = [node.meta.get("val") for node in graph.graph.find_nodes(op="placeholder")]
+    devices = {t.device for t in arguments if isinstance(t, torch.Tensor)}  # a recorded program has no other constants
     constant: dict[fx.Node, None] = {}
     for node in graph.graph.nodes:
         if _is_aten(node) and all(n in constant for n in node.all_input_nodes):
             value = node.meta.get("val")
-            if isinstance(value, torch.Tensor) and value.numel() <= _SMALL:
+            if isinstance(value, torch.Tensor) and value.numel() <= _SMALL and value.device in devices:
                 constant[node] = None
     values: dict[fx.Node, torch.Tensor] = {}
     with torch.inference_mode(False), torch.no_grad(), as_captured():

@@ -24,7 +24,7 @@ from torch.nn import Parameter
 from pyxai_bounds import fuse, ops
 from pyxai_bounds import rounding as rd
 from pyxai_bounds.capture import Captured, as_captured, capture, is_one_integer, retrace, source_of
-from pyxai_bounds.errors import UnsupportedOperatorError
+from pyxai_bounds.errors import CaptureError, UnsupportedOperatorError
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.ops.replay import Recorder
 from pyxai_bounds.parameters import ParameterBox
@@ -161,6 +161,11 @@ def _captured(fn: Callable, leaves: list[Any], spec: pytree.TreeSpec) -> Capture
         key = (*key, tuple(leaf.item() for leaf in points if is_one_integer(leaf)))
         found = captures.get(key)
     if found is None or not found.is_current():
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise CaptureError(
+                "The first call of a bound function captures it, which cannot be done inside torch.func.grad, vmap and "
+                "their like: call it once outside, with arguments of these shapes."
+            )
         _check_devices(points)
         key, found = _capture(fn, spec, points, key, captures)
         captures.put(key, found)
@@ -492,6 +497,8 @@ class _Captures:
 
     def keep(self, key: tuple, program: Program) -> None:
         with self._lock:
+            for other in [k for k, p in self.programs.items() if k == key or not p.captured.is_current()]:
+                del self.programs[other]
             while len(self.programs) >= CACHE_SIZE:
                 self.programs.pop(next(iter(self.programs)))
             self.programs[key] = program
@@ -504,7 +511,8 @@ class _Captures:
 
     def values(self) -> list[Captured]:
         with self._lock:
-            return [entry for entry in self._entries.values() if isinstance(entry, Captured)]
+            entries = [*self._entries.values(), *(program.captured for program in self.programs.values())]
+            return list({id(entry): entry for entry in entries if isinstance(entry, Captured)}.values())
 
     def put(self, key: Any, captured: Any) -> None:
         with self._lock:

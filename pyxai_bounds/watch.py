@@ -301,7 +301,8 @@ class _Watched:
         return (
             len(attributes) == self._size
             and (
-                list(map(id, attributes.values())) == self._ids  # sooner, if there is nothing to leave out
+                # Sooner, if there is nothing to leave out.
+                (list(attributes) == self._names and list(map(id, attributes.values())) == self._ids)
                 or list(map(id, map(attributes.get, self._names))) == self._ids
             )
             and not (self._others and any(other.is_dead() for other in self._others.values()))

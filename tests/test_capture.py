@@ -641,3 +641,23 @@ def test_radius_zero_of_every_explanation() -> None:
     model = residual()
     for of in ("logit", "probability", "loss"):
         assert_exact_at_zero_radius(xb.explain.gradient(model, of=of), images(2), TARGET)
+
+
+def test_attributes_that_change_places_are_noticed() -> None:
+    """The same objects under other names are another module."""
+
+    class Affine(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = 2.0, 3.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.a + self.b
+
+    model = Affine()
+    bounded, x = xb.bound(model), torch.tensor([2.0])
+    assert bounded(xb.Interval.point(x)).mid.item() == 7.0
+    a, b = model.a, model.b
+    del model.a, model.b
+    model.b, model.a = a, b
+    assert bounded(xb.Interval.point(x)).mid.item() == 8.0

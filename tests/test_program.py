@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyxai_bounds as xb
@@ -309,6 +310,44 @@ def test_a_program_that_was_made_in_inference_mode_trains_later() -> None:
     mid = torch.rand(3, requires_grad=True)
     bounded(xb.Interval.of(mid, torch.rand(3))).mid.sum().backward()
     assert mid.grad is not None and mid.grad.tolist() == [2.0, 4.0, 6.0]
+
+
+def test_a_default_device_does_not_lead_kernels_astray() -> None:
+    """Inside torch.device(…) what an operator allocates must lie where its arguments lie."""
+    bounded, box = xb.bound(mlp().float()), xb.Interval.linf(torch.rand(2, 6), 0.01)
+    expected = bounded(box)
+    for grads in (True, False):
+        with torch.set_grad_enabled(grads), torch.device("meta"):
+            found = bounded(box)
+        assert torch.equal(found.mid, expected.mid) and torch.equal(found.rad, expected.rad)
+
+
+def test_backward_under_autocast() -> None:
+    for batch in (2, 20):
+        model = mlp().float()
+        bounded, box = xb.bound(model), xb.Interval.linf(torch.rand(batch, 6), 0.01)
+        grads = []
+        for enabled in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                bounds = bounded(box)
+                grads.append(torch.autograd.grad(bounds.mid.sum() + bounds.rad.sum(), list(model.parameters())))
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_a_first_call_under_a_mode_leaves_nothing_behind() -> None:
+    bounded, box = xb.bound(xb.explain.gradient(mlp().float())), xb.Interval.linf(torch.rand(2, 6), 0.01)
+    target = torch.tensor([0, 1])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        bounded(box, target)
+    assert type(bounded(box, target).mid) is Tensor
+
+
+def test_a_first_call_inside_a_transform_says_so() -> None:
+    def fn(x: Tensor) -> Tensor:
+        return xb.bound(torch.tanh)(xb.Interval.point(x)).mid.sum()
+
+    with pytest.raises(xb.CaptureError, match="call it once outside"):
+        torch.func.grad(fn)(torch.rand(3))
 
 
 def test_results_may_be_written_into() -> None:

@@ -82,11 +82,12 @@ undispatched: dict[Any, Callable[..., Any]] = {}
 
 
 def needs_dispatcher(*tensors: Tensor) -> bool:
-    """Is something at work that must see operators: torch.compile, a dispatch mode, a transform, a tensor subclass?"""
+    """Is something at work that must see operators: torch.compile, a mode, a transform, a subclass of Tensor?"""
     return (
         torch.compiler.is_compiling()
         or not all(type(t) is Tensor or type(t) is Parameter for t in tensors)
         or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
     )
 
@@ -120,7 +121,10 @@ def _define(signature: str, fake: Callable[..., Any], backward: Callable, setup_
     def run_backward(ctx: Any, *grads: Any) -> Any:
         token = _forced.set(ctx.backend)
         try:
-            return backward(ctx, *grads)
+            if not torch._C._is_any_autocast_enabled():
+                return backward(ctx, *grads)
+            with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+                return backward(ctx, *grads)
         finally:
             _forced.reset(token)
 
@@ -296,6 +300,7 @@ def _linear_fake(mid: Tensor, rad: Tensor, weight: Tensor, bias: Tensor | None, 
 def _affine_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     """Save what the weight gradient needs, and of ReLU the packed state alone."""
     mid, rad, weight, _, *ctx.args = inputs
+    ctx.set_materialize_grads(False)  # half of the products are left out where a loss reads radii alone
     ctx.mark_non_differentiable(output[2])
     if not ctx.needs_input_grad[2]:
         mid = rad = None  # only the weight's gradient depends on the box
@@ -309,7 +314,9 @@ def _affine_grads(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None) ->
     return _gate_adjoint(mid_grad, rad_grad, ctx.saved_tensors[3]) if ctx.relu else (mid_grad, rad_grad)
 
 
-def _linear_backward(ctx: Any, mid_grad: Tensor, rad_grad: Tensor, _: Any) -> Any:
+def _linear_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None, _: Any) -> Any:
+    if mid_grad is None and rad_grad is None:
+        return (None,) * len(ctx.needs_input_grad)
     mid, rad, weight, _state = ctx.saved_tensors
     need_mid, need_rad, need_weight, need_bias = ctx.needs_input_grad[:4]
     mid_grad, rad_grad = _affine_grads(ctx, mid_grad, rad_grad)
@@ -343,6 +350,7 @@ interval_linear = _define(
 def _data_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     """Keep the box before the prologue and its two bits: the gated box is made again when it is needed."""
     mid, rad, weight, state, *ctx.args = inputs
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(mid, rad, weight, state)
     ctx.out_shape = output[0].shape
 
@@ -362,7 +370,9 @@ def _ungate(mid_grad: Tensor | None, rad_grad: Tensor | None, gate: Tensor | Non
     return _gate_adjoint(mid_grad, rad_grad, gate)
 
 
-def _linear_data_backward(ctx: Any, mid_grad: Tensor, rad_grad: Tensor) -> Any:
+def _linear_data_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None) -> Any:
+    if mid_grad is None and rad_grad is None:
+        return (None,) * len(ctx.needs_input_grad)
     weight = ctx.saved_tensors[2]
     mid, rad, gate = _gated(ctx)
     weight_grad = None
@@ -406,7 +416,9 @@ def _conv2d_fake(mid, rad, weight, bias, stride, padding, dilation, groups, relu
     return out, torch.empty_like(out), _bits(out, relu)
 
 
-def _conv2d_backward(ctx: Any, mid_grad: Tensor, rad_grad: Tensor, _: Any) -> Any:
+def _conv2d_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None, _: Any) -> Any:
+    if mid_grad is None and rad_grad is None:
+        return (None,) * len(ctx.needs_input_grad)
     mid, rad, weight, _state = ctx.saved_tensors
     need_mid, need_rad, need_weight, need_bias = ctx.needs_input_grad[:4]
     mid_grad, rad_grad = _affine_grads(ctx, mid_grad, rad_grad)
@@ -442,7 +454,9 @@ interval_conv2d = _define(
 # --- interval_conv2d_backward -------------------------------------------------------------------------------
 
 
-def _conv2d_data_backward(ctx: Any, mid_grad: Tensor, rad_grad: Tensor) -> Any:
+def _conv2d_data_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None) -> Any:
+    if mid_grad is None and rad_grad is None:
+        return (None,) * len(ctx.needs_input_grad)
     weight = ctx.saved_tensors[2]
     mid, rad, gate = _gated(ctx)
     # In the box's own order: the results are gated in it, and channels-last convolutions are the faster ones.

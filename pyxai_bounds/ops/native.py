@@ -107,8 +107,8 @@ def interval_linear(
     mid: Tensor, rad: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, rounding: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not rounding and _few(mid, rad, weight, 1) and (bias is None or _vector(bias, mid, weight.shape[0])):
-        state = torch.empty((2, (mid.shape[0] * weight.shape[0] + 7) // 8 * relu), dtype=torch.uint8)
-        out_mid = torch.empty((mid.shape[0], weight.shape[0]), dtype=mid.dtype)
+        state = torch.empty((2, (mid.shape[0] * weight.shape[0] + 7) // 8 * relu), dtype=torch.uint8, device=mid.device)
+        out_mid = torch.empty((mid.shape[0], weight.shape[0]), dtype=mid.dtype, device=mid.device)
         out_rad = torch.empty_like(out_mid)
         _module().linear(
             mid.element_size(), *mid.shape, weight.shape[0], mid.data_ptr(), rad.data_ptr(), weight.data_ptr(),
@@ -125,7 +125,7 @@ def interval_linear_backward(
 ) -> tuple[Tensor, Tensor]:
     if not rounding and _few(mid, rad, weight, 0) and (state is None or state.dim() == 2):
         state = None if state is None else _bits_of(state, mid)
-        out_mid = torch.empty((mid.shape[0], weight.shape[1]), dtype=mid.dtype)
+        out_mid = torch.empty((mid.shape[0], weight.shape[1]), dtype=mid.dtype, device=mid.device)
         out_rad = torch.empty_like(out_mid)
         _module().linear_backward(
             mid.element_size(), *mid.shape, weight.shape[1], mid.data_ptr(), rad.data_ptr(),
@@ -332,7 +332,7 @@ def _on_cpu(*tensors: Tensor) -> None:
 def _relu_into(
     mid: Tensor, rad: Tensor, out_mid: Tensor, out_rad: Tensor, rounding: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    state = torch.empty(state_size(mid), dtype=torch.uint8)
+    state = torch.empty(state_size(mid), dtype=torch.uint8, device=mid.device)
     _module().relu(
         mid.element_size(), mid.numel(), mid.data_ptr(), rad.data_ptr(),
         out_mid.data_ptr(), out_rad.data_ptr(), state.data_ptr(), bool(rounding),
