@@ -205,15 +205,15 @@ def _lstm(
     x: Tensor, w_input: Tensor, w_hidden: Tensor, b_input: Tensor, b_hidden: Tensor, h: Tensor, c: Tensor,
     reverse: bool, batch_sizes: Any, mode: int, hidden_size: int, num_layers: int, has_biases: bool, *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The one layer that PyTorch gives to oneDNN, x [T, B, N], h and c [1, B, H], step by step."""
-    h, c, outputs = h[0], c[0], []
+    """The one layer that PyTorch gives to oneDNN, x [T, B, N], h and c [B, H], step by step."""
+    outputs = []
     gates = F.linear(x, w_input, b_input if has_biases else None)
     for gate in gates.flip(0) if reverse else gates:
         i, f, g, o = (gate + F.linear(h, w_hidden, b_hidden if has_biases else None)).chunk(4, 1)
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
         h = o.sigmoid() * c.tanh()
         outputs.append(h)
-    return torch.stack(outputs[::-1] if reverse else outputs), h[None], c[None], x.new_empty(0)
+    return torch.stack(outputs[::-1] if reverse else outputs), h, c, x.new_empty(0)
 
 
 _DECOMPOSED = {aten.mkldnn_rnn_layer.default: _lstm}

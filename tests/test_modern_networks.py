@@ -182,3 +182,24 @@ def test_fused_layers_of_float32_inference_are_taken_apart() -> None:
         assert torch.backends.mha.get_fastpath_enabled() == fast
         with torch.no_grad():
             assert bounds.contains(model(x)).all()
+
+
+@pytest.mark.parametrize("two_layers", [False, True])
+def test_a_recurrent_layer_goes_on_from_its_states(two_layers: bool) -> None:
+    """One state for each sample, and shapes that a second call takes."""
+    torch.manual_seed(0)
+    layer = nn.LSTM(4, 3, num_layers=1 + two_layers).eval()
+    states = [torch.randn(1 + two_layers, 2, 3) for _ in range(2)]
+
+    def twice(x: Tensor) -> tuple[Tensor, ...]:
+        h, c = states
+        first, carried = layer(x[:2], (h.to(x.dtype), c.to(x.dtype)))
+        second, (h, c) = layer(x[2:], carried)
+        return first, second, h, c
+
+    x = torch.randn(5, 2, 4)
+    bounds = xb.bound(twice, sound=True)(xb.Interval.point(x))
+    layer.double()
+    for bound, value in zip(bounds, twice(x.double()), strict=True):
+        assert bound.shape == value.shape
+        assert ((bound.lower.double() <= value) & (value <= bound.upper.double())).all()

@@ -225,7 +225,7 @@ def glu(x: Interval, dim: int = -1) -> Interval:
 def glu_backward(grad: Value, x: Value, dim: int) -> Interval:
     """grad·σ(b), and grad·a·σ′(b)."""
     a, b = _halves(x if isinstance(x, Interval) else Interval.point(x), dim)
-    s = sigmoid(b)
+    s = evaluated(sigmoid(b), 8)
     slope = _times_slope(a, s, lambda y: y * (1 - y), [(0.5, 0.25)], ulps=4, absolute=4)
     parts = multiply(grad, s), multiply(grad, slope)
     return Interval.of(torch.cat([p.mid for p in parts], dim), torch.cat([p.rad for p in parts], dim))

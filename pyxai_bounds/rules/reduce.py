@@ -80,6 +80,8 @@ def _register_ranked(op: OpOverload) -> None:
     def ranked(x: Interval, *args: Any, **kwargs: Any) -> tuple[Interval, object]:
         given = dict(zip(names[1:], args, strict=False)) | kwargs
         dim = given.get("dim", -1)
+        if not given.get("sorted", True):
+            raise UnsupportedArgumentsError("returns its values in no order (sorted=False), so that none has a place")
 
         def values(t: Tensor) -> Tensor:
             found = op(t, *args, **kwargs)[0]

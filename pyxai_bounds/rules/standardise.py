@@ -12,7 +12,8 @@ what both have in common:
 
 Rounded outward, rows are computed in float64. A sum of N terms is off by less than ``lost`` = 8(N + 16)u of their
 sizes, by which bounds are widened; and ``slack`` = lost·max|x| covers what the subtraction of the mean cancels: it is
-added to every radius, so that each box holds x_j less the computed mean.
+added to every radius, so that each box holds x_j less the computed mean. Squares may underflow: sums of them are moved
+outward by ``_floor``.
 """
 
 from __future__ import annotations
@@ -56,6 +57,11 @@ def _lost(count: int, dtype: torch.dtype) -> float:
     return 8 * (count + 16) * rd.unit(dtype) if outward() else 0.0
 
 
+def _floor(count: int, dtype: torch.dtype) -> float:
+    """More than what the underflow of so many squares, and of a few products, loses."""
+    return 4 * (count + 4) * torch.finfo(dtype).tiny if outward() else 0.0
+
+
 def _sum(t: Tensor) -> Tensor:
     return t.sum(1, keepdim=True)
 
@@ -79,19 +85,19 @@ def _moments(x: Interval) -> _Moments:
     F′(a) = 2Σ ±dist(a, box_j); or simply N·v ≥ F(a) − N(mean − a)².
     """
     count = x.shape[1]
-    lost = _lost(count, x.dtype)
+    lost, floor = _lost(count, x.dtype), _floor(count, x.dtype)
     centre = x.mid.mean(1, keepdim=True)
     slack = lost * x.mid.detach().abs().amax(1, keepdim=True)
     d, r = x.mid - centre, x.rad * (1 + lost) + slack
     reach = _sum(r) * ((1 + lost) / count) + slack
     size = d.abs()
     near = (size - r).clamp(min=0) * (1 - lost)
-    squares = _sum(near.square()) * (1 - lost)
+    squares = _sum(near.square()) * (1 - lost) - floor
     signed = _sum(d.sign() * near).abs() + 2 * lost * _sum(near)
     least = torch.maximum(squares - 2 * signed * reach * (1 + lost), squares - count * reach.square() * (1 + lost))
-    most = _sum((size + r).square()) * (1 + lost)
+    most = _sum((size + r).square()) * (1 + lost) + floor
     mean = Interval.of(centre, reach)
-    return _Moments(d, r, slack, mean, least.clamp(min=0) * (1 - lost), most, near)
+    return _Moments(d, r, slack, mean, (least - floor).clamp(min=0) * (1 - lost), most, near)
 
 
 def standardised(x: Interval, eps: float) -> Standardised:
@@ -108,30 +114,33 @@ def standardised(x: Interval, eps: float) -> Standardised:
 
 def _by_parts(m: _Moments, count: int, eps: float) -> Interval:
     """The ends of d_i, and of S_i: Σ(x_j − a)² of the others less (N − 1)(their mean − a)², as in ``_moments``."""
-    lost, others = _lost(count, m.rad.dtype), count - 1
+    lost, floor, others = _lost(count, m.rad.dtype), _floor(count, m.rad.dtype), count - 1
     size = m.centred.abs()
     others_reach = (_sum(m.rad) - m.rad) * ((1 + lost) / others) + 2 * m.slack + _sum(m.rad) * lost
     least_mean = (size * ((1 - lost) / others) - others_reach).clamp(min=0)
     most_mean = size * ((1 + lost) / others) + others_reach
-    squares = _sum(m.near.square()) * (1 - lost)
+    squares = _sum(m.near.square()) * (1 - lost) - floor
     squares = squares - m.near.square() - lost * squares
     towards = m.centred.sign() * m.near
     signed = (_sum(towards) - towards).abs() + 4 * lost * _sum(m.near)
     least = torch.maximum(
         squares - 2 * signed * most_mean * (1 + lost), squares - others * most_mean.square() * (1 + lost)
-    ).clamp(min=0)
+    )
+    least = (least - floor).clamp(min=0)
     most = m.most - (size + m.rad).square() * (1 - lost) - others * least_mean.square() * (1 - lost)
-    most = most.clamp(min=0) + lost * m.most
+    most = most.clamp(min=0) + lost * m.most + floor
     width = (m.rad * (1 - 2 / count) + _sum(m.rad) / count) * (1 + lost) + m.slack
     lower, upper = m.centred - width, m.centred + width
     if outward():
         lower, upper = rd.down(lower), rd.up(upper)
 
-    def quotient(d: Tensor, rest: Tensor) -> Tensor:
-        return d * (math.sqrt(count) * (rest + d.square() * (count / others) + count * eps).rsqrt())
+    def quotient(d: Tensor, small: Tensor) -> Tensor:
+        """Of a small one the greatest denominator counts, of the other the least; d² may underflow."""
+        rest = torch.where(small, most + floor, least - floor)
+        return d * (math.sqrt(count) * (rest + d.square() * (count / others) + count * eps).clamp(min=0).rsqrt())
 
-    at_lower = quotient(lower, torch.where(lower > 0, most, least))
-    at_upper = quotient(upper, torch.where(upper > 0, least, most))
+    at_lower = quotient(lower, lower > 0)
+    at_upper = quotient(upper, upper < 0)
     return enclose(at_lower, torch.maximum(at_lower, at_upper), ulps=32)  # equal at a point, but for rounding
 
 
@@ -144,7 +153,8 @@ def _by_slopes(m: _Moments, by_parts: Interval, inverse: Interval, eps: float) -
     """
     count = m.rad.shape[1]
     lost = _lost(count, m.rad.dtype)
-    s = m.centred * (_sum(m.centred.square()) / count + eps).rsqrt()
+    variance = _sum(m.centred.square()) / count + eps
+    s = m.centred * variance.rsqrt()
     steepest = inverse.mid + inverse.rad
     p = torch.maximum(by_parts.mid + by_parts.rad - s, s - (by_parts.mid - by_parts.rad)) * (1 + lost) + lost * s.abs()
     least_size = (s.abs() - p).clamp(min=0)
@@ -159,6 +169,8 @@ def _by_slopes(m: _Moments, by_parts: Interval, inverse: Interval, eps: float) -
     common = between(torch.maximum(lower, least), torch.minimum(upper, greatest))
     mid, rad = torch.where(cut, common.mid, s), torch.where(cut, common.rad.clamp(min=0), rad)
     better = (rad < by_parts.rad) & (m.slack * steepest < 0.125)
+    if outward():  # squares keep all their digits
+        better = better & (variance > torch.finfo(s.dtype).tiny / rd.unit(s.dtype) ** 2)
     return Interval.of(torch.where(better, mid, by_parts.mid), torch.where(better, rad, by_parts.rad))
 
 
@@ -204,9 +216,11 @@ def standardised_backward(grad: Interval, normal: Interval, inverse: Value, cont
     most = c.abs() + r
     if outward():
         sizes = most + mean(most) + (s.abs() + p) * mean(most * (s.abs() + p))
-        rad = rad * (1 + lost) + sizes * (4 * lost)
+        rad = rd.up(rad * (1 + lost) + sizes * (4 * lost), underflows=True)
     if contracts:
-        norm = _sum(most.square()).sqrt() * (1 + lost)
+        top = most.amax(1, keepdim=True)  # squares of gradients underflow sooner than anything else
+        norm = torch.where(top > 0, top * _sum((most / top).square()).sqrt(), top) * (1 + lost)
+        norm = rd.up(norm, underflows=True) if outward() else norm
         less = norm < rad
         mid, rad = torch.where(less, 0.0, mid), torch.where(less, norm, rad)
     return multiply(Interval.of(mid, rad), inverse)
@@ -327,12 +341,18 @@ def group_norm_backward(
 BATCH_STATISTICS = "normalises with the statistics of the batch; call model.eval(), and keep track_running_stats=True"
 
 
+def _check_instance(x: Value) -> None:
+    if x.shape[0] != 1:
+        raise UnsupportedArgumentsError(BATCH_STATISTICS)
+    if rd.mode() == rd.Rounding.EVALUATED:
+        raise UnsupportedArgumentsError("computes statistics, for which float32 evaluations are not bounded")
+
+
 def instance_norm(
     x: Value, weight: Value | None, bias: Value | None, eps: float
 ) -> tuple[Interval, Interval, Interval]:
     """Batch norm of one sample [1, C, …], whose channels F.instance_norm makes of all samples' channels."""
-    if x.shape[0] != 1:
-        raise UnsupportedArgumentsError(BATCH_STATISTICS)
+    _check_instance(x)
     channels, dims = x.shape[1], len(x.shape)
     rows = [channels, math.prod(x.shape[2:])]
     return normalise(x, rows, [channels], per_channel(weight, dims), per_channel(bias, dims), eps)
@@ -341,8 +361,7 @@ def instance_norm(
 def instance_norm_backward(
     grad: Value, x: Value, weight: Value | None, mean: Value, inverse: Value, output_mask: list[bool]
 ) -> tuple[Any, Any, Any]:
-    if x.shape[0] != 1:
-        raise UnsupportedArgumentsError(BATCH_STATISTICS)
+    _check_instance(x)
     rows = [x.shape[1], math.prod(x.shape[2:])]
     out, slope = normalise_backward(grad, x, rows, mean, inverse, per_channel(weight, len(x.shape)))
     return _gradients(grad, out, slope, [0, *range(2, len(x.shape))], [x.shape[1]], output_mask)

@@ -218,3 +218,9 @@ def test_boxes_of_weights_too() -> None:
 def test_variance_needs_more_numbers_than_its_correction() -> None:
     with pytest.raises(xb.UnsupportedOperatorError, match="divides by 0"):
         xb.bound(lambda x: x.var(1))(xb.Interval.linf(rand(3, 1), 0.1))
+
+
+def test_statistics_of_a_sample_as_float32_computes_them_are_refused() -> None:
+    bounded = xb.bound(F.instance_norm, sound=True, semantics="float32")
+    with pytest.raises(xb.UnsupportedOperatorError, match="float32 evaluations"):
+        bounded(xb.Interval.point(torch.rand(1, 4, 5, 5)))

@@ -98,3 +98,8 @@ def test_order_statistics_are_exact_and_their_places_are_refused(fn: Callable) -
     assert (bounds.upper - fn(box.upper)[0]).abs().max() < 1e-15
     with pytest.raises(xb.UnsupportedOperatorError, match="indices that differ"):
         xb.bound(lambda x: x.gather(1, fn(x)[1].reshape(3, -1)))(box)
+
+
+def test_the_largest_in_no_order_have_no_places() -> None:
+    with pytest.raises(xb.UnsupportedOperatorError, match="sorted=False"):
+        xb.bound(lambda x: x.topk(2, 1, sorted=False).values)(xb.Interval.linf(X, 0.1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import mpmath
 import pytest
 import torch
 import torch.nn.functional as F
@@ -224,3 +225,62 @@ def test_points_beside_a_set_round_too() -> None:
         bounds = xb.bound(fn, sound=True)(xb.Interval.point(x))
         assert bounds.dtype == torch.float32 and not outside(bounds, fn(x.double())).any()
         assert outside(xb.bound(fn)(xb.Interval.point(x)), fn(x.double())).any()
+
+
+# --- norms: squares underflow long before the numbers do ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1e-150, 1e-157, 1e-160, 1e-162, 1e-170, 1e-200])
+@pytest.mark.parametrize("eps", [0.0, 1e-3])
+def test_statistics_whose_squares_underflow(scale: float, eps: float) -> None:
+    """float64 bounds against mpmath: standard deviation, layer norm without a constant, and its gradient."""
+    numbers = [1.1, 2.3, 4.7, -0.1]
+    x = torch.tensor([numbers], dtype=torch.float64) * scale
+    exact = [mpmath.mpf(v) for v in x[0].tolist()]
+    mean = mpmath.fsum(exact) / 4
+    squares = mpmath.fsum([(v - mean) ** 2 for v in exact])
+    box = xb.Interval.linf(x, eps * scale)
+    deviation = xb.bound(lambda t: t.std(1), sound=True)(box)
+    assert deviation.lower.item() <= mpmath.sqrt(squares / 3) <= deviation.upper.item()
+    normal = xb.bound(lambda t: F.layer_norm(t, (4,), eps=0.0), sound=True)(box)
+    for i, v in enumerate(exact):
+        value = (v - mean) / mpmath.sqrt(squares / 4)
+        assert not normal.isfinite()[0, i] or normal.lower[0, i].item() <= value <= normal.upper[0, i].item()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-140, 1e-165, 1e-170, 1e-300])
+def test_gradients_of_a_norm_whose_squares_underflow(scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, seed = (torch.randn(1, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    seed = seed * scale
+
+    def gradient(x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad((F.layer_norm(x, (8,)) * seed).sum(), x)[0]
+
+    row, g = ([mpmath.mpf(v) for v in t[0].tolist()] for t in (x, seed))
+    mean = mpmath.fsum(row) / 8
+    sigma = mpmath.sqrt(mpmath.fsum([(v - mean) ** 2 for v in row]) / 8 + mpmath.mpf(1e-5))
+    y = [(v - mean) / sigma for v in row]
+    along = mpmath.fsum([a * b for a, b in zip(g, y, strict=True)]) / 8
+    truth = [(a - mpmath.fsum(g) / 8 - b * along) / sigma for a, b in zip(g, y, strict=True)]
+    for radius in (0.0, 0.1):
+        bounds = xb.bound(gradient, sound=True)(xb.Interval.linf(x, radius))
+        for i, value in enumerate(truth):
+            assert bounds.lower[0, i].item() <= value <= bounds.upper[0, i].item()
+
+
+def test_small_gradients_of_a_norm_in_float32() -> None:
+    """Rounded to nearest, too: a gradient of 1e-27 is no 0."""
+
+    def gradient(x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(torch.sigmoid(F.layer_norm(x, (4,)) - 60).sum(), x)[0]
+
+    x = torch.tensor([[0.3, -1.0, 2.0, 0.7]])
+    bounds = xb.bound(gradient)(xb.Interval.linf(x, 1e-3))
+    truth = gradient(x.double())
+    assert truth.abs().max() > 1e-28
+    assert ((bounds.lower.double() <= truth) & (truth <= bounds.upper.double())).all()
