@@ -31,6 +31,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyxai_bounds.errors import CaptureError
+from pyxai_bounds.rounding import without_autocast
 from pyxai_bounds.watch import ModuleWatch, preserved
 
 aten = torch.ops.aten
@@ -162,23 +163,13 @@ def _functional(graph: fx.GraphModule) -> fx.GraphModule:
 
 
 @contextlib.contextmanager
-def as_captured() -> Iterator[None]:
-    """Run with what a capture assumes: no autocast, whose lower precision the bounds would not cover."""
-    if not torch._C._is_any_autocast_enabled():
-        yield
-        return
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        yield
-
-
-@contextlib.contextmanager
 def _clean_modes() -> Iterator[None]:
     """Gradients possible, no autocast, compiled functions run as written: the graph must not depend on the caller."""
     import torch._dynamo  # takes a second, which whoever captures nothing need not wait for
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(as_captured())
+        stack.enter_context(without_autocast())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_no_fused_layers())
         stack.enter_context(torch._dynamo.config.patch(error_on_nested_fx_trace=False))  # torch 2.11 refuses instead
@@ -428,4 +419,4 @@ def _refuse_randomness(graph: fx.GraphModule) -> None:
             )
 
 
-__all__ = ["Captured", "as_captured", "capture", "is_one_integer", "remove_unused", "retrace", "source_of"]
+__all__ = ["Captured", "capture", "is_one_integer", "remove_unused", "retrace", "source_of"]

@@ -13,7 +13,8 @@ import torch
 from torch import fx
 
 from pyxai_bounds import ops
-from pyxai_bounds.capture import as_captured, remove_unused
+from pyxai_bounds.capture import remove_unused
+from pyxai_bounds.rounding import without_autocast
 
 aten = torch.ops.aten
 
@@ -96,7 +97,7 @@ def _compute_constants(graph: fx.GraphModule) -> None:
             if isinstance(value, torch.Tensor) and value.numel() <= _SMALL and value.device in devices:
                 constant[node] = None
     values: dict[fx.Node, torch.Tensor] = {}
-    with torch.inference_mode(False), torch.no_grad(), as_captured():
+    with torch.inference_mode(False), torch.no_grad(), without_autocast():
         for node in constant:
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
             values[node] = node.target(*args, **kwargs)  # type: ignore[operator]

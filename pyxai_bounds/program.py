@@ -23,7 +23,7 @@ from torch.nn import Parameter
 
 from pyxai_bounds import fuse, ops
 from pyxai_bounds import rounding as rd
-from pyxai_bounds.capture import Captured, as_captured, capture, is_one_integer, retrace, source_of
+from pyxai_bounds.capture import Captured, capture, is_one_integer, retrace, source_of
 from pyxai_bounds.errors import CaptureError, UnsupportedOperatorError
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.ops.replay import Recorder
@@ -94,6 +94,11 @@ class BoundFunction:
         self.parameters = parameters
         self.product = product
 
+    @property
+    def options(self) -> tuple:
+        """Equal for functions that are bounded in the same way."""
+        return self.rounding, self.product, None if self.parameters is None else self.parameters.key
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         key = None if kwargs else self._plain_key(args)
         if key is None:
@@ -110,17 +115,14 @@ class BoundFunction:
 
     def _plain_key(self, args: tuple) -> tuple | None:
         """What tells the programs of calls with nothing but tensors and sets apart; None for other calls."""
-        key: list[Any] = [self.rounding, self.product, None if self.parameters is None else self.parameters.key]
+        key: list[Any] = [self.options]
         for argument in args:
             if type(argument) is Interval:
-                tensor = argument.mid
-                key.append(argument.rad.stride())
+                key += (_leaf_key(argument.mid), argument.rad.stride())
             elif type(argument) is Tensor:
-                tensor = argument
-                key.append(None)
+                key += (_leaf_key(argument), None)
             else:
                 return None
-            key += (tensor.shape, tensor.dtype, tensor.device, tensor.stride())
         return tuple(key)
 
     def graph(self, *args: Any, **kwargs: Any) -> fx.GraphModule:
@@ -143,8 +145,7 @@ def captured_graph(fn: Callable, *args: Any, **kwargs: Any) -> Captured:
 def _program(bounded: BoundFunction, leaves: list[Any], spec: pytree.TreeSpec) -> Program:
     captured = _captured(bounded.fn, leaves, spec)
     sets = tuple(leaf.rad.stride() if isinstance(leaf, Interval) else None for leaf in leaves)
-    parameters = bounded.parameters
-    key = (bounded.rounding, bounded.product, None if parameters is None else parameters.key, sets)
+    key = (bounded.options, sets)
     program = captured.derived.get(key)
     if program is None:
         program = captured.derived[key] = Program(captured, leaves, bounded)
@@ -267,9 +268,9 @@ class Program:
     def _circumstances(self) -> contextlib.AbstractContextManager[Any]:
         """What the program assumes: no autocast, and arithmetic without shortcuts where bounds are proofs."""
         if self.rounding == rd.Rounding.NEAREST:
-            return as_captured() if torch._C._is_any_autocast_enabled() else _NOTHING
+            return rd.without_autocast() if torch._C._is_any_autocast_enabled() else _NOTHING
         stack = contextlib.ExitStack()
-        stack.enter_context(as_captured())
+        stack.enter_context(rd.without_autocast())
         stack.enter_context(rd.ieee_arithmetic())
         return stack
 

@@ -273,6 +273,16 @@ def stored(value: float | Fraction, dtype: torch.dtype) -> tuple[float, float]:
 
 
 @contextlib.contextmanager
+def without_autocast() -> Iterator[None]:
+    """What a captured program and its derivative assume: no autocast, whose precision the bounds would not cover."""
+    if not torch._C._is_any_autocast_enabled():
+        yield
+        return
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
+
+
+@contextlib.contextmanager
 def ieee_arithmetic() -> Iterator[None]:
     """No reduced precision inside the ``with`` block: neither tf32 nor bfloat16 behind float32 products, nor Winograd.
 

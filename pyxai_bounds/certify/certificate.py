@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyxai_bounds.capture import as_captured
 from pyxai_bounds.certify.properties import Property, flat, kept
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.parameters import ParameterBox
 from pyxai_bounds.program import BoundFunction, bound
+from pyxai_bounds.rounding import without_autocast
 from pyxai_bounds.rules.registry import Product
 
 
@@ -194,5 +194,5 @@ def usual(x: Tensor) -> Tensor:
 
 def evaluate(fn: Callable[..., Tensor], *args: Tensor) -> Tensor:
     """``fn`` at points, as it was captured: gradients possible inside it, no autocast; the result is detached."""
-    with torch.inference_mode(False), torch.enable_grad(), as_captured():
+    with torch.inference_mode(False), torch.enable_grad(), without_autocast():
         return fn(*args).detach()

@@ -19,7 +19,7 @@ from torch.nn import Parameter
 
 from pyxai_bounds.ops import native, reference, triton
 from pyxai_bounds.ops.layout import dense, memory_format, order_of, state_size
-from pyxai_bounds.rounding import Rounding, check_dtype
+from pyxai_bounds.rounding import Rounding, check_dtype, without_autocast
 
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "native": native, "triton": triton}
 _PLANNED = ("cuda",)
@@ -119,11 +119,11 @@ def _define(signature: str, fake: Callable[..., Any], backward: Callable, setup_
         setup_context(ctx, inputs, output)
 
     def run_backward(ctx: Any, *grads: Any) -> Any:
+        if all(grad is None for grad in grads[:2]):  # of midpoint and radius; packed bits have none
+            return (None,) * len(ctx.needs_input_grad)
         token = _forced.set(ctx.backend)
         try:
-            if not torch._C._is_any_autocast_enabled():
-                return backward(ctx, *grads)
-            with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            with without_autocast():
                 return backward(ctx, *grads)
         finally:
             _forced.reset(token)
@@ -146,17 +146,11 @@ def _bits(t: Tensor, present: bool = True) -> Tensor:
     return torch.empty(state_size(t) if present else 0, dtype=torch.uint8, device=t.device)
 
 
-def _optional(grad: Tensor | None, like_shape: Any, like: Tensor) -> Tensor:
-    """The engine leaves out the gradients of unused outputs; the fused formulas want a tensor."""
-    return like.new_zeros(like_shape) if grad is None else grad
-
-
-def _or_zeros(grad: Tensor | None, other: Tensor | None) -> Tensor:
-    """A gradient; zeros like the other one where it is left out."""
-    if grad is not None:
-        return grad
-    assert other is not None
-    return torch.zeros_like(other)
+def _both(mid_grad: Tensor | None, rad_grad: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The gradients of both halves: zeros for the one that is left out because the loss does not use it."""
+    some = rad_grad if mid_grad is None else mid_grad
+    assert some is not None  # `_define` sees to it
+    return tuple(torch.zeros_like(some) if grad is None else grad for grad in (mid_grad, rad_grad))  # type: ignore[return-value]
 
 
 # --- interval_gate: lower' = a·lower, upper' = b·upper; symmetric, so it is its own adjoint ---------------
@@ -167,9 +161,7 @@ def _gate_setup(ctx: Any, inputs: tuple, output: Any) -> None:
 
 
 def _gate_adjoint(mid_grad: Tensor | None, rad_grad: Tensor | None, gate: Tensor) -> Any:
-    if mid_grad is None and rad_grad is None:
-        return None, None
-    return _call(interval_gate, _or_zeros(mid_grad, rad_grad), _or_zeros(rad_grad, mid_grad), gate)
+    return _call(interval_gate, *_both(mid_grad, rad_grad), gate)
 
 
 def _gate_backward(ctx: Any, mid_grad: Tensor, rad_grad: Tensor) -> Any:
@@ -243,13 +235,7 @@ def _weight_gradient(name: str, grad_mid: Any, grad_rad: Any, mid: Any, rad: Any
     """A product of midpoints plus a signed one of radii; a product with a factor that is None is left out."""
     weight = rest[0]
     if has_kernels(weight):
-        factors = (
-            _or_zeros(grad_mid, grad_rad),
-            _or_zeros(grad_rad, grad_mid),
-            _or_zeros(mid, rad),
-            _or_zeros(rad, mid),
-        )
-        return getattr(torch.ops.pyxai_bounds, name)(*factors, *rest)
+        return getattr(torch.ops.pyxai_bounds, name)(*_both(grad_mid, grad_rad), *_both(mid, rad), *rest)
     # Plain PyTorch where autograd or a trace must see it.
     seen = torch.is_grad_enabled() or needs_dispatcher(weight)
     return getattr(reference if seen else _select(weight), name)(grad_mid, grad_rad, mid, rad, *rest)
@@ -307,7 +293,6 @@ def _affine_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(mid, rad, weight, output[2])
     ctx.relu = next(arg for arg in ctx.args if isinstance(arg, bool))
     ctx.input_size = inputs[0].shape
-    ctx.out_shape = output[0].shape
 
 
 def _affine_grads(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None) -> Any:
@@ -315,13 +300,11 @@ def _affine_grads(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None) ->
 
 
 def _linear_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None, _: Any) -> Any:
-    if mid_grad is None and rad_grad is None:
-        return (None,) * len(ctx.needs_input_grad)
     mid, rad, weight, _state = ctx.saved_tensors
     need_mid, need_rad, need_weight, need_bias = ctx.needs_input_grad[:4]
     mid_grad, rad_grad = _affine_grads(ctx, mid_grad, rad_grad)
     if need_mid and need_rad and has_kernels(weight):
-        box_grad = interval_linear_backward(_or_zeros(mid_grad, rad_grad), _or_zeros(rad_grad, mid_grad), weight, None)
+        box_grad = interval_linear_backward(*_both(mid_grad, rad_grad), weight, None)
     else:
         box_grad = (
             mid_grad @ weight if need_mid and mid_grad is not None else None,
@@ -352,7 +335,6 @@ def _data_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     mid, rad, weight, state, *ctx.args = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(mid, rad, weight, state)
-    ctx.out_shape = output[0].shape
 
 
 def _gated(ctx: Any) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -362,7 +344,7 @@ def _gated(ctx: Any) -> tuple[Tensor, Tensor, Tensor | None]:
 
 def _ungate(mid_grad: Tensor | None, rad_grad: Tensor | None, gate: Tensor | None) -> Any:
     """The gate's adjoint, on gradients that were computed a moment ago and that nobody else refers to."""
-    if gate is None or (mid_grad is None and rad_grad is None):
+    if gate is None:
         return mid_grad, rad_grad
     seen = torch.is_grad_enabled() or rad_grad is None or needs_dispatcher(rad_grad)
     if not seen and _select(rad_grad) is native:  # type: ignore[arg-type]
@@ -371,8 +353,6 @@ def _ungate(mid_grad: Tensor | None, rad_grad: Tensor | None, gate: Tensor | Non
 
 
 def _linear_data_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None) -> Any:
-    if mid_grad is None and rad_grad is None:
-        return (None,) * len(ctx.needs_input_grad)
     weight = ctx.saved_tensors[2]
     mid, rad, gate = _gated(ctx)
     weight_grad = None
@@ -381,8 +361,7 @@ def _linear_data_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | 
         weight_grad = _weight_gradient("interval_linear_weight", mid, rad, mid_grad, rad_grad, weight)
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
         if has_kernels(weight):
-            both = _or_zeros(mid_grad, rad_grad), _or_zeros(rad_grad, mid_grad)
-            box_grad = interval_linear(*both, weight, None, False)[:2]
+            box_grad = interval_linear(*_both(mid_grad, rad_grad), weight, None, False)[:2]
         else:
             box_grad = (
                 None if mid_grad is None else mid_grad @ weight.t(),
@@ -417,15 +396,12 @@ def _conv2d_fake(mid, rad, weight, bias, stride, padding, dilation, groups, relu
 
 
 def _conv2d_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None, _: Any) -> Any:
-    if mid_grad is None and rad_grad is None:
-        return (None,) * len(ctx.needs_input_grad)
     mid, rad, weight, _state = ctx.saved_tensors
     need_mid, need_rad, need_weight, need_bias = ctx.needs_input_grad[:4]
     mid_grad, rad_grad = _affine_grads(ctx, mid_grad, rad_grad)
     args = ctx.args[:4]
     if need_mid and need_rad and has_kernels(weight):
-        both = _or_zeros(mid_grad, rad_grad), _or_zeros(rad_grad, mid_grad)
-        box_grad = interval_conv2d_backward(*both, weight, None, ctx.input_size, *args)
+        box_grad = interval_conv2d_backward(*_both(mid_grad, rad_grad), weight, None, ctx.input_size, *args)
     else:
         conv2d_input = reference.conv2d_input
         box_grad = (
@@ -455,8 +431,6 @@ interval_conv2d = _define(
 
 
 def _conv2d_data_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None) -> Any:
-    if mid_grad is None and rad_grad is None:
-        return (None,) * len(ctx.needs_input_grad)
     weight = ctx.saved_tensors[2]
     mid, rad, gate = _gated(ctx)
     # In the box's own order: the results are gated in it, and channels-last convolutions are the faster ones.
@@ -468,8 +442,7 @@ def _conv2d_data_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | 
         weight_grad = _weight_gradient("interval_conv2d_weight", mid, rad, mid_grad, rad_grad, weight, *args)
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
         if has_kernels(weight):
-            both = _or_zeros(mid_grad, rad_grad), _or_zeros(rad_grad, mid_grad)
-            box_grad = interval_conv2d(*both, weight, None, *args, False)[:2]
+            box_grad = interval_conv2d(*_both(mid_grad, rad_grad), weight, None, *args, False)[:2]
         else:
             box_grad = (
                 None if mid_grad is None else torch.conv2d(mid_grad, weight, None, *args),
@@ -507,7 +480,7 @@ def _scale_shift_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | 
     need_mid, need_rad, need_scale, need_shift, need_scale_rad, need_shift_rad = needs[:6]
     some = mid_grad if mid_grad is not None else rad_grad
     assert some is not None
-    mid_grad, rad_grad = _optional(mid_grad, some.shape, some), _optional(rad_grad, some.shape, some)
+    mid_grad, rad_grad = _both(mid_grad, rad_grad)
     others = [0, *range(2, some.dim())]
     per_channel = [1, -1] + [1] * (some.dim() - 2)
     to_mid, to_rad = mid_grad * scale.reshape(per_channel), rad_grad * scale.abs().reshape(per_channel)
@@ -543,8 +516,7 @@ def _mul_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _mul_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None) -> Any:
     a_mid, a_rad, b_mid, b_rad = ctx.saved_tensors
-    mid_grad = _optional(mid_grad, a_mid.shape, a_mid)
-    rad_grad = _optional(rad_grad, a_mid.shape, a_mid)
+    mid_grad, rad_grad = _both(mid_grad, rad_grad)
     return *reference.interval_mul_adjoint(mid_grad, rad_grad, a_mid, a_rad, b_mid, b_rad), None
 
 
@@ -566,7 +538,7 @@ def _smooth_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _smooth_gradient(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None) -> Any:
     box = ctx.saved_tensors
-    mid_grad, rad_grad = _optional(mid_grad, box[0].shape, box[0]), _optional(rad_grad, box[0].shape, box[0])
+    mid_grad, rad_grad = _both(mid_grad, rad_grad)
     adjoint = interval_smooth_adjoint if len(box) == 2 else interval_smooth_backward_adjoint
     return *adjoint(mid_grad, rad_grad, *box, ctx.name, ctx.params), None, None
 
@@ -626,13 +598,12 @@ def _max_pool_fake(mid: Tensor, rad: Tensor, *geometry: Any) -> tuple[Tensor, Te
 def _max_pool_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*inputs[:2])
     ctx.geometry = inputs[2:]
-    ctx.out_shape = output[0].shape
 
 
 def _max_pool_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None) -> Any:
     """Each end's gradient goes to where that end was found."""
     mid, rad = ctx.saved_tensors
-    mid_grad, rad_grad = _optional(mid_grad, ctx.out_shape, mid), _optional(rad_grad, ctx.out_shape, mid)
+    mid_grad, rad_grad = _both(mid_grad, rad_grad)
     pool = torch.ops.aten.max_pool2d_with_indices
     ends = []
     for end, grad in ((mid - rad, (mid_grad - rad_grad) * 0.5), (mid + rad, (mid_grad + rad_grad) * 0.5)):
@@ -676,12 +647,11 @@ def _unpool_fake(mid: Tensor, rad: Tensor, must: Tensor, may: Tensor, size: Any,
 def _unpool_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*inputs[:4])
     ctx.geometry = inputs[5:]
-    ctx.out_shape = output[0].shape
 
 
 def _unpool_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None) -> Any:
     box = ctx.saved_tensors
-    mid_grad, rad_grad = _optional(mid_grad, ctx.out_shape, box[0]), _optional(rad_grad, ctx.out_shape, box[0])
+    mid_grad, rad_grad = _both(mid_grad, rad_grad)
     return *interval_max_pool2d_gather(mid_grad, rad_grad, *box, *ctx.geometry), *(None,) * 7
 
 
@@ -745,13 +715,11 @@ def _matmul_fake(a_mid: Tensor, a_rad: Tensor, b_mid: Tensor, b_rad: Tensor, exa
 def _matmul_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*inputs[:4])
     ctx.exact = inputs[4]
-    ctx.out_shape = output[0].shape
 
 
 def _matmul_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None) -> Any:
     a_mid, a_rad, b_mid, b_rad = ctx.saved_tensors
-    mid_grad = _optional(mid_grad, ctx.out_shape, a_mid)
-    rad_grad = _optional(rad_grad, ctx.out_shape, a_mid)
+    mid_grad, rad_grad = _both(mid_grad, rad_grad)
     if ctx.exact:
         return *interval_matmul_backward(mid_grad, rad_grad, a_mid, a_rad, b_mid, b_rad), None
     need = ctx.needs_input_grad

@@ -218,13 +218,12 @@ def signed_sum(of_mid: Tensor | None, of_rad: Tensor | None, weight: Tensor) -> 
     """``reference.signed_sum``, in one pass over memory; overwrites ``of_rad``."""
     if of_rad is None:
         return reference.signed_sum(of_mid, None, weight)
-    order, *parts = dense(of_rad, weight, *(t for t in (of_mid,) if t is not None))
-    _boxes(order, *parts)
+    out, weight, *first = _boxes(of_rad, weight, *(() if of_mid is None else (of_mid,)))
     _module().signed_sum(
-        order.element_size(), order.numel(), parts[1].data_ptr() if len(parts) > 1 else 0, order.data_ptr(),
-        parts[0].data_ptr(), order.data_ptr(),
+        out.element_size(), out.numel(), first[0].data_ptr() if first else 0, out.data_ptr(), weight.data_ptr(),
+        out.data_ptr(),
     )  # fmt: skip
-    return order
+    return out
 
 
 def interval_scale_shift(
