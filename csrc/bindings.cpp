@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -181,6 +183,38 @@ void linear_backward(int element_size, int64_t batch, int64_t m, int64_t n, Addr
     });
 }
 
+// The numbers of a Conv2d in order.
+using Geometry = std::array<int64_t, 19>;
+
+Conv2d conv2d_of(const Geometry& g) {
+    Conv2d shape{g[0], g[1], g[2], g[3], g[4], g[5], g[6], {}, {}, {}, {}, {}};
+    const auto copy = [&g](int first, int count, int64_t* to) { std::copy_n(g.begin() + first, count, to); };
+    copy(7, 2, shape.kernel);
+    copy(9, 2, shape.stride);
+    copy(11, 2, shape.padding);
+    copy(13, 2, shape.dilation);
+    copy(15, 4, shape.weight_strides);
+    return shape;
+}
+
+void conv2d(int element_size, const Geometry& geometry, Address mid, Address rad, Address weight, Address bias,
+            Address out_mid, Address out_rad, Address state) {
+    typed(element_size, [=](const auto& stages) {
+        using T = decltype(element_type(stages));
+        stages.conv2d(conv2d_of(geometry), at<T>(mid), at<T>(rad), at<T>(weight), at<T>(bias), at<T>(out_mid),
+                      at<T>(out_rad), at<uint8_t>(state));
+    });
+}
+
+void conv2d_backward(int element_size, const Geometry& geometry, Address mid, Address rad, Address state,
+                     Address weight, Address out_mid, Address out_rad) {
+    typed(element_size, [=](const auto& stages) {
+        using T = decltype(element_type(stages));
+        stages.conv2d_backward(conv2d_of(geometry), at<T>(mid), at<T>(rad), at<uint8_t>(state), at<T>(weight),
+                               at<T>(out_mid), at<T>(out_rad));
+    });
+}
+
 void matmul(int element_size, int64_t batch, int64_t m, int64_t k, int64_t n, Address a_mid, Address a_rad,
             Address b_mid, Address b_rad, Address out_mid, Address out_rad) {
     typed(element_size, [=](const auto& stages) {
@@ -218,6 +252,8 @@ PYBIND11_MODULE(_native, m) {
     m.def("signed_sum", &signed_sum, no_gil);
     m.def("linear", &linear, no_gil);
     m.def("linear_backward", &linear_backward, no_gil);
+    m.def("conv2d", &conv2d, no_gil);
+    m.def("conv2d_backward", &conv2d_backward, no_gil);
     m.def("matmul", &matmul, no_gil);
     m.def("matmul_backward", &matmul_backward, no_gil);
     m.def("threads", &threads, "The number of threads that a large stage would use.");

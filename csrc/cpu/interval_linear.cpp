@@ -4,6 +4,7 @@
 // is faster (see ops/native.py). Sums are taken in another order than in the specification,
 // pyxai_bounds/ops/reference.py.
 #include "pyxai_bounds/parallel.h"
+#include "pyxai_bounds/scratch.h"
 #include "pyxai_bounds/stages.h"
 #include "pyxai_bounds/vec.h"
 
@@ -28,11 +29,6 @@ T sum_of(Vec<T> v) {
     for (T lane : lanes) sum += lane;
     return sum;
 }
-
-template <int value>
-struct Constant {
-    constexpr operator int() const { return value; }
-};
 
 // Calls f(first, Constant<count>) for groups of `most` of n things, then for single ones.
 template <int most, class F>

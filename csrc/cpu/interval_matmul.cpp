@@ -6,10 +6,8 @@
 //     a·b + sign(a)·sign(b)·min(u·s, r·q)   to the midpoint,      max(u·s, r·q) + r·w   to the radius,
 // which is the least and greatest of the four end-point products for every sign of the four ends. Nothing is
 // subtracted: no radius is ever negative or loses digits.
-#include <cstddef>
-#include <new>
-
 #include "pyxai_bounds/parallel.h"
+#include "pyxai_bounds/scratch.h"
 #include "pyxai_bounds/stages.h"
 #include "pyxai_bounds/vec.h"
 
@@ -17,32 +15,6 @@ namespace pyxai_bounds::PYXAI_BOUNDS_LEVEL {
 namespace {
 
 using std::int64_t;
-
-constexpr int64_t smaller(int64_t a, int64_t b) {
-    return a < b ? a : b;
-}
-constexpr int64_t greater(int64_t a, int64_t b) {
-    return a > b ? a : b;
-}
-constexpr int64_t ceil_div(int64_t a, int64_t b) {
-    return (a + b - 1) / b;
-}
-
-// Cache-line aligned memory that nobody has written yet. Not std::vector: an instance of it here would be one
-// symbol for all levels, see vec.h.
-template <class T>
-class Scratch {
-  public:
-    explicit Scratch(int64_t count)
-        : data_(static_cast<T*>(::operator new(static_cast<std::size_t>(count) * sizeof(T), std::align_val_t{64}))) {}
-    Scratch(const Scratch&) = delete;
-    Scratch& operator=(const Scratch&) = delete;
-    ~Scratch() { ::operator delete(data_, std::align_val_t{64}); }
-    T* get() const { return data_; }
-
-  private:
-    T* data_;
-};
 
 // A tile of the results lives in registers: tile_rows rows of tile_vectors vectors of midpoints, and as many of radii.
 #if defined(__AVX512F__)
@@ -61,11 +33,6 @@ static_assert(block_rows % tile_rows == 0 && block_columns % (tile_vectors * 16)
 
 // Pairs per thread, at least: about ten microseconds.
 inline constexpr int64_t matmul_grain = 1 << 18;
-
-template <int value>
-struct Constant {
-    constexpr operator int() const { return value; }
-};
 
 // --- forward -------------------------------------------------------------------------------------------------
 

@@ -180,6 +180,20 @@ def interval_conv2d(
     relu: bool,
     rounding: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    geometry = None if rounding else _geometry(mid, rad, weight, mid.shape[2:], stride, padding, dilation, groups)
+    if geometry is not None and (bias is None or _vector(bias, mid, weight.shape[0])):
+        size = (geometry[0], geometry[4], geometry[5], geometry[6])
+        out_mid, out_rad = _channels_last(size, mid), _channels_last(size, mid)
+        fused = relu and _whole_bytes(geometry[4])
+        state = torch.empty(state_size(out_mid), dtype=torch.uint8) if fused else None
+        _module().conv2d(
+            mid.element_size(), geometry, mid.data_ptr(), rad.data_ptr(), weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(), out_mid.data_ptr(), out_rad.data_ptr(),
+            0 if state is None else state.data_ptr(),
+        )  # fmt: skip
+        if state is not None:
+            return out_mid, out_rad, state
+        return _relu_into(out_mid, out_rad, out_mid, out_rad, 0) if relu else (out_mid, out_rad, _no_state(mid))
     out = reference.interval_conv2d(mid, rad, weight, bias, stride, padding, dilation, groups, False, rounding, _STAGES)
     return _relu_in_place(out[0], out[1], rounding) if relu else out
 
@@ -196,10 +210,70 @@ def interval_conv2d_backward(
     groups: int,
     rounding: int = 0,
 ) -> tuple[Tensor, Tensor]:
+    geometry = None if rounding else _geometry(mid, rad, weight, input_size[2:], stride, padding, dilation, groups)
+    if geometry is not None and (state is None or state.dim() == 3):
+        if state is not None and not _whole_bytes(geometry[4]):
+            mid, rad, state = *_relu_backward_into(mid, rad, state, None), None
+        state = None if state is None else _bits_of(state, mid)
+        out_mid, out_rad = _channels_last(input_size, mid), _channels_last(input_size, mid)
+        _module().conv2d_backward(
+            mid.element_size(), geometry, mid.data_ptr(), rad.data_ptr(), 0 if state is None else state.data_ptr(),
+            weight.data_ptr(), out_mid.data_ptr(), out_rad.data_ptr(),
+        )  # fmt: skip
+        return out_mid, out_rad
     if state is not None:
         mid, rad = _relu_backward_into(mid, rad, state, None, rounding)
     args = (input_size, stride, padding, dilation, groups)
     return reference.interval_conv2d_backward(mid, rad, weight, None, *args, rounding, _STAGES)
+
+
+def _geometry(
+    mid: Tensor,
+    rad: Tensor,
+    weight: Tensor,
+    image: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[int, ...] | None:
+    """The numbers of the kernel's ``Conv2d``, if it can convolve these boxes and is faster than the library's products.
+
+    ``image``: height and width of the input. The box is the convolution's input or, if its channels are the
+    weight's outputs, a gradient of its output. What does not fit is copied, or refused, on the other way.
+    """
+    if (
+        groups != 1
+        or mid.dim() != 4
+        or weight.dim() != 4
+        or rad.shape != mid.shape
+        or not (rad.dtype is mid.dtype is weight.dtype)
+        or not (mid.is_cpu and rad.is_cpu and weight.is_cpu)
+        or memory_format(mid) is not torch.channels_last
+        or memory_format(rad) is not torch.channels_last
+        or stride[0] * stride[1] > 64
+        or _module().level() != "avx512"
+    ):
+        return None
+    outputs, channels, *kernel = weight.shape
+    sides = [
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, k, s, p, d in zip(image, kernel, stride, padding, dilation, strict=True)
+    ]
+    return (mid.shape[0], channels, *image, outputs, *sides, *kernel, *stride, *padding, *dilation, *weight.stride())
+
+
+def _whole_bytes(channels: int) -> bool:
+    """Do the packed bits of a pixel begin at a byte, for whole registers of channels?"""
+    return channels % 16 == 0
+
+
+def _channels_last(size: Sequence[int], like: Tensor) -> Tensor:
+    return torch.empty(size, dtype=like.dtype, memory_format=torch.channels_last)
+
+
+def _no_state(mid: Tensor) -> Tensor:
+    return mid.new_empty(0, dtype=torch.uint8)
 
 
 def interval_linear_weight(

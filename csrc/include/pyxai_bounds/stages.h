@@ -6,6 +6,13 @@
 
 namespace pyxai_bounds {
 
+// A convolution of channels-last tensors: [batch, height, width, channels] to [batch, out_height, out_width, outputs].
+// Pairs are (vertical, horizontal). The weight's element [o, c, i, j] lies at the sum of indices times strides.
+struct Conv2d {
+    std::int64_t batch, channels, height, width, outputs, out_height, out_width;
+    std::int64_t kernel[2], stride[2], padding[2], dilation[2], weight_strides[4];
+};
+
 // Elementwise stages: all arrays are dense and in one memory order. Packed bits are two planes of ceil(n / 8) bytes,
 // "keep the lower end" before "keep the upper end"; element i is bit i % 8 of byte i / 8, bits past n are zero.
 // `outward` asks for radii that cover what rounding loses; else every operation rounds to nearest. An output may be
@@ -33,6 +40,12 @@ struct Stages {
                    const T* bias, T* out_mid, T* out_rad);
     void (*linear_backward)(std::int64_t batch, std::int64_t m, std::int64_t n, const T* mid, const T* rad,
                             const T* weight, T* out_mid, T* out_rad);
+    // Convolutions with ReLU after them, if there is somewhere to write its state, and their backward-data pass with
+    // ReLU' before it, if there is a state of it: `mid`, `rad` are then [batch, out_height, out_width, outputs].
+    void (*conv2d)(const Conv2d& shape, const T* mid, const T* rad, const T* weight, const T* bias, T* out_mid,
+                   T* out_rad, std::uint8_t* state);
+    void (*conv2d_backward)(const Conv2d& shape, const T* mid, const T* rad, const std::uint8_t* state,
+                            const T* weight, T* out_mid, T* out_rad);
     // The matrix products: `batch` of [m, k] × [k, n], all contiguous, outputs apart from inputs, k > 0.
     void (*matmul)(std::int64_t batch, std::int64_t m, std::int64_t k, std::int64_t n, const T* a_mid, const T* a_rad,
                    const T* b_mid, const T* b_rad, T* out_mid, T* out_rad);
@@ -50,6 +63,8 @@ struct Stages {
     template <class T>                                \
     void set_interval_linear(Stages<T>& stages);      \
     template <class T>                                \
+    void set_interval_conv2d(Stages<T>& stages);      \
+    template <class T>                                \
     void set_interval_scale_shift(Stages<T>& stages); \
     template <class T>                                \
     void set_interval_mul(Stages<T>& stages);         \
@@ -62,6 +77,7 @@ struct Stages {
         Stages<T> table{};                            \
         set_interval_relu(table);                     \
         set_interval_linear(table);                   \
+        set_interval_conv2d(table);                   \
         set_interval_scale_shift(table);              \
         set_interval_mul(table);                      \
         set_outward(table);                           \
