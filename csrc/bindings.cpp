@@ -8,8 +8,10 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "pyxai_bounds/stages.h"
@@ -183,6 +185,26 @@ void linear_backward(int element_size, int64_t batch, int64_t m, int64_t n, Addr
     });
 }
 
+void linear_many(int element_size, int64_t batch, int64_t n, int64_t m, Address mid, Address rad, Address weight,
+                 int64_t row_stride, int64_t column_stride, Address bias, Address out_mid, Address out_rad,
+                 Address state) {
+    typed(element_size, [=](const auto& stages) {
+        using T = decltype(element_type(stages));
+        stages.linear_many(batch, n, m, at<T>(mid), at<T>(rad), at<T>(weight), row_stride, column_stride, at<T>(bias),
+                           at<T>(out_mid), at<T>(out_rad), at<uint8_t>(state));
+    });
+}
+
+void linear_backward_many(int element_size, int64_t batch, int64_t m, int64_t n, Address mid, Address rad,
+                          Address state, Address weight, int64_t row_stride, int64_t column_stride, Address out_mid,
+                          Address out_rad) {
+    typed(element_size, [=](const auto& stages) {
+        using T = decltype(element_type(stages));
+        stages.linear_backward_many(batch, m, n, at<T>(mid), at<T>(rad), at<uint8_t>(state), at<T>(weight), row_stride,
+                                    column_stride, at<T>(out_mid), at<T>(out_rad));
+    });
+}
+
 // The numbers of a Conv2d in order.
 using Geometry = std::array<int64_t, 19>;
 
@@ -197,22 +219,44 @@ Conv2d conv2d_of(const Geometry& g) {
     return shape;
 }
 
-void conv2d(int element_size, const Geometry& geometry, Address mid, Address rad, Address weight, Address bias,
-            Address out_mid, Address out_rad, Address state) {
-    typed(element_size, [=](const auto& stages) {
-        using T = decltype(element_type(stages));
-        stages.conv2d(conv2d_of(geometry), at<T>(mid), at<T>(rad), at<T>(weight), at<T>(bias), at<T>(out_mid),
-                      at<T>(out_rad), at<uint8_t>(state));
-    });
+// The factors of pyxai_bounds/rounding.py's `widen`, and the radii's bias; nothing where results round to nearest.
+using Widening = std::optional<std::tuple<double, double, double, Address>>;
+
+template <class T>
+std::optional<Outward<T>> outward_of(const Widening& widening) {
+    if (!widening) return std::nullopt;
+    const auto [on_mid, on_rad, least, bias] = *widening;
+    return Outward<T>{static_cast<T>(on_mid), static_cast<T>(on_rad), static_cast<T>(least), at<T>(bias)};
 }
 
-void conv2d_backward(int element_size, const Geometry& geometry, Address mid, Address rad, Address state,
-                     Address weight, Address out_mid, Address out_rad) {
-    typed(element_size, [=](const auto& stages) {
+bool conv2d(int element_size, const Geometry& geometry, const Widening& widening, Address mid, Address rad,
+            Address weight, Address bias, Address out_mid, Address out_rad, Address state) {
+    bool done = false;
+    typed(element_size, [&](const auto& stages) {
         using T = decltype(element_type(stages));
-        stages.conv2d_backward(conv2d_of(geometry), at<T>(mid), at<T>(rad), at<uint8_t>(state), at<T>(weight),
-                               at<T>(out_mid), at<T>(out_rad));
+        const auto outward = outward_of<T>(widening);
+        done = stages.conv2d(conv2d_of(geometry), outward ? &*outward : nullptr, at<T>(mid), at<T>(rad), at<T>(weight),
+                             at<T>(bias), at<T>(out_mid), at<T>(out_rad), at<uint8_t>(state));
     });
+    return done;
+}
+
+bool conv2d_backward(int element_size, const Geometry& geometry, const Widening& widening, Address mid, Address rad,
+                     Address state, Address weight, Address out_mid, Address out_rad) {
+    bool done = false;
+    typed(element_size, [&](const auto& stages) {
+        using T = decltype(element_type(stages));
+        const auto outward = outward_of<T>(widening);
+        done = stages.conv2d_backward(conv2d_of(geometry), outward ? &*outward : nullptr, at<T>(mid), at<T>(rad),
+                                      at<uint8_t>(state), at<T>(weight), at<T>(out_mid), at<T>(out_rad));
+    });
+    return done;
+}
+
+int64_t conv2d_roundings(int element_size, const Geometry& geometry, bool backward) {
+    int64_t most = 0;
+    typed(element_size, [&](const auto& stages) { most = stages.conv2d_roundings(conv2d_of(geometry), backward); });
+    return most;
 }
 
 void matmul(int element_size, int64_t batch, int64_t m, int64_t k, int64_t n, Address a_mid, Address a_rad,
@@ -252,8 +296,11 @@ PYBIND11_MODULE(_native, m) {
     m.def("signed_sum", &signed_sum, no_gil);
     m.def("linear", &linear, no_gil);
     m.def("linear_backward", &linear_backward, no_gil);
+    m.def("linear_many", &linear_many, no_gil);
+    m.def("linear_backward_many", &linear_backward_many, no_gil);
     m.def("conv2d", &conv2d, no_gil);
     m.def("conv2d_backward", &conv2d_backward, no_gil);
+    m.def("conv2d_roundings", &conv2d_roundings, "How often in a row a sum of these kernels is rounded, at most.");
     m.def("matmul", &matmul, no_gil);
     m.def("matmul_backward", &matmul_backward, no_gil);
     m.def("threads", &threads, "The number of threads that a large stage would use.");

@@ -5,6 +5,8 @@
 //
 // Both passes are one: the backward-data pass of stride s is s*s convolutions of stride 1, one for each remainder of the
 // pixels that it writes, with those taps that reach them.
+#include <atomic>
+
 #include "pyxai_bounds/parallel.h"
 #include "pyxai_bounds/scratch.h"
 #include "pyxai_bounds/stages.h"
@@ -62,16 +64,14 @@ struct Window {
     int64_t columns() const { return right - left; }
 };
 
-// A source of boxes, of which `state`, if there is one, is ReLU's at what it is the gradient of.
 template <class T>
 struct Source {
     int64_t batch, height, width, channels;
     const T *mid, *rad;
-    const uint8_t* state;
+    Packing<T> packing;
 
     // One image's pixels in a window as pairs, zeros where the window reaches past the image.
     void pack(int64_t image, Window window, T* out) const {
-        const int64_t plane = (batch * height * width * channels + 7) / 8;
         const int64_t left = greater(window.left, 0), right = greater(smaller(window.right, width), left);
         const int64_t row = 2 * window.columns() * channels;
         for (int64_t y = window.top; y < window.bottom; ++y, out += row) {
@@ -82,57 +82,13 @@ struct Source {
             T *const from = out + 2 * (left - window.left) * channels, *const to = from + 2 * (right - left) * channels;
             zero(out, from - out);
             const int64_t first = ((image * height + y) * width + left) * channels, count = (right - left) * channels;
-            if (state)
-                pack_gated_pairs(count, mid + first, rad + first, state, plane, first, from);
-            else
-                pack_pairs(count, mid + first, rad + first, from);
+            packing.pack(count, first, mid + first, rad + first, from);
             zero(to, out + row - to);
         }
     }
 
     static void zero(T* out, int64_t count) {
         for (int64_t i = 0; i < count; ++i) out[i] = T(0);
-    }
-};
-
-// Where the sums of a convolution go.
-template <class T>
-struct Target {
-    int64_t height, width, outputs;
-    const T* bias;
-    T *mid, *rad;
-    uint8_t* state;
-    int64_t plane;
-
-    template <int pixels, int vectors>
-    void write(int count, const int64_t* at, int64_t output, const Sums<T, pixels, vectors>& sums) const {
-        constexpr int L = Vec<T>::lanes;
-        for (int p = 0; p < count; ++p)
-            for (int v = 0; v < vectors; ++v) {
-                const int64_t first = output + v * L, left = outputs - first, i = at[p] + first;
-                if (left >= L) {
-                    const Vec<T> sum = sums.mid[p][v];
-                    write_one(i, bias ? sum + Vec<T>::load(bias + first) : sum, sums.rad[p][v]);
-                } else {
-                    T mids[L], rads[L];
-                    sums.mid[p][v].store(mids);
-                    sums.rad[p][v].store(rads);
-                    for (int64_t j = 0; j < left; ++j) {
-                        mid[i + j] = bias ? mids[j] + bias[first + j] : mids[j];
-                        rad[i + j] = rads[j];
-                    }
-                }
-            }
-    }
-
-    void write_one(int64_t i, Vec<T> m, Vec<T> r) const {
-        if (state) {
-            const Keep<Vec<T>> keep = relu_keeps(m, r);
-            keep_ends<false, T>(m, r, keep);
-            Bits{Vec<T>::bits(keep.lower), Vec<T>::bits(keep.upper)}.store(state, plane, i / 8, Vec<T>::lanes / 8);
-        }
-        m.store(mid + i);
-        r.store(rad + i);
     }
 };
 
@@ -157,24 +113,71 @@ struct Weight {
                 }
             }
     }
+
+    // Output by output, term by term, pairs (w, |w|).
+    void pack_few(Axis rows, Axis columns, T* out) const {
+        for (int64_t o = 0; o < outputs; ++o)
+            for (int64_t i = 0; i < rows.taps; ++i)
+                for (int64_t j = 0; j < columns.taps; ++j) {
+                    const T* const tap = data + o * output_stride +
+                                         (rows.kernel_first + i * rows.kernel_step) * row_stride +
+                                         (columns.kernel_first + j * columns.kernel_step) * column_stride;
+                    for (int64_t c = 0; c < channels; ++c, out += 2) {
+                        out[0] = tap[c * channel_stride];
+                        out[1] = static_cast<T>(__builtin_fabs(out[0]));
+                    }
+                }
+    }
 };
 
-inline constexpr int most_remainders = 64;
-
+// Up to so many outputs are summed along the terms: the gradient of an image, as a rule.
+inline constexpr int64_t few_outputs = 4;
 // One of the convolutions that make up a pass: its axes, and where its packed panels begin.
 struct Part {
     Axis rows, columns;
     int64_t packed;
 };
 
+inline constexpr int most_parts = 64;
+struct Parts {
+    int count;
+    Part part[most_parts];
+};
+
+Parts forward_parts(const Conv2d& s) {
+    Parts parts{1, {}};
+    parts.part[0] = {forward_axis(s.out_height, s.kernel[0], s.stride[0], s.padding[0], s.dilation[0]),
+                     forward_axis(s.out_width, s.kernel[1], s.stride[1], s.padding[1], s.dilation[1]), 0};
+    return parts;
+}
+
+Parts backward_parts(const Conv2d& s) {
+    Parts parts{0, {}};
+    for (int64_t i = 0; i < s.stride[0]; ++i)
+        for (int64_t j = 0; j < s.stride[1]; ++j)
+            parts.part[parts.count++] = {
+                backward_axis(i, s.height, s.kernel[0], s.stride[0], s.padding[0], s.dilation[0]),
+                backward_axis(j, s.width, s.kernel[1], s.stride[1], s.padding[1], s.dilation[1]), 0};
+    return parts;
+}
+
+// What one output of a part sums, in a packed source whose rows are `row` terms long.
+Terms terms_of(const Part& p, int64_t channels, int64_t row) {
+    const bool joined = p.columns.dilation == 1;  // neighbouring taps read neighbouring pixels
+    return {{p.rows.taps, p.rows.dilation * row},
+            {joined ? 1 : p.columns.taps, p.columns.dilation * channels},
+            joined ? p.columns.taps * channels : channels};
+}
+
 template <class T>
 struct Pass {
     Source<T> source;
     Weight<T> weight;
-    Target<T> target;
-    int parts;
-    Part part[most_remainders];
+    Results<T> results;
+    int64_t height, width;  // of the results
+    Parts parts;
 
+    bool few() const { return weight.outputs <= few_outputs; }
     int64_t panels() const { return ceil_div(weight.outputs, tile_width<T>); }
     int vectors(int64_t panel) const {
         return static_cast<int>(smaller(tile_vectors, ceil_div(weight.outputs - panel * tile_width<T>, Vec<T>::lanes)));
@@ -183,7 +186,7 @@ struct Pass {
 
     int64_t rows() const {
         int64_t most = 0;
-        for (int i = 0; i < parts; ++i) most = greater(most, part[i].rows.count);
+        for (int i = 0; i < parts.count; ++i) most = greater(most, parts.part[i].rows.count);
         return most;
     }
 
@@ -191,8 +194,8 @@ struct Pass {
     Window window(int64_t begin, int64_t end) const {
         Window all{0, 0, 0, 0};
         bool some = false;
-        for (int i = 0; i < parts; ++i) {
-            const Axis &r = part[i].rows, &c = part[i].columns;
+        for (int i = 0; i < parts.count; ++i) {
+            const Axis &r = parts.part[i].rows, &c = parts.part[i].columns;
             const int64_t last = smaller(end, r.count);
             if (last <= begin || c.count == 0 || r.taps * c.taps == 0) continue;
             const Window one{r.begin(begin), r.end(last), c.begin(0), c.end(c.count)};
@@ -204,120 +207,166 @@ struct Pass {
         return all;
     }
 
-    int64_t band_size(int64_t rows) const { return 2 * window(0, rows).rows() * window(0, rows).columns() * source.channels; }
-
-    void run() {
-        const int64_t total = rows(), images = source.batch;
-        int64_t packed = 0, pairs = 0;
-        for (int i = 0; i < parts; ++i) {
-            part[i].packed = packed;
-            packed += terms(part[i]) * panels() * tile_width<T>;
-            pairs += terms(part[i]) * part[i].rows.count * part[i].columns.count * images * weight.outputs;
-        }
-        const int team_most = team_size(pairs / conv2d_grain);
-        // As few bands as keep one in the cache and leave no thread idle for long.
-        int64_t bands = 1, height = total;
-        const auto idle = [&](int64_t units) { return 10 * ceil_div(units, team_most) * team_most > 11 * units; };
-        while (height > 1 && (band_size(height) * int64_t{sizeof(T)} > band_bytes || idle(images * bands))) {
-            ++bands;
-            height = ceil_div(total, bands);
-        }
-        bands = ceil_div(total, greater(height, 1));
-        const Scratch<T> weights(packed + terms_ahead * tile_width<T>);
-        const int64_t units = images * bands, size = band_size(height);
-        parallel_team(team_most, [&](int rank, int team) {
-            for (int64_t panel = 0, next = 0; panel < panels(); ++panel)
-                for (int i = 0; i < parts; ++i)
-                    if (next++ % team == rank) {
-                        T* const to = weights.get() + part[i].packed + terms(part[i]) * panel * tile_width<T>;
-                        weight.pack(part[i].rows, part[i].columns, panel * tile_width<T>, vectors(panel), to);
-                    }
-            const Scratch<T> band(size);
-            team_barrier(team);
-            for (int64_t unit = units * rank / team; unit < units * (rank + 1) / team; ++unit) {
-                const int64_t image = unit / bands, begin = unit % bands * height;
-                const int64_t end = smaller(begin + height, total);
-                const Window w = window(begin, end);
-                source.pack(image, w, band.get());
-                for (int i = 0; i < parts; ++i)
-                    for (int64_t panel = 0; panel < panels(); ++panel) {
-                        const T* const at = weights.get() + part[i].packed + terms(part[i]) * panel * tile_width<T>;
-                        const int64_t last = smaller(end, part[i].rows.count);
-                        if (vectors(panel) == tile_vectors)
-                            tiles<tile_vectors>(part[i], image, begin, last, w, band.get(), panel, at);
-                        else
-                            tiles<1>(part[i], image, begin, last, w, band.get(), panel, at);
-                    }
-            }
-        });
+    // Elements of the packed source of a band of so many rows.
+    int64_t band_size(int64_t rows) const {
+        const Window w = window(0, rows);
+        return 2 * w.rows() * w.columns() * source.channels;
     }
 
-    // Output rows [begin, end) of one part, one image and one panel of outputs.
-    template <int vectors>
-    void tiles(const Part& p, int64_t image, int64_t begin, int64_t end, Window w, const T* band, int64_t panel,
-               const T* weights) const {
-        const Axis &r = p.rows, &c = p.columns;
-        const int64_t channels = source.channels, row = w.columns() * channels;
-        const bool joined = c.dilation == 1;  // neighbouring taps read neighbouring pixels
-        const Terms terms{{r.taps, r.dilation * row},
-                          {joined ? 1 : c.taps, c.dilation * channels},
-                          joined ? c.taps * channels : channels};
-        int64_t q = begin, x = 0;
-        in_tiles((end - begin) * c.count, [&](int64_t, int64_t count, auto pixels) {
-            const T* sources[pixels];
-            int64_t at[pixels];
-            for (int i = 0; i < pixels; ++i) {
-                if (i < count) {
-                    sources[i] = band + 2 * ((r.begin(q) - w.top) * row + (c.begin(x) - w.left) * channels);
-                    at[i] = ((image * target.height + r.out_first + q * r.out_step) * target.width + c.out_first +
-                             x * c.out_step) *
-                            target.outputs;
-                    if (++x == c.count) x = 0, ++q;
-                } else {
-                    sources[i] = sources[0];  // computed and dropped
-                }
+    // Is every weight 0 or at least `least`? If not, nothing is written.
+    bool run(T least) {
+        int64_t packed = 0, pairs = 0;
+        for (int i = 0; i < parts.count; ++i) {
+            parts.part[i].packed = packed;
+            packed += terms(parts.part[i]) * (few() ? 2 * weight.outputs : panels() * tile_width<T>);
+            pairs += terms(parts.part[i]) * parts.part[i].rows.count * parts.part[i].columns.count * source.batch * weight.outputs;
+        }
+        const int threads = team_size(pairs / conv2d_grain);
+        // As few bands as keep one in the cache and leave no thread idle for long.
+        const int64_t total = rows();
+        int64_t bands = 1, height = total;
+        const auto idle = [&](int64_t units) { return 10 * ceil_div(units, threads) * threads > 11 * units; };
+        while (height > 1 && (band_size(height) * int64_t{sizeof(T)} > band_bytes || idle(source.batch * bands)))
+            height = ceil_div(total, ++bands);
+        bands = height > 0 ? ceil_div(total, height) : 0;
+
+        const Scratch<T> weights(packed + terms_ahead * tile_width<T>);
+        const int64_t units = source.batch * bands, size = band_size(height);
+        std::atomic<bool> fits{true};
+        parallel_team(threads, [&](int rank, int team) {
+            if (!pack_weights(weights.get(), least, rank, team)) fits = false;
+            const Scratch<T> band(size);
+            team_barrier(team);
+            if (!fits) return;
+            for (int64_t unit = units * rank / team; unit < units * (rank + 1) / team; ++unit) {
+                const int64_t image = unit / bands, begin = unit % bands * height, end = smaller(begin + height, total);
+                const Window w = window(begin, end);
+                source.pack(image, w, band.get());
+                for (int i = 0; i < parts.count; ++i)
+                    convolve(parts.part[i], image, begin, smaller(end, parts.part[i].rows.count), w, band.get(),
+                             weights.get() + parts.part[i].packed);
             }
-            Sums<T, pixels, vectors> sums;
-            for (auto& vector : sums.mid)
-                for (Vec<T>& sum : vector) sum = Vec<T>::fill(T(0));
-            for (auto& vector : sums.rad)
-                for (Vec<T>& sum : vector) sum = Vec<T>::fill(T(0));
-            if (terms.count() > 0) add_terms(terms, sources, weights, sums);
-            target.write(static_cast<int>(count), at, panel * tile_width<T>, sums);
         });
+        return fits;
+    }
+
+    bool pack_weights(T* out, T least, int rank, int team) const {
+        int64_t next = 0;
+        bool fits = true;
+        for (int i = 0; i < parts.count; ++i)
+            for (int64_t panel = 0; panel < (few() ? 1 : panels()); ++panel)
+                if (next++ % team == rank) {
+                    const Part& p = parts.part[i];
+                    T* const to = out + p.packed + terms(p) * panel * tile_width<T>;
+                    if (few())
+                        weight.pack_few(p.rows, p.columns, to);
+                    else
+                        weight.pack(p.rows, p.columns, panel * tile_width<T>, vectors(panel), to);
+                    const int64_t width = few() ? 2 * weight.outputs : vectors(panel) * int64_t{Vec<T>::lanes};
+                    for (int64_t j = 0; least > T(0) && j < terms(p) * width; ++j)
+                        fits = fits && !(to[j] != T(0) && to[j] < least && -to[j] < least);
+                }
+        return fits;
+    }
+
+    // Output rows [begin, end) of one part and one image.
+    void convolve(const Part& p, int64_t image, int64_t begin, int64_t end, Window w, const T* band,
+                  const T* weights) const {
+        const int64_t channels = source.channels, row = w.columns() * channels;
+        const Terms terms = terms_of(p, channels, row);
+        const auto over_tiles = [&](auto sum) {
+            int64_t q = begin, x = 0;
+            in_tiles((end - begin) * p.columns.count, [&](int64_t, int64_t count, auto pixels) {
+                const T* sources[pixels];
+                int64_t at[pixels];
+                for (int i = 0; i < count; ++i) {
+                    sources[i] = band + 2 * ((p.rows.begin(q) - w.top) * row + (p.columns.begin(x) - w.left) * channels);
+                    at[i] = ((image * height + p.rows.out_first + q * p.rows.out_step) * width + p.columns.out_first +
+                             x * p.columns.out_step) *
+                            weight.outputs;
+                    if (++x == p.columns.count) x = 0, ++q;
+                }
+                for (int64_t i = count; i < pixels; ++i) sources[i] = sources[0];  // computed and dropped
+                sum(pixels, count, sources, at);
+            });
+        };
+        const auto by_few = [&](auto outputs) {
+            constexpr int few = decltype(outputs)::number;
+            over_tiles([&](auto pixels, int64_t count, const T* const* sources, const int64_t* at) {
+                T mids[pixels][few], rads[pixels][few];
+                add_few(terms, sources, weights, mids, rads);
+                results.write(count, at, mids, rads);
+            });
+        };
+        const auto by_panel = [&](auto vectors, int64_t panel) {
+            over_tiles([&](auto pixels, int64_t count, const T* const* sources, const int64_t* at) {
+                Sums<T, pixels, vectors> sums;
+                sums.clear();
+                if (terms.count() > 0)
+                    add_blocks(terms, sources, weights + panel * terms.count() * tile_width<T>, sums);
+                results.write(count, at, panel * tile_width<T>, sums);
+            });
+        };
+        static_assert(few_outputs == 4);
+        switch (few() ? weight.outputs : 0) {
+            case 1: return by_few(Constant<1>{});
+            case 2: return by_few(Constant<2>{});
+            case 3: return by_few(Constant<3>{});
+            case 4: return by_few(Constant<4>{});
+        }
+        for (int64_t panel = 0; panel < panels(); ++panel)
+            if (vectors(panel) == tile_vectors)
+                by_panel(Constant<tile_vectors>{}, panel);
+            else
+                by_panel(Constant<1>{}, panel);
     }
 };
 
-template <class T>
-void conv2d(const Conv2d& s, const T* mid, const T* rad, const T* weight, const T* bias, T* out_mid, T* out_rad,
-            uint8_t* state) {
-    const int64_t* w = s.weight_strides;
-    Pass<T> pass{{s.batch, s.height, s.width, s.channels, mid, rad, nullptr},
-                 {weight, s.outputs, s.channels, w[0], w[1], w[2], w[3]},
-                 {s.out_height, s.out_width, s.outputs, bias, out_mid, out_rad, state,
-                  (s.batch * s.out_height * s.out_width * s.outputs + 7) / 8},
-                 1,
-                 {}};
-    pass.part[0] = {forward_axis(s.out_height, s.kernel[0], s.stride[0], s.padding[0], s.dilation[0]),
-                    forward_axis(s.out_width, s.kernel[1], s.stride[1], s.padding[1], s.dilation[1]), 0};
-    pass.run();
+int64_t packed_bytes(int64_t elements) {
+    return (elements + 7) / 8;
 }
 
 template <class T>
-void conv2d_backward(const Conv2d& s, const T* mid, const T* rad, const uint8_t* state, const T* weight, T* out_mid,
-                     T* out_rad) {
+bool conv2d(const Conv2d& s, const Outward<T>* outward, const T* mid, const T* rad, const T* weight, const T* bias,
+            T* out_mid, T* out_rad, uint8_t* state) {
     const int64_t* w = s.weight_strides;
-    Pass<T> pass{{s.batch, s.out_height, s.out_width, s.outputs, mid, rad, state},
+    const Widening<T> widening = outward ? Widening<T>{outward->on_mid, outward->on_rad, outward->least} : Widening<T>{};
+    Pass<T> pass{{s.batch, s.height, s.width, s.channels, mid, rad, {nullptr, 0, outward ? &widening : nullptr}},
+                 {weight, s.outputs, s.channels, w[0], w[1], w[2], w[3]},
+                 {s.outputs, bias, outward ? outward->bias : nullptr, out_mid, out_rad, state,
+                  packed_bytes(s.batch * s.out_height * s.out_width * s.outputs), outward != nullptr},
+                 s.out_height,
+                 s.out_width,
+                 forward_parts(s)};
+    return pass.run(widening.least / 2);
+}
+
+template <class T>
+bool conv2d_backward(const Conv2d& s, const Outward<T>* outward, const T* mid, const T* rad, const uint8_t* state,
+                     const T* weight, T* out_mid, T* out_rad) {
+    const int64_t* w = s.weight_strides;
+    const Widening<T> widening = outward ? Widening<T>{outward->on_mid, outward->on_rad, outward->least} : Widening<T>{};
+    const Packing<T> packing{state, packed_bytes(s.batch * s.out_height * s.out_width * s.outputs),
+                             outward ? &widening : nullptr};
+    Pass<T> pass{{s.batch, s.out_height, s.out_width, s.outputs, mid, rad, packing},
                  {weight, s.channels, s.outputs, w[1], w[0], w[2], w[3]},
-                 {s.height, s.width, s.channels, nullptr, out_mid, out_rad, nullptr, 0},
-                 static_cast<int>(s.stride[0] * s.stride[1]),
-                 {}};
-    for (int64_t i = 0; i < s.stride[0]; ++i)
-        for (int64_t j = 0; j < s.stride[1]; ++j)
-            pass.part[i * s.stride[1] + j] = {
-                backward_axis(i, s.height, s.kernel[0], s.stride[0], s.padding[0], s.dilation[0]),
-                backward_axis(j, s.width, s.kernel[1], s.stride[1], s.padding[1], s.dilation[1]), 0};
-    pass.run();
+                 {s.channels, nullptr, nullptr, out_mid, out_rad, nullptr, 0, outward != nullptr},
+                 s.height,
+                 s.width,
+                 backward_parts(s)};
+    return pass.run(widening.least / 2);
+}
+
+template <class T>
+int64_t conv2d_roundings(const Conv2d& s, bool backward) {
+    const Parts parts = backward ? backward_parts(s) : forward_parts(s);
+    const int64_t channels = backward ? s.outputs : s.channels, outputs = backward ? s.channels : s.outputs;
+    int64_t most = 0;
+    for (int i = 0; i < parts.count; ++i) {
+        const Terms terms = terms_of(parts.part[i], channels, 0);
+        most = greater(most, outputs <= few_outputs ? terms.roundings_of_few(Vec<T>::lanes) : terms.roundings());
+    }
+    return most;
 }
 
 }  // namespace
@@ -326,6 +375,7 @@ template <class T>
 void set_interval_conv2d(Stages<T>& stages) {
     stages.conv2d = conv2d<T>;
     stages.conv2d_backward = conv2d_backward<T>;
+    stages.conv2d_roundings = conv2d_roundings<T>;
 }
 
 template void set_interval_conv2d(Stages<float>&);

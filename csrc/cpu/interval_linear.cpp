@@ -1,11 +1,11 @@
-// A linear layer on a few boxes, its backward-data pass, and the last step of any weight's gradient. One walk over the
-// weight feeds midpoint and radius, and |W| exists in registers alone: with few boxes the weight's memory traffic is
-// all the cost, and a library would read it three times and write |W| once. With many boxes a library's matrix product
-// is faster (see ops/native.py). Sums are taken in another order than in the specification,
-// pyxai_bounds/ops/reference.py.
+// A linear layer on boxes, its backward-data pass, and the last step of any weight's gradient. One walk over the weight
+// feeds midpoint and radius, and |W| exists in registers alone; a library would read W three times and write |W| once.
+// With few boxes that traffic is all the cost, and the weight is read where it lies; with more it is packed for the
+// tiles of tile.h. Sums are taken in another order than in the specification, pyxai_bounds/ops/reference.py.
 #include "pyxai_bounds/parallel.h"
 #include "pyxai_bounds/scratch.h"
 #include "pyxai_bounds/stages.h"
+#include "pyxai_bounds/tile.h"
 #include "pyxai_bounds/vec.h"
 
 namespace pyxai_bounds::PYXAI_BOUNDS_LEVEL {
@@ -126,6 +126,143 @@ void linear_backward(int64_t batch, int64_t m, int64_t n, const T* mid, const T*
     });
 }
 
+// --- many boxes ----------------------------------------------------------------------------------------------
+
+// Pairs (weight, box) per thread, at least: about ten microseconds.
+inline constexpr int64_t products_grain = 1 << 19;
+// Terms of a panel that is packed at a time and stays in the cache while all boxes walk over it. Their sums are rounded
+// apart from those of other panels: a sum of thousands of terms loses less.
+inline constexpr int64_t panel_terms = 512;
+// Elements of the packed boxes that share one walk over the weight.
+inline constexpr int64_t boxes_elements = 1 << 20;
+
+// One square of as many rows and columns as a vector has lanes.
+template <class T>
+void transpose(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
+    for (int i = 0; i < Vec<T>::lanes; ++i)
+        for (int j = 0; j < Vec<T>::lanes; ++j) to[j * to_stride + i] = from[i * from_stride + j];
+}
+
+#if defined(__AVX512F__)
+template <>
+void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+    __m512 a[16], b[16];
+    for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(from + i * from_stride);
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; ++j) {
+            const __m512d x = _mm512_castps_pd(b[i + j]), y = _mm512_castps_pd(b[i + 2 + j]);
+            a[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
+            a[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
+        }
+    // a[4g + c] holds, in its quarter q, column 4q + c of rows 4g to 4g + 3.
+    for (int c = 0; c < 4; ++c) {
+        const __m512 low = _mm512_shuffle_f32x4(a[c], a[4 + c], 0x44), high = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xee);
+        const __m512 low2 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0x44);
+        const __m512 high2 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0xee);
+        _mm512_storeu_ps(to + c * to_stride, _mm512_shuffle_f32x4(low, low2, 0x88));
+        _mm512_storeu_ps(to + (4 + c) * to_stride, _mm512_shuffle_f32x4(low, low2, 0xdd));
+        _mm512_storeu_ps(to + (8 + c) * to_stride, _mm512_shuffle_f32x4(high, high2, 0x88));
+        _mm512_storeu_ps(to + (12 + c) * to_stride, _mm512_shuffle_f32x4(high, high2, 0xdd));
+    }
+}
+#endif
+
+// The weight as a sum uses it: of `outputs`, each of `terms` terms.
+template <class T>
+struct Factors {
+    int64_t outputs, terms, output_stride, term_stride;
+    const T* data;
+
+    // Terms [begin, end) of outputs from `output` on, `vectors` vectors of them; outputs past the last are zeros.
+    void pack(int64_t output, int64_t begin, int64_t end, int vectors, T* out) const {
+        constexpr int64_t L = Vec<T>::lanes;
+        const int64_t width = vectors * L, count = smaller(width, outputs - output);
+        const T* const from = data + output * output_stride;
+        for (int64_t k = begin; k < end; k += L, out += L * width) {
+            const int64_t some = smaller(L, end - k);
+            int64_t o = 0;
+            if (term_stride == 1 && some == L)
+                for (; o + L <= count; o += L) transpose(from + o * output_stride + k, output_stride, out + o, width);
+            for (int64_t i = 0; i < some; ++i) {
+                int64_t j = o;
+                for (; j < count; ++j) out[i * width + j] = from[j * output_stride + (k + i) * term_stride];
+                for (; j < width; ++j) out[i * width + j] = T(0);
+            }
+        }
+    }
+};
+
+// One panel: outputs from `output` on, for `boxes` boxes.
+template <int vectors, class T>
+void panel_of_products(const Factors<T>& weight, int64_t output, int64_t boxes, const T* packed, int64_t first_box,
+                       const Results<T>& results, T* panel) {
+    for (int64_t k = 0; k < weight.terms; k += panel_terms) {
+        const int64_t count = smaller(panel_terms, weight.terms - k);
+        weight.pack(output, k, k + count, vectors, panel);
+        in_tiles(boxes, [&](int64_t first, int64_t here, auto pixels) {
+            const T* sources[pixels];
+            int64_t at[pixels];
+            for (int64_t i = 0; i < pixels; ++i) {
+                const int64_t box = first + (i < here ? i : 0);
+                sources[i] = packed + 2 * (box * weight.terms + k);
+                at[i] = (first_box + box) * weight.outputs;
+            }
+            Sums<T, pixels, vectors> sums;
+            sums.clear();
+            add_blocks({{1, 0}, {1, 0}, count}, sources, panel, sums);
+            if (k > 0) results.add_to(here, at, output, sums);
+            if (k + count < weight.terms)
+                results.partial().write(here, at, output, sums);
+            else
+                results.write(here, at, output, sums);
+        });
+    }
+}
+
+// Boxes times weight, ReLU' before it if there is a state of it, a bias and ReLU after it if there is somewhere to go.
+template <class T>
+void products(int64_t batch, const T* mid, const T* rad, const std::uint8_t* state, const Factors<T>& weight,
+              const Results<T>& results) {
+    const int64_t width = tile_width<T>, panels = ceil_div(weight.outputs, width), terms = weight.terms;
+    const int64_t together = greater(tile_pixels, smaller(batch, boxes_elements / greater(terms, 1)));
+    const Scratch<T> packed(2 * together * terms);
+    const Packing<T> packing{state, (batch * terms + 7) / 8, nullptr};
+    parallel_team(team_size(batch * terms * weight.outputs / products_grain), [&](int rank, int team) {
+        const Scratch<T> panel((smaller(terms, panel_terms) + 16 + terms_ahead) * width);
+        for (int64_t first = 0; first < batch; first += together) {
+            const int64_t boxes = smaller(together, batch - first);
+            for (int64_t box = first + boxes * rank / team; box < first + boxes * (rank + 1) / team; ++box) {
+                T* const out = packed.get() + 2 * (box - first) * terms;
+                packing.pack(terms, box * terms, mid + box * terms, rad + box * terms, out);
+            }
+            team_barrier(team);
+            for (int64_t p = panels * rank / team; p < panels * (rank + 1) / team; ++p)
+                (weight.outputs - p * width > Vec<T>::lanes ? panel_of_products<tile_vectors, T>
+                                                            : panel_of_products<1, T>)(
+                    weight, p * width, boxes, packed.get(), first, results, panel.get());
+            team_barrier(team);  // nobody packs the next boxes while somebody reads these
+        }
+    });
+}
+
+template <class T>
+void linear_many(int64_t batch, int64_t n, int64_t m, const T* mid, const T* rad, const T* weight, int64_t row_stride,
+                 int64_t column_stride, const T* bias, T* out_mid, T* out_rad, std::uint8_t* state) {
+    products<T>(batch, mid, rad, nullptr, {m, n, row_stride, column_stride, weight},
+                {m, bias, nullptr, out_mid, out_rad, state, (batch * m + 7) / 8, false});
+}
+
+template <class T>
+void linear_backward_many(int64_t batch, int64_t m, int64_t n, const T* mid, const T* rad, const std::uint8_t* state,
+                          const T* weight, int64_t row_stride, int64_t column_stride, T* out_mid, T* out_rad) {
+    products<T>(batch, mid, rad, state, {n, m, column_stride, row_stride, weight},
+                {n, nullptr, nullptr, out_mid, out_rad, nullptr, 0, false});
+}
+
 // The sign of 0 and of NaN is 0, as PyTorch has it.
 template <class T>
 void signed_sum(int64_t n, const T* a, const T* b, const T* weight, T* out) {
@@ -150,6 +287,8 @@ void set_interval_linear(Stages<T>& stages) {
     stages.signed_sum = signed_sum<T>;
     stages.linear = linear<T>;
     stages.linear_backward = linear_backward<T>;
+    stages.linear_many = linear_many<T>;
+    stages.linear_backward_many = linear_backward_many<T>;
 }
 
 template void set_interval_linear(Stages<float>&);

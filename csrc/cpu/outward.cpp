@@ -1,7 +1,6 @@
 // What an outward-rounded affine operator does to its factors before they are multiplied: one pass over memory each.
 // The specification is pyxai_bounds/rounding.py (widen, magnitude); the results agree with it to the last bit.
-#include <limits>
-
+#include "pyxai_bounds/outward.h"
 #include "pyxai_bounds/parallel.h"
 #include "pyxai_bounds/stages.h"
 #include "pyxai_bounds/vec.h"
@@ -20,17 +19,11 @@ void each(int64_t n, At at) {
     });
 }
 
-// (rad·on_rad + |mid|·on_mid)(1 + 16u), and `least` more where midpoint or radius is not 0.
 template <class T>
 void widen(int64_t n, const T* mid, const T* rad, T on_mid, T on_rad, T least, T* out) {
     each<T>(n, [=](auto lanes, int64_t i) {
         using V = decltype(lanes);
-        const V zero = V::fill(T(0));
-        const V size = V::absolute(V::load(mid + i)), r = V::load(rad + i);
-        const V spread = r * V::fill(on_rad) + size * V::fill(on_mid);
-        const V wide = spread * V::fill(1 + 8 * std::numeric_limits<T>::epsilon());
-        const auto some = V::either(V::exceeds(size, zero), V::exceeds(r, zero));
-        (wide + V::select(some, V::fill(least), zero)).store(out + i);
+        widened(V::load(mid + i), V::load(rad + i), Widening<T>{on_mid, on_rad, least}).store(out + i);
     });
 }
 

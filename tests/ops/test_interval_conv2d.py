@@ -5,8 +5,22 @@ import torch
 from torch.library import opcheck
 
 from pyxai_bounds import ops
+from pyxai_bounds import rounding as rd
+from pyxai_bounds.ops import native, reference
+from pyxai_bounds.ops.layout import unpack
 
-from .cases import DTYPES, assert_encloses, assert_identical, box, channels_last, leaves, needs_native, samples
+from .cases import (
+    DTYPES,
+    LEVELS,
+    assert_encloses,
+    assert_identical,
+    box,
+    channels_last,
+    leaves,
+    level,
+    needs_native,
+    samples,
+)
 
 ARGS = ([2, 1], [1, 2], [1, 2], 2)  # stride, padding, dilation, groups
 PLAIN = ([1, 1], [0, 0], [1, 1], 1)
@@ -50,11 +64,172 @@ def outputs_and_gradients(name, relu, **sizes):
         dict(shape=(4, 3, 32, 32), outputs=17, kernel=(3, 3), args=([1, 1], [1, 1], [1, 1], 1)),
     ],
 )
-def test_native_is_identical(sizes, dtype, layout, relu):
-    actual = outputs_and_gradients("native", relu, dtype=dtype, layout=layout, **sizes)
-    expected = outputs_and_gradients("reference", relu, dtype=dtype, layout=layout, **sizes)
+def test_native_is_identical_where_a_library_convolves(sizes, dtype, layout, relu):
+    with level("portable"):
+        actual = outputs_and_gradients("native", relu, dtype=dtype, layout=layout, **sizes)
+        expected = outputs_and_gradients("reference", relu, dtype=dtype, layout=layout, **sizes)
     for a, e in zip(actual, expected, strict=True):
         assert_identical(a, e)
+
+
+# Kernels, strides, paddings and dilations that meet every way through the tiles: fewer, more and as many outputs as a
+# register has lanes; runs that end in mid-register; remainders of a stride that no tap reaches; taps outside of
+# the image; more than one block of terms; an image for each thread, and bands of one image.
+TILES = [
+    dict(shape=(2, 16, 6, 7), outputs=32, kernel=(3, 3), args=([1, 1], [1, 1], [1, 1], 1)),
+    dict(shape=(2, 3, 9, 8), outputs=48, kernel=(3, 2), args=([1, 1], [1, 0], [1, 1], 1)),
+    dict(shape=(3, 5, 8, 9), outputs=17, kernel=(4, 4), args=([2, 2], [1, 1], [1, 1], 1)),
+    dict(shape=(1, 4, 11, 10), outputs=16, kernel=(3, 3), args=([2, 3], [2, 1], [2, 1], 1)),
+    dict(shape=(2, 2, 9, 9), outputs=5, kernel=(3, 3), args=([2, 2], [2, 2], [2, 2], 1)),
+    dict(shape=(2, 8, 7, 5), outputs=8, kernel=(1, 1), args=([2, 2], [0, 0], [1, 1], 1)),
+    dict(shape=(1, 2, 5, 6), outputs=2, kernel=(3, 3), args=([1, 2], [3, 4], [1, 1], 1)),
+    dict(shape=(2, 7, 6, 4), outputs=3, kernel=(2, 3), args=([1, 1], [0, 1], [2, 1], 1)),
+    dict(shape=(1, 2, 8, 8), outputs=4, kernel=(5, 5), args=([3, 3], [2, 2], [1, 1], 1)),
+    dict(shape=(1, 150, 3, 3), outputs=20, kernel=(3, 3), args=([1, 1], [1, 1], [1, 1], 1)),
+    dict(shape=(3, 32, 16, 16), outputs=32, kernel=(3, 3), args=([1, 1], [1, 1], [1, 1], 1)),
+    dict(shape=(1, 32, 33, 16), outputs=33, kernel=(3, 3), args=([1, 1], [1, 1], [1, 1], 1)),
+]
+
+
+@pytest.fixture(params=LEVELS)
+def tiles(request, monkeypatch):
+    """The native convolution at each level, those included where a library's is faster."""
+    monkeypatch.setattr(native, "TILED", LEVELS)
+    # Whatever falls back is no test of the kernel.
+    monkeypatch.setattr(reference, "interval_conv2d", None)
+    monkeypatch.setattr(reference, "interval_conv2d_backward", None)
+    with level(request.param):
+        yield
+
+
+def assert_contains(mid, rad, points):
+    """Without any slack: the ends of a float32 box are float64 numbers."""
+    assert (points >= mid.double() - rad.double()).all() and (points <= mid.double() + rad.double()).all()
+
+
+def assert_sums_agree(actual, exact, magnitudes, terms):
+    """A sum in the dtype and one in float64, in whatever orders: they differ by γ of the sum of magnitudes at most."""
+    assert actual.shape == exact.shape and actual.is_contiguous(memory_format=torch.channels_last)
+    gamma = (terms + 2) * torch.finfo(actual.dtype).eps
+    assert ((actual.double() - exact).abs() <= gamma * magnitudes).all()
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", TILES)
+def test_tiles_convolve(sizes, dtype, tiles):
+    """The sums of a library, in another order, and then the same ReLU, with the same ReLU′ before them."""
+    mid, rad, weight, bias, grad, state = problem(dtype=dtype, layout=channels_last, **sizes)
+    args, size = sizes["args"], list(mid.shape)
+    wide = [t.double() for t in (mid, rad, weight, *grad)]
+    terms = weight[0].numel() + len(weight) * weight[0, 0].numel()
+    out = native.interval_conv2d(mid, rad, weight, bias, *args, False)
+    sizes_of = torch.conv2d(wide[0].abs(), wide[2].abs(), bias.double().abs(), *args[:3])
+    assert_sums_agree(out[0], torch.conv2d(wide[0], wide[2], bias.double(), *args[:3]), sizes_of, terms)
+    exact = torch.conv2d(wide[1], wide[2].abs(), None, *args[:3])
+    assert_sums_agree(out[1], exact, exact, terms)
+    for a, e in zip(
+        native.interval_conv2d(mid, rad, weight, bias, *args, True), native.interval_relu(*out[:2]), strict=True
+    ):
+        assert_identical(a, e)
+    for order in (channels_last, torch.Tensor.contiguous):
+        assert torch.equal(native.interval_conv2d(mid, rad, order(weight), None, *args, False)[1], out[1])
+    back = native.interval_conv2d_backward(*grad, weight, None, size, *args)
+    sizes_of = reference.conv2d_input(wide[3].abs(), wide[2].abs(), size, *args)
+    assert_sums_agree(back[0], reference.conv2d_input(wide[3], wide[2], size, *args), sizes_of, terms)
+    exact = reference.conv2d_input(wide[4], wide[2].abs(), size, *args)
+    assert_sums_agree(back[1], exact, exact, terms)
+    gated = native.interval_relu_backward(*grad, state)[:2]
+    for a, e in zip(
+        native.interval_conv2d_backward(*grad, weight, state, size, *args),
+        native.interval_conv2d_backward(*gated, weight, None, size, *args),
+        strict=True,
+    ):
+        assert_identical(a, e)
+
+
+@needs_native
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("rounding", [rd.Rounding.OUTWARD, rd.Rounding.EVALUATED])
+@pytest.mark.parametrize("sizes", TILES)
+def test_tiles_round_outward(sizes, rounding, relu, tiles):
+    """float32 boxes hold, without any slack, what float64 computes at corners and samples; a point at 0 stays one."""
+    mid, rad, weight, bias, grad, state = problem(dtype=torch.float32, layout=channels_last, **sizes)
+    rad, grad = rad * 1e-6, [grad[0], grad[1] * 1e-6]
+    mid[:, :, :1], rad[:, :, :1] = 0.0, 0.0
+    args, size, used = sizes["args"], list(mid.shape), state if relu else None
+    wide = [t.double() for t in (mid, rad, weight, bias, *grad)]
+    out = native.interval_conv2d(mid, rad, weight, bias, *args, relu, rounding)
+    back = native.interval_conv2d_backward(*grad, weight, used, size, *args, rounding)
+    for x, g in zip(samples(*wide[:2]), samples(*wide[4:], seed=1), strict=True):
+        z = torch.conv2d(x, wide[2], wide[3], *args[:3])
+        assert_contains(*out[:2], z.relu() if relu else z)
+        if relu:  # any member of ReLU' that the state allows
+            active, alive = unpack(state, g)
+            g = torch.where(active, g, torch.where(alive, g * torch.rand_like(g).round(), 0.0))
+        assert_contains(*back, reference.conv2d_input(g, wide[2], size, *args))
+    nothing = torch.zeros_like(mid), torch.zeros_like(rad)
+    assert not torch.cat(native.interval_conv2d(*nothing, weight, None, *args, relu, rounding)[:2]).any()
+
+
+@needs_native
+def test_tiles_leave_the_smallest_weights_to_the_reference():
+    """A product with one may underflow, which the widened radii would not cover."""
+    mid, rad, weight, bias, grad, state = problem(dtype=torch.float32, layout=channels_last, **TILES[0])
+    weight[3, 4, 1, 1] = 1e-30
+    args, size = TILES[0]["args"], list(mid.shape)
+    rounding = rd.Rounding.OUTWARD
+    for a, e in zip(
+        (
+            *native.interval_conv2d(mid, rad, weight, bias, *args, True, rounding),
+            *native.interval_conv2d_backward(*grad, weight, state, size, *args, rounding),
+        ),
+        (
+            *reference.interval_conv2d(mid, rad, weight, bias, *args, True, rounding),
+            *reference.interval_conv2d_backward(*grad, weight, state, size, *args, rounding),
+        ),
+        strict=True,
+    ):
+        assert_identical(a, e)
+
+
+@needs_native
+def test_tiles_hide_no_nan(tiles):
+    mid, rad, weight, bias, grad, state = problem(dtype=torch.float32, layout=channels_last, **TILES[0])
+    args, size = TILES[0]["args"], list(mid.shape)
+    mid[0, 3, 2, 2], grad[1][0, 3, 2, 2] = float("nan"), float("inf")
+    clean = torch.ones(1, 1, *size[2:])
+    clean[:, :, 1:4, 1:4] = 0  # what the 3 × 3 taps reach
+    for rounding in rd.Rounding:
+        out = native.interval_conv2d(mid, rad, weight, bias, *args, False, rounding)
+        back = native.interval_conv2d_backward(*grad, weight, None, size, *args, rounding)
+        assert torch.equal(out[0][:1].isnan(), (clean == 0).expand_as(out[0][:1])) and out[0][1:].isfinite().all()
+        assert torch.equal(back[1][:1].isfinite(), (clean == 1).expand_as(back[1][:1]))
+        if rounding:
+            assert torch.equal(out[1].isnan(), out[0].isnan())
+    weight[5, 2, 1, 1] = float("nan")
+    dead = torch.zeros_like(state)
+    assert native.interval_conv2d_backward(*grad, weight, dead, size, *args)[0][:, 2].isnan().all()
+
+
+@needs_native
+def test_tiles_do_not_depend_on_threads_or_batch():
+    mid, rad, weight, bias, grad, state = problem(dtype=torch.float32, layout=channels_last, **TILES[-2])
+    args, size = TILES[-2]["args"], list(mid.shape)
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(
+            (
+                *native.interval_conv2d(mid, rad, weight, bias, *args, True),
+                *native.interval_conv2d_backward(*grad, weight, state, size, *args),
+            )
+        )
+    torch.set_num_threads(1)
+    for one, two in zip(*results, strict=True):
+        assert_identical(one, two)
+    alone = native.interval_conv2d(mid[1:2], rad[1:2], weight, bias, *args, True)
+    assert torch.equal(alone[0], results[0][0][1:2]) and torch.equal(alone[1], results[0][1][1:2])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

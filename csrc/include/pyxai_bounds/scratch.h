@@ -19,6 +19,7 @@ constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
 
 template <int value>
 struct Constant {
+    static constexpr int number = value;
     constexpr operator int() const { return value; }
 };
 

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "pyxai_bounds/keep.h"
+#include "pyxai_bounds/outward.h"
 #include "pyxai_bounds/scratch.h"
 #include "pyxai_bounds/vec.h"
 
@@ -31,31 +32,55 @@ struct Runs {
     std::int64_t count, pitch;
 };
 
+// Terms of which a sum is rounded by itself before it is added to the others: a sum of n terms loses γ of
+// n / block_terms + block_terms roundings and not of n. (Blocks of 64 took 4 % longer, these nothing.)
+inline constexpr std::int64_t block_terms = 128;
+
 // The terms of a sum: runs of runs.
 struct Terms {
     Runs outer, inner;
     std::int64_t length;
     std::int64_t count() const { return outer.count * inner.count * length; }
+    bool is_one_block() const { return count() <= block_terms; }
+    bool has_short_rows() const { return inner.count * length <= block_terms; }
+    // Roundings in a row in a sum by `add_blocks`: of one product (where multiply_add rounds twice), of the sum of a
+    // block, and of the sum of blocks.
+    std::int64_t roundings() const {
+        if (is_one_block()) return 1 + count() + 1;
+        if (has_short_rows()) return 1 + inner.count * length + outer.count;
+        return 1 + smaller(block_terms, length) + outer.count * inner.count * ceil_div(length, block_terms);
+    }
+    // The same of `add_few`: of one product, of a lane's sum or that of what is left over, and of the sum of lanes.
+    std::int64_t roundings_of_few(std::int64_t lanes) const {
+        const std::int64_t steps = 2 * length / lanes, left = length - steps * lanes / 2;
+        return 1 + outer.count * inner.count * greater(steps, left) + lanes / 2;
+    }
 };
 
 template <class T, int pixels, int vectors>
 struct Sums {
     Vec<T> mid[pixels][vectors], rad[pixels][vectors];
+
+    void clear() {
+        for (int p = 0; p < pixels; ++p)
+            for (int v = 0; v < vectors; ++v) mid[p][v] = rad[p][v] = Vec<T>::fill(T(0));
+    }
 };
 
-// Adds the terms of `pixels` pixels times `vectors` vectors of outputs. A function of its own, with sums of its own:
-// those of the caller have an address, and would be stored at each term.
+// Adds the terms of `pixels` pixels times `vectors` vectors of outputs, as one sum that is rounded by itself. A function
+// of its own, with sums of its own: those of the caller have an address, and would be stored at each term.
 template <class T, int pixels, int vectors>
-__attribute__((noinline)) void add_terms(Terms terms, const T* const* sources, const T* panel,
+__attribute__((noinline)) void add_block(Terms terms, const T* const* sources, std::int64_t offset, const T* panel,
                                          Sums<T, pixels, vectors>& into) {
     using V = Vec<T>;
-    Sums<T, pixels, vectors> sums = into;
+    Sums<T, pixels, vectors> sums;
+    sums.clear();
     for (std::int64_t o = 0; o < terms.outer.count; ++o)
         for (std::int64_t i = 0; i < terms.inner.count; ++i) {
             const T* source[pixels];
 #pragma GCC unroll 8
             for (int p = 0; p < pixels; ++p)
-                source[p] = sources[p] + 2 * (o * terms.outer.pitch + i * terms.inner.pitch);
+                source[p] = sources[p] + 2 * (offset + o * terms.outer.pitch + i * terms.inner.pitch);
             for (std::int64_t k = 0; k < terms.length; ++k, panel += vectors * V::lanes) {
                 V weight[vectors], size[vectors];
 #pragma GCC unroll 2
@@ -75,7 +100,79 @@ __attribute__((noinline)) void add_terms(Terms terms, const T* const* sources, c
                 }
             }
         }
-    into = sums;
+    for (int p = 0; p < pixels; ++p)
+        for (int v = 0; v < vectors; ++v) {
+            into.mid[p][v] = into.mid[p][v] + sums.mid[p][v];
+            into.rad[p][v] = into.rad[p][v] + sums.rad[p][v];
+        }
+}
+
+// Adds all terms, block by block.
+template <class T, int pixels, int vectors>
+void add_blocks(Terms terms, const T* const* sources, const T* panel, Sums<T, pixels, vectors>& sums) {
+    if (terms.is_one_block()) return add_block(terms, sources, 0, panel, sums);
+    constexpr std::int64_t width = vectors * Vec<T>::lanes;
+    for (std::int64_t o = 0; o < terms.outer.count; ++o) {
+        const std::int64_t row = o * terms.outer.pitch;
+        if (terms.has_short_rows()) {
+            add_block({{1, 0}, terms.inner, terms.length}, sources, row, panel, sums);
+            panel += terms.inner.count * terms.length * width;
+            continue;
+        }
+        for (std::int64_t i = 0; i < terms.inner.count; ++i)
+            for (std::int64_t k = 0; k < terms.length; k += block_terms) {
+                const std::int64_t some = smaller(block_terms, terms.length - k);
+                add_block({{1, 0}, {1, 0}, some}, sources, row + i * terms.inner.pitch + k, panel, sums);
+                panel += some * width;
+            }
+    }
+}
+
+// The same for few outputs, where lanes would be idle: lanes run along the terms, midpoints and radii by turns, and a
+// weight comes as the pair (w, |w|), `outputs` rows of them. One sum holds both halves until the end.
+template <class T, int pixels, int outputs>
+__attribute__((noinline)) void add_few(Terms terms, const T* const* sources, const T* weights,
+                                       T (&mid)[pixels][outputs], T (&rad)[pixels][outputs]) {
+    using V = Vec<T>;
+    const std::int64_t row = 2 * terms.count(), length = 2 * terms.length, whole = length / V::lanes * V::lanes;
+    V sums[pixels][outputs];
+    for (auto& sum : sums)
+        for (V& x : sum) x = V::fill(T(0));
+    for (int p = 0; p < pixels; ++p)
+        for (int o = 0; o < outputs; ++o) mid[p][o] = rad[p][o] = T(0);
+    for (std::int64_t outer = 0; outer < terms.outer.count; ++outer)
+        for (std::int64_t inner = 0; inner < terms.inner.count; ++inner, weights += length) {
+            const T* source[pixels];
+#pragma GCC unroll 8
+            for (int p = 0; p < pixels; ++p)
+                source[p] = sources[p] + 2 * (outer * terms.outer.pitch + inner * terms.inner.pitch);
+            for (std::int64_t k = 0; k < whole; k += V::lanes) {
+                V weight[outputs];
+#pragma GCC unroll 4
+                for (int o = 0; o < outputs; ++o) weight[o] = V::load(weights + o * row + k);
+#pragma GCC unroll 8
+                for (int p = 0; p < pixels; ++p) {
+                    const V boxes = V::load(source[p] + k);
+#pragma GCC unroll 4
+                    for (int o = 0; o < outputs; ++o) sums[p][o] = V::multiply_add(weight[o], boxes, sums[p][o]);
+                }
+            }
+            for (std::int64_t k = whole; k < length; k += 2)
+                for (int p = 0; p < pixels; ++p)
+                    for (int o = 0; o < outputs; ++o) {
+                        mid[p][o] += weights[o * row + k] * source[p][k];
+                        rad[p][o] += weights[o * row + k + 1] * source[p][k + 1];
+                    }
+        }
+    for (int p = 0; p < pixels; ++p)
+        for (int o = 0; o < outputs; ++o) {
+            T lanes[V::lanes];
+            sums[p][o].store(lanes);
+            for (int i = 0; i < V::lanes; i += 2) {
+                mid[p][o] += lanes[i];
+                rad[p][o] += lanes[i + 1];
+            }
+        }
 }
 
 // Calls f(first, count, Constant<tile>) for tiles that cover [0, n); the last may reach past n.
@@ -89,38 +186,126 @@ void in_tiles(std::int64_t n, F f) {
     for (; i < n; i += tile_rest) f(i, smaller(tile_rest, n - i), Constant<tile_rest>{});
 }
 
-// `count` boxes as pairs.
-template <class T>
-void pack_pairs(std::int64_t count, const T* mid, const T* rad, T* __restrict out) {
-    for (std::int64_t i = 0; i < count; ++i) {
-        out[2 * i] = mid[i];
-        out[2 * i + 1] = rad[i];
-    }
-}
-
 // Packed bits are read and written by whole bytes: boxes whose bits begin at a multiple of this.
 template <class T>
 inline constexpr int bits_together = Vec<T>::lanes > 8 ? Vec<T>::lanes : 8;
 
-// The same after ReLU', whose packed state has `plane` bytes in each plane; `first` is the element that comes first.
-// `first` and `count` are multiples of `bits_together`.
+// How boxes become pairs: after ReLU', if there is a state of it, and rounded outward, if there is a widening.
 template <class T>
-void pack_gated_pairs(std::int64_t count, const T* mid, const T* rad, const std::uint8_t* state, std::int64_t plane,
-                      std::int64_t first, T* __restrict out) {
-    using V = Vec<T>;
-    constexpr int group = bits_together<T>;
-    for (std::int64_t i = 0; i < count; i += group) {
-        const Bits bits = Bits::load(state, plane, (first + i) / 8, group / 8);
-        T mids[group], rads[group];
-        for (int j = 0; j < group; j += V::lanes) {
-            V m = V::load(mid + i + j), r = V::load(rad + i + j);
-            const Keep<V> in{V::from_bits(bits.lower >> j), V::from_bits(bits.upper >> j)};
-            keep_ends<false, T>(m, r, relu_backward_keeps(m, r, in));
-            m.store(mids + j);
-            r.store(rads + j);
+struct Packing {
+    const std::uint8_t* state;
+    std::int64_t plane;  // bytes of the state in each plane
+    const Widening<T>* widening;
+
+    // `first` is the number of the first box in the state; it and `count` are then multiples of `bits_together`.
+    void pack(std::int64_t count, std::int64_t first, const T* mid, const T* rad, T* __restrict out) const {
+        if (!state && !widening) return interleave(count, mid, rad, out);
+        constexpr int group = bits_together<T>, L = Vec<T>::lanes;
+        std::int64_t i = 0;
+        for (; i + group <= count; i += group) {
+            const Bits bits = state ? Bits::load(state, plane, (first + i) / 8, group / 8) : Bits{0, 0};
+            T mids[group], rads[group];
+            for (int j = 0; j < group; j += L) prepare<Vec<T>>(mid + i + j, rad + i + j, bits, j, mids + j, rads + j);
+            interleave(group, mids, rads, out + 2 * i);
         }
-        pack_pairs(group, mids, rads, out + 2 * i);
+        for (; i < count; ++i) {
+            T mids[1], rads[1];
+            prepare<Scalar<T>>(mid + i, rad + i, {0, 0}, 0, mids, rads);
+            interleave(1, mids, rads, out + 2 * i);
+        }
     }
-}
+
+    template <class V>
+    void prepare(const T* mid, const T* rad, Bits bits, int shift, T* mids, T* rads) const {
+        V m = V::load(mid), r = V::load(rad);
+        if (state) {
+            const Keep<V> in{V::from_bits(bits.lower >> shift), V::from_bits(bits.upper >> shift)};
+            const Keep<V> keep = relu_backward_keeps(m, r, in);
+            widening ? keep_ends<true, T>(m, r, keep) : keep_ends<false, T>(m, r, keep);
+        }
+        if (widening) r = widened(m, r, *widening);
+        m.store(mids);
+        r.store(rads);
+    }
+
+    static void interleave(std::int64_t count, const T* mid, const T* rad, T* __restrict out) {
+        for (std::int64_t i = 0; i < count; ++i) {
+            out[2 * i] = mid[i];
+            out[2 * i + 1] = rad[i];
+        }
+    }
+};
+
+// Where sums go: `outputs` neighbours for each pixel, with a bias first and ReLU after, if there are any. A state needs
+// outputs that are a multiple of `bits_together`. Rounded outward, a radius is NaN where the midpoint is not finite: there
+// a partial sum has overflowed and says nothing of the real number, so that ReLU must not call it active or dead.
+template <class T>
+struct Results {
+    std::int64_t outputs;
+    const T *bias, *rad_bias;
+    T *mid, *rad;
+    std::uint8_t* state;
+    std::int64_t plane;  // bytes of the state in each plane
+    bool outward;
+
+    // `at`: where the outputs of each of `count` pixels begin; `output` is the first of the sums.
+    template <int pixels, int vectors>
+    void write(std::int64_t count, const std::int64_t* at, std::int64_t output,
+               const Sums<T, pixels, vectors>& sums) const {
+        constexpr int L = Vec<T>::lanes;
+        for (int p = 0; p < count; ++p)
+            for (int v = 0; v < vectors; ++v) {
+                const std::int64_t first = output + v * L, left = outputs - first, i = at[p] + first;
+                if (left >= L) {
+                    write_vector(i, first, sums.mid[p][v], sums.rad[p][v]);
+                } else {
+                    T mids[L], rads[L];
+                    sums.mid[p][v].store(mids);
+                    sums.rad[p][v].store(rads);
+                    for (std::int64_t j = 0; j < left; ++j)
+                        write_vector(i + j, first + j, Scalar<T>::load(mids + j), Scalar<T>::load(rads + j));
+                }
+            }
+    }
+
+    // Adds the sums that were written before, where these are of more terms.
+    template <int pixels, int vectors>
+    void add_to(std::int64_t count, const std::int64_t* at, std::int64_t output, Sums<T, pixels, vectors>& sums) const {
+        constexpr int L = Vec<T>::lanes;
+        for (int p = 0; p < count; ++p)
+            for (int v = 0; v < vectors; ++v) {
+                const std::int64_t first = output + v * L, left = smaller(outputs - first, L), i = at[p] + first;
+                T mids[L] = {}, rads[L] = {};
+                for (std::int64_t j = 0; j < left; ++j) mids[j] = mid[i + j], rads[j] = rad[i + j];
+                sums.mid[p][v] = Vec<T>::load(mids) + sums.mid[p][v];
+                sums.rad[p][v] = Vec<T>::load(rads) + sums.rad[p][v];
+            }
+    }
+    Results partial() const { return {outputs, nullptr, nullptr, mid, rad, nullptr, 0, false}; }
+
+    template <class V>
+    void write_vector(std::int64_t i, std::int64_t output, V m, V r) const {
+        if (bias) m = m + V::load(bias + output);
+        if (rad_bias) r = r + V::load(rad_bias + output);
+        if (outward) r = r + m * V::fill(T(0));
+        if constexpr (V::lanes > 1)
+            if (state) {
+                const Keep<V> keep = relu_keeps(m, r);
+                outward ? keep_ends<true, T>(m, r, keep) : keep_ends<false, T>(m, r, keep);
+                Bits{V::bits(keep.lower), V::bits(keep.upper)}.store(state, plane, i / 8, V::lanes / 8);
+            }
+        m.store(mid + i);
+        r.store(rad + i);
+    }
+
+    template <int pixels, int few>
+    void write(std::int64_t count, const std::int64_t* at, const T (&mids)[pixels][few],
+               const T (&rads)[pixels][few]) const {
+        for (int p = 0; p < count; ++p)
+            for (int o = 0; o < few; ++o) {
+                write_vector(at[p] + o, o, Scalar<T>::load(&mids[p][o]), Scalar<T>::load(&rads[p][o]));
+            }
+    }
+};
 
 }  // namespace pyxai_bounds::PYXAI_BOUNDS_LEVEL
