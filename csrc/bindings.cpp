@@ -119,19 +119,22 @@ void gate(int element_size, int64_t n, Address mid, Address rad, Address bits, A
 }
 
 void scale_shift(int element_size, int64_t n, int64_t channels, int64_t inner, Address mid, Address rad, Address scale,
-                 Address shift, Address out_mid, Address out_rad) {
+                 Address shift, Address scale_rad, Address shift_rad, double evaluated, double least, Address out_mid,
+                 Address out_rad) {
     typed(element_size, [=](const auto& stages) {
         using T = decltype(element_type(stages));
-        stages.scale_shift(n, channels, inner, at<T>(mid), at<T>(rad), at<T>(scale), at<T>(shift), at<T>(out_mid),
-                           at<T>(out_rad));
+        const ScaleShift<T> by{at<T>(scale),     at<T>(shift),           at<T>(scale_rad),
+                               at<T>(shift_rad), static_cast<T>(evaluated), static_cast<T>(least)};
+        stages.scale_shift(n, channels, inner, by, at<T>(mid), at<T>(rad), at<T>(out_mid), at<T>(out_rad));
     });
 }
 
 void mul(int element_size, int64_t n, Address a_mid, Address a_rad, Address b_mid, Address b_rad, Address out_mid,
-         Address out_rad) {
+         Address out_rad, double lost, double least) {
     typed(element_size, [=](const auto& stages) {
         using T = decltype(element_type(stages));
-        stages.mul(n, at<T>(a_mid), at<T>(a_rad), at<T>(b_mid), at<T>(b_rad), at<T>(out_mid), at<T>(out_rad));
+        stages.mul(n, at<T>(a_mid), at<T>(a_rad), at<T>(b_mid), at<T>(b_rad), at<T>(out_mid), at<T>(out_rad),
+                   static_cast<T>(lost), static_cast<T>(least));
     });
 }
 

@@ -377,12 +377,12 @@ def interval_scale_shift(
     shift_rad: Tensor | None = None,
     rounding: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    if rounding or scale_rad is not None or shift_rad is not None:
-        return reference.interval_scale_shift(mid, rad, scale, shift, scale_rad, shift_rad, rounding)
     mid, rad = _boxes(mid, rad)
     channels = mid.shape[1]
-    scale = _per_channel("scale", scale, mid)
-    shift = None if shift is None else _per_channel("shift", shift, mid)
+    numbers = [
+        None if values is None else _per_channel(name, values, mid)
+        for name, values in (("scale", scale), ("shift", shift), ("scale_rad", scale_rad), ("shift_rad", shift_rad))
+    ]
     if memory_format(mid) is torch.channels_last or mid.numel() == 0:
         inner = 1
     else:
@@ -390,7 +390,8 @@ def interval_scale_shift(
     out_mid, out_rad = _like(mid), _like(mid)
     _module().scale_shift(
         mid.element_size(), mid.numel(), channels, inner, mid.data_ptr(), rad.data_ptr(),
-        scale.data_ptr(), 0 if shift is None else shift.data_ptr(), out_mid.data_ptr(), out_rad.data_ptr(),
+        *(0 if values is None else values.data_ptr() for values in numbers),
+        *reference.scale_shift_losses(mid.dtype, rounding), out_mid.data_ptr(), out_rad.data_ptr(),
     )  # fmt: skip
     return out_mid, out_rad
 
@@ -398,13 +399,11 @@ def interval_scale_shift(
 def interval_mul(
     a_mid: Tensor, a_rad: Tensor, b_mid: Tensor, b_rad: Tensor, rounding: int = 0
 ) -> tuple[Tensor, Tensor]:
-    if rounding:
-        return reference.interval_mul(a_mid, a_rad, b_mid, b_rad, rounding)
     a_mid, a_rad, b_mid, b_rad = _boxes(a_mid, a_rad, b_mid, b_rad)
     out_mid, out_rad = _like(a_mid), _like(a_mid)
     _module().mul(
-        a_mid.element_size(), a_mid.numel(), a_mid.data_ptr(), a_rad.data_ptr(),
-        b_mid.data_ptr(), b_rad.data_ptr(), out_mid.data_ptr(), out_rad.data_ptr(),
+        a_mid.element_size(), a_mid.numel(), a_mid.data_ptr(), a_rad.data_ptr(), b_mid.data_ptr(), b_rad.data_ptr(),
+        out_mid.data_ptr(), out_rad.data_ptr(), *reference.mul_losses(a_mid.dtype, rounding),
     )  # fmt: skip
     return out_mid, out_rad
 

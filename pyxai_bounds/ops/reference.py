@@ -288,21 +288,30 @@ def interval_scale_shift(
     if rounding == rd.Rounding.NEAREST:
         return out, out_rad
     u = rd.unit(mid.dtype)
+    evaluated, least = scale_shift_losses(mid.dtype, rounding)
     lost = product.abs() if shift is None else product.abs() + out.abs()
     lost = u * lost
-    tiny = rd.tiny(mid.dtype)
     if rounding == rd.Rounding.EVALUATED:
-        # Whatever the algebra: at most 12 roundings in float32 of x·s, mean·s and the shift, at any x and s in their
-        # boxes; where mean·s and the bias cancel in the shift, what they lose is in its radius.
         reach = (product.abs() + out_rad) * 2
-        reach = reach if shift is None else reach + shift.abs().reshape(per_channel)
-        lost = lost + 12 * rd.unit(torch.float32) * reach
-        tiny = rd.tiny(torch.float32)
+        lost = lost + evaluated * (reach if shift is None else reach + shift.abs().reshape(per_channel))
     out_rad = (out_rad + lost) * (1 + 16 * u)
     some = (mid != 0) | (rad != 0)
     if shift is not None:
         some = some | (out != 0)
-    return out, _or_nan(out_rad + some.to(mid.dtype) * (4 * tiny), out)
+    return out, _or_nan(out_rad + some.to(mid.dtype) * least, out)
+
+
+def scale_shift_losses(dtype: torch.dtype, rounding: int) -> tuple[float, float]:
+    """Of what x·s + t reaches, what float32 evaluations of it lose; and what underflow may.
+
+    Whatever the algebra: at most 12 roundings in float32 of x·s, mean·s and the shift, at any x and s in their boxes;
+    where mean·s and the bias cancel in the shift, what they lose is in its radius.
+    """
+    if rounding == rd.Rounding.NEAREST:
+        return 0.0, 0.0
+    if rounding == rd.Rounding.OUTWARD:
+        return 0.0, 4 * rd.tiny(dtype)
+    return 12 * rd.unit(torch.float32), 4 * rd.tiny(torch.float32)
 
 
 def interval_mul(
@@ -320,13 +329,20 @@ def interval_mul(
     mid, rad = (lower + upper) * 0.5, (upper - lower) * 0.5
     if rounding == rd.Rounding.NEAREST:
         return mid, rad
-    u = rd.unit(mid.dtype)
     reach = (a_mid.abs() + a_rad) * (b_mid.abs() + b_rad)
     some = ((a_mid != 0) | (a_rad != 0)) & ((b_mid != 0) | (b_rad != 0))
-    lost, tiny = 8 * u, rd.tiny(mid.dtype)
-    if rounding == rd.Rounding.EVALUATED:
-        lost, tiny = lost + 2 * rd.unit(torch.float32), rd.tiny(torch.float32)
-    return mid, (rad + lost * reach) * (1 + 16 * u) + some.to(mid.dtype) * (4 * tiny)
+    lost, least = mul_losses(mid.dtype, rounding)
+    return mid, (rad + lost * reach) * (1 + 16 * rd.unit(mid.dtype)) + some.to(mid.dtype) * least
+
+
+def mul_losses(dtype: torch.dtype, rounding: int) -> tuple[float, float]:
+    """Of the greatest product, what ends, products and the way back lose; and what underflow may."""
+    lost = 8 * rd.unit(dtype)
+    if rounding == rd.Rounding.NEAREST:
+        return 0.0, 0.0
+    if rounding == rd.Rounding.OUTWARD:
+        return lost, 4 * rd.tiny(dtype)
+    return lost + 2 * rd.unit(torch.float32), 4 * rd.tiny(torch.float32)
 
 
 def interval_mul_adjoint(

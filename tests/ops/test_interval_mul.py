@@ -5,6 +5,7 @@ import torch
 from torch.library import opcheck
 
 from pyxai_bounds import ops
+from pyxai_bounds import rounding as rd
 from pyxai_bounds.ops import native, reference
 
 from .cases import (
@@ -36,7 +37,9 @@ def assert_native_agrees(*args, at=LEVELS[0]):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", SIZES)
 def test_native_is_identical_at_every_size_and_level(n, dtype, level_name):
-    assert_native_agrees(*nasty_box(n, dtype=dtype), *nasty_box(n, dtype=dtype, seed=5), at=level_name)
+    for rounding in rd.Rounding:
+        a, b = nasty_box(n, dtype=dtype), nasty_box(n, dtype=dtype, seed=5)
+        assert_native_agrees(*a, *b, rounding, at=level_name)
 
 
 @needs_native

@@ -5,6 +5,7 @@ import torch
 from torch.library import opcheck
 
 from pyxai_bounds import ops
+from pyxai_bounds import rounding as rd
 from pyxai_bounds.ops import native, reference
 
 from .cases import (
@@ -41,7 +42,13 @@ def problem(*shape, dtype=torch.float64, layout=torch.clone, make=box):
 @pytest.mark.parametrize("shape", ALL_SHAPES)
 def test_native_is_identical(shape, layout, dtype, level_name):
     mid, rad, scale, shift = problem(*shape, dtype=dtype, layout=layout, make=nasty_box)
-    for args in [(mid, rad, scale, shift), (mid, rad, scale, None), (mid, rad, scale.flip(0), strided(shift))]:
+    scale_rad, shift_rad = (t.abs() for t in nasty_box(shape[1], dtype=dtype, seed=5))
+    for args in [
+        (mid, rad, scale, shift), (mid, rad, scale, None), (mid, rad, scale.flip(0), strided(shift)),
+        (mid, rad, scale, shift, scale_rad, None), (mid, rad, scale, None, None, shift_rad),
+        *((mid, rad, scale, shift, scale_rad, shift_rad, r) for r in rd.Rounding),
+        *((mid, rad, scale, None, None, None, r) for r in rd.Rounding),
+    ]:  # fmt: skip
         with level(level_name):
             actual = native.interval_scale_shift(*args)
         for a, e in zip(actual, reference.interval_scale_shift(*args), strict=True):

@@ -20,6 +20,14 @@ struct Outward {
     const T* bias;
 };
 
+// Numbers per channel, of which all but `scale` may be null. Rounded outward, if `least` is not 0, by that where anything
+// is not 0, and for float32 evaluations by `evaluated` of what they may reach.
+template <class T>
+struct ScaleShift {
+    const T *scale, *shift, *scale_rad, *shift_rad;
+    T evaluated, least;
+};
+
 // Elementwise stages: all arrays are dense and in one memory order. Packed bits are two planes of ceil(n / 8) bytes,
 // "keep the lower end" before "keep the upper end"; element i is bit i % 8 of byte i / 8, bits past n are zero.
 // `outward` asks for radii that cover what rounding loses; else every operation rounds to nearest. An output may be
@@ -32,10 +40,12 @@ struct Stages {
                           std::uint8_t* gate, bool outward);
     // `mid` may be null, for zeros.
     void (*gate)(std::int64_t n, const T* mid, const T* rad, const std::uint8_t* gate, T* out_mid, T* out_rad);
-    // Element i belongs to channel (i / inner) % channels. `shift` may be null.
-    void (*scale_shift)(std::int64_t n, std::int64_t channels, std::int64_t inner, const T* mid, const T* rad,
-                        const T* scale, const T* shift, T* out_mid, T* out_rad);
-    void (*mul)(std::int64_t n, const T* a_mid, const T* a_rad, const T* b_mid, const T* b_rad, T* out_mid, T* out_rad);
+    // Element i belongs to channel (i / inner) % channels.
+    void (*scale_shift)(std::int64_t n, std::int64_t channels, std::int64_t inner, const ScaleShift<T>& by,
+                        const T* mid, const T* rad, T* out_mid, T* out_rad);
+    // Rounded outward, if `least` is not 0, by `lost` of the greatest product and `least` where none is 0.
+    void (*mul)(std::int64_t n, const T* a_mid, const T* a_rad, const T* b_mid, const T* b_rad, T* out_mid, T* out_rad,
+                T lost, T least);
     // The factors of an outward-rounded affine operator; the constants are those of pyxai_bounds/rounding.py.
     void (*widen)(std::int64_t n, const T* mid, const T* rad, T on_mid, T on_rad, T least, T* out);
     void (*magnitude)(std::int64_t n, const T* weight, T least, T* out);
