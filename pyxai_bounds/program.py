@@ -304,7 +304,7 @@ class Program:
 
 
 def _undispatched(program: fx.GraphModule, grads: bool) -> Callable:
-    """The program with its constants at hand, and its fused operators as plain function calls where gradients are off.
+    """The program with its constants at hand, and its fused operators called without PyTorch's dispatcher.
 
     Looking a constant up in a module takes as long as a small operator. Tensors of a subclass need the dispatcher.
     """
@@ -321,8 +321,8 @@ def _undispatched(program: fx.GraphModule, grads: bool) -> Callable:
             continue
         if node.target is torch._C._set_grad_enabled:
             grads = node.args[0]
-        elif not grads:
-            node.target = ops.undispatched.get(node.target, node.target)
+        else:
+            node.target = (ops.recorded if grads else ops.undispatched).get(node.target, node.target)
     forward = fx.GraphModule(torch.nn.Module(), graph).forward
     return lambda *tensors: forward(*tensors, *constants)
 
