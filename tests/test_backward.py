@@ -1,8 +1,9 @@
-"""The gradients of bounds: a program without the dispatcher against the same program through it, whatever is asked."""
+"""The gradients of bounds: a program without the dispatcher, checkpointed or not, against the one through it."""
 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import pyxai_bounds as xb
+from pyxai_bounds import program
 from tests.networks import images, mlp, residual
 from tests.ops.cases import needs_native
 
@@ -39,7 +41,11 @@ OF = ["logit", "probability"]
 Step = tuple[nn.Module, xb.Interval, Callable[..., Any]]
 
 
-def case(name: str, dispatched: bool, of: str = "logit", **options: Any) -> Step:
+PATHS = ["direct", "checkpointed"]
+every_path = pytest.mark.parametrize("path", PATHS)
+
+
+def case(name: str, path: str, of: str = "logit", **options: Any) -> Step:
     """A network, a box whose halves require gradients, and the bounds of the network's gradient over it."""
     make, shape = NETWORKS[name]
     model = make()
@@ -47,8 +53,12 @@ def case(name: str, dispatched: bool, of: str = "logit", **options: Any) -> Step
         options["parameters"] = xb.parameter_box(model, relative=0.01)
     box = xb.Interval.of(images(2, shape=shape).requires_grad_(), torch.full((2, *shape), 0.01).double())
     box.rad.requires_grad_()
-    bounded = xb.bound(xb.explain.gradient(model, of=of), **options)  # type: ignore[arg-type]
-    if dispatched:
+    bounded = xb.bound(
+        xb.explain.gradient(model, of=of),
+        checkpoint=path == "checkpointed",
+        **options,  # type: ignore[arg-type]
+    )
+    if path == "dispatched":
         return model, box, lambda box: xb.Interval.of(*bounded.graph(box, TARGET)(box.mid, box.rad, TARGET))
     return model, box, lambda box: bounded(box, TARGET)
 
@@ -75,29 +85,32 @@ def assert_same(found: list[Tensor | None], expected: list[Tensor | None]) -> No
             assert torch.allclose(f, e, rtol=1e-10, atol=1e-12 * float(e.abs().max()))
 
 
+@every_path
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("of", OF)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_both_paths_give_the_same_gradients(name: str, of: str, backend: str) -> None:
-    found, expected = (case(name, dispatched, of) for dispatched in (False, True))
+def test_all_paths_give_the_same_gradients(name: str, of: str, backend: str, path: str) -> None:
+    found, expected = case(name, path, of), case(name, "dispatched", of)
     with xb.backend(backend):
         for loss in LOSSES.values():
             assert_same(gradients(found, loss), gradients(expected, loss))
 
 
+@every_path
 @pytest.mark.parametrize("options", [{"sound": True}, {"parameters": True}, {"parameters": True, "product": "exact"}])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_proofs_and_boxes_of_parameters(name: str, options: dict[str, Any]) -> None:
-    found, expected = (gradients(case(name, dispatched, **options), LOSSES["both"]) for dispatched in (False, True))
+def test_proofs_and_boxes_of_parameters(name: str, options: dict[str, Any], path: str) -> None:
+    found, expected = (gradients(case(name, one, **options), LOSSES["both"]) for one in (path, "dispatched"))
     assert_same(found, expected)
 
 
+@every_path
 @pytest.mark.parametrize("frozen", ["all but one", "every other", "the box"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_what_is_frozen_gets_no_gradient(name: str, frozen: str) -> None:
+def test_what_is_frozen_gets_no_gradient(name: str, frozen: str, path: str) -> None:
     outcomes = []
-    for dispatched in (False, True):
-        step = case(name, dispatched)
+    for one in (path, "dispatched"):
+        step = case(name, one)
         all_leaves = leaves(*step[:2])
         for index, leaf in enumerate(all_leaves):
             keep = {"all but one": index == 2, "every other": index % 2 == 0, "the box": index > 1}[frozen]
@@ -108,15 +121,17 @@ def test_what_is_frozen_gets_no_gradient(name: str, frozen: str) -> None:
     assert_same(*outcomes)
 
 
-def test_a_frozen_model_records_nothing() -> None:
-    model, box, bounded = case("residual", dispatched=False)
+@every_path
+def test_a_frozen_model_records_nothing(path: str) -> None:
+    model, box, bounded = case("residual", path)
     model.requires_grad_(False)
     assert not bounded(box.detach()).rad.requires_grad
 
 
+@every_path
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_graph_that_is_retained_differentiates_again(name: str) -> None:
-    model, box, bounded = case(name, dispatched=False)
+def test_a_graph_that_is_retained_differentiates_again(name: str, path: str) -> None:
+    model, box, bounded = case(name, path)
     total = LOSSES["both"](bounded(box))
     first = torch.autograd.grad(total, leaves(model, box), retain_graph=True, allow_unused=True)
     second = torch.autograd.grad(total, leaves(model, box), allow_unused=True)
@@ -125,12 +140,13 @@ def test_a_graph_that_is_retained_differentiates_again(name: str) -> None:
         total.backward()
 
 
-@pytest.mark.parametrize("name", ["mlp", "residual"])
-def test_second_derivatives(name: str) -> None:
+@every_path
+@pytest.mark.parametrize("name, of", [("mlp", "logit"), ("residual", "logit"), ("cnn", "logit")])
+def test_second_derivatives(name: str, of: str, path: str) -> None:
     """A penalty on the gradient of a width: Hessian-vector products along both paths."""
     outcomes = []
-    for dispatched in (False, True):
-        model, box, bounded = case(name, dispatched)
+    for one in (path, "dispatched"):
+        model, box, bounded = case(name, one, of)
         weights = [p for p in model.parameters() if p.dim() > 1]
         first = torch.autograd.grad(LOSSES["both"](bounded(box)), weights, create_graph=True)
         penalty = sum(g.square().sum() for g in first)
@@ -138,9 +154,10 @@ def test_second_derivatives(name: str) -> None:
     assert_same(*outcomes)
 
 
+@every_path
 @pytest.mark.parametrize("name", NETWORKS)
-def test_weights_that_change_before_the_backward_pass_are_noticed(name: str) -> None:
-    model, box, bounded = case(name, dispatched=False)
+def test_weights_that_change_before_the_backward_pass_are_noticed(name: str, path: str) -> None:
+    model, box, bounded = case(name, path)
     total = LOSSES["width"](bounded(box))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -149,8 +166,9 @@ def test_weights_that_change_before_the_backward_pass_are_noticed(name: str) -> 
         total.backward()
 
 
-def test_hooks_and_accumulation() -> None:
-    model, box, bounded = case("cnn", dispatched=False)
+@every_path
+def test_hooks_and_accumulation(path: str) -> None:
+    model, box, bounded = case("cnn", path)
     twin = copy.deepcopy(model)
     seen = []
     weight = next(model.parameters())
@@ -165,12 +183,73 @@ def test_hooks_and_accumulation() -> None:
 
 
 @needs_native
-def test_the_backward_pass_runs_on_the_backend_of_the_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+@every_path
+def test_the_backward_pass_runs_on_the_backend_of_the_forward_pass(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from pyxai_bounds.ops import native
 
-    model, box, bounded = case("mlp", dispatched=False)
+    model, box, bounded = case("mlp", path)
     with xb.backend("reference"):
         total = LOSSES["both"](bounded(box))
     monkeypatch.setattr(native, "_module", lambda: pytest.fail("the native backend ran"))
     total.backward()
     assert next(model.parameters()).grad is not None
+
+
+# --- checkpointed programs ------------------------------------------------------------------------------------
+
+
+def recorded_nodes(t: Tensor) -> list[str]:
+    """The names of what autograd has recorded behind a tensor."""
+    names, seen, pending = [], set(), [t.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            names.append(type(node).__name__)
+            pending += [parent for parent, _ in node.next_functions]
+    return names
+
+
+def deep(blocks: int = 12) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for _ in range(blocks):
+        layers += [nn.Linear(16, 16), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(16, 3)).double()
+
+
+@pytest.mark.parametrize("of", OF)
+def test_a_checkpointed_program_gives_the_same_bounds_and_saves_less(of: str) -> None:
+    model, x = deep(), images(2, shape=(16,))
+    box, sizes, results = xb.Interval.linf(x, 1e-3), [], []
+    for checkpoint in (False, True):
+        bounded = xb.bound(xb.explain.gradient(model, of=of), checkpoint=checkpoint)  # type: ignore[arg-type]
+        bounded(box, TARGET % 3)
+        saved: dict[int, Tensor] = {p.data_ptr(): p for p in model.parameters()}
+        note = functools.partial(lambda saved, t: saved.setdefault(t.data_ptr(), t), saved)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            results.append(bounded(box, TARGET % 3))
+        assert ("_RecomputedBackward" in recorded_nodes(results[-1].rad)) == checkpoint
+        sizes.append(sum(t.numel() * t.element_size() for t in saved.values() if not isinstance(t, nn.Parameter)))
+    assert torch.equal(results[0].mid, results[1].mid) and torch.equal(results[0].rad, results[1].rad)
+    assert sizes[1] < 0.6 * sizes[0]
+
+
+def test_gradients_of_a_deep_checkpointed_program() -> None:
+    model, x = deep(), images(2, shape=(16,))
+    grads = []
+    for checkpoint in (False, True):
+        bounded = xb.bound(xb.explain.gradient(model, "probability"), checkpoint=checkpoint)
+        bounds = bounded(xb.Interval.linf(x, 1e-3), TARGET % 3)
+        grads.append(torch.autograd.grad(bounds.width.sum() + bounds.mid.sum(), list(model.parameters())))
+    assert_same(list(grads[1]), list(grads[0]))
+
+
+def test_checkpointing_needs_no_second_capture() -> None:
+    model = deep(2)
+    box = xb.Interval.linf(images(2, shape=(16,)), 1e-3)
+    with torch.no_grad():
+        xb.bound(model)(box)
+        xb.bound(model, checkpoint=True)(box)
+    (captured,) = program._captures_of(model).values()
+    assert len(captured.derived) == 1

@@ -53,6 +53,11 @@ def available() -> list[str]:
     return ["reference", *(name for name in ("native", "triton") if BACKENDS[name].available())]
 
 
+def forced() -> str:
+    """The backend that a ``with backend(…)`` block has chosen; auto outside of any."""
+    return _forced.get()
+
+
 def _select(mid: Tensor) -> Any:
     name = _forced.get()
     if name == "auto":
