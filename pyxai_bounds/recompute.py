@@ -41,7 +41,7 @@ def checkpointed(graph: fx.Graph, constants: list[fx.Node], circumstances: Circu
     is recorded as it is, since its backward pass comes first.
     """
     first, rest = _order(_steps(graph), graph.find_nodes(op="placeholder"), constants)
-    *segments, last = _cut(rest) or [[]]
+    *segments, last = _cut(rest)
     new = fx.Graph()
     known = {node: new.placeholder(node.name) for node in graph.find_nodes(op="placeholder")}
     _copy(first, new, known, marked=True)
