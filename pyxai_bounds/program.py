@@ -7,13 +7,14 @@ program on tensors alone, midpoints and radii in and out, which is optimised and
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import operator
 import re
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, get_args
 
 import torch
@@ -28,6 +29,7 @@ from pyxai_bounds.errors import CaptureError, UnsupportedOperatorError
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.ops.replay import Recorder
 from pyxai_bounds.parameters import ParameterBox
+from pyxai_bounds.recompute import checkpointed, direct
 from pyxai_bounds.rounding import Semantics
 from pyxai_bounds.rules import RULES, UnsupportedArgumentsError
 from pyxai_bounds.rules.registry import (
@@ -55,6 +57,7 @@ def bound(
     semantics: Semantics = "real",
     parameters: ParameterBox | None = None,
     product: Product = "rump",
+    checkpoint: bool = False,
 ) -> BoundFunction:
     """Bounds on anything that PyTorch computes.
 
@@ -72,6 +75,10 @@ def bound(
     attention): "rump" needs matrix products alone and is at most 1.5 times too wide; "exact" is as fast in
     the compiled CPU backend (``bench/results/cpu/interval_matmul.csv``), and slower where there is no kernel for it.
 
+    checkpoint: in training, keep few values and compute the others again in the backward pass: less memory, more
+    time, the same bounds bit for bit and the same gradients up to rounding. Without effect where gradients are off,
+    and inside ``torch.compile``, dispatch modes and ``torch.func``, which must see every operator.
+
     Raises UnsupportedOperatorError, listing every operator without a rule; CaptureError (a ValueError) if the
     function is no fixed program; ValueError for options that do not exist, or a parameter box that the function does
     not use.
@@ -82,17 +89,38 @@ def bound(
         raise TypeError(f"parameters must be made by xb.parameter_box(model, …), got {type(parameters).__name__}.")
     if product not in get_args(Product):
         raise ValueError(f"product={product!r} is unknown; choose one of {', '.join(get_args(Product))}.")
-    return BoundFunction(fn, rd.choose(sound, semantics), parameters, product)
+    return BoundFunction(fn, rd.choose(sound, semantics), parameters, product, checkpoint or _checkpointing.get())
+
+
+_checkpointing: contextvars.ContextVar[bool] = contextvars.ContextVar("pyxai_bounds_checkpointing", default=False)
+
+
+@contextlib.contextmanager
+def checkpointing(enabled: bool = True) -> Iterator[None]:
+    """Functions that are bounded inside the ``with`` block are bounded with ``checkpoint=True``, by whomever."""
+    token = _checkpointing.set(enabled)
+    try:
+        yield
+    finally:
+        _checkpointing.reset(token)
 
 
 class BoundFunction:
     """A function on Intervals. Its compiled programs are shared with every other bound of an equal function."""
 
-    def __init__(self, fn: Callable, rounding: rd.Rounding, parameters: ParameterBox | None, product: Product) -> None:
+    def __init__(
+        self,
+        fn: Callable,
+        rounding: rd.Rounding,
+        parameters: ParameterBox | None,
+        product: Product,
+        checkpoint: bool,
+    ) -> None:
         self.fn = unwrap(fn)
         self.rounding = rounding
         self.parameters = parameters
         self.product = product
+        self.checkpoint = checkpoint
 
     @property
     def options(self) -> tuple:
@@ -103,7 +131,7 @@ class BoundFunction:
         key = None if kwargs else self._plain_key(args)
         if key is None:
             leaves, spec = pytree.tree_flatten((args, kwargs))
-            return _program(self, leaves, spec)(_tensors(leaves))
+            return _program(self, leaves, spec)(_tensors(leaves), self.checkpoint)
         captures = _captures_of(self.fn)
         program = captures.programs.get(key)
         if program is None or not program.captured.is_current():
@@ -111,7 +139,7 @@ class BoundFunction:
             program = _program(self, leaves, spec)
             if not program.captured.specialised:
                 captures.keep(key, program)
-        return program(_tensors(args))
+        return program(_tensors(args), self.checkpoint)
 
     def _plain_key(self, args: tuple) -> tuple | None:
         """What tells the programs of calls with nothing but tensors and sets apart; None for other calls."""
@@ -248,9 +276,12 @@ class Program:
         self.single = captured.out_spec == _LEAF and self.results == [_SET]
         fuse.optimise(self.graph)
 
-    def __call__(self, tensors: list[Tensor]) -> Any:
+    def __call__(self, tensors: list[Tensor], checkpoint: bool = False) -> Any:
         if torch.is_grad_enabled():
-            run = self.graph if ops.needs_dispatcher(*tensors) else self._undispatched_with_grad
+            if ops.needs_dispatcher(*tensors):
+                run: Callable = self.graph
+            else:
+                run = self._checkpointed if checkpoint else self._undispatched_with_grad
             try:
                 with self._circumstances():
                     flat = run(*tensors)
@@ -296,15 +327,19 @@ class Program:
 
     @functools.cached_property
     def _undispatched(self) -> Callable:
-        return _undispatched(self._inference_graph, grads=False)
+        return _with_constants(self._inference_graph, lambda graph, _: direct(graph, grads=False))
 
     @functools.cached_property
     def _undispatched_with_grad(self) -> Callable:
-        return _undispatched(self.graph, grads=True)
+        return _with_constants(self.graph, lambda graph, _: direct(graph, grads=True))
+
+    @functools.cached_property
+    def _checkpointed(self) -> Callable:
+        return _with_constants(self.graph, lambda graph, constants: checkpointed(graph, constants, self._circumstances))
 
 
-def _undispatched(program: fx.GraphModule, grads: bool) -> Callable:
-    """The program with its constants at hand, and its fused operators as plain function calls where gradients are off.
+def _with_constants(program: fx.GraphModule, make: Callable[[fx.Graph, list[fx.Node]], Callable]) -> Callable:
+    """What ``make`` makes of the program's graph, in which constants are further arguments; and they are at hand.
 
     Looking a constant up in a module takes as long as a small operator. Tensors of a subclass need the dispatcher.
     """
@@ -316,15 +351,8 @@ def _undispatched(program: fx.GraphModule, grads: bool) -> Callable:
     for node in (*program.graph.find_nodes(op="placeholder"), *nodes):
         new[node] = graph.placeholder(node.name)
     graph.output(graph.graph_copy(program.graph, new))
-    for node in graph.nodes:
-        if node.op != "call_function":
-            continue
-        if node.target is torch._C._set_grad_enabled:
-            grads = node.args[0]
-        elif not grads:
-            node.target = ops.undispatched.get(node.target, node.target)
-    forward = fx.GraphModule(torch.nn.Module(), graph).forward
-    return lambda *tensors: forward(*tensors, *constants)
+    run = make(graph, [new[node] for node in nodes])
+    return lambda *tensors: run(*tensors, *constants)
 
 
 _NOTHING = contextlib.nullcontext()

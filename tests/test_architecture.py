@@ -22,7 +22,7 @@ ORDER = [
     ["rules"],
     ["watch"],
     ["capture"],
-    ["fuse"],
+    ["fuse", "recompute"],
     ["program"],
     ["explain"],
     ["certify"],

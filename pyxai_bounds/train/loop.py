@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from pyxai_bounds import data, models
+from pyxai_bounds.program import checkpointing
 from pyxai_bounds.train.checkpoint import (
     clear_checkpoints,
     load,
@@ -133,15 +134,17 @@ class _State:
 class _Step(nn.Module):
     """The loss of a batch. What DDP wraps: prediction and bounds happen inside its forward, so that its hooks fire."""
 
-    def __init__(self, model: nn.Module, objective: Loss) -> None:
+    def __init__(self, model: nn.Module, objective: Loss, recompute: bool) -> None:
         super().__init__()
         self.model = model
         self.objective = objective
+        self.recompute = recompute
 
     def forward(self, x: Tensor, y: Tensor, eps: float, weight: float) -> Tensor:
         if weight == 0:
             return natural(self.model, x, y)
-        loss = self.objective(self.model, x, y, eps)
+        with checkpointing(self.recompute):
+            loss = self.objective(self.model, x, y, eps)
         return loss if weight == 1 else (1 - weight) * natural(self.model, x, y) + weight * loss
 
 
@@ -175,7 +178,7 @@ class _Training:
                 "batch_norm='frozen' needs natural epochs, or a run to start from, to learn statistics in."
             )
         self.share_of = _sampling_weights(y[self.train], recipe.class_weights)
-        self.loss = _Step(model, objective)
+        self.loss = _Step(model, objective, recipe.recompute)
         self.parallel = _parallel(self.loss, processes)
         self.optimiser = _optimiser(model, recipe)
         self.order = torch.Generator()

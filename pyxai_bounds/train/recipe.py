@@ -93,6 +93,8 @@ class Recipe:
     """batch norm under an objective: running statistics that go on learning, that stay, or the batch's own"""
     channels_last: bool = False
     """keep images and weights channels-last in memory"""
+    recompute: bool = False
+    """keep few values of the objective's bounds for the backward pass and compute the others again, to save memory"""
 
     def check(self) -> None:
         """Raises ValueError for a setting that makes no sense, and says which."""

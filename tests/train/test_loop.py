@@ -409,3 +409,28 @@ def test_loading_does_not_move_the_global_generator(kept):
     before = torch.get_rng_state()
     load(kept)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_recomputed_bounds_train_the_same_network():
+    """To the rounding of a gradient's terms, and recomputed they are."""
+    x, y = problem(40)
+    outcomes, seen = [], []
+
+    def objective(model, x, y, eps):
+        loss = rec(model, x, y, eps)
+        pending = [loss.grad_fn]
+        while pending:
+            node = pending.pop()
+            seen.append(type(node).__name__)
+            pending += [parent for parent, _ in getattr(node, "next_functions", ())]
+        return loss
+
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        layers = [layer for _ in range(6) for layer in (nn.Linear(8, 8), nn.ReLU())]
+        model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), *layers, nn.Linear(8, 2)).double()
+        seen.clear()
+        fit(model, x.double(), y, objective, eps=0.01, epochs=3, natural_epochs=1, batch_size=20, recompute=recompute)
+        assert ("_RecomputedBackward" in seen) == recompute
+        outcomes.append(state(model))
+    assert all(torch.allclose(outcomes[0][name], outcomes[1][name], rtol=1e-9, atol=1e-12) for name in outcomes[0])

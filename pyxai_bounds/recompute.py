@@ -1,0 +1,246 @@
+"""Recomputation: a program in segments, of which training keeps what crosses from one to the next.
+
+Stands between ``fuse`` and ``program``. What autograd would save inside of a segment is computed a second time in the
+backward pass, on the same backend and with the same arithmetic.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from pyxai_bounds import ops
+
+Circumstances = Callable[[], contextlib.AbstractContextManager[Any]]
+
+
+def direct(graph: fx.Graph, grads: bool) -> Callable[..., Any]:
+    """A graph without constants as a function that calls the fused operators without PyTorch's dispatcher."""
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        if node.target is torch._C._set_grad_enabled:
+            grads = node.args[0]
+        else:
+            node.target = (ops.recorded if grads else ops.undispatched).get(node.target, node.target)
+    return fx.GraphModule(torch.nn.Module(), graph).forward
+
+
+def checkpointed(graph: fx.Graph, constants: list[fx.Node], circumstances: Circumstances) -> Callable[..., Any]:
+    """The marked program ``graph``, whose ``constants`` are placeholders too, as a function that keeps little.
+
+    What runs without autograd, and what depends on constants alone (weights with batch norm folded in), comes first
+    and is done once: of it packed bits and weights are kept. The rest is cut where few values cross. The last segment
+    is recorded as it is, since its backward pass comes first.
+    """
+    first, rest = _order(_steps(graph), graph.find_nodes(op="placeholder"), constants)
+    *segments, last = _cut(rest)
+    new = fx.Graph()
+    known = {node: new.placeholder(node.name) for node in graph.find_nodes(op="placeholder")}
+    _copy(first, new, known, marked=True)
+    for steps in segments:
+        inputs, outputs = _ends(steps)
+        compute, record = (_function(steps, inputs, outputs, marked) for marked in (False, True))
+        segment = _Segment(compute, record, _sources(steps, inputs, outputs), circumstances)
+        call = new.call_function(segment.function(), tuple(known[n] for n in inputs))
+        for place, value in enumerate(outputs):
+            known[value] = new.call_function(operator.getitem, (call, place))
+    _copy(last, new, known, marked=True)
+    new.output(fx.map_arg(graph.output_node().args[0], known.__getitem__))
+    return direct(new, grads=True)
+
+
+@dataclass(frozen=True)
+class _Segment:
+    compute: Callable[..., tuple[Tensor, ...]]  # without gradients
+    record: Callable[..., tuple[Tensor, ...]]  # for autograd
+    sources: list[list[int]]  # of each result, the arguments that it depends on differentiably
+    circumstances: Circumstances
+
+    def function(self) -> Callable[..., tuple[Tensor, ...]]:
+        def segment(*inputs: Tensor) -> tuple[Tensor, ...]:
+            return _Recomputed.apply(self, *inputs)
+
+        return segment
+
+
+class _Recomputed(torch.autograd.Function):
+    """A segment that saves its arguments; they are saved as autograd saves, which notices if they are overwritten."""
+
+    @staticmethod
+    def forward(ctx: Any, segment: _Segment, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.segment, ctx.backend = segment, ops.forced()
+        ctx.save_for_backward(*inputs)
+        outputs = segment.compute(*inputs)
+        needs = ctx.needs_input_grad[1:]
+        fixed = [not any(needs[place] for place in places) for places in segment.sources]
+        ctx.mark_non_differentiable(*(out for out, is_fixed in zip(outputs, fixed, strict=True) if is_fixed))
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[1:]
+        second = torch.is_grad_enabled()  # a derivative of this derivative will be asked for
+        # Aliases: where one argument depends on another, the gradient of the first must not run on into the second.
+        pairs = zip(ctx.saved_tensors, needs, strict=True)
+        inputs = [t.view_as(t) if second else t.detach().requires_grad_(need) for t, need in pairs]
+        with ops.backend(ctx.backend), ctx.segment.circumstances(), torch.enable_grad():
+            end = _Given.apply(grads, *ctx.segment.record(*inputs))
+        if not end.requires_grad:
+            return (None,) * len(ctx.needs_input_grad)
+        wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(end, wanted, create_graph=second, allow_unused=True))
+        return None, *(next(found) if need else None for need in needs)
+
+
+class _Given(torch.autograd.Function):
+    """A number whose derivatives are the given gradients, so that one that is missing is missing to all behind it."""
+
+    @staticmethod
+    def forward(ctx: Any, grads: tuple[Tensor | None, ...], *outputs: Tensor) -> Tensor:
+        ctx.grads = grads
+        return outputs[0].new_zeros((), dtype=torch.float64)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.grads
+
+
+# --- cutting --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """An operator of a program with the nodes of its results."""
+
+    node: fx.Node
+    values: list[fx.Node]
+    alive: bool  # does it run with autograd?
+
+    def bytes_of(self, value: fx.Node) -> int:
+        """What it takes to keep a result; nothing where it shares memory with an argument."""
+        returns = self.node.target._schema.returns if isinstance(self.node.target, torch._ops.OpOverload) else []
+        tensor = value.meta.get("val")
+        if any(result.alias_info is not None for result in returns) or not isinstance(tensor, Tensor):
+            return 0
+        return tensor.numel() * tensor.element_size()
+
+
+def _steps(graph: fx.Graph) -> list[_Step]:
+    steps, alive = [], True
+    for node in graph.nodes:
+        if node.op != "call_function" or node.target is operator.getitem:
+            continue
+        if node.target is torch._C._set_grad_enabled:
+            alive = node.args[0]
+        else:
+            parts = [user for user in node.users if user.target is operator.getitem]
+            steps.append(_Step(node, parts or [node], alive))
+    return steps
+
+
+def _order(
+    steps: list[_Step], arguments: Iterable[fx.Node], constants: Iterable[fx.Node]
+) -> tuple[list[_Step], list[_Step]]:
+    """What is done once, and what may be done twice."""
+    early, fixed = set(arguments), set(constants)
+    first, rest = [], []
+    for step in steps:
+        inputs = set(step.node.all_input_nodes)
+        if inputs <= fixed:
+            fixed.update(step.values)
+        elif step.alive or not inputs <= early:
+            rest.append(step)
+            continue
+        early.update(step.values)
+        first.append(step)
+    return first, rest
+
+
+def _cut(steps: list[_Step]) -> list[list[_Step]]:
+    """Segments such that what crosses from one to another, and the inside of the largest, take the least memory."""
+    last_use = {value: place for place, step in enumerate(steps) for value in step.node.all_input_nodes}
+    results = [[(step.bytes_of(value), last_use.get(value, -1)) for value in step.values] for step in steps]
+    sizes = [sum(size for size, _ in values) for values in results]
+    best, ends, pieces = math.inf, [len(steps)], 1
+    while pieces <= 4 * math.sqrt(len(steps)):
+        limit = max(sum(sizes) / pieces, *sizes)
+        crossing, found = _cut_within(limit, results, sizes)
+        if crossing + limit < best:
+            best, ends = crossing + limit, found
+        pieces += max(1, pieces // 3)
+    return [steps[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _cut_within(limit: float, results: list[list[tuple[int, int]]], sizes: list[int]) -> tuple[float, list[int]]:
+    """(bytes that cross, where segments end) of the best cut into segments of at most ``limit`` bytes.
+
+    A value counts once, for the segment that makes it.
+    """
+    count = len(sizes)
+    crossing, start_of = [0.0] + [math.inf] * count, [0] * (count + 1)
+    for end in range(1, count + 1):
+        inside = leaving = 0
+        for start in range(end - 1, -1, -1):
+            inside += sizes[start]
+            if inside > limit:
+                break
+            leaving += sum(size for size, last in results[start] if last >= end)
+            if crossing[start] + leaving < crossing[end]:
+                crossing[end], start_of[end] = crossing[start] + leaving, start
+    ends, end = [], count
+    while end:
+        ends.append(end)
+        end = start_of[end]
+    return crossing[count], ends[::-1]
+
+
+# --- building -------------------------------------------------------------------------------------------------
+
+
+def _ends(steps: list[_Step]) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The values that a segment takes from outside, and those that it makes for outside."""
+    made = [value for step in steps for value in step.values]
+    inside = {*made, *(step.node for step in steps)}
+    inputs = dict.fromkeys(value for step in steps for value in step.node.all_input_nodes if value not in inside)
+    return list(inputs), [value for value in made if any(user not in inside for user in value.users)]
+
+
+def _sources(steps: list[_Step], inputs: list[fx.Node], outputs: list[fx.Node]) -> list[list[int]]:
+    reached = {node: {place} for place, node in enumerate(inputs)}
+    for step in steps:
+        places = set().union(*(reached[node] for node in step.node.all_input_nodes)) if step.alive else set()
+        for value in step.values:
+            reached[value] = places
+    return [sorted(reached[node]) for node in outputs]
+
+
+def _function(
+    steps: list[_Step], inputs: list[fx.Node], outputs: list[fx.Node], marked: bool
+) -> Callable[..., tuple[Tensor, ...]]:
+    graph = fx.Graph()
+    known = {node: graph.placeholder(node.name) for node in inputs}
+    _copy(steps, graph, known, marked)
+    graph.output(tuple(known[node] for node in outputs))
+    return direct(graph, grads=marked)
+
+
+def _copy(steps: list[_Step], graph: fx.Graph, known: dict[fx.Node, fx.Node], marked: bool) -> None:
+    """Append the steps; ``marked``: with the marks that switch gradients off and, in the end, on again."""
+    enabled = True
+    for step in steps:
+        if marked and step.alive != enabled:
+            enabled = step.alive
+            graph.call_function(torch._C._set_grad_enabled, (enabled,))
+        for node in dict.fromkeys((step.node, *step.values)):
+            known[node] = graph.node_copy(node, known.__getitem__)
+    if not enabled:
+        graph.call_function(torch._C._set_grad_enabled, (True,))
