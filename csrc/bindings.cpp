@@ -123,8 +123,9 @@ void scale_shift(int element_size, int64_t n, int64_t channels, int64_t inner, A
                  Address out_rad) {
     typed(element_size, [=](const auto& stages) {
         using T = decltype(element_type(stages));
-        const ScaleShift<T> by{at<T>(scale),     at<T>(shift),           at<T>(scale_rad),
-                               at<T>(shift_rad), static_cast<T>(evaluated), static_cast<T>(least)};
+        const ScaleShift<T> by{
+            at<T>(scale),         at<T>(shift), at<T>(scale_rad), at<T>(shift_rad), static_cast<T>(evaluated),
+            static_cast<T>(least)};
         stages.scale_shift(n, channels, inner, by, at<T>(mid), at<T>(rad), at<T>(out_mid), at<T>(out_rad));
     });
 }
@@ -303,7 +304,8 @@ PYBIND11_MODULE(_native, m) {
     m.def("linear_backward_many", &linear_backward_many, no_gil);
     m.def("conv2d", &conv2d, no_gil);
     m.def("conv2d_backward", &conv2d_backward, no_gil);
-    m.def("conv2d_roundings", &conv2d_roundings, "How often in a row a sum of these kernels is rounded, at most.");
+    m.def("conv2d_roundings", &conv2d_roundings,
+          "How often in a row a sum of these kernels is rounded, at most, outward.");
     m.def("matmul", &matmul, no_gil);
     m.def("matmul_backward", &matmul_backward, no_gil);
     m.def("threads", &threads, "The number of threads that a large stage would use.");

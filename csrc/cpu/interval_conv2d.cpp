@@ -3,8 +3,8 @@
 // them with the packed weight; ReLU is applied to the sums before they leave the registers. Sums are taken in another
 // order than in the specification, pyxai_bounds/ops/reference.py.
 //
-// Both passes are one: the backward-data pass of stride s is s*s convolutions of stride 1, one for each remainder of the
-// pixels that it writes, with those taps that reach them.
+// Both passes are one: the backward-data pass of stride s is s*s convolutions of stride 1, one for each remainder of
+// the pixels that it writes, with those taps that reach them.
 #include <atomic>
 
 #include "pyxai_bounds/parallel.h"
@@ -40,12 +40,19 @@ Axis forward_axis(int64_t outputs, int64_t kernel, int64_t stride, int64_t paddi
     return {outputs, 0, 1, -padding, stride, dilation, kernel, 0, 1};
 }
 
-// Tap k takes pixel i to (i + padding − k·dilation) / stride, where that is a whole number: for one remainder of i every
-// stride / gcd-th tap, the last of which reaches the least pixel.
+// Tap k takes pixel i to (i + padding − k·dilation) / stride, where that is a whole number: for one remainder of i
+// every stride / gcd-th tap, the last of which reaches the least pixel.
 Axis backward_axis(int64_t remainder, int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
     const int64_t common = greatest_common_divisor(stride, dilation), step = stride / common;
-    Axis axis{remainder < size ? ceil_div(size - remainder, stride) : 0, remainder, stride, 0, 1, dilation / common, 0,
-              0, -step};
+    Axis axis{remainder < size ? ceil_div(size - remainder, stride) : 0,
+              remainder,
+              stride,
+              0,
+              1,
+              dilation / common,
+              0,
+              0,
+              -step};
     for (int64_t k = 0; k < kernel; ++k) {
         const int64_t offset = remainder + padding - k * dilation;
         if (offset % stride == 0) {
@@ -162,11 +169,12 @@ Parts backward_parts(const Conv2d& s) {
 }
 
 // What one output of a part sums, in a packed source whose rows are `row` terms long.
-Terms terms_of(const Part& p, int64_t channels, int64_t row) {
+Terms terms_of(const Part& p, int64_t channels, int64_t row, bool outward) {
     const bool joined = p.columns.dilation == 1;  // neighbouring taps read neighbouring pixels
     return {{p.rows.taps, p.rows.dilation * row},
             {joined ? 1 : p.columns.taps, p.columns.dilation * channels},
-            joined ? p.columns.taps * channels : channels};
+            joined ? p.columns.taps * channels : channels,
+            outward ? block_outward : block_nearest};
 }
 
 template <class T>
@@ -199,8 +207,8 @@ struct Pass {
             const int64_t last = smaller(end, r.count);
             if (last <= begin || c.count == 0 || r.taps * c.taps == 0) continue;
             const Window one{r.begin(begin), r.end(last), c.begin(0), c.end(c.count)};
-            all = some ? Window{smaller(all.top, one.top), greater(all.bottom, one.bottom),
-                                smaller(all.left, one.left), greater(all.right, one.right)}
+            all = some ? Window{smaller(all.top, one.top), greater(all.bottom, one.bottom), smaller(all.left, one.left),
+                                greater(all.right, one.right)}
                        : one;
             some = true;
         }
@@ -219,7 +227,8 @@ struct Pass {
         for (int i = 0; i < parts.count; ++i) {
             parts.part[i].packed = packed;
             packed += terms(parts.part[i]) * (few() ? 2 * weight.outputs : panels() * tile_width<T>);
-            pairs += terms(parts.part[i]) * parts.part[i].rows.count * parts.part[i].columns.count * source.batch * weight.outputs;
+            pairs += terms(parts.part[i]) * parts.part[i].rows.count * parts.part[i].columns.count * source.batch *
+                     weight.outputs;
         }
         const int threads = team_size(pairs / conv2d_grain);
         // As few bands as keep one in the cache and leave no thread idle for long.
@@ -273,14 +282,15 @@ struct Pass {
     void convolve(const Part& p, int64_t image, int64_t begin, int64_t end, Window w, const T* band,
                   const T* weights) const {
         const int64_t channels = source.channels, row = w.columns() * channels;
-        const Terms terms = terms_of(p, channels, row);
+        const Terms terms = terms_of(p, channels, row, results.outward);
         const auto over_tiles = [&](auto sum) {
             int64_t q = begin, x = 0;
             in_tiles((end - begin) * p.columns.count, [&](int64_t, int64_t count, auto pixels) {
                 const T* sources[pixels];
                 int64_t at[pixels];
                 for (int i = 0; i < count; ++i) {
-                    sources[i] = band + 2 * ((p.rows.begin(q) - w.top) * row + (p.columns.begin(x) - w.left) * channels);
+                    sources[i] =
+                        band + 2 * ((p.rows.begin(q) - w.top) * row + (p.columns.begin(x) - w.left) * channels);
                     at[i] = ((image * height + p.rows.out_first + q * p.rows.out_step) * width + p.columns.out_first +
                              x * p.columns.out_step) *
                             weight.outputs;
@@ -309,10 +319,14 @@ struct Pass {
         };
         static_assert(few_outputs == 4);
         switch (few() ? weight.outputs : 0) {
-            case 1: return by_few(Constant<1>{});
-            case 2: return by_few(Constant<2>{});
-            case 3: return by_few(Constant<3>{});
-            case 4: return by_few(Constant<4>{});
+            case 1:
+                return by_few(Constant<1>{});
+            case 2:
+                return by_few(Constant<2>{});
+            case 3:
+                return by_few(Constant<3>{});
+            case 4:
+                return by_few(Constant<4>{});
         }
         for (int64_t panel = 0; panel < panels(); ++panel)
             if (vectors(panel) == tile_vectors)
@@ -330,7 +344,8 @@ template <class T>
 bool conv2d(const Conv2d& s, const Outward<T>* outward, const T* mid, const T* rad, const T* weight, const T* bias,
             T* out_mid, T* out_rad, uint8_t* state) {
     const int64_t* w = s.weight_strides;
-    const Widening<T> widening = outward ? Widening<T>{outward->on_mid, outward->on_rad, outward->least} : Widening<T>{};
+    const Widening<T> widening =
+        outward ? Widening<T>{outward->on_mid, outward->on_rad, outward->least} : Widening<T>{};
     Pass<T> pass{{s.batch, s.height, s.width, s.channels, mid, rad, {nullptr, 0, outward ? &widening : nullptr}},
                  {weight, s.outputs, s.channels, w[0], w[1], w[2], w[3]},
                  {s.outputs, bias, outward ? outward->bias : nullptr, out_mid, out_rad, state,
@@ -345,7 +360,8 @@ template <class T>
 bool conv2d_backward(const Conv2d& s, const Outward<T>* outward, const T* mid, const T* rad, const uint8_t* state,
                      const T* weight, T* out_mid, T* out_rad) {
     const int64_t* w = s.weight_strides;
-    const Widening<T> widening = outward ? Widening<T>{outward->on_mid, outward->on_rad, outward->least} : Widening<T>{};
+    const Widening<T> widening =
+        outward ? Widening<T>{outward->on_mid, outward->on_rad, outward->least} : Widening<T>{};
     const Packing<T> packing{state, packed_bytes(s.batch * s.out_height * s.out_width * s.outputs),
                              outward ? &widening : nullptr};
     Pass<T> pass{{s.batch, s.out_height, s.out_width, s.outputs, mid, rad, packing},
@@ -363,7 +379,7 @@ int64_t conv2d_roundings(const Conv2d& s, bool backward) {
     const int64_t channels = backward ? s.outputs : s.channels, outputs = backward ? s.channels : s.outputs;
     int64_t most = 0;
     for (int i = 0; i < parts.count; ++i) {
-        const Terms terms = terms_of(parts.part[i], channels, 0);
+        const Terms terms = terms_of(parts.part[i], channels, 0, true);
         most = greater(most, outputs <= few_outputs ? terms.roundings_of_few(Vec<T>::lanes) : terms.roundings());
     }
     return most;

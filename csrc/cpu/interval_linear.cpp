@@ -160,7 +160,8 @@ void transpose(const float* from, int64_t from_stride, float* to, int64_t to_str
         }
     // a[4g + c] holds, in its quarter q, column 4q + c of rows 4g to 4g + 3.
     for (int c = 0; c < 4; ++c) {
-        const __m512 low = _mm512_shuffle_f32x4(a[c], a[4 + c], 0x44), high = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xee);
+        const __m512 low = _mm512_shuffle_f32x4(a[c], a[4 + c], 0x44),
+                     high = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xee);
         const __m512 low2 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0x44);
         const __m512 high2 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0xee);
         _mm512_storeu_ps(to + c * to_stride, _mm512_shuffle_f32x4(low, low2, 0x88));
@@ -213,7 +214,7 @@ void panel_of_products(const Factors<T>& weight, int64_t output, int64_t boxes, 
             }
             Sums<T, pixels, vectors> sums;
             sums.clear();
-            add_blocks({{1, 0}, {1, 0}, count}, sources, panel, sums);
+            add_blocks({{1, 0}, {1, 0}, count, count}, sources, panel, sums);
             if (k > 0) results.add_to(here, at, output, sums);
             if (k + count < weight.terms)
                 results.partial().write(here, at, output, sums);
@@ -241,9 +242,9 @@ void products(int64_t batch, const T* mid, const T* rad, const std::uint8_t* sta
             }
             team_barrier(team);
             for (int64_t p = panels * rank / team; p < panels * (rank + 1) / team; ++p)
-                (weight.outputs - p * width > Vec<T>::lanes ? panel_of_products<tile_vectors, T>
-                                                            : panel_of_products<1, T>)(
-                    weight, p * width, boxes, packed.get(), first, results, panel.get());
+                (weight.outputs - p * width > Vec<T>::lanes
+                     ? panel_of_products<tile_vectors, T>
+                     : panel_of_products<1, T>)(weight, p * width, boxes, packed.get(), first, results, panel.get());
             team_barrier(team);  // nobody packs the next boxes while somebody reads these
         }
     });

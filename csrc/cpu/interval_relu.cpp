@@ -18,7 +18,7 @@ inline constexpr int group = Vec<T>::lanes > 8 ? Vec<T>::lanes : 8;
 // Keeps or zeroes each end point, as rule(mid, rad, keep_in) says. `in` and `out` are packed bits; either may be null.
 template <bool outward, class T, class Rule>
 void keep_all(int64_t n, const T* mid, const T* rad, const uint8_t* in, T* out_mid, T* out_rad, uint8_t* out,
-               Rule rule) {
+              Rule rule) {
     const int64_t plane = (n + 7) / 8;
 
     // One vector of lanes `V` at element i, which is element `shift` of its group.

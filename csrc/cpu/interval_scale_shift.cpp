@@ -61,10 +61,8 @@ void one_channel(int64_t begin, int64_t end, int64_t c, const ScaleShift<T>& by,
     using S = Scalar<T>;
     const auto channel = channel_of<V, true>(by, c);
     int64_t i = begin;
-    for (; i + V::lanes <= end; i += V::lanes)
-        step<outward>(by, channel, mid + i, rad + i, out_mid + i, out_rad + i);
-    for (; i < end; ++i)
-        step<outward>(by, channel_of<S, true>(by, c), mid + i, rad + i, out_mid + i, out_rad + i);
+    for (; i + V::lanes <= end; i += V::lanes) step<outward>(by, channel, mid + i, rad + i, out_mid + i, out_rad + i);
+    for (; i < end; ++i) step<outward>(by, channel_of<S, true>(by, c), mid + i, rad + i, out_mid + i, out_rad + i);
 }
 
 // Elements [begin, end), of which the first belongs to channel c and each next to the next.

@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -183,12 +183,7 @@ def _few(mid: Tensor, rad: Tensor, weight: Tensor, dim: int) -> bool:
 
 def _several(mid: Tensor, rad: Tensor, weight: Tensor, dim: int) -> bool:
     """The same for the tiles of the packed kernel, where it is faster than a library's products."""
-    return (
-        mid.shape[0] <= SEVERAL
-        and _are_boxes(mid, rad, weight, dim)
-        and min(weight.shape) >= 16
-        and _has_tiles()
-    )
+    return mid.shape[0] <= SEVERAL and _are_boxes(mid, rad, weight, dim) and min(weight.shape) >= 16 and _has_tiles()
 
 
 def _are_boxes(mid: Tensor, rad: Tensor, weight: Tensor, dim: int) -> bool:
@@ -228,16 +223,16 @@ def interval_conv2d(
         out_mid, out_rad = _channels_last(size, mid), _channels_last(size, mid)
         fused = relu and _whole_bytes(geometry[4])
         state = torch.empty(state_size(out_mid), dtype=torch.uint8) if fused else None
-        widening, rad_bias = _widening(geometry, mid, rounding, False, bias)
+        widening = _widening(geometry, mid, rounding, False, bias)
         done = _module().conv2d(
-            mid.element_size(), geometry, widening, mid.data_ptr(), rad.data_ptr(), weight.data_ptr(),
+            mid.element_size(), geometry, widening.numbers, mid.data_ptr(), rad.data_ptr(), weight.data_ptr(),
             0 if bias is None else bias.data_ptr(), out_mid.data_ptr(), out_rad.data_ptr(),
             0 if state is None else state.data_ptr(),
         )  # fmt: skip
         if done and state is not None:
             return out_mid, out_rad, state
         if done:
-            return _relu_into(out_mid, out_rad, out_mid, out_rad, rounding) if relu else (out_mid, out_rad, _no_state(mid))
+            return _relu_in_place(out_mid, out_rad, rounding) if relu else (out_mid, out_rad, _no_state(mid))
     out = reference.interval_conv2d(mid, rad, weight, bias, stride, padding, dilation, groups, False, rounding, _STAGES)
     return _relu_in_place(out[0], out[1], rounding) if relu else out
 
@@ -263,7 +258,7 @@ def interval_conv2d_backward(
         state = None if state is None else _bits_of(state, mid)
         out_mid, out_rad = _channels_last(input_size, mid), _channels_last(input_size, mid)
         done = _module().conv2d_backward(
-            mid.element_size(), geometry, _widening(geometry, mid, rounding, True)[0], mid.data_ptr(), rad.data_ptr(),
+            mid.element_size(), geometry, _widening(geometry, mid, rounding, True).numbers, mid.data_ptr(), rad.data_ptr(),
             0 if state is None else state.data_ptr(), weight.data_ptr(), out_mid.data_ptr(), out_rad.data_ptr(),
         )  # fmt: skip
         if done:
@@ -318,17 +313,24 @@ def _has_tiles() -> bool:
     return _module().level() in TILED
 
 
+class _Widening(NamedTuple):
+    """How a kernel rounds outward; ``rad_bias``, whose address is in the numbers, must live as long as its call."""
+
+    numbers: tuple[float, float, float, int] | None
+    rad_bias: Tensor | None
+
+
 def _widening(
     geometry: tuple[int, ...], mid: Tensor, rounding: int, backward: bool, bias: Tensor | None = None
-) -> tuple[tuple[float, float, float, int] | None, Tensor | None]:
-    """How the kernel rounds outward, and the bias of the radius, which must live as long as the call."""
+) -> _Widening:
     if not rounding:
-        return None, None
+        return _Widening(None, None)
     terms = geometry[4 if backward else 1] * geometry[7] * geometry[8]
     summed = _module().conv2d_roundings(mid.element_size(), geometry, backward)
     lost = rounding_units.errors(terms, mid.dtype, rounding, summed=min(terms, summed))
     rad_bias = rounding_units.bias_error(bias, lost)
-    return (lost.of_mid, lost.of_rad, 2 * lost.floor, 0 if rad_bias is None else rad_bias.data_ptr()), rad_bias
+    address = 0 if rad_bias is None else rad_bias.data_ptr()
+    return _Widening((lost.of_mid, lost.of_rad, 2 * lost.floor, address), rad_bias)
 
 
 def _whole_bytes(channels: int) -> bool:

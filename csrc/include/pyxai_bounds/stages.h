@@ -13,15 +13,16 @@ struct Conv2d {
     std::int64_t kernel[2], stride[2], padding[2], dilation[2], weight_strides[4];
 };
 
-// How a product rounds outward: pyxai_bounds/rounding.py's widening of the radii, and a bias of theirs, which may be null.
+// How a product rounds outward: pyxai_bounds/rounding.py's widening of the radii, and a bias of theirs, which may be
+// null.
 template <class T>
 struct Outward {
     T on_mid, on_rad, least;
     const T* bias;
 };
 
-// Numbers per channel, of which all but `scale` may be null. Rounded outward, if `least` is not 0, by that where anything
-// is not 0, and for float32 evaluations by `evaluated` of what they may reach.
+// Numbers per channel, of which all but `scale` may be null. Rounded outward, if `least` is not 0, by that where
+// anything is not 0, and for float32 evaluations by `evaluated` of what they may reach.
 template <class T>
 struct ScaleShift {
     const T *scale, *shift, *scale_rad, *shift_rad;
@@ -57,9 +58,9 @@ struct Stages {
                    const T* bias, T* out_mid, T* out_rad);
     void (*linear_backward)(std::int64_t batch, std::int64_t m, std::int64_t n, const T* mid, const T* rad,
                             const T* weight, T* out_mid, T* out_rad);
-    // Any number of boxes, and a weight with any strides; ReLU after the bias, if there is somewhere to write its state,
-    // and ReLU' first, if there is a state of it. Either needs a multiple of 16 outputs, m,
-    // and registers of 8 elements.
+    // Any number of boxes, and a weight with any strides; ReLU after the bias, if there is somewhere to write its
+    // state, and ReLU' first, if there is a state of it. Either needs a multiple of 16 outputs, m, and registers of 8
+    // elements.
     void (*linear_many)(std::int64_t batch, std::int64_t n, std::int64_t m, const T* mid, const T* rad, const T* weight,
                         std::int64_t row_stride, std::int64_t column_stride, const T* bias, T* out_mid, T* out_rad,
                         std::uint8_t* state);
@@ -68,13 +69,14 @@ struct Stages {
                                  std::int64_t column_stride, T* out_mid, T* out_rad);
     // Convolutions with ReLU after them, if there is somewhere to write its state, and their backward-data pass with
     // ReLU' before it, if there is a state of it: `mid`, `rad` are then [batch, out_height, out_width, outputs].
-    // A state needs a multiple of 16 outputs, and registers of 8 elements. `outward` may be null; else each weight that is not 0 must be at least the
-    // square root of the least normal number: if one is not, they return false and have written nothing.
+    // A state needs a multiple of 16 outputs, and registers of 8 elements. `outward` may be null; else each weight that
+    // is not 0 must be at least the square root of the least normal number: if one is not, they return false and have
+    // written nothing.
     bool (*conv2d)(const Conv2d& shape, const Outward<T>* outward, const T* mid, const T* rad, const T* weight,
                    const T* bias, T* out_mid, T* out_rad, std::uint8_t* state);
     bool (*conv2d_backward)(const Conv2d& shape, const Outward<T>* outward, const T* mid, const T* rad,
                             const std::uint8_t* state, const T* weight, T* out_mid, T* out_rad);
-    // How often in a row a sum of theirs is rounded, at most.
+    // How often in a row a sum of theirs is rounded, at most, where they round outward.
     std::int64_t (*conv2d_roundings)(const Conv2d& shape, bool backward);
     // The matrix products: `batch` of [m, k] × [k, n], all contiguous, outputs apart from inputs, k > 0.
     void (*matmul)(std::int64_t batch, std::int64_t m, std::int64_t k, std::int64_t n, const T* a_mid, const T* a_rad,
