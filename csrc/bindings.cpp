@@ -201,12 +201,82 @@ void matmul_backward(int element_size, int64_t batch, int64_t m, int64_t k, int6
     });
 }
 
+// What Python objects look like to somebody who compares by identity alone: their classes, their attributes, and what
+// the dictionaries and lists among these hold. No Python code runs and no reference is counted while two are compared,
+// so that it takes a small fraction of the time that Python needs. See pyxai_bounds/watch.py.
+class Snapshot {
+   public:
+    explicit Snapshot(const py::list& objects) {
+        complete_ = walk(objects, [this](const void* word, PyObject* object) {
+            words_.push_back(word);
+            // An address proves identity only while its object lives. What cannot refer to others is kept alive here;
+            // the rest is watched by the caller, who could not let go of it otherwise.
+            if (object && !PyObject_IS_GC(object)) kept_.push_back(py::reinterpret_borrow<py::object>(object));
+            return true;
+        });
+    }
+
+    // Do they still look so?
+    bool holds(const py::list& objects) const {
+        std::size_t at = 0;
+        return complete_ &&
+               walk(objects,
+                    [&](const void* word, PyObject*) { return at < words_.size() && words_[at++] == word; }) &&
+               at == words_.size();
+    }
+
+   private:
+    // Calls visit(word, object or null) for everything seen; false as soon as a call returns false, or if there is
+    // something whose contents cannot be seen this way.
+    template <class Visit>
+    static bool walk(const py::list& objects, Visit visit) {
+        for (const py::handle object : objects) {
+            const auto attributes = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(object.ptr(), nullptr));
+            if (!attributes || !PyDict_CheckExact(attributes.ptr())) {
+                PyErr_Clear();
+                return false;
+            }
+            if (!visit(Py_TYPE(object.ptr()), nullptr) || !entries(attributes.ptr(), visit)) return false;
+            Py_ssize_t at = 0;
+            PyObject *name, *value;
+            while (PyDict_Next(attributes.ptr(), &at, &name, &value)) {
+                if (PyDict_Check(value)) {
+                    // A dictionary with an order of its own shows it to nobody but Python.
+                    if (!PyDict_CheckExact(value) && PyDict_Size(value) > 0) return false;
+                    if (!entries(value, visit)) return false;
+                } else if (PyList_CheckExact(value) && PyList_GET_SIZE(value) <= many) {
+                    const Py_ssize_t size = PyList_GET_SIZE(value);
+                    if (!visit(reinterpret_cast<const void*>(size), nullptr)) return false;
+                    for (Py_ssize_t i = 0; i < size; ++i)
+                        if (!visit(PyList_GET_ITEM(value, i), PyList_GET_ITEM(value, i))) return false;
+                }
+            }
+        }
+        return true;
+    }
+
+    template <class Visit>
+    static bool entries(PyObject* dictionary, Visit visit) {
+        if (!visit(reinterpret_cast<const void*>(PyDict_Size(dictionary)), nullptr)) return false;
+        Py_ssize_t at = 0;
+        PyObject *key, *value;
+        while (PyDict_Next(dictionary, &at, &key, &value))
+            if (!visit(key, key) || !visit(value, value)) return false;
+        return true;
+    }
+
+    static constexpr Py_ssize_t many = 1000;  // longer lists are somebody's data; watch.py compares them as a whole
+    std::vector<const void*> words_;
+    std::vector<py::object> kept_;
+    bool complete_ = false;
+};
+
 }  // namespace
 }  // namespace pyxai_bounds
 
 PYBIND11_MODULE(_native, m) {
     using namespace pyxai_bounds;
-    m.doc() = "Interval kernels on arrays given by address; called by pyxai_bounds.ops.native alone.";
+    m.doc() = "Interval kernels on arrays given by address, called by pyxai_bounds.ops.native alone; Snapshot.";
     const py::call_guard<py::gil_scoped_release> no_gil;
     m.def("relu", &relu, no_gil);
     m.def("relu_backward", &relu_backward, no_gil);
@@ -220,6 +290,9 @@ PYBIND11_MODULE(_native, m) {
     m.def("linear_backward", &linear_backward, no_gil);
     m.def("matmul", &matmul, no_gil);
     m.def("matmul_backward", &matmul_backward, no_gil);
+    py::class_<Snapshot>(m, "Snapshot")
+        .def(py::init<const py::list&>(), py::arg("objects"))
+        .def("holds", &Snapshot::holds, py::arg("objects"));
     m.def("threads", &threads, "The number of threads that a large stage would use.");
     m.def("level", [] { return active.load()->name; }, "The instruction-set level in use.");
     m.def("set_level", &set_level, py::arg("name"), "Use one of levels() from now on, in all threads.");

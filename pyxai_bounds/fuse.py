@@ -27,7 +27,9 @@ def optimise(graph: fx.GraphModule) -> None:
         _remove_no_ops,
         _cancel_transposes,
         _share_equal_nodes,
+        _zeros_of_their_own,
         _compute_constants,
+        _select_rows,
         _fold_scale_into_affine,
         _fold_scale_of_gradient_into_affine,
         _share_equal_nodes,
@@ -78,6 +80,7 @@ def _remove_no_ops(graph: fx.GraphModule) -> None:
                 node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
 
 
+_COMPUTED = "_computed_"  # how the names of constants that were computed here begin
 _SMALL = 1 << 14  # elements of a constant that may be kept for the life of the program
 
 
@@ -108,13 +111,55 @@ def _compute_constants(graph: fx.GraphModule) -> None:
             user.op == "output" or all(n in constant for n in user.all_input_nodes) for user in readers
         ):
             continue
-        name = f"_computed_{node.name}"
+        name = f"{_COMPUTED}{node.name}"
         graph.register_buffer(name, value, persistent=False)
         with graph.graph.inserting_before(node):
             kept = graph.graph.get_attr(name)
         kept.meta = dict(node.meta)
         for user in readers:
             user.replace_input_with(node, kept)
+
+
+def _zeros_of_their_own(graph: fx.GraphModule) -> None:
+    """The radius of a point needs the shape alone, and so becomes a constant where that is known to be contiguous."""
+    for node in _nodes(graph, aten.zeros_like.default):
+        value = node.meta["val"]
+        if value.dim() > 3 or not value.is_contiguous():
+            continue  # the memory order of the point is found when the program runs
+        with graph.graph.inserting_before(node):
+            options = {"dtype": value.dtype, "device": value.device}
+            zeros = graph.graph.call_function(aten.full.default, (list(value.shape), 0), options)
+        zeros.meta = node.meta
+        node.replace_all_uses_with(zeros)
+
+
+def _select_rows(graph: fx.GraphModule) -> None:
+    """The seed of a gradient, one-hot in the target, times the last weight: the rows of that weight, nothing else."""
+    for node in _nodes(graph, aten.mm.default):
+        seed, weight = node.args
+        if not _is(seed, aten.scatter_add.default):
+            continue
+        zeros, dim, index, ones = seed.args  # type: ignore[union-attr]
+        if (
+            dim == 1
+            and _is(index, aten.unsqueeze.default)
+            and index.args[1] in (1, -1)
+            and index.meta["val"].dim() == 2
+            and _is_constant(graph, zeros, 0)
+            and _is_constant(graph, ones, 1)
+            and ones.meta["val"].shape == index.meta["val"].shape
+        ):
+            with graph.graph.inserting_before(node):
+                rows = graph.graph.call_function(aten.index_select.default, (weight, 0, index.args[0]))
+            rows.meta = node.meta
+            node.replace_all_uses_with(rows)
+
+
+def _is_constant(graph: fx.GraphModule, node: fx.Node, value: float) -> bool:
+    """Is this a constant that was computed here (no parameter, which may change), and equal to a number throughout?"""
+    if node.op != "get_attr" or not str(node.target).startswith(_COMPUTED):
+        return False
+    return bool((_attribute(graph, node.target) == value).all())
 
 
 def _is_aten(node: fx.Node) -> bool:

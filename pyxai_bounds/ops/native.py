@@ -60,6 +60,11 @@ def supports(mid: Tensor) -> bool:
     return True
 
 
+def snapshot(objects: list[Any]) -> Any:
+    """What these objects are made of, by identity; ``.holds(objects)`` tells whether they still look so."""
+    return _module().Snapshot(objects)
+
+
 def _warn_once() -> None:
     global _warned
     if not _warned:
