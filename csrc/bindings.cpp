@@ -3,11 +3,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "pyxai_bounds/stages.h"
@@ -201,6 +203,46 @@ void matmul_backward(int element_size, int64_t batch, int64_t m, int64_t k, int6
     });
 }
 
+// Linear layers and their backward passes on a few boxes, one after the other. Values are numbered: those that Python
+// gives or takes come with an address at each run, all others lie in memory that is gone afterwards.
+class Chain {
+   public:
+    // {is it a backward pass, batch, features in, features out, mid, rad, weight, bias or state, out mid, out rad,
+    // state}: of values their numbers, -1 for what is absent.
+    using Step = std::array<int64_t, 11>;
+
+    Chain(int element_size, std::vector<Step> steps, const std::vector<int64_t>& bytes)
+        : element_size_(element_size), steps_(std::move(steps)) {
+        for (const int64_t size : bytes) {
+            at_.push_back(size_);
+            size_ += (size + 63) / 64 * 64;
+        }
+    }
+
+    // One address per value, 0 for what stays here.
+    void run(std::vector<Address> values) const {
+        const std::unique_ptr<char[]> own(new char[size_ + 64]);
+        const Address start = (reinterpret_cast<Address>(own.get()) + 63) / 64 * 64;
+        for (std::size_t i = 0; i < values.size(); ++i)
+            if (values[i] == 0) values[i] = start + at_[i];
+        const auto value = [&](int64_t number) { return number < 0 ? Address(0) : values[number]; };
+        for (const auto& [backward, batch, n, m, mid, rad, weight, third, out_mid, out_rad, state] : steps_) {
+            if (backward)
+                linear_backward(element_size_, batch, n, m, value(mid), value(rad), value(third), value(weight),
+                                value(out_mid), value(out_rad));
+            else
+                linear(element_size_, batch, n, m, value(mid), value(rad), value(weight), value(third), value(out_mid),
+                       value(out_rad), value(state));
+        }
+    }
+
+   private:
+    int element_size_;
+    std::vector<Step> steps_;
+    std::vector<int64_t> at_;
+    int64_t size_ = 0;
+};
+
 // What Python objects look like to somebody who compares by identity alone: their classes, their attributes, and what
 // the dictionaries and lists among these hold. No Python code runs and no reference is counted while two are compared,
 // so that it takes a small fraction of the time that Python needs. See pyxai_bounds/watch.py.
@@ -290,6 +332,9 @@ PYBIND11_MODULE(_native, m) {
     m.def("linear_backward", &linear_backward, no_gil);
     m.def("matmul", &matmul, no_gil);
     m.def("matmul_backward", &matmul_backward, no_gil);
+    py::class_<Chain>(m, "Chain")
+        .def(py::init<int, std::vector<Chain::Step>, const std::vector<int64_t>&>())
+        .def("run", &Chain::run, no_gil);
     py::class_<Snapshot>(m, "Snapshot")
         .def(py::init<const py::list&>(), py::arg("objects"))
         .def("holds", &Snapshot::holds, py::arg("objects"));

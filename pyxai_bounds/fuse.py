@@ -14,6 +14,8 @@ from torch import fx
 
 from pyxai_bounds import ops
 from pyxai_bounds.capture import remove_unused
+from pyxai_bounds.ops import native
+from pyxai_bounds.ops.layout import state_size
 from pyxai_bounds.rounding import without_autocast
 
 aten = torch.ops.aten
@@ -262,6 +264,95 @@ def _fold_scale_of_gradient_into_affine(graph: fx.GraphModule) -> None:
             with graph.graph.inserting_before(node):
                 new_weight = _scaled_weight(graph.graph, weight, scaling.args[2])  # type: ignore[arg-type]
             node.args = (*scaling.args[:2], new_weight, None, *rest)
+
+
+def chain_few(graph: fx.Graph) -> None:
+    """Linear operators on a few boxes that need nothing but one another become one call; for programs without gradients.
+
+    ``meta["val"]`` of all inputs must be there.
+    """
+    for chain, late in _few_in_a_row(graph):
+        if len(chain) > 1:
+            _chain(graph, chain, late)
+
+
+def _is_few(node: fx.Node) -> bool:
+    """Is it a linear operator that the native kernel for a few boxes takes?"""
+    if not (_is(node, ops.interval_linear) or _is(node, ops.interval_linear_backward)):
+        return False
+    forward = node.target is ops.interval_linear
+    if any(node.args[5 if forward else 4 :]) or not isinstance(node.args[2], fx.Node):
+        return False  # with outward rounding, it is another operator
+    mid, rad, weight, *third = (n.meta["val"] for n in node.args[:4] if isinstance(n, fx.Node))
+    if forward:
+        features, third_like = weight.shape[-1], (weight.shape[:1], mid.dtype)
+    else:
+        features, third_like = weight.shape[0], (state_size(mid), torch.uint8)
+    return (
+        native.supports(mid)
+        and mid.dim() == 2 == weight.dim()
+        and mid.shape == rad.shape == (len(mid), features)
+        and len(mid) <= native.FEW
+        and mid.dtype == rad.dtype == weight.dtype
+        and all((t.shape, t.dtype) == third_like for t in third)
+    )
+
+
+def _few_in_a_row(graph: fx.Graph) -> list[tuple[list[fx.Node], list[fx.Node]]]:
+    """Runs of such operators, each with the nodes between them that can wait until all have run."""
+    found: list[tuple[list[fx.Node], list[fx.Node]]] = []
+    chain: list[fx.Node] = []
+    late: list[fx.Node] = []  # what needs a result of the chain, in order
+    between = 0  # how many of them stand before the chain's last operator
+    parts: set[fx.Node] = set()  # the chain's results
+    waiting: set[fx.Node] = set()  # what computes something else with them
+    for node in graph.nodes:
+        needs = any(n in waiting for n in node.all_input_nodes)
+        if _is_few(node):
+            if needs:
+                found.append((chain, late[:between]))
+                chain, late, parts, waiting = [], [], set(), set()
+            chain.append(node)
+            between = len(late)
+        elif _is(node, operator.getitem) and node.args[0] in chain:
+            parts.add(node)
+            late.append(node)
+        elif needs or any(n in parts for n in node.all_input_nodes):
+            waiting.add(node)
+            late.append(node)
+    return [*found, (chain, late[:between])]
+
+
+def _chain(graph: fx.Graph, chain: list[fx.Node], late: list[fx.Node]) -> None:
+    last = chain[-1]
+    for node in late:
+        last.append(node)
+        last = node
+    results = {part: (node, position) for node in chain for position, part in _parts(node).items()}
+    given = list(dict.fromkeys(n for node in chain for n in node.all_input_nodes if n not in results))
+    values = [given_node.meta["val"] for given_node in given]
+    numbers: dict[Any, int] = {node: number for number, node in enumerate(given)}
+    steps = []
+    for node in chain:
+        backward = node.target is ops.interval_linear_backward
+        outputs: list[int | None] = [None] * 3
+        for position, value in enumerate(node.meta["val"][: 3 if not backward and node.args[4] else 2]):
+            outputs[position] = numbers[node, position] = len(values)
+            values.append(value)
+        inputs = [n if n is None else numbers[results.get(n, n)] for n in node.args[:4]]  # type: ignore[arg-type, call-overload]
+        steps.append(native.Step(backward, *inputs, *outputs))  # type: ignore[arg-type]
+    taken = [part for part in results if any(user not in chain for user in part.users)]
+    kinds = [(tuple(value.shape), value.dtype) for value in values]
+    run = ops.chain(steps, kinds, len(given), [numbers[results[part]] for part in taken])
+    with graph.inserting_after(chain[-1]):
+        call = graph.call_function(run, tuple(given))
+    for position, part in enumerate(taken):
+        with graph.inserting_after(call):
+            part.replace_all_uses_with(graph.call_function(operator.getitem, (call, position)))
+    for node in reversed(chain):
+        for part in list(node.users):
+            graph.erase_node(part)
+        graph.erase_node(node)
 
 
 def _fuse_relu_into_affine(graph: fx.GraphModule) -> None:

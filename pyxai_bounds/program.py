@@ -315,7 +315,12 @@ def _undispatched(program: fx.GraphModule, grads: bool) -> Callable:
     graph, new = fx.Graph(), {}
     for node in (*program.graph.find_nodes(op="placeholder"), *nodes):
         new[node] = graph.placeholder(node.name)
+        new[node].meta = node.meta
+    for node, constant in zip(nodes, constants, strict=True):
+        new[node].meta = {"val": constant}
     graph.output(graph.graph_copy(program.graph, new))
+    if not grads:
+        fuse.chain_few(graph)
     for node in graph.nodes:
         if node.op != "call_function":
             continue

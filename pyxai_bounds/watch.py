@@ -215,7 +215,7 @@ def is_dead(key: Any) -> bool:
 
 def identity(fn: Any) -> tuple[Any, Any]:
     """An object that lives about as long as the function, and what tells the function from others that share it."""
-    if hasattr(fn, "__bound_key__"):  # an explanation: its model and its options
+    if hasattr(type(fn), "__bound_key__"):  # an explanation: its model and its options
         model, options = fn.__bound_key__()
         anchor, key = identity(model)
         return anchor, (key, options)

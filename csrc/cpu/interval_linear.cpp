@@ -3,7 +3,6 @@
 // all the cost, and a library would read it three times and write |W| once. With many boxes a library's matrix product
 // is faster (see ops/native.py). Sums are taken in another order than in the specification,
 // pyxai_bounds/ops/reference.py.
-#include <cstdlib>
 #include "pyxai_bounds/parallel.h"
 #include "pyxai_bounds/stages.h"
 #include "pyxai_bounds/vec.h"
@@ -13,9 +12,8 @@ namespace {
 
 using std::int64_t;
 
-// Elements of the weight per thread, at least: about as long as it takes to wake one.
-inline constexpr int64_t linear_grain = 1 << 17;
-inline int64_t grain_() { static int64_t g = getenv("GRAIN") ? atoll(getenv("GRAIN")) : linear_grain; return g; }
+// Elements of the weight per thread, at least.
+inline constexpr int64_t linear_grain = 1 << 16;
 // Boxes that share one walk over the weight: twice as many sums in registers.
 inline constexpr int together = 4;
 // Rows of the weight that one box alone meets at a time: it is loaded once for all of them.
@@ -80,7 +78,7 @@ void linear_tile(int64_t n, int64_t m, const T* mid, const T* rad, const T* weig
 template <class T>
 void linear(int64_t batch, int64_t n, int64_t m, const T* mid, const T* rad, const T* weight, const T* bias, T* out_mid,
             T* out_rad) {
-    parallel_team(team_size(batch * n * m / grain_()), [=](int rank, int team) {
+    parallel_team(team_size(batch * n * m / linear_grain), [=](int rank, int team) {
         const int64_t begin = m * rank / team, end = m * (rank + 1) / team;
         in_groups<rows_together>(end - begin, [=](int64_t from, auto rows) {
             const int64_t row = begin + from;
@@ -131,7 +129,7 @@ template <class T>
 void linear_backward(int64_t batch, int64_t m, int64_t n, const T* mid, const T* rad, const T* weight, T* out_mid,
                      T* out_rad) {
     using V = Vec<T>;
-    parallel_team(team_size(batch * n * m / grain_()), [=](int rank, int team) {
+    parallel_team(team_size(batch * n * m / linear_grain), [=](int rank, int team) {
         // Whole vectors to each thread, so that no two write one cache line.
         const int64_t share = (n / 16 + team) / team * 16;
         const int64_t stop = share * (rank + 1) < n ? share * (rank + 1) : n;

@@ -672,6 +672,35 @@ interval_max_pool2d_gather = _define(
 )
 
 
+# --- several linear operators on a few boxes, as one call of the native backend ---------------------------
+
+
+def chain(steps: list[native.Step], values: list[native.Kind], given: int, taken: list[int]) -> Callable[..., Any]:
+    """A function of the ``given`` tensors that returns the values ``taken``: see ``native.Chain``. Without gradients.
+
+    On another backend, or where a tensor is not as it was foreseen, each operator runs by itself.
+    """
+    together = native.Chain(steps, values, given, taken)
+
+    def run_chain(*tensors: Tensor) -> list[Tensor]:
+        results = together(*tensors) if _forced.get() in ("auto", "native") else None
+        return one_by_one(tensors) if results is None else results
+
+    def one_by_one(tensors: tuple[Tensor, ...]) -> list[Tensor]:
+        at: dict[int | None, Any] = {None: None, **dict(enumerate(tensors))}
+        for step in steps:
+            box = at[step.mid], at[step.rad], at[step.weight], at[step.third]
+            if step.backward:
+                at[step.out_mid], at[step.out_rad] = undispatched[interval_linear_backward](*box)
+            else:
+                relu = step.state is not None
+                at[step.out_mid], at[step.out_rad], at[step.state] = undispatched[interval_linear](*box, relu)
+                at[None] = None
+        return [at[number] for number in taken]
+
+    return run_chain
+
+
 # --- check_target: the one check that needs the data, so it must be part of the captured program ----------
 
 _library.define("check_target(Tensor target, int classes) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))

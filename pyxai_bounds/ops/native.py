@@ -8,11 +8,12 @@ product of two boxes, for which ATen has nothing. This file allocates, checks wh
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 import warnings
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ except ImportError as error:
 
 _warned = False
 _DTYPES = (torch.float32, torch.float64)
+_CPU = torch.device("cpu")
 
 
 def available() -> bool:
@@ -167,6 +169,59 @@ def _few(mid: Tensor, rad: Tensor, weight: Tensor, dim: int) -> bool:
         and rad.is_contiguous()
         and weight.is_contiguous()
     )
+
+
+class Chain:
+    """Several linear layers and backward passes on a few boxes as one call, for programs that need no gradients.
+
+    Between two calls Python takes as long as the kernel of a small layer. ``steps`` name values by number;
+    ``values`` has the shape and dtype of each, first of the ``given`` ones that a call passes; ``taken`` are the numbers of
+    those that it returns.
+    """
+
+    def __init__(self, steps: list[Step], values: list[Kind], given: int, taken: list[int]) -> None:
+        self._given, self._taken = values[:given], [(number, *values[number]) for number in taken]
+        self._blank = [0] * (len(values) - given)
+        dtype = values[steps[0].mid][1]
+        rows = []
+        for step in steps:
+            (batch, n), (_, m) = values[step.mid][0], values[step.out_mid][0]
+            numbers = (-1 if number is None else number for number in step[1:])
+            rows.append((step.backward, batch, n, m, *numbers))
+        bytes_of = [0] * given + [math.prod(shape) * dtype.itemsize for shape, dtype in values[given:]]
+        self._run = _module().Chain(dtype.itemsize, rows, bytes_of).run
+
+    def __call__(self, *tensors: Tensor) -> list[Tensor] | None:
+        """The values that are taken; None if a tensor is not what the kernels read."""
+        addresses = []
+        for t, (shape, dtype) in zip(tensors, self._given, strict=True):
+            if t.shape != shape or t.dtype is not dtype or not t.is_cpu or not t.is_contiguous():
+                return None
+            addresses.append(t.data_ptr())
+        addresses += self._blank
+        results = []
+        for number, shape, dtype in self._taken:
+            result = torch.empty(shape, dtype=dtype, device=_CPU)
+            addresses[number] = result.data_ptr()
+            results.append(result)
+        self._run(addresses)
+        return results
+
+
+class Step(NamedTuple):
+    """One operator of a chain. All but the first are numbers of values; ``third`` is a bias, or the state of ReLU′."""
+
+    backward: bool
+    mid: int
+    rad: int
+    weight: int
+    third: int | None
+    out_mid: int
+    out_rad: int
+    state: int | None
+
+
+Kind = tuple[tuple[int, ...], torch.dtype]
 
 
 def _vector(t: Tensor, like: Tensor, size: int) -> bool:
