@@ -293,6 +293,7 @@ def _is_few(node: fx.Node) -> bool:
         and mid.dim() == 2 == weight.dim()
         and mid.shape == rad.shape == (len(mid), features)
         and len(mid) <= native.FEW
+        and weight.is_contiguous()
         and mid.dtype == rad.dtype == weight.dtype
         and all((t.shape, t.dtype) == third_like for t in third)
     )
@@ -348,7 +349,9 @@ def _chain(graph: fx.Graph, chain: list[fx.Node], late: list[fx.Node]) -> None:
         call = graph.call_function(run, tuple(given))
     for position, part in enumerate(taken):
         with graph.inserting_after(call):
-            part.replace_all_uses_with(graph.call_function(operator.getitem, (call, position)))
+            result = graph.call_function(operator.getitem, (call, position))
+        result.meta = part.meta
+        part.replace_all_uses_with(result)
     for node in reversed(chain):
         for part in list(node.users):
             graph.erase_node(part)
