@@ -215,6 +215,12 @@ def _freeze(value: Any) -> Any:
 
 
 _AFFINE = {ops.interval_linear: 4, ops.interval_conv2d: 8}  # operator → position of its relu flag
+_ROUNDING = {  # affine operator → position of its rounding
+    ops.interval_linear: 5,
+    ops.interval_linear_backward: 4,
+    ops.interval_conv2d: 9,
+    ops.interval_conv2d_backward: 9,
+}
 
 
 def _scaled_weight(graph: fx.Graph, weight: fx.Node, scale: fx.Node) -> fx.Node:
@@ -281,7 +287,7 @@ def _is_few(node: fx.Node) -> bool:
     if not (_is(node, ops.interval_linear) or _is(node, ops.interval_linear_backward)):
         return False
     forward = node.target is ops.interval_linear
-    if any(node.args[5 if forward else 4 :]) or not isinstance(node.args[2], fx.Node):
+    if any(node.args[_ROUNDING[node.target] :]) or not isinstance(node.args[2], fx.Node):
         return False  # with outward rounding, it is another operator
     mid, rad, weight, *third = (n.meta["val"] for n in node.args[:4] if isinstance(n, fx.Node))
     if forward:
@@ -432,3 +438,81 @@ def _carries_gradient(node: fx.Node) -> bool:
     values = node.meta.get("val")
     values = values if isinstance(values, (list, tuple)) else [values]
     return any(isinstance(v, torch.Tensor) and v.is_floating_point() for v in values)
+
+
+# --- how much memory a program takes --------------------------------------------------------------------------
+
+_TEMPORARIES = 12  # of the size of a result, in an elementwise product that is rounded outward; counted
+_AFFINE_BACKWARD = (ops.interval_linear_backward, ops.interval_conv2d_backward)
+
+
+def peak_bytes(graph: fx.Graph) -> int:
+    """How many bytes the values of a program without gradients occupy at once, at most, by the shapes it was traced at.
+
+    A value lives from the operator that makes it to its last reader, a view as long as what it shows. Inside fused
+    operators their |W|, gated and widened copies are counted; arguments, parameters and a library's own buffers are not.
+    """
+    position = {node: index for index, node in enumerate(graph.nodes)}
+    held: dict[fx.Node, list[int]] = {}  # the storages behind each result of a node
+    sizes: list[int] = []
+    last: list[int] = []
+    born: dict[int, list[int]] = {}
+    for node in graph.nodes:
+        read = [storage for n in node.all_input_nodes for storage in held[n]]
+        source = node.all_input_nodes[0] if node.all_input_nodes else node
+        if _is(node, operator.getitem) and not _is_view(source):
+            held[node] = [held[source][node.args[1]]]  # type: ignore[index]
+        elif _is(node, operator.getitem) or _is_view(node):
+            held[node] = held[source]
+        elif node.op == "call_function" and "val" in node.meta:
+            values = node.meta["val"] if isinstance(node.meta["val"], (tuple, list)) else [node.meta["val"]]
+            made = range(len(sizes), len(sizes) + len(values))
+            sizes += [_bytes_of(value) for value in values]
+            last += [position[node]] * len(values)
+            held[node], born[position[node]] = list(made), list(made)
+        else:
+            held[node] = []
+        for storage in read:
+            last[storage] = position[node]
+    dying: dict[int, int] = {}
+    for storage, index in enumerate(last):
+        dying[index] = dying.get(index, 0) + sizes[storage]
+    peak = live = 0
+    for node, index in position.items():
+        live += sum(sizes[storage] for storage in born.get(index, ()))
+        peak = max(peak, live + _inner_bytes(node))
+        live -= dying.get(index, 0)
+    return peak
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Do its results show what its first argument holds?"""
+    if not (node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and node.all_input_nodes):
+        return False
+    return any(result.alias_info is not None for result in node.target._schema.returns)
+
+
+def _bytes_of(value: Any) -> int:
+    return value.numel() * value.dtype.itemsize if isinstance(value, torch.Tensor) else 0
+
+
+def _inner_bytes(node: fx.Node) -> int:
+    """What a fused operator holds besides its arguments and results, at most: |W|, and the gated box.
+
+    Rounded outward: the widened radius, and sums (of a linear layer factors, too) in float64; of a product, its terms.
+    """
+    if node.target in (ops.interval_mul, ops.interval_scale_shift) and any(node.args[4:]):
+        return _TEMPORARIES * _bytes_of(node.meta["val"][0])
+    rounding_at = _ROUNDING.get(node.target)  # type: ignore[arg-type]
+    if rounding_at is None:
+        return 0
+    mid, rad, weight, third = (n.meta["val"] if isinstance(n, fx.Node) else None for n in node.args[:4])
+    inner = _bytes_of(weight)
+    if node.target in _AFFINE_BACKWARD and third is not None:
+        inner += _bytes_of(mid) + _bytes_of(rad)
+    if any(node.args[rounding_at:]):
+        wide = _bytes_of(node.meta["val"][0])
+        if node.target in (ops.interval_linear, ops.interval_linear_backward):
+            wide += _bytes_of(mid) + _bytes_of(weight)
+        inner += _bytes_of(rad) + 2 * wide
+    return inner

@@ -130,6 +130,15 @@ class BoundFunction:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         return _program(self, leaves, spec).graph
 
+    def peak_bytes(self, *args: Any, **kwargs: Any) -> int:
+        """The memory that a call with such arguments takes without gradients, by the program's shapes; nothing is run.
+
+        Counts the values of the program where most of them are alive, in bytes. The arguments, the model, and the
+        buffers of PyTorch's libraries come on top.
+        """
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        return _program(self, leaves, spec).peak_bytes
+
     def constants_are_finite(self) -> bool:
         """Are all parameters, buffers and other constants that the function has used so far finite numbers?"""
         tensors = [t for captured in _captures_of(self.fn).values() for t in captured.constants()]
@@ -293,6 +302,10 @@ class Program:
         for node in graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled):
             graph.erase_node(node)
         return fx.GraphModule(self.graph, graph)
+
+    @functools.cached_property
+    def peak_bytes(self) -> int:
+        return fuse.peak_bytes(self._inference_graph.graph)
 
     @functools.cached_property
     def _undispatched(self) -> Callable:
