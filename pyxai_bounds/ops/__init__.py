@@ -359,6 +359,7 @@ def _linear_data_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | 
     box_grad: Any = (None, None)
     if ctx.needs_input_grad[2]:  # the roles of input and output gradient are exchanged
         weight_grad = _weight_gradient("interval_linear_weight", mid, rad, mid_grad, rad_grad, weight)
+    del mid, rad  # the gated copies: the rest takes their place in memory
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
         if has_kernels(weight):
             box_grad = interval_linear(*_both(mid_grad, rad_grad), weight, None, False)[:2]
@@ -440,6 +441,7 @@ def _conv2d_data_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | 
     box_grad: Any = (None, None)
     if ctx.needs_input_grad[2]:  # the roles of input and output gradient are exchanged
         weight_grad = _weight_gradient("interval_conv2d_weight", mid, rad, mid_grad, rad_grad, weight, *args)
+    del mid, rad  # the gated copies: the rest takes their place in memory
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
         if has_kernels(weight):
             box_grad = interval_conv2d(*_both(mid_grad, rad_grad), weight, None, *args, False)[:2]
