@@ -206,7 +206,7 @@ void matmul_backward(int element_size, int64_t batch, int64_t m, int64_t k, int6
 // Linear layers and their backward passes on a few boxes, one after the other. Values are numbered: those that Python
 // gives or takes come with an address at each run, all others lie in memory that is gone afterwards.
 class Chain {
-   public:
+  public:
     // {is it a backward pass, batch, features in, features out, mid, rad, weight, bias or state, out mid, out rad,
     // state}: of values their numbers, -1 for what is absent.
     using Step = std::array<int64_t, 11>;
@@ -236,7 +236,7 @@ class Chain {
         }
     }
 
-   private:
+  private:
     int element_size_;
     std::vector<Step> steps_;
     std::vector<int64_t> at_;
@@ -247,7 +247,7 @@ class Chain {
 // the dictionaries and lists among these hold. No Python code runs and no reference is counted while two are compared,
 // so that it takes a small fraction of the time that Python needs. See pyxai_bounds/watch.py.
 class Snapshot {
-   public:
+  public:
     explicit Snapshot(const py::list& objects) {
         complete_ = walk(objects, [this](const void* word, PyObject* object) {
             words_.push_back(word);
@@ -262,12 +262,11 @@ class Snapshot {
     bool holds(const py::list& objects) const {
         std::size_t at = 0;
         return complete_ &&
-               walk(objects,
-                    [&](const void* word, PyObject*) { return at < words_.size() && words_[at++] == word; }) &&
+               walk(objects, [&](const void* word, PyObject*) { return at < words_.size() && words_[at++] == word; }) &&
                at == words_.size();
     }
 
-   private:
+  private:
     // Calls visit(word, object or null) for everything seen; false as soon as a call returns false, or if there is
     // something whose contents cannot be seen this way.
     template <class Visit>

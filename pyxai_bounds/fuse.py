@@ -138,10 +138,11 @@ def _zeros_of_their_own(graph: fx.GraphModule) -> None:
 def _select_rows(graph: fx.GraphModule) -> None:
     """The seed of a gradient, one-hot in the target, times the last weight: the rows of that weight, nothing else."""
     for node in _nodes(graph, aten.mm.default):
+        seed: Any
         seed, weight = node.args
         if not _is(seed, aten.scatter_add.default):
             continue
-        zeros, dim, index, ones = seed.args  # type: ignore[union-attr]
+        zeros, dim, index, ones = seed.args
         if (
             dim == 1
             and _is(index, aten.unsqueeze.default)
@@ -161,7 +162,7 @@ def _is_constant(graph: fx.GraphModule, node: fx.Node, value: float) -> bool:
     """Is this a constant that was computed here (no parameter, which may change), and equal to a number throughout?"""
     if node.op != "get_attr" or not str(node.target).startswith(_COMPUTED):
         return False
-    return bool((_attribute(graph, node.target) == value).all())
+    return bool((_attribute(graph, str(node.target)) == value).all())
 
 
 def _is_aten(node: fx.Node) -> bool:
@@ -273,7 +274,7 @@ def _fold_scale_of_gradient_into_affine(graph: fx.GraphModule) -> None:
 
 
 def chain_few(graph: fx.Graph) -> None:
-    """Linear operators on a few boxes that need nothing but one another become one call; for programs without gradients.
+    """Linear operators on a few boxes that need only one another become one call; for programs without gradients.
 
     ``meta["val"]`` of all inputs must be there.
     """
@@ -346,7 +347,7 @@ def _chain(graph: fx.Graph, chain: list[fx.Node], late: list[fx.Node]) -> None:
         for position, value in enumerate(node.meta["val"][: 3 if not backward and node.args[4] else 2]):
             outputs[position] = numbers[node, position] = len(values)
             values.append(value)
-        inputs = [n if n is None else numbers[results.get(n, n)] for n in node.args[:4]]  # type: ignore[arg-type, call-overload]
+        inputs = [n if n is None else numbers[results.get(n, n)] for n in node.args[:4]]  # type: ignore[arg-type]
         steps.append(native.Step(backward, *inputs, *outputs))  # type: ignore[arg-type]
     taken = [part for part in results if any(user not in chain for user in part.users)]
     kinds = [(tuple(value.shape), value.dtype) for value in values]
@@ -447,7 +448,7 @@ _AFFINE_BACKWARD = (ops.interval_linear_backward, ops.interval_conv2d_backward)
 
 
 def peak_bytes(graph: fx.Graph) -> int:
-    """How many bytes the values of a program without gradients occupy at once, at most, by the shapes it was traced at.
+    """How many bytes the values of a program without gradients occupy at once, at most, by its traced shapes.
 
     A value lives from the operator that makes it to its last reader, a view as long as what it shows. Inside fused
     operators their |W|, gated and widened copies are counted; arguments, parameters and a library's own buffers are not.
@@ -461,7 +462,7 @@ def peak_bytes(graph: fx.Graph) -> int:
         read = [storage for n in node.all_input_nodes for storage in held[n]]
         source = node.all_input_nodes[0] if node.all_input_nodes else node
         if _is(node, operator.getitem) and not _is_view(source):
-            held[node] = [held[source][node.args[1]]]  # type: ignore[index]
+            held[node] = [held[source][node.args[1]]]
         elif _is(node, operator.getitem) or _is_view(node):
             held[node] = held[source]
         elif node.op == "call_function" and "val" in node.meta:
@@ -503,7 +504,7 @@ def _inner_bytes(node: fx.Node) -> int:
     """
     if node.target in (ops.interval_mul, ops.interval_scale_shift) and any(node.args[4:]):
         return _TEMPORARIES * _bytes_of(node.meta["val"][0])
-    rounding_at = _ROUNDING.get(node.target)  # type: ignore[arg-type]
+    rounding_at = _ROUNDING.get(node.target)
     if rounding_at is None:
         return 0
     mid, rad, weight, third = (n.meta["val"] if isinstance(n, fx.Node) else None for n in node.args[:4])

@@ -287,9 +287,7 @@ class _Glance:
             self._snapshot.holds([reference() for reference in self._references])
             and [_layout_of(t) for t in self._tensors] == self._layouts
             and not any(other.is_dead() for other in self._others)
-            and all(
-                token(vars(reference()).get(name), 2) == before for reference, name, before in self._containers
-            )
+            and all(token(vars(reference()).get(name), 2) == before for reference, name, before in self._containers)
         )
 
 

@@ -16,7 +16,7 @@ _ENOUGH = 64 << 20
 
 
 def default_budget(device: torch.device) -> int:
-    """Bytes that a piece may take: half of a GPU's free memory; on the CPU 64 MiB, or a quarter of what is available."""
+    """Bytes that a piece may take: half of a GPU's free memory; on the CPU 64 MiB, or a quarter of what is there."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -35,7 +35,7 @@ def _available() -> int:
 
 @dataclass(frozen=True)
 class Pieces:
-    """Pieces of at most ``batch_size`` samples; None: of as many as fit into ``memory_budget`` bytes (None: the default).
+    """Pieces of at most ``batch_size`` samples; None: as many as fit into ``memory_budget`` bytes (None: the default).
 
     Raises TypeError or ValueError unless one at most is given, a positive whole number.
     """
@@ -44,7 +44,10 @@ class Pieces:
     memory_budget: int | None = None
 
     def __post_init__(self) -> None:
-        for name, unit, value in (("batch_size", "samples", self.batch_size), ("memory_budget", "bytes", self.memory_budget)):
+        for name, unit, value in (
+            ("batch_size", "samples", self.batch_size),
+            ("memory_budget", "bytes", self.memory_budget),
+        ):
             if value is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool):

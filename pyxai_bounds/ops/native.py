@@ -174,9 +174,8 @@ def _few(mid: Tensor, rad: Tensor, weight: Tensor, dim: int) -> bool:
 class Chain:
     """Several linear layers and backward passes on a few boxes as one call, for programs that need no gradients.
 
-    Between two calls Python takes as long as the kernel of a small layer. ``steps`` name values by number;
-    ``values`` has the shape and dtype of each, first of the ``given`` ones that a call passes; ``taken`` are the numbers of
-    those that it returns.
+    Between two calls Python takes as long as the kernel of a small layer. ``steps`` name values by number; ``values`` has
+    the shape and dtype of each, first of the ``given`` ones that a call passes; ``taken`` are those that it returns.
     """
 
     def __init__(self, steps: list[Step], values: list[Kind], given: int, taken: list[int]) -> None:
