@@ -64,7 +64,7 @@ def certify(
 
     Shapes: x [B, ...]; target integer [B], or None to call ``fn(x)``; eps a float, or a tensor that broadcasts to x.
     Each sample must be explained independently of the others: large batches are run in pieces of equal size, of at
-    most ``batch_size`` samples if that is given, else so that the bounds of a piece take at most ``memory_budget`` bytes
+    most ``batch_size`` samples if that is given, else so that a piece's bounds take at most ``memory_budget`` bytes
     (default: :func:`~pyxai_bounds.certify.pieces.default_budget`). A sample that takes more is a piece of its own.
     ``sound=True`` rounds outward, so that the certificate is a proof about the function in real arithmetic; it needs
     float32 or float64. ``sound=False`` rounds to nearest, and the certificate says so.

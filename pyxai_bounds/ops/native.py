@@ -145,8 +145,8 @@ def interval_linear_backward(
 
 
 # Up to so many boxes, reading the weight once beats a library's matrix products, which need |W| in memory. For a weight
-# [256, 784], forward and backward, float32, one thread with AVX-512, in us: 1 box 21 and 18 against 48 and 42, 4 boxes
-# 32 and 45 against 163 and 226, 8 boxes 217 and 150 against 318 and 322, 16 boxes 616 and 353 against 531 and 386.
+# [256, 784], forward and backward, float32, one thread with AVX-512, in us: 1 box 23 and 15 against 102 and 81, 4 boxes
+# 54 and 35 against 133 and 107, 8 boxes 97 and 56 against 142 and 102.
 FEW = 8
 
 
@@ -174,8 +174,9 @@ def _few(mid: Tensor, rad: Tensor, weight: Tensor, dim: int) -> bool:
 class Chain:
     """Several linear layers and backward passes on a few boxes as one call, for programs that need no gradients.
 
-    Between two calls Python takes as long as the kernel of a small layer. ``steps`` name values by number; ``values`` has
-    the shape and dtype of each, first of the ``given`` ones that a call passes; ``taken`` are those that it returns.
+    Between two calls Python takes as long as the kernel of a small layer. ``steps`` name values by number; ``values``
+    has the shape and dtype of each, first of the ``given`` ones that a call passes; ``taken`` are those that it
+    returns.
     """
 
     def __init__(self, steps: list[Step], values: list[Kind], given: int, taken: list[int]) -> None:
