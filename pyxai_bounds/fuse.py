@@ -448,10 +448,11 @@ _AFFINE_BACKWARD = (ops.interval_linear_backward, ops.interval_conv2d_backward)
 
 
 def peak_bytes(graph: fx.Graph) -> int:
-    """How many bytes the values of a program without gradients occupy at once, by its traced shapes.
+    """How many bytes the values of a program without gradients occupy at once, by the shapes that it was traced at.
 
     A value lives from the operator that makes it to its last reader, a view as long as what it shows. Inside fused
-    """How many bytes the values of a program without gradients occupy at once, by the shapes that it was traced at.
+    operators their |W|, gated and widened copies are counted; arguments, parameters and the buffers of libraries are
+    not.
     """
     position = {node: index for index, node in enumerate(graph.nodes)}
     held: dict[fx.Node, list[int]] = {}  # the storages behind each result of a node
