@@ -12,6 +12,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "pyxai_bounds/stages.h"
@@ -283,12 +284,121 @@ void matmul_backward(int element_size, int64_t batch, int64_t m, int64_t k, int6
     });
 }
 
+// Linear layers and their backward passes on a few boxes, one after the other. Values are numbered: those that Python
+// gives or takes come with an address at each run, all others lie in memory that is gone afterwards.
+class Chain {
+  public:
+    // {is it a backward pass, batch, features in, features out, mid, rad, weight, bias or state, out mid, out rad,
+    // state}: of values their numbers, -1 for what is absent.
+    using Step = std::array<int64_t, 11>;
+
+    Chain(int element_size, std::vector<Step> steps, const std::vector<int64_t>& bytes)
+        : element_size_(element_size), steps_(std::move(steps)) {
+        for (const int64_t size : bytes) {
+            at_.push_back(size_);
+            size_ += (size + 63) / 64 * 64;
+        }
+    }
+
+    // One address per value, 0 for what stays here.
+    void run(std::vector<Address> values) const {
+        const std::unique_ptr<char[]> own(new char[size_ + 64]);
+        const Address start = (reinterpret_cast<Address>(own.get()) + 63) / 64 * 64;
+        for (std::size_t i = 0; i < values.size(); ++i)
+            if (values[i] == 0) values[i] = start + at_[i];
+        const auto value = [&](int64_t number) { return number < 0 ? Address(0) : values[number]; };
+        for (const auto& [backward, batch, n, m, mid, rad, weight, third, out_mid, out_rad, state] : steps_) {
+            if (backward)
+                linear_backward(element_size_, batch, n, m, value(mid), value(rad), value(third), value(weight),
+                                value(out_mid), value(out_rad));
+            else
+                linear(element_size_, batch, n, m, value(mid), value(rad), value(weight), value(third), value(out_mid),
+                       value(out_rad), value(state));
+        }
+    }
+
+  private:
+    int element_size_;
+    std::vector<Step> steps_;
+    std::vector<int64_t> at_;
+    int64_t size_ = 0;
+};
+
+// What Python objects look like to somebody who compares by identity alone: their classes, their attributes, and what
+// the dictionaries and lists among these hold. No Python code runs and no reference is counted while two are compared,
+// so that it takes a small fraction of the time that Python needs. See pyxai_bounds/watch.py.
+class Snapshot {
+  public:
+    explicit Snapshot(const py::list& objects) {
+        complete_ = walk(objects, [this](const void* word, PyObject* object) {
+            words_.push_back(word);
+            // An address proves identity only while its object lives. What cannot refer to others is kept alive here;
+            // the rest is watched by the caller, who could not let go of it otherwise.
+            if (object && !PyObject_IS_GC(object)) kept_.push_back(py::reinterpret_borrow<py::object>(object));
+            return true;
+        });
+    }
+
+    // Do they still look so?
+    bool holds(const py::list& objects) const {
+        std::size_t at = 0;
+        return complete_ &&
+               walk(objects, [&](const void* word, PyObject*) { return at < words_.size() && words_[at++] == word; }) &&
+               at == words_.size();
+    }
+
+  private:
+    // Calls visit(word, object or null) for everything seen; false as soon as a call returns false, or if there is
+    // something whose contents cannot be seen this way.
+    template <class Visit>
+    static bool walk(const py::list& objects, Visit visit) {
+        for (const py::handle object : objects) {
+            const auto attributes = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(object.ptr(), nullptr));
+            if (!attributes || !PyDict_CheckExact(attributes.ptr())) {
+                PyErr_Clear();
+                return false;
+            }
+            if (!visit(Py_TYPE(object.ptr()), nullptr) || !entries(attributes.ptr(), visit)) return false;
+            Py_ssize_t at = 0;
+            PyObject *name, *value;
+            while (PyDict_Next(attributes.ptr(), &at, &name, &value)) {
+                if (PyDict_Check(value)) {
+                    // A dictionary with an order of its own shows it to nobody but Python.
+                    if (!PyDict_CheckExact(value) && PyDict_Size(value) > 0) return false;
+                    if (!entries(value, visit)) return false;
+                } else if (PyList_CheckExact(value) && PyList_GET_SIZE(value) <= many) {
+                    const Py_ssize_t size = PyList_GET_SIZE(value);
+                    if (!visit(reinterpret_cast<const void*>(size), nullptr)) return false;
+                    for (Py_ssize_t i = 0; i < size; ++i)
+                        if (!visit(PyList_GET_ITEM(value, i), PyList_GET_ITEM(value, i))) return false;
+                }
+            }
+        }
+        return true;
+    }
+
+    template <class Visit>
+    static bool entries(PyObject* dictionary, Visit visit) {
+        if (!visit(reinterpret_cast<const void*>(PyDict_Size(dictionary)), nullptr)) return false;
+        Py_ssize_t at = 0;
+        PyObject *key, *value;
+        while (PyDict_Next(dictionary, &at, &key, &value))
+            if (!visit(key, key) || !visit(value, value)) return false;
+        return true;
+    }
+
+    static constexpr Py_ssize_t many = 1000;  // longer lists are somebody's data; watch.py compares them as a whole
+    std::vector<const void*> words_;
+    std::vector<py::object> kept_;
+    bool complete_ = false;
+};
+
 }  // namespace
 }  // namespace pyxai_bounds
 
 PYBIND11_MODULE(_native, m) {
     using namespace pyxai_bounds;
-    m.doc() = "Interval kernels on arrays given by address; called by pyxai_bounds.ops.native alone.";
+    m.doc() = "Interval kernels on arrays given by address, called by pyxai_bounds.ops.native alone; Snapshot.";
     const py::call_guard<py::gil_scoped_release> no_gil;
     m.def("relu", &relu, no_gil);
     m.def("relu_backward", &relu_backward, no_gil);
@@ -308,6 +418,12 @@ PYBIND11_MODULE(_native, m) {
           "How often in a row a sum of these kernels is rounded, at most, outward.");
     m.def("matmul", &matmul, no_gil);
     m.def("matmul_backward", &matmul_backward, no_gil);
+    py::class_<Chain>(m, "Chain")
+        .def(py::init<int, std::vector<Chain::Step>, const std::vector<int64_t>&>())
+        .def("run", &Chain::run, no_gil);
+    py::class_<Snapshot>(m, "Snapshot")
+        .def(py::init<const py::list&>(), py::arg("objects"))
+        .def("holds", &Snapshot::holds, py::arg("objects"));
     m.def("threads", &threads, "The number of threads that a large stage would use.");
     m.def("level", [] { return active.load()->name; }, "The instruction-set level in use.");
     m.def("set_level", &set_level, py::arg("name"), "Use one of levels() from now on, in all threads.");

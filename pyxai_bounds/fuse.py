@@ -14,6 +14,8 @@ from torch import fx
 
 from pyxai_bounds import ops
 from pyxai_bounds.capture import remove_unused
+from pyxai_bounds.ops import native
+from pyxai_bounds.ops.layout import state_size
 from pyxai_bounds.rounding import without_autocast
 
 aten = torch.ops.aten
@@ -27,7 +29,9 @@ def optimise(graph: fx.GraphModule) -> None:
         _remove_no_ops,
         _cancel_transposes,
         _share_equal_nodes,
+        _zeros_of_their_own,
         _compute_constants,
+        _select_rows,
         _fold_scale_into_affine,
         _fold_scale_of_gradient_into_affine,
         _share_equal_nodes,
@@ -78,6 +82,7 @@ def _remove_no_ops(graph: fx.GraphModule) -> None:
                 node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
 
 
+_COMPUTED = "_computed_"  # how the names of constants that were computed here begin
 _SMALL = 1 << 14  # elements of a constant that may be kept for the life of the program
 
 
@@ -108,13 +113,56 @@ def _compute_constants(graph: fx.GraphModule) -> None:
             user.op == "output" or all(n in constant for n in user.all_input_nodes) for user in readers
         ):
             continue
-        name = f"_computed_{node.name}"
+        name = f"{_COMPUTED}{node.name}"
         graph.register_buffer(name, value, persistent=False)
         with graph.graph.inserting_before(node):
             kept = graph.graph.get_attr(name)
         kept.meta = dict(node.meta)
         for user in readers:
             user.replace_input_with(node, kept)
+
+
+def _zeros_of_their_own(graph: fx.GraphModule) -> None:
+    """The radius of a point needs the shape alone, and so becomes a constant where that is known to be contiguous."""
+    for node in _nodes(graph, aten.zeros_like.default):
+        value = node.meta["val"]
+        if value.dim() > 3 or not value.is_contiguous():
+            continue  # the memory order of the point is found when the program runs
+        with graph.graph.inserting_before(node):
+            options = {"dtype": value.dtype, "device": value.device}
+            zeros = graph.graph.call_function(aten.full.default, (list(value.shape), 0), options)
+        zeros.meta = node.meta
+        node.replace_all_uses_with(zeros)
+
+
+def _select_rows(graph: fx.GraphModule) -> None:
+    """The seed of a gradient, one-hot in the target, times the last weight: the rows of that weight, nothing else."""
+    for node in _nodes(graph, aten.mm.default):
+        seed: Any
+        seed, weight = node.args
+        if not _is(seed, aten.scatter_add.default):
+            continue
+        zeros, dim, index, ones = seed.args
+        if (
+            dim == 1
+            and _is(index, aten.unsqueeze.default)
+            and index.args[1] in (1, -1)
+            and index.meta["val"].dim() == 2
+            and _is_constant(graph, zeros, 0)
+            and _is_constant(graph, ones, 1)
+            and ones.meta["val"].shape == index.meta["val"].shape
+        ):
+            with graph.graph.inserting_before(node):
+                rows = graph.graph.call_function(aten.index_select.default, (weight, 0, index.args[0]))
+            rows.meta = node.meta
+            node.replace_all_uses_with(rows)
+
+
+def _is_constant(graph: fx.GraphModule, node: fx.Node, value: float) -> bool:
+    """Is this a constant that was computed here (no parameter, which may change), and equal to a number throughout?"""
+    if node.op != "get_attr" or not str(node.target).startswith(_COMPUTED):
+        return False
+    return bool((_attribute(graph, str(node.target)) == value).all())
 
 
 def _is_aten(node: fx.Node) -> bool:
@@ -168,6 +216,12 @@ def _freeze(value: Any) -> Any:
 
 
 _AFFINE = {ops.interval_linear: 4, ops.interval_conv2d: 8}  # operator → position of its relu flag
+_ROUNDING = {  # affine operator → position of its rounding
+    ops.interval_linear: 5,
+    ops.interval_linear_backward: 4,
+    ops.interval_conv2d: 9,
+    ops.interval_conv2d_backward: 9,
+}
 
 
 def _scaled_weight(graph: fx.Graph, weight: fx.Node, scale: fx.Node) -> fx.Node:
@@ -217,6 +271,98 @@ def _fold_scale_of_gradient_into_affine(graph: fx.GraphModule) -> None:
             with graph.graph.inserting_before(node):
                 new_weight = _scaled_weight(graph.graph, weight, scaling.args[2])  # type: ignore[arg-type]
             node.args = (*scaling.args[:2], new_weight, None, *rest)
+
+
+def chain_few(graph: fx.Graph) -> None:
+    """Linear operators on a few boxes that need only one another become one call; for programs without gradients.
+
+    ``meta["val"]`` of all inputs must be there.
+    """
+    for chain, late in _few_in_a_row(graph):
+        if len(chain) > 1:
+            _chain(graph, chain, late)
+
+
+def _is_few(node: fx.Node) -> bool:
+    """Is it a linear operator that the native kernel for a few boxes takes?"""
+    if not (_is(node, ops.interval_linear) or _is(node, ops.interval_linear_backward)):
+        return False
+    forward = node.target is ops.interval_linear
+    if any(node.args[_ROUNDING[node.target] :]) or not isinstance(node.args[2], fx.Node):
+        return False  # with outward rounding, it is another operator
+    mid, rad, weight, *third = (n.meta["val"] for n in node.args[:4] if isinstance(n, fx.Node))
+    if forward:
+        features, third_like = weight.shape[-1], (weight.shape[:1], mid.dtype)
+    else:
+        features, third_like = weight.shape[0], (state_size(mid), torch.uint8)
+    return (
+        native.supports(mid)
+        and mid.dim() == 2 == weight.dim()
+        and mid.shape == rad.shape == (len(mid), features)
+        and len(mid) <= native.FEW
+        and weight.is_contiguous()
+        and mid.dtype == rad.dtype == weight.dtype
+        and all((t.shape, t.dtype) == third_like for t in third)
+    )
+
+
+def _few_in_a_row(graph: fx.Graph) -> list[tuple[list[fx.Node], list[fx.Node]]]:
+    """Runs of such operators, each with the nodes between them that can wait until all have run."""
+    found: list[tuple[list[fx.Node], list[fx.Node]]] = []
+    chain: list[fx.Node] = []
+    late: list[fx.Node] = []  # what needs a result of the chain, in order
+    between = 0  # how many of them stand before the chain's last operator
+    parts: set[fx.Node] = set()  # the chain's results
+    waiting: set[fx.Node] = set()  # what computes something else with them
+    for node in graph.nodes:
+        needs = any(n in waiting for n in node.all_input_nodes)
+        if _is_few(node):
+            if needs:
+                found.append((chain, late[:between]))
+                chain, late, parts, waiting = [], [], set(), set()
+            chain.append(node)
+            between = len(late)
+        elif _is(node, operator.getitem) and node.args[0] in chain:
+            parts.add(node)
+            late.append(node)
+        elif needs or any(n in parts for n in node.all_input_nodes):
+            waiting.add(node)
+            late.append(node)
+    return [*found, (chain, late[:between])]
+
+
+def _chain(graph: fx.Graph, chain: list[fx.Node], late: list[fx.Node]) -> None:
+    last = chain[-1]
+    for node in late:
+        last.append(node)
+        last = node
+    results = {part: (node, position) for node in chain for position, part in _parts(node).items()}
+    given = list(dict.fromkeys(n for node in chain for n in node.all_input_nodes if n not in results))
+    values = [given_node.meta["val"] for given_node in given]
+    numbers: dict[Any, int] = {node: number for number, node in enumerate(given)}
+    steps = []
+    for node in chain:
+        backward = node.target is ops.interval_linear_backward
+        outputs: list[int | None] = [None] * 3
+        for position, value in enumerate(node.meta["val"][: 3 if not backward and node.args[4] else 2]):
+            outputs[position] = numbers[node, position] = len(values)
+            values.append(value)
+        inputs = [n if n is None else numbers[results.get(n, n)] for n in node.args[:4]]  # type: ignore[arg-type]
+        steps.append(native.Step(backward, *inputs, *outputs))  # type: ignore[arg-type]
+    taken = [part for part in results if any(user not in chain for user in part.users)]
+    kinds = [(tuple(value.shape), value.dtype) for value in values]
+    run = ops.chain(steps, kinds, len(given), [numbers[results[part]] for part in taken])
+    with graph.inserting_after(chain[-1]):
+        call = graph.call_function(run, tuple(given))
+    for position, part in enumerate(taken):
+        with graph.inserting_after(call):
+            result = graph.call_function(operator.getitem, (call, position))
+        result.meta = part.meta
+        part.replace_all_uses_with(result)
+    for node in reversed(chain):
+        for part in list(node.users):
+            graph.erase_node(part)
+        graph.erase_node(node)
 
 
 def _fuse_relu_into_affine(graph: fx.GraphModule) -> None:
@@ -293,3 +439,82 @@ def _carries_gradient(node: fx.Node) -> bool:
     values = node.meta.get("val")
     values = values if isinstance(values, (list, tuple)) else [values]
     return any(isinstance(v, torch.Tensor) and v.is_floating_point() for v in values)
+
+
+# --- how much memory a program takes --------------------------------------------------------------------------
+
+_TEMPORARIES = 12  # of the size of a result, in an elementwise product that is rounded outward; counted
+_AFFINE_BACKWARD = (ops.interval_linear_backward, ops.interval_conv2d_backward)
+
+
+def peak_bytes(graph: fx.Graph) -> int:
+    """How many bytes the values of a program without gradients occupy at once, by the shapes that it was traced at.
+
+    A value lives from the operator that makes it to its last reader, a view as long as what it shows. Inside fused
+    operators their |W|, gated and widened copies are counted; arguments, parameters and the buffers of libraries are
+    not.
+    """
+    position = {node: index for index, node in enumerate(graph.nodes)}
+    held: dict[fx.Node, list[int]] = {}  # the storages behind each result of a node
+    sizes: list[int] = []
+    last: list[int] = []
+    born: dict[int, list[int]] = {}
+    for node in graph.nodes:
+        read = [storage for n in node.all_input_nodes for storage in held[n]]
+        source = node.all_input_nodes[0] if node.all_input_nodes else node
+        if _is(node, operator.getitem) and not _is_view(source):
+            held[node] = [held[source][node.args[1]]]
+        elif _is(node, operator.getitem) or _is_view(node):
+            held[node] = held[source]
+        elif node.op == "call_function" and "val" in node.meta:
+            values = node.meta["val"] if isinstance(node.meta["val"], (tuple, list)) else [node.meta["val"]]
+            made = range(len(sizes), len(sizes) + len(values))
+            sizes += [_bytes_of(value) for value in values]
+            last += [position[node]] * len(values)
+            held[node], born[position[node]] = list(made), list(made)
+        else:
+            held[node] = []
+        for storage in read:
+            last[storage] = position[node]
+    dying: dict[int, int] = {}
+    for storage, index in enumerate(last):
+        dying[index] = dying.get(index, 0) + sizes[storage]
+    peak = live = 0
+    for node, index in position.items():
+        live += sum(sizes[storage] for storage in born.get(index, ()))
+        peak = max(peak, live + _inner_bytes(node))
+        live -= dying.get(index, 0)
+    return peak
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Do its results show what its first argument holds?"""
+    if not (node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and node.all_input_nodes):
+        return False
+    return any(result.alias_info is not None for result in node.target._schema.returns)
+
+
+def _bytes_of(value: Any) -> int:
+    return value.numel() * value.dtype.itemsize if isinstance(value, torch.Tensor) else 0
+
+
+def _inner_bytes(node: fx.Node) -> int:
+    """What a fused operator holds besides its arguments and results, at most: |W|, and the gated box.
+
+    Rounded outward: the widened radius, and sums (of a linear layer factors, too) in float64; of a product, its terms.
+    """
+    if node.target in (ops.interval_mul, ops.interval_scale_shift) and any(node.args[4:]):
+        return _TEMPORARIES * _bytes_of(node.meta["val"][0])
+    rounding_at = _ROUNDING.get(node.target)
+    if rounding_at is None:
+        return 0
+    mid, rad, weight, third = (n.meta["val"] if isinstance(n, fx.Node) else None for n in node.args[:4])
+    inner = _bytes_of(weight)
+    if node.target in _AFFINE_BACKWARD and third is not None:
+        inner += _bytes_of(mid) + _bytes_of(rad)
+    if any(node.args[rounding_at:]):
+        wide = _bytes_of(node.meta["val"][0])
+        if node.target in (ops.interval_linear, ops.interval_linear_backward):
+            wide += _bytes_of(mid) + _bytes_of(weight)
+        inner += _bytes_of(rad) + 2 * wide
+    return inner

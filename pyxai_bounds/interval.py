@@ -202,7 +202,7 @@ def _check_floating(name: str, value: Any) -> None:
 
 
 def _check_finite(name: str, value: Tensor) -> None:
-    if value.device.type == "cpu" and math.isfinite(value.detach().sum()):
+    if value.device.type == "cpu" and math.isfinite(value.sum().item()):
         return  # one pass over memory instead of three; a sum may overflow, but it never hides a NaN or infinity
     bad = ~value.isfinite()
     if bad.any():

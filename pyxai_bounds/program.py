@@ -158,6 +158,15 @@ class BoundFunction:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         return _program(self, leaves, spec).graph
 
+    def peak_bytes(self, *args: Any, **kwargs: Any) -> int:
+        """The memory that a call with such arguments takes without gradients, by the program's shapes; nothing is run.
+
+        Counts the values of the program where most of them are alive, in bytes. The arguments, the model, and the
+        buffers of PyTorch's libraries come on top.
+        """
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        return _program(self, leaves, spec).peak_bytes
+
     def constants_are_finite(self) -> bool:
         """Are all parameters, buffers and other constants that the function has used so far finite numbers?"""
         tensors = [t for captured in _captures_of(self.fn).values() for t in captured.constants()]
@@ -326,8 +335,16 @@ class Program:
         return fx.GraphModule(self.graph, graph)
 
     @functools.cached_property
+    def peak_bytes(self) -> int:
+        return fuse.peak_bytes(self._inference_graph.graph)
+
+    @functools.cached_property
     def _undispatched(self) -> Callable:
-        return _with_constants(self._inference_graph, lambda graph, _: direct(graph, grads=False))
+        def make(graph: fx.Graph, _: list[fx.Node]) -> Callable:
+            fuse.chain_few(graph)
+            return direct(graph, grads=False)
+
+        return _with_constants(self._inference_graph, make)
 
     @functools.cached_property
     def _undispatched_with_grad(self) -> Callable:
@@ -350,6 +367,9 @@ def _with_constants(program: fx.GraphModule, make: Callable[[fx.Graph, list[fx.N
     graph, new = fx.Graph(), {}
     for node in (*program.graph.find_nodes(op="placeholder"), *nodes):
         new[node] = graph.placeholder(node.name)
+        new[node].meta = node.meta
+    for node, constant in zip(nodes, constants, strict=True):
+        new[node].meta = {"val": constant}
     graph.output(graph.graph_copy(program.graph, new))
     run = make(graph, [new[node] for node in nodes])
     return lambda *tensors: run(*tensors, *constants)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import math
 import os
 from collections.abc import Iterator
@@ -241,6 +242,7 @@ def add_down(a: Tensor, b: Tensor) -> Tensor:
     return _add(a, b, -math.inf)
 
 
+@functools.lru_cache(maxsize=64)
 def scalar_up(value: float, dtype: torch.dtype) -> float:
     """The smallest number of ``dtype`` that is at least ``value``."""
     rounded = torch.tensor(value, dtype=dtype)

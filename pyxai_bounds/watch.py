@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import operator
 import os
 import threading
 import types
@@ -20,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+
+from pyxai_bounds.ops import native
 
 _PRIMITIVES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout)
 _CONTAINERS = (list, tuple, set, frozenset, deque)
@@ -212,7 +215,7 @@ def is_dead(key: Any) -> bool:
 
 def identity(fn: Any) -> tuple[Any, Any]:
     """An object that lives about as long as the function, and what tells the function from others that share it."""
-    if hasattr(fn, "__bound_key__"):  # an explanation: its model and its options
+    if hasattr(type(fn), "__bound_key__"):  # an explanation: its model and its options
         model, options = fn.__bound_key__()
         anchor, key = identity(model)
         return anchor, (key, options)
@@ -234,6 +237,7 @@ class ModuleWatch:
 
     def __init__(self) -> None:
         self._seen: dict[int, _Watched] = {}
+        self._glance: _Glance | None = None
 
     def add(self, module: nn.Module, hooks: bool) -> None:
         """Watch a module from now on; its hooks, too, if the function has not been entered yet."""
@@ -252,7 +256,39 @@ class ModuleWatch:
                 yield from _tensors(module)
 
     def unchanged(self) -> bool:
-        return all(watched.unchanged() for watched in self._seen.values())
+        """Is every module what it was? What has been compared once is recognised by a look at its identities."""
+        if self._glance is not None and self._glance.holds():
+            return True
+        same = all(watched.unchanged() for watched in self._seen.values())
+        self._glance = _Glance(list(self._seen.values())) if same and native.available() else None
+        return same
+
+
+class _Glance:
+    """Modules that were found unchanged a moment ago, to be found so again in a fraction of the time.
+
+    It holds only if everything that was compared is still the same object, and what has no identity the same value: a
+    "no" means nothing but that somebody has to look more closely.
+    """
+
+    def __init__(self, watched: list[_Watched]) -> None:
+        self._references = [one.reference for one in watched]
+        modules = [reference() for reference in self._references]
+        self._snapshot = native.snapshot(modules)
+        self._tensors = [t for module in modules if module is not None for t in _tensors(module)]
+        self._layouts = [_layout_of(t) for t in self._tensors]
+        self._others = [other for one in watched for other in one.others()]
+        self._containers = [
+            (one.reference, name, before) for one in watched for name, before in one.containers_to_compare()
+        ]
+
+    def holds(self) -> bool:
+        return (
+            self._snapshot.holds([reference() for reference in self._references])
+            and [_layout_of(t) for t in self._tensors] == self._layouts
+            and not any(other.is_dead() for other in self._others)
+            and all(token(vars(reference()).get(name), 2) == before for reference, name, before in self._containers)
+        )
 
 
 class _Watched:
@@ -293,6 +329,15 @@ class _Watched:
             if name not in attributes or token(attributes[name], 2) != before:
                 del self._containers[name]
 
+    def others(self) -> Iterable[_Same]:
+        """The attributes that are neither plain values nor containers."""
+        return self._others.values()
+
+    def containers_to_compare(self) -> list[tuple[str, Any]]:
+        """The containers, by name and token, that can change while they and all they hold keep their identity."""
+        module = self.reference()
+        return [(name, before) for name, before in self._containers.items() if not _is_flat(vars(module).get(name))]
+
     def unchanged(self) -> bool:
         module = self.reference()
         if module is None or type(module) is not self._class:
@@ -320,6 +365,13 @@ def _is_internal(name: str) -> bool:
     return "hooks" in name or name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
+def _is_flat(value: Any) -> bool:
+    """Is it a container that ``native.snapshot`` sees, of nothing but plain values?"""
+    if type(value) is dict:
+        return all(type(v) in _PRIMITIVES for entry in value.items() for v in entry)
+    return type(value) in (tuple, list) and len(value) <= _MANY and all(type(v) in _PRIMITIVES for v in value)
+
+
 def _children(module: nn.Module) -> list[tuple[str, int]]:
     if not module._modules:
         return []
@@ -333,7 +385,14 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 def _layout(module: nn.Module) -> list[tuple]:
     if not module._parameters and not module._buffers:
         return []
-    return [(id(t), t.dtype, t.device, t.stride(), t.requires_grad) for t in _tensors(module)]
+    return [(id(t), *_layout_of(t)) for t in _tensors(module)]
+
+
+def _layout_of(t: Tensor) -> tuple:
+    return *_of_tensor(t), t.stride()
+
+
+_of_tensor = operator.attrgetter("dtype", "device", "shape", "requires_grad")
 
 
 def _hooks(module: nn.Module) -> list[int]:

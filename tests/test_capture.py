@@ -8,6 +8,7 @@ import gc
 import threading
 import types
 import weakref
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pyxai_bounds as xb
-from pyxai_bounds import capture, program
+from pyxai_bounds import capture, program, watch
+from pyxai_bounds.ops import native
 from tests.networks import Residual, assert_encloses, assert_exact_at_zero_radius, images, mlp, residual, sample
 
 TARGET = torch.tensor([1, 3])
@@ -189,7 +191,8 @@ def test_rebinding_a_closure_or_a_global_makes_another_function() -> None:
 def check_follows(fn, change, x: Tensor) -> None:
     """Bound, change something, bound again: the bounds are those of the function as it is now."""
     bounded = xb.bound(fn)
-    before = bounded(xb.Interval.point(x)).mid.detach()
+    for _ in range(3):  # what was compared once is compared sooner after that
+        before = bounded(xb.Interval.point(x)).mid.detach()
     change()
     after = bounded(xb.Interval.point(x)).mid.detach()
     with torch.enable_grad():
@@ -206,9 +209,13 @@ class Bent(nn.Module):
         self.layers = nn.Sequential(nn.Linear(6, 6), nn.LeakyReLU(0.1), nn.Linear(6, 4))
         self.scale, self.options = 2.0, {"shift": 0.0}
         self.extra: list[nn.Module] = []
+        self.powers, self.nested = [1, 2], {"factors": [1.0]}
+        self.by_name: OrderedDict[str, float] = OrderedDict(a=1.0, b=2.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x) * self.scale + self.options["shift"]
+        y = self.layers(x) * self.scale + self.options["shift"]
+        y = y ** self.powers[0] * self.nested["factors"][0]
+        return y * next(iter(self.by_name.values()))
 
     def features(self, x: Tensor) -> Tensor:
         return self.layers[0].forward(x) * self.scale
@@ -218,6 +225,10 @@ X6 = images(3, shape=(6,)) - 0.5
 CHANGES = {
     "attribute": lambda m: setattr(m, "scale", 3.0),
     "option in a dict": lambda m: m.options.update(shift=1.0),
+    "element of a list": lambda m: m.powers.__setitem__(0, 3),
+    "element of a list in a dict": lambda m: m.nested["factors"].__setitem__(0, 3.0),
+    "order of an OrderedDict": lambda m: m.by_name.move_to_end("a"),
+    "order of the children": lambda m: m.layers._modules.update({"1": m.layers._modules.pop("1")}),
     "attribute of a child": lambda m: setattr(m.layers[1], "negative_slope", 0.9),
     "child": lambda m: m.extra.append(m.layers[2]) or m.layers.__setitem__(2, nn.Linear(6, 4).double()),
     "other activation": lambda m: m.extra.append(m.layers[1]) or m.layers.__setitem__(1, nn.Tanh()),
@@ -240,6 +251,37 @@ def test_changing_a_module_is_noticed(change: str, through: str) -> None:
         "explanation": lambda x: xb.explain.gradient_x_input(model, of="loss")(x, targets) + model(x).sum(),
     }[through]
     check_follows(fn, lambda: CHANGES[change](model), X6)
+
+
+@pytest.mark.skipif(not native.available(), reason="no native module")
+@pytest.mark.parametrize("name", ["mlp", "convolutions"])
+def test_a_model_compared_once_is_recognised_at_a_glance(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = (mlp(), images(2, shape=(6,))) if name == "mlp" else (residual(), images(2))
+    bounded = xb.bound(xb.explain.gradient(model))
+    for _ in range(2):
+        before = bounded(xb.Interval.point(x), TARGET).mid
+    monkeypatch.setattr(watch._Watched, "unchanged", lambda self: pytest.fail("looked at again"))
+    assert torch.equal(bounded(xb.Interval.point(x), TARGET).mid, before)
+
+
+def test_a_parameter_of_another_shape_with_the_same_strides_is_noticed() -> None:
+    layer = nn.Linear(6, 4).double()
+    bounded = xb.bound(lambda x: layer(x).sum(1))
+    for _ in range(3):
+        bounded(xb.Interval.point(X6))
+    layer.weight.data, layer.bias.data = layer.weight.data[:2], layer.bias.data[:2]
+    assert torch.allclose(bounded(xb.Interval.point(X6)).mid, layer(X6).sum(1))
+
+
+def test_being_watched_keeps_no_model_alive() -> None:
+    model = Bent().double()
+    bounded = xb.bound(model)
+    for _ in range(3):
+        bounded(xb.Interval.point(X6))
+    alive = weakref.ref(model)
+    del model, bounded
+    gc.collect()
+    assert alive() is None
 
 
 def test_parts_of_a_model_that_are_not_called_are_watched_too() -> None:

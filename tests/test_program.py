@@ -379,3 +379,102 @@ def test_softmax_attention_of_sets() -> None:
         return weights @ x
 
     assert_encloses_samples(attention, xb.Interval.linf(images(2, shape=(3, 4)), 0.05))
+
+
+# --- linear operators on a few boxes, as one call -----------------------------------------------------------
+
+
+class Hidden(nn.Module):
+    """Returns a hidden layer, too, and computes something that is not linear between its layers."""
+
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(a, b, bias) for a, b in ((6, 9), (9, 17), (17, 5), (5, 33), (33, 4)))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        a, b, c, d, e = self.layers
+        hidden = b(a(x).relu()).relu()
+        y = d(c(hidden).relu()).tanh()
+        return hidden, e(y), y.sum(1)
+
+
+NETWORKS = {
+    "logits": (mlp, 1),
+    "gradient": (lambda: xb.explain.gradient(mlp((6, 130, 70, 4))), 2),
+    "gradient of the loss": (lambda: xb.explain.gradient(mlp((6, 9, 7, 4)), of="loss"), 2),
+    "hidden": (Hidden, 1),
+    "hidden without bias": (lambda: Hidden(bias=False), 1),
+}
+
+
+def chained_calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """A list that grows with every call of a chain: did the kernels take it?"""
+    calls: list[bool] = []
+    real = ops.native.Chain.__call__
+
+    def counted(self, *tensors: Tensor) -> list[Tensor] | None:
+        found = real(self, *tensors)
+        calls.append(found is not None)
+        return found
+
+    monkeypatch.setattr(ops.native.Chain, "__call__", counted)
+    return calls
+
+
+def flat(results) -> list[Tensor]:
+    return [t for r in (results if isinstance(results, tuple) else (results,)) for t in (r.mid, r.rad)]
+
+
+@pytest.mark.skipif(not ops.native.available(), reason="no native module")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("batch", [0, 1, 3, ops.native.FEW, ops.native.FEW + 1])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_chain_computes_what_its_operators_compute(
+    name: str, batch: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, arguments = NETWORKS[name]
+    fn = make()
+    (fn.model if arguments == 2 else fn).to(dtype)
+    target = torch.arange(batch) % 4
+    args = (xb.Interval.linf(images(batch, shape=(6,)).to(dtype) - 0.5, 0.1), target)[:arguments]
+    bounded, calls = xb.bound(fn), chained_calls(monkeypatch)
+    by_operators = [t.detach() for t in flat(bounded(*args))]  # with gradients, each by itself
+    assert not calls
+    with torch.no_grad():
+        together = flat(bounded(*args))
+    assert all(calls) and bool(calls) == (batch <= ops.native.FEW)
+    assert all(torch.equal(a, b) for a, b in zip(together, by_operators, strict=True))
+    with torch.no_grad(), xb.backend("reference"):
+        plain = flat(bounded(*args))
+    tolerance = 1e-5 if dtype is torch.float32 else 1e-12
+    assert all(torch.allclose(a, b, tolerance, tolerance) for a, b in zip(plain, together, strict=True))
+
+
+@pytest.mark.skipif(not ops.native.available(), reason="no native module")
+def test_a_chain_reads_only_what_its_kernels_can_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A constant that no module holds is not watched: it may become something else between two calls."""
+    weight = torch.rand(9, 6, dtype=torch.float64)
+    weights = [weight, torch.rand(7, 9, dtype=torch.float64)]
+    bounded = xb.bound(lambda x: F.linear(F.linear(x, weights[0]).relu(), weights[1]))
+    box, calls = xb.Interval.linf(VECTORS, 0.1), chained_calls(monkeypatch)
+    with torch.no_grad():
+        before = bounded(box)
+        weight.set_(weight.t().contiguous().t())  # the same numbers in the other order
+        after = bounded(box)
+    assert calls == [True, False]
+    assert torch.allclose(before.mid, after.mid) and torch.allclose(before.rad, after.rad)
+
+
+def test_the_seed_of_a_gradient_selects_rows_of_the_last_weight() -> None:
+    model = mlp()
+    graph = xb.bound(xb.explain.gradient(model)).graph(xb.Interval.linf(VECTORS, 0.1), TARGET).graph
+    targets = [node.target for node in graph.nodes]
+    assert torch.ops.aten.index_select.default in targets
+    assert torch.ops.aten.mm.default not in targets and torch.ops.aten.scatter_add.default not in targets
+    box = xb.Interval.linf(VECTORS, 0.1)
+    for repeated in (torch.tensor([2, 2]), TARGET):  # the gradient in the last weight gathers rows
+        model.zero_grad()
+        xb.bound(xb.explain.gradient(model))(box, repeated).width.sum().backward()
+        used = model[-1].weight.grad.abs().sum(1) > 0
+        assert used.nonzero().flatten().tolist() == sorted(set(repeated.tolist()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyxai_bounds.certify.pieces import Pieces
 from pyxai_bounds.certify.properties import Property, flat, kept
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.parameters import ParameterBox
@@ -53,20 +55,23 @@ def certify(
     parameters: ParameterBox | None = None,
     sound: bool = True,
     product: Product = "rump",
-    batch_size: int = 256,
+    batch_size: int | None = None,
+    memory_budget: int | None = None,
 ) -> Certificate:
     """Does ``property`` of ``fn(x, target)`` hold for every input within ``eps`` of x (and inside ``clip``)?
 
     With ``parameters`` it must hold for every network in that box, too, and ``product`` is as in :func:`bound`.
 
     Shapes: x [B, ...]; target integer [B], or None to call ``fn(x)``; eps a float, or a tensor that broadcasts to x.
-    Each sample must be explained independently of the others: large batches are run in pieces of ``batch_size``.
+    Each sample must be explained independently of the others: large batches are run in pieces of equal size, of at
+    most ``batch_size`` samples if that is given, else so that a piece's bounds take at most ``memory_budget`` bytes
+    (default: :func:`~pyxai_bounds.certify.pieces.default_budget`). A sample that takes more is a piece of its own.
     ``sound=True`` rounds outward, so that the certificate is a proof about the function in real arithmetic; it needs
     float32 or float64. ``sound=False`` rounds to nearest, and the certificate says so.
     A sample with a bound that is not finite is never certified, nor is any if the model holds a NaN or an infinity.
     Raises what :func:`bound` and :meth:`Interval.linf` raise.
     """
-    check = _Check(fn, x, target, property, clip, parameters, sound, product, batch_size)
+    check = _Check(fn, x, target, property, clip, parameters, sound, product, Pieces(batch_size, memory_budget))
     return check.at(eps)
 
 
@@ -82,7 +87,8 @@ def certified_radius(
     parameters: ParameterBox | None = None,
     sound: bool = True,
     product: Product = "rump",
-    batch_size: int = 256,
+    batch_size: int | None = None,
+    memory_budget: int | None = None,
 ) -> Tensor:
     """For each sample a radius in [0, max_eps] at which ``certify`` holds, within ``tol`` of the largest such: [B].
 
@@ -92,7 +98,7 @@ def certified_radius(
     """
     if not (0 < max_eps < math.inf and tol > 0):
         raise ValueError(f"certified_radius needs 0 < max_eps < ∞ and tol > 0, got max_eps={max_eps}, tol={tol}.")
-    check = _Check(fn, x, target, property, clip, parameters, sound, product, batch_size)
+    check = _Check(fn, x, target, property, clip, parameters, sound, product, Pieces(batch_size, memory_budget))
     per_sample = [-1] + [1] * (x.dim() - 1)
     holds = check.at(max_eps).holds
     unknown = torch.full((len(x),), max_eps, dtype=x.dtype, device=x.device)
@@ -119,7 +125,7 @@ class _Check:
         parameters: ParameterBox | None,
         sound: bool,
         product: Product,
-        batch_size: int,
+        pieces: Pieces,
     ) -> None:
         if not isinstance(x, Tensor) or not x.is_floating_point():
             kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
@@ -128,8 +134,6 @@ class _Check:
             raise TypeError(f"target must be an integer tensor [B] or None, got {type(target).__name__}.")
         if not hasattr(property, "margin"):
             raise TypeError(f"property must be one such as TopK(5), got {property!r}.")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         if target is not None and target.shape[:1] != x.shape[:1]:
             raise ValueError(
                 f"x has {len(x)} samples, but target has shape {list(target.shape)}; it must be [{len(x)}]."
@@ -137,13 +141,24 @@ class _Check:
         self.fn, self.x, self.target, self.clip, self.property = fn, usual(x), target, clip, property
         self.bounded: BoundFunction = bound(fn, sound=sound, parameters=parameters, product=product)
         self.rounding = "outward" if sound else "nearest"
-        self.size = min(batch_size, max(len(x), 1))
-        self.nominal = self._nominal()
+        self.pieces = pieces
 
-    def _nominal(self) -> Tensor:
+    @functools.cached_property
+    def nominal(self) -> Tensor:
         arguments = [self.x] if self.target is None else [self.x, self.target]
         pieces = zip(*(argument.split(self.size) for argument in arguments), strict=True)
         return torch.cat([evaluate(self.fn, *piece) for piece in pieces])
+
+    @functools.cached_property
+    def size(self) -> int:
+        """Samples per piece."""
+        box = Interval.of(self.x, self.x)  # its shape and layout are looked at
+        return self.pieces.size(
+            len(self.x),
+            2 * self.x[:1].numel() * self.x.element_size(),
+            lambda size: self.bounded.peak_bytes(*self._arguments(box, 0, size)),
+            self.x.device,
+        )
 
     @torch.no_grad()
     def at(self, eps: float | Tensor) -> Certificate:
@@ -178,12 +193,13 @@ class _Check:
 
     def _bounds(self, box: Interval, start: int) -> Interval:
         """One piece, filled up to the common size so that one compiled program serves all pieces."""
-        index = torch.arange(start, start + self.size, device=self.x.device).clamp(max=max(len(self.x) - 1, 0))
-        index = index[: len(self.x)] if len(self.x) < self.size else index
-        targets = () if self.target is None else (self.target[index],)
-        out = self.bounded(box[index], *targets)
-        count = min(self.size, len(self.x) - start)
-        return out[:count]
+        out = self.bounded(*self._arguments(box, start, self.size))
+        return out[: min(self.size, len(self.x) - start)]
+
+    def _arguments(self, box: Interval, start: int, size: int) -> tuple[Interval | Tensor, ...]:
+        index = torch.arange(start, start + size, device=self.x.device).clamp(max=max(len(self.x) - 1, 0))
+        index = index[: len(self.x)]
+        return (box[index],) if self.target is None else (box[index], self.target[index])
 
 
 def usual(x: Tensor) -> Tensor:

@@ -384,6 +384,7 @@ def _linear_data_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | 
     box_grad: Any = (None, None)
     if ctx.needs_input_grad[2]:  # the roles of input and output gradient are exchanged
         weight_grad = _weight_gradient("interval_linear_weight", mid, rad, mid_grad, rad_grad, weight)
+    del mid, rad  # the gated copies: the rest takes their place in memory
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
         if has_kernels(weight):
             box_grad = interval_linear(*_both(mid_grad, rad_grad), weight, None, False)[:2]
@@ -465,6 +466,7 @@ def _conv2d_data_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | 
     box_grad: Any = (None, None)
     if ctx.needs_input_grad[2]:  # the roles of input and output gradient are exchanged
         weight_grad = _weight_gradient("interval_conv2d_weight", mid, rad, mid_grad, rad_grad, weight, *args)
+    del mid, rad  # the gated copies: the rest takes their place in memory
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
         if has_kernels(weight):
             box_grad = interval_conv2d(*_both(mid_grad, rad_grad), weight, None, *args, False)[:2]
@@ -695,6 +697,35 @@ interval_max_pool2d_gather = _define(
     _no_second_derivative("The derivative of interval_max_pool2d_backward"),
     lambda ctx, inputs, output: None,
 )
+
+
+# --- several linear operators on a few boxes, as one call of the native backend ---------------------------
+
+
+def chain(steps: list[native.Step], values: list[native.Kind], given: int, taken: list[int]) -> Callable[..., Any]:
+    """A function of the ``given`` tensors that returns the values ``taken``: see ``native.Chain``. Without gradients.
+
+    On another backend, or where a tensor is not as it was foreseen, each operator runs by itself.
+    """
+    together = native.Chain(steps, values, given, taken)
+
+    def run_chain(*tensors: Tensor) -> list[Tensor]:
+        results = together(*tensors) if _forced.get() in ("auto", "native") else None
+        return one_by_one(tensors) if results is None else results
+
+    def one_by_one(tensors: tuple[Tensor, ...]) -> list[Tensor]:
+        at: dict[int | None, Any] = {None: None, **dict(enumerate(tensors))}
+        for step in steps:
+            box = at[step.mid], at[step.rad], at[step.weight], at[step.third]
+            if step.backward:
+                at[step.out_mid], at[step.out_rad] = undispatched[interval_linear_backward](*box)
+            else:
+                relu = step.state is not None
+                at[step.out_mid], at[step.out_rad], at[step.state] = undispatched[interval_linear](*box, relu)
+                at[None] = None
+        return [at[number] for number in taken]
+
+    return run_chain
 
 
 # --- check_target: the one check that needs the data, so it must be part of the captured program ----------

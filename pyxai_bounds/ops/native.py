@@ -8,6 +8,7 @@ product of two boxes, for which ATen has nothing. This file allocates, checks wh
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 import warnings
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ except ImportError as error:
 
 _warned = False
 _DTYPES = (torch.float32, torch.float64)
+_CPU = torch.device("cpu")
 
 
 def available() -> bool:
@@ -58,6 +60,11 @@ def supports(mid: Tensor) -> bool:
         _warn_once()
         return False
     return True
+
+
+def snapshot(objects: list[Any]) -> Any:
+    """What these objects are made of, by identity; ``.holds(objects)`` tells whether they still look so."""
+    return _module().Snapshot(objects)
 
 
 def _warn_once() -> None:
@@ -162,8 +169,8 @@ def interval_linear_backward(
 
 
 # Up to so many boxes, reading the weight once beats a library's matrix products, which need |W| in memory. For a weight
-# [256, 784], forward and backward, float32, one thread with AVX-512, in us: 1 box 21 and 18 against 48 and 42, 4 boxes
-# 32 and 45 against 163 and 226, 8 boxes 217 and 150 against 318 and 322, 16 boxes 616 and 353 against 531 and 386.
+# [256, 784], forward and backward, float32, one thread with AVX-512, in us: 1 box 23 and 15 against 102 and 81, 4 boxes
+# 54 and 35 against 133 and 107, 8 boxes 97 and 56 against 142 and 102.
 FEW = 8
 
 
@@ -199,6 +206,59 @@ def _are_boxes(mid: Tensor, rad: Tensor, weight: Tensor, dim: int) -> bool:
         and mid.is_contiguous()
         and rad.is_contiguous()
     )
+
+
+class Chain:
+    """Several linear layers and backward passes on a few boxes as one call, for programs that need no gradients.
+
+    Between two calls Python takes as long as the kernel of a small layer. ``steps`` name values by number; ``values``
+    has the shape and dtype of each, first of the ``given`` ones that a call passes; ``taken`` are those that it
+    returns.
+    """
+
+    def __init__(self, steps: list[Step], values: list[Kind], given: int, taken: list[int]) -> None:
+        self._given, self._taken = values[:given], [(number, *values[number]) for number in taken]
+        self._blank = [0] * (len(values) - given)
+        dtype = values[steps[0].mid][1]
+        rows = []
+        for step in steps:
+            (batch, n), (_, m) = values[step.mid][0], values[step.out_mid][0]
+            numbers = (-1 if number is None else number for number in step[1:])
+            rows.append((step.backward, batch, n, m, *numbers))
+        bytes_of = [0] * given + [math.prod(shape) * dtype.itemsize for shape, dtype in values[given:]]
+        self._run = _module().Chain(dtype.itemsize, rows, bytes_of).run
+
+    def __call__(self, *tensors: Tensor) -> list[Tensor] | None:
+        """The values that are taken; None if a tensor is not what the kernels read."""
+        addresses = []
+        for t, (shape, dtype) in zip(tensors, self._given, strict=True):
+            if t.shape != shape or t.dtype is not dtype or not t.is_cpu or not t.is_contiguous():
+                return None
+            addresses.append(t.data_ptr())
+        addresses += self._blank
+        results = []
+        for number, shape, dtype in self._taken:
+            result = torch.empty(shape, dtype=dtype, device=_CPU)
+            addresses[number] = result.data_ptr()
+            results.append(result)
+        self._run(addresses)
+        return results
+
+
+class Step(NamedTuple):
+    """One operator of a chain. All but the first are numbers of values; ``third`` is a bias, or the state of ReLU′."""
+
+    backward: bool
+    mid: int
+    rad: int
+    weight: int
+    third: int | None
+    out_mid: int
+    out_rad: int
+    state: int | None
+
+
+Kind = tuple[tuple[int, ...], torch.dtype]
 
 
 def _vector(t: Tensor, like: Tensor, size: int) -> bool:

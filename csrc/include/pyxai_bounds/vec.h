@@ -2,7 +2,7 @@
 //
 // Vec<T> is as wide as a register of the level, Scalar<T> has one lane and serves tails. Both offer
 //     load store fill, + - *, multiply_add, less exceeds both either select, minimum maximum absolute,
-//     copysign flip (which takes vectors of signed zeros), bits from_bits
+//     sum (of the lanes, in any order), copysign flip (which takes vectors of signed zeros), bits from_bits
 // with the meaning that PyTorch gives them: a comparison with NaN is false (and so `exceeds`, its negation, is
 // true), minimum and maximum return NaN if either argument is NaN. Every operation rounds once (the build sets
 // -ffp-contract=off), but for multiply_add, which rounds once or twice as the level has it.
@@ -40,6 +40,7 @@ struct Scalar {
     static Mask either(Mask a, Mask b) { return a || b; }
     static Scalar select(Mask m, Scalar a, Scalar b) { return m ? a : b; }
     static Scalar absolute(Scalar a) { return {static_cast<T>(__builtin_fabs(a.value))}; }
+    static Scalar multiply_add(Scalar a, Scalar b, Scalar c) { return a * b + c; }
     static Scalar copysign(Scalar magnitude, Scalar sign) {
         return {static_cast<T>(__builtin_copysign(magnitude.value, sign.value))};
     }
@@ -72,6 +73,7 @@ struct Vec<float> {
     static Vec select(Mask m, Vec a, Vec b) { return {_mm512_mask_blend_ps(m, b.value, a.value)}; }
     static Vec absolute(Vec a) { return {_mm512_abs_ps(a.value)}; }
     static Vec multiply_add(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.value, b.value, c.value)}; }
+    static float sum(Vec a) { return _mm512_reduce_add_ps(a.value); }
     static Vec copysign(Vec magnitude, Vec sign) {
         const __m512 bit = _mm512_set1_ps(-0.0f);
         return {_mm512_or_ps(_mm512_andnot_ps(bit, magnitude.value), _mm512_and_ps(bit, sign.value))};
@@ -101,6 +103,7 @@ struct Vec<double> {
     static Vec select(Mask m, Vec a, Vec b) { return {_mm512_mask_blend_pd(m, b.value, a.value)}; }
     static Vec absolute(Vec a) { return {_mm512_abs_pd(a.value)}; }
     static Vec multiply_add(Vec a, Vec b, Vec c) { return {_mm512_fmadd_pd(a.value, b.value, c.value)}; }
+    static double sum(Vec a) { return _mm512_reduce_add_pd(a.value); }
     static Vec copysign(Vec magnitude, Vec sign) {
         const __m512d bit = _mm512_set1_pd(-0.0);
         return {_mm512_or_pd(_mm512_andnot_pd(bit, magnitude.value), _mm512_and_pd(bit, sign.value))};
@@ -161,6 +164,12 @@ struct Vec {
     static Vec select(Mask m, Vec a, Vec b) { return {m ? a.value : b.value}; }
     static Vec absolute(Vec a) { return {(Values)((Mask)a.value & ~(Mask)fill(T(-0.0)).value)}; }
     static Vec multiply_add(Vec a, Vec b, Vec c) { return a * b + c; }
+    // By halves: one after the other, additions would wait for one another.
+    static T sum(Vec a) {
+        for (int half = lanes / 2; half > 0; half /= 2)
+            for (int i = 0; i < half; ++i) a.value[i] += a.value[i + half];
+        return a.value[0];
+    }
     static Vec copysign(Vec magnitude, Vec sign) {
         const Mask bit = (Mask)fill(T(-0.0)).value;
         return {(Values)(((Mask)magnitude.value & ~bit) | ((Mask)sign.value & bit))};
