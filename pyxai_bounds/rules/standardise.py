@@ -241,10 +241,18 @@ def standardised_backward(grad: Interval, normal: Interval, inverse: Value, cont
         top = most.amax(1, keepdim=True)  # squares of gradients underflow sooner than anything else
         norm = torch.where(top > 0, top * _sum((most / top).square()).sqrt(), top) * (1 + lost)
         norm = rd.up(norm, underflows=True) if outward() else norm
+        ball = facts.above(facts.length(c, [1]) + facts.norm_over(grad, [1]))
+        norm = torch.where(ball < norm, ball, norm)
         less = norm < rad
         mid, rad = torch.where(less, 0.0, mid), torch.where(less, norm, rad)
     out = multiply(Interval.of(mid, rad), inverse)
-    return facts.with_norm(out, _norm_of_backward(grad, normal, inverse, mid, out) if contracts else None)
+    if not contracts:
+        return out
+    # Where the gradient's length bounds some entries, their midpoints are others; where it bounds all, the whole row.
+    rows = _norm_of_backward(grad, normal, inverse, mid, out)
+    rows = torch.where(less.any(1, keepdim=True), math.inf, rows)
+    whole = facts.above(norm * (mid_of(inverse) + rad_of(inverse)))
+    return facts.with_norm(out, torch.where(less.all(1, keepdim=True), whole, rows))
 
 
 def _norm_of_backward(grad: Interval, normal: Interval, inverse: Value, mid: Tensor, out: Interval) -> Tensor:
