@@ -121,7 +121,7 @@ def norm_over(x: Any, dims: Sequence[int]) -> Tensor:
         return norm
     if isinstance(x, Interval):
         return length(wide(x.rad), dims)
-    return torch.zeros_like(wide(x).sum(list(dims), keepdim=True))
+    return torch.zeros_like(length(wide(x), dims))
 
 
 def spectral_norm(weight: Tensor) -> Tensor:
@@ -130,15 +130,18 @@ def spectral_norm(weight: Tensor) -> Tensor:
     The products lose γ_n√n of ‖G‖²_F, which is at most √n‖G²‖_F, each time it is squared.
     """
     weight = wide(weight)
+    top = weight.abs().max()
+    weight = weight / torch.where(top > 0, top, 1.0)  # squares of what is left neither over- nor underflow
     gram = weight @ weight.t() if weight.shape[0] < weight.shape[1] else weight.t() @ weight
     scale = gram.diagonal().sum()
     power = gram / torch.where(scale > 0, scale, 1.0)
     for _ in range(3):
         power = power @ power
     count = len(gram)
-    lost = 64 * (count + max(weight.shape) + 8) * count * rd.unit(weight.dtype)
+    outward = rd.mode() == rd.Rounding.OUTWARD
+    lost = 64 * (count + max(weight.shape) + 8) * count * rd.unit(weight.dtype) if outward else 0.0
     root = torch.linalg.vector_norm(power).pow(1 / 16) * (1 + lost) * scale.sqrt()
-    return above(root)
+    return above(root * top)
 
 
 # --- rearrangements -------------------------------------------------------------------------------------------------
