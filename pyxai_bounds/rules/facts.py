@@ -93,13 +93,15 @@ def moved(x: Interval, before: Interval) -> Interval:
 
 
 def length(t: Tensor, dims: Sequence[int]) -> Tensor:
-    """‖t‖₂ over these dimensions, which are kept. Squares may underflow: more than what that loses is added."""
-    norm = torch.linalg.vector_norm(t, dim=list(dims), keepdim=True) if dims else t.abs()
+    """‖t‖₂ over these dimensions, which are kept; divided by the greatest entry, so that squares do not underflow."""
+    if not dims:
+        return t.abs()
+    top = t.detach().abs().amax(list(dims), keepdim=True)
+    norm = torch.linalg.vector_norm(t / torch.where(top > 0, top, 1.0), dim=list(dims), keepdim=True) * top
     if rd.mode() != rd.Rounding.OUTWARD:
         return norm
     count = math.prod(t.shape[d] for d in dims)
-    floor = math.sqrt((count + 4) * rd.tiny(t.dtype)) * 2
-    return norm * (1 + (4 * count + 64) * rd.unit(t.dtype)) + floor * (t != 0).any().to(t.dtype)
+    return norm * (1 + (4 * count + 64) * rd.unit(t.dtype)) + rd.tiny(t.dtype) * (top > 0)
 
 
 def joined(fact: Tensor, shape: Sequence[int]) -> list[int]:
