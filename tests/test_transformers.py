@@ -31,9 +31,9 @@ MODELS: dict[str, tuple[str, str, dict, str, tuple[int, ...], tuple[str, ...]]] 
                    ("sdpa",)),
     "GPT-2": ("GPT2Config", "GPT2LMHeadModel",
               {"vocab_size": 20, "n_embd": 12, "n_layer": 1, "n_head": 2, "n_positions": 8, "bos_token_id": 0,
-               "eos_token_id": 0}, "inputs_embeds", EMBEDDINGS, ("eager", "sdpa")),
+               "eos_token_id": 0}, "inputs_embeds", EMBEDDINGS, ("sdpa",)),
     "ViT": ("ViTConfig", "ViTForImageClassification", ENCODER | {"image_size": 8, "patch_size": 4, "num_labels": 3},
-            "pixel_values", PIXELS, ("eager", "sdpa")),
+            "pixel_values", PIXELS, ("eager",)),
     "ResNet": ("ResNetConfig", "ResNetForImageClassification",
                {"embedding_size": 4, "hidden_sizes": [4, 6], "depths": [1, 1], "layer_type": "basic", "num_labels": 3},
                "pixel_values", PIXELS, ("",)),
@@ -63,6 +63,13 @@ def logits(model: nn.Module, argument: str) -> Callable[[Tensor], Tensor]:
     return fn
 
 
+def with_gradient(fn: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        out = fn(x)
+        return out, torch.autograd.grad(out[0, 1], x)[0]
+
+
 @pytest.mark.parametrize(("name", "attention"), CASES)
 def test_logits_and_gradients_are_proven(name: str, attention: str) -> None:
     """Sound float32 bounds hold the float64 values at samples and corners, and are not vacuous."""
@@ -70,8 +77,7 @@ def test_logits_and_gradients_are_proven(name: str, attention: str) -> None:
     twin = copy.deepcopy(model).double()
 
     def both(model: nn.Module) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        fn = logits(model, argument)
-        return lambda x: (fn(x), xb.explain.gradient(fn)(x, TARGET))
+        return lambda x: with_gradient(logits(model, argument), x)
 
     box = xb.Interval.linf(x, 1e-5)
     found = [bounds.detach() for bounds in xb.bound(both(model), sound=True)(box)]
@@ -82,9 +88,9 @@ def test_logits_and_gradients_are_proven(name: str, attention: str) -> None:
     assert all(bounds.rad.max() < 0.1 for bounds in found)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["BERT", "ViT"])
 def test_a_point_gives_back_the_explanation(name: str) -> None:
-    model, argument, x = made(name, MODELS[name][-1][0])
+    model, argument, x = made(name, "sdpa")  # eager attention takes its softmax in float32, whatever the model is in
     explanation, x = xb.explain.gradient(logits(model.double(), argument)), x.double()
     bounds, value = xb.bound(explanation)(xb.Interval.point(x), TARGET), explanation(x, TARGET).detach()
     assert (bounds.mid - value).abs().max() < 1e-12 * value.abs().max().clamp(min=1)
@@ -96,4 +102,4 @@ def test_the_documented_example_runs() -> None:
     session: dict[str, object] = {}
     for block in re.findall(r"```python\n(.*?)```", text, flags=re.S):
         exec(compile(block, "docs/transformers.md", "exec"), session)
-    assert (session["gradient"].rad < 1e-2).all()  # type: ignore[attr-defined]
+    assert (session["gradient"].rad < 1e-3).all()  # type: ignore[attr-defined]

@@ -160,11 +160,17 @@ def _carrier(*operators: Any) -> Callable[[Carrier], Carrier]:
     return register
 
 
-for _op in (aten.permute.default, aten.transpose.int, aten.t.default, aten.unsqueeze.default, aten.squeeze.dim,
-            aten.squeeze.dims):  # fmt: skip
+for _op in (aten.permute.default, aten.transpose.int, aten.t.default, aten.unsqueeze.default):
     _CARRIERS[_op] = lambda fact, part, before, after, *args, _op=_op: _op(fact, *args)
 for _op in (aten.clone.default, aten.detach.default, aten.alias.default):
     _CARRIERS[_op] = lambda fact, part, before, after, *args: fact
+
+
+@_carrier(aten.squeeze.dim, aten.squeeze.dims)
+def _squeeze(fact: Tensor, part: bool, before: Any, after: Any, dims: Any) -> Tensor:
+    """A joined dimension has the size 1 in the fact alone."""
+    dims = [d for d in ([dims] if isinstance(dims, int) else dims) if before[d] == 1]
+    return aten.squeeze(fact, dims)
 
 
 @_carrier(aten.expand.default)
@@ -287,7 +293,7 @@ def _after(*operators: Any) -> Callable[[Callable[..., Interval]], Callable[...,
 def _sum(out: Interval, a: Any, b: Any, **scaled: Any) -> Interval:
     """The rows' norms add; that of the term without one is its box's."""
     known = next((x for x in (a, b) if of(x).norm is not None and x.shape == out.shape), None)
-    if known is None or scaled:
+    if known is None or scaled or not all(_is_of(x, out.dtype) for x in (a, b)):
         return out
     dims = joined(of(known).norm, out.shape)
     terms = [x for x in (a, b) if isinstance(x, Interval)]
@@ -296,10 +302,19 @@ def _sum(out: Interval, a: Any, b: Any, **scaled: Any) -> Interval:
     return with_norm(out, above(sum(norm_over(x, dims) for x in terms) + rounded(out.mid, dims)))
 
 
+def _is_of(x: Any, dtype: torch.dtype) -> bool:
+    """Does the dtype hold this operand, so that nothing is rounded but the result?"""
+    if isinstance(x, Interval | Tensor):
+        return x.dtype == dtype
+    return math.isfinite(x) and rd.stored(x, dtype)[1] == 0
+
+
 @_after(aten.mul.Tensor, aten.mul.Scalar)
 def _product_with_point(out: Interval, a: Any, b: Any) -> Interval:
     x, factor = (a, b) if isinstance(a, Interval) else (b, a)
-    if of(x).norm is None or isinstance(factor, Interval) or x.shape != out.shape:
+    if of(x).norm is None or isinstance(factor, Interval) or x.shape != out.shape or x.dtype != out.dtype:
+        return out
+    if factor.dtype != out.dtype if isinstance(factor, Tensor) else not 1e-30 < abs(factor) < 1e30:
         return out
     dims = joined(of(x).norm, out.shape)
     if isinstance(factor, Tensor):
@@ -311,7 +326,7 @@ def _product_with_point(out: Interval, a: Any, b: Any) -> Interval:
 
 @_after(aten.div.Tensor, aten.div.Scalar)
 def _quotient_by_number(out: Interval, a: Any, b: Any) -> Interval:
-    if of(a).norm is None or isinstance(b, Interval | Tensor) or b == 0:
+    if of(a).norm is None or isinstance(b, Interval | Tensor) or not 1e-30 < abs(b) < 1e30:
         return out
     dims = joined(of(a).norm, out.shape)
     return with_norm(out, above(of(a).norm / abs(b) + rounded(out.mid, dims)))
@@ -355,7 +370,7 @@ def _from(value: Tensor, scale: Any, out: Interval, dims: Sequence[int]) -> Tens
     if rd.mode() != rd.Rounding.OUTWARD:
         return far
     u = rd.unit(value.dtype)
-    return far + length(value.detach().abs() * (64 * u) + (1024 * u) * scale * (out.mid != 0), dims)
+    return far + length(value.detach().abs() * (64 * u) + (1024 * u) * scale, dims)
 
 
 for _op in _SLOPES:

@@ -127,7 +127,8 @@ def _within(m: _Moments, norm: Tensor) -> tuple[Tensor, Tensor]:
     moved = norm + math.sqrt(count) * m.slack + lost * size + math.sqrt(floor)
     least = (size - moved).clamp(min=0).square() * (1 - lost)
     most = (size + moved).square() * (1 + lost)
-    return torch.maximum(m.least, least), torch.minimum(m.most, most)
+    least = torch.maximum(m.least, least)
+    return least, torch.maximum(least, torch.minimum(m.most, most))  # equal at a point, but for rounding
 
 
 def _by_parts(m: _Moments, count: int, eps: float) -> Interval:

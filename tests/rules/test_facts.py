@@ -120,7 +120,7 @@ def test_facts_are_true_of_every_member(case: Case, sound: bool) -> None:
         lambda x: x.reshape(2, 12).reshape(2, 3, 4), lambda x: x.view(6, 4), lambda x: x.view(2, 3, 2, 2),
         lambda x: x.view(3, 2, 4).transpose(1, 2), lambda x: x.permute(2, 0, 1), lambda x: x.mT.reshape(2, 12),
         lambda x: x[:, 1], lambda x: x[..., 1:3], lambda x: x.unsqueeze(1).expand(2, 5, 3, 4).reshape(10, 3, 4),
-        lambda x: x.reshape(1, 2, 1, 3, 4).squeeze(2), lambda x: x[:, :1].squeeze(1), lambda x: x.view(2, 1, 3, 4, 1),
+        lambda x: x.reshape(1, 2, 1, 3, 4).squeeze(2), lambda x: x.squeeze(-1), lambda x: x[:1].squeeze((0, 2)), lambda x: x[:, :1].squeeze(1), lambda x: x.view(2, 1, 3, 4, 1),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("of", [lambda x: x.softmax(-1), norm], ids=["sums", "norms"])
@@ -197,3 +197,21 @@ def test_float32_evaluations_do_without() -> None:
     with rd.use(rd.choose(True, "float32")):
         known.run(xb.Interval.linf(rand(2, 3).float(), 0.1), enable_io_processing=False)
     assert not known.known
+
+
+def test_slopes_and_curvatures_are_no_greater_than_assumed() -> None:
+    x = torch.linspace(-12, 12, 200001, dtype=torch.float64).requires_grad_()
+    functions: dict[Any, list[Callable[[Tensor], Tensor]]] = {
+        aten.gelu.default: [F.gelu, lambda x: F.gelu(x, approximate="tanh")], aten.silu.default: [F.silu],
+        aten.tanh.default: [torch.tanh], aten.sigmoid.default: [torch.sigmoid], aten.relu.default: [F.relu],
+    }  # fmt: skip
+    assert functions.keys() == facts._SLOPES.keys()
+    curved = {aten.gelu.default: aten.gelu_backward.default, aten.silu.default: aten.silu_backward.default}
+    for op, variants in functions.items():
+        for fn in variants:
+            (slope,) = torch.autograd.grad(fn(x).sum(), x, create_graph=True)
+            assert slope.abs().max() <= facts._SLOPES[op]
+            if op in curved:
+                (curvature,) = torch.autograd.grad(slope.sum(), x)
+                assert slope.abs().max() <= facts._CURVATURES[curved[op]][0]
+                assert curvature.abs().max() <= facts._CURVATURES[curved[op]][1]
