@@ -120,7 +120,8 @@ def test_facts_are_true_of_every_member(case: Case, sound: bool) -> None:
         lambda x: x.reshape(2, 12).reshape(2, 3, 4), lambda x: x.view(6, 4), lambda x: x.view(2, 3, 2, 2),
         lambda x: x.view(3, 2, 4).transpose(1, 2), lambda x: x.permute(2, 0, 1), lambda x: x.mT.reshape(2, 12),
         lambda x: x[:, 1], lambda x: x[..., 1:3], lambda x: x.unsqueeze(1).expand(2, 5, 3, 4).reshape(10, 3, 4),
-        lambda x: x.reshape(1, 2, 1, 3, 4).squeeze(2), lambda x: x.squeeze(-1), lambda x: x[:1].squeeze((0, 2)), lambda x: x[:, :1].squeeze(1), lambda x: x.view(2, 1, 3, 4, 1),
+        lambda x: x.reshape(1, 2, 1, 3, 4).squeeze(2), lambda x: x.squeeze(-1), lambda x: x[:1].squeeze((0, 2)),
+        lambda x: x[:, :1].squeeze(1), lambda x: x.view(2, 1, 3, 4, 1),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("of", [lambda x: x.softmax(-1), norm], ids=["sums", "norms"])
