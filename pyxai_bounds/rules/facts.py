@@ -295,7 +295,7 @@ def _sum(out: Interval, a: Any, b: Any, **scaled: Any) -> Interval:
     known = next((x for x in (a, b) if of(x).norm is not None and x.shape == out.shape), None)
     if known is None or scaled or not all(_is_of(x, out.dtype) for x in (a, b)):
         return out
-    dims = joined(of(known).norm, out.shape)
+    dims = joined(known.facts.norm, out.shape)
     terms = [x for x in (a, b) if isinstance(x, Interval)]
     if any(x.shape != out.shape for x in terms):
         return out
@@ -312,24 +312,26 @@ def _is_of(x: Any, dtype: torch.dtype) -> bool:
 @_after(aten.mul.Tensor, aten.mul.Scalar)
 def _product_with_point(out: Interval, a: Any, b: Any) -> Interval:
     x, factor = (a, b) if isinstance(a, Interval) else (b, a)
-    if of(x).norm is None or isinstance(factor, Interval) or x.shape != out.shape or x.dtype != out.dtype:
+    norm = of(x).norm
+    if norm is None or isinstance(factor, Interval) or x.shape != out.shape or x.dtype != out.dtype:
         return out
     if factor.dtype != out.dtype if isinstance(factor, Tensor) else not 1e-30 < abs(factor) < 1e30:
         return out
-    dims = joined(of(x).norm, out.shape)
+    dims = joined(norm, out.shape)
     if isinstance(factor, Tensor):
         size = wide(factor.abs()).expand(out.shape).amax(dims, keepdim=True) if dims else wide(factor.abs())
     else:
         size = abs(factor)
-    return with_norm(out, above(of(x).norm * size + rounded(out.mid, dims)))
+    return with_norm(out, above(norm * size + rounded(out.mid, dims)))
 
 
 @_after(aten.div.Tensor, aten.div.Scalar)
 def _quotient_by_number(out: Interval, a: Any, b: Any) -> Interval:
-    if of(a).norm is None or isinstance(b, Interval | Tensor) or not 1e-30 < abs(b) < 1e30:
+    norm = of(a).norm
+    if norm is None or isinstance(b, Interval | Tensor) or not 1e-30 < abs(b) < 1e30:
         return out
-    dims = joined(of(a).norm, out.shape)
-    return with_norm(out, above(of(a).norm / abs(b) + rounded(out.mid, dims)))
+    dims = joined(norm, out.shape)
+    return with_norm(out, above(norm / abs(b) + rounded(out.mid, dims)))
 
 
 # The greatest slopes, and where the backward side is bounded, curvatures: GELU has 1.1290 at √2 and √(2/π) at 0,
@@ -341,12 +343,12 @@ _CURVATURES = {aten.gelu_backward.default: (1.13, 0.8), aten.silu_backward.defau
 
 def _function(op: Any, out: Interval, *args: Any, **kwargs: Any) -> Interval:
     """No farther from f(mid) than L times; f is computed in float64, to within 64 u of itself and 1024 u."""
-    x = args[0]
-    if of(x).norm is None:
+    x, norm = args[0], of(args[0]).norm
+    if norm is None:
         return out
-    dims = joined(of(x).norm, out.shape)
+    dims = joined(norm, out.shape)
     value = op(wide(x.mid), *args[1:], **kwargs)
-    return with_norm(out, above(_SLOPES[op] * of(x).norm + _from(value, 1.0, out, dims)))
+    return with_norm(out, above(_SLOPES[op] * norm + _from(value, 1.0, out, dims)))
 
 
 def _slope(op: Any, out: Interval, grad: Any, x: Any, **kwargs: Any) -> Interval:

@@ -101,9 +101,9 @@ def _rows_through(out: Interval, a: Interval, weight: Tensor, bias: Tensor | Non
     reach = norm * columns
     off = torch.zeros_like(reach)
     if outward():
-        shift = 0.0 if bias is None else facts.wide(bias)
+        shift = facts.wide(torch.zeros_like(w[0]) if bias is None else bias)
         lost = rd.gamma(len(w) + 8, torch.float64)
-        size = facts.length(facts.wide(a.mid), [1]) * columns + (0.0 if bias is None else shift.abs())
+        size = facts.length(facts.wide(a.mid), [1]) * columns + shift.abs()
         off = ((facts.wide(out.mid) - (facts.wide(a.mid) @ w + shift)).abs() + lost * size).detach()
     out = _no_farther(out, facts.above(reach + off))
     return facts.with_norm(out, facts.above(norm * facts.spectral_norm(weight) + facts.length(off, [1])))
@@ -183,13 +183,12 @@ def _norm_of_sums(product: Any, a: Value, b: Value, centred: Value, shift: Any, 
     """How far Σ_j a_ij b_j lies from its midpoint, where rows b_j lie within a norm of theirs: with a = m ± r,
     Σ_j (|m_ij| + r_ij)ρ_j, where a is convex no more than the greatest ρ, and Σ_j r_ij‖b_j − c‖.
     """
-    if not _joins(facts.of(b).norm, b, -1):
+    last, known, rows = len(b.shape) - 1, facts.of(a), facts.of(b).norm
+    if rows is None or not _joins(rows, b, -1):
         return None
-    last, known = len(b.shape) - 1, facts.of(a)
-    rows = facts.of(b).norm
     size = mid_of(a).abs() + rad_of(a)
     moved = product(size, rows)
-    if known.convex and _joins(known.total, a, -1):
+    if known.convex and known.total is not None and _joins(known.total, a, -1):
         most = known.total * rows.amax(-2, keepdim=True)
         moved = torch.where(most < moved, most, moved)
     lengths = facts.length(mid_of(centred), [last])
