@@ -23,11 +23,12 @@ class Interval:
     disagree, if lower > upper anywhere, or if an end point is NaN or infinite.
     """
 
-    __slots__ = ("mid", "rad", "state")
+    __slots__ = ("facts", "mid", "rad", "state")
 
     mid: Tensor
     rad: Tensor
     state: Any  # packed ReLU state left behind by the rule that made this value, or None
+    facts: Any  # what rules know of the set besides (``rules.facts``), or None
 
     def __init__(self, lower: Tensor, upper: Tensor) -> None:
         _check_floating("lower", lower)
@@ -47,13 +48,13 @@ class Interval:
                 "with torch.minimum and torch.maximum."
             )
         self.mid, self.rad = _mid_rad(lower, upper)
-        self.state = None
+        self.state = self.facts = None
 
     @classmethod
     def of(cls, mid: Tensor, rad: Tensor, state: Any = None) -> Interval:
         """Wrap a midpoint and a radius as they are, without any check: for rules and tests."""
         self = cls.__new__(cls)
-        self.mid, self.rad, self.state = mid, rad, state
+        self.mid, self.rad, self.state, self.facts = mid, rad, state, None
         return self
 
     @classmethod

@@ -31,7 +31,7 @@ from pyxai_bounds.ops.replay import Recorder
 from pyxai_bounds.parameters import ParameterBox
 from pyxai_bounds.recompute import checkpointed, direct
 from pyxai_bounds.rounding import Semantics
-from pyxai_bounds.rules import RULES, UnsupportedArgumentsError
+from pyxai_bounds.rules import RULES, UnsupportedArgumentsError, facts
 from pyxai_bounds.rules.registry import (
     NO_VALUE,
     Product,
@@ -441,7 +441,7 @@ class _Interpreter(fx.Interpreter):
         elif rule is None:
             return self._cannot_bound(n, "")
         try:
-            return _apply(rule, n, args, kwargs)
+            return facts.carried(n.target, args, kwargs, _apply(rule, n, args, kwargs))
         except UnsupportedArgumentsError as reason:
             return self._cannot_bound(n, f" ({reason})")
 

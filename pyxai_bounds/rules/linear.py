@@ -10,16 +10,22 @@ from torch import Tensor
 from pyxai_bounds import ops
 from pyxai_bounds import rounding as rd
 from pyxai_bounds.interval import Interval
+from pyxai_bounds.rules import facts
 from pyxai_bounds.rules.registry import (
     Value,
     bilinear,
+    ends,
     exact_bilinear,
     exact_product,
     in_float64,
+    mid_of,
+    minus,
     multiply,
     outward,
     plus,
+    rad_of,
     rule,
+    within,
 )
 
 aten = torch.ops.aten
@@ -29,7 +35,7 @@ def matmul(a: Value, b: Value, bias: Tensor | None = None) -> Interval:
     """a @ b + bias for matrices, at least one of them a set."""
     if isinstance(a, Interval) and not isinstance(b, Interval):
         mid, rad, _ = ops.interval_linear(a.mid, a.rad, b.t(), bias, False, int(rd.mode()))
-        return Interval.of(mid, rad)
+        return _rows_through(Interval.of(mid, rad), a, b, bias)
     out = _product(torch.mm, a, b)
     return out if bias is None else plus(out, in_float64(bias) if outward() else bias)
 
@@ -71,9 +77,132 @@ def _product(product: Any, a: Value, b: Value) -> Interval:
     """Rounded outward in float64, where a sum of any length loses next to nothing."""
     if outward():
         a, b = in_float64(a), in_float64(b)
+    if facts.of(a) is not facts.NONE or facts.of(b) is not facts.NONE:
+        return _product_of_rows(product, a, b)
+    return _product_of_boxes(product, a, b)
+
+
+def _product_of_boxes(product: Any, a: Value, b: Value) -> Interval:
     if exact_product() and isinstance(a, Interval) and isinstance(b, Interval):
         return _exact_product(product, a, b)
     return bilinear(product, a, b, a.shape[-1])
+
+
+def _rows_through(out: Interval, a: Interval, weight: Tensor, bias: Tensor | None) -> Interval:
+    """a @ weight + bias, where rows of a lie within a norm ρ of their midpoints: entries move by ‖w‖₂ρ, rows by ‖W‖₂ρ.
+
+    Where bounds are proofs, a second product in float64 says how far the midpoints lie from those that this is true of.
+    """
+    norm = facts.of(a).norm
+    if norm is None or facts.joined(norm, a.shape) != [1]:
+        return out
+    w = facts.wide(weight)
+    columns = facts.length(w, [0])
+    reach = norm * columns
+    off = torch.zeros_like(reach)
+    if outward():
+        shift = facts.wide(torch.zeros_like(w[0]) if bias is None else bias)
+        lost = rd.gamma(len(w) + 8, torch.float64)
+        size = facts.length(facts.wide(a.mid), [1]) * columns + shift.abs()
+        off = ((facts.wide(out.mid) - (facts.wide(a.mid) @ w + shift)).abs() + lost * size).detach()
+    out = _no_farther(out, facts.above(reach + off))
+    return facts.with_norm(out, facts.above(norm * facts.spectral_norm(weight) + facts.length(off, [1])))
+
+
+def _no_farther(x: Interval, reach: Tensor) -> Interval:
+    """The set with a radius of no more than ``reach``."""
+    reach = rd.narrow_up(reach, x.dtype) if outward() and x.dtype != reach.dtype else reach
+    return Interval.of(x.mid, torch.where(reach < x.rad, reach, x.rad))
+
+
+def _joins(fact: Tensor | None, x: Value, dim: int) -> bool:
+    """Does the fact join this one dimension, counted from the end?"""
+    return fact is not None and facts.joined(fact, x.shape) == [len(x.shape) + dim]
+
+
+def _transposed(x: Value) -> Any:
+    if not isinstance(x, Interval):
+        return x.mT
+    out = Interval.of(x.mid.mT, x.rad.mT)
+    norm, total, convex = facts.of(x)
+    return facts.attach(out, norm=None if norm is None else norm.mT, total=None if total is None else total.mT,
+                        convex=convex)  # fmt: skip
+
+
+def _product_of_rows(product: Any, a: Value, b: Value) -> Interval:
+    """Matrices, of whose rows or columns more is known than their boxes."""
+    if _joins(facts.of(b).total, b, -2) or _joins(facts.of(a).norm, a, -2):
+        return _transposed(_rows_in(product, _transposed(b), _transposed(a)))
+    return _rows_in(product, a, b)
+
+
+def _rows_in(product: Any, a: Value, b: Value) -> Interval:
+    """Where the rows of a sum to t, p·v = t·c + p·(v − c) for any c, of which the mean of v's midpoints is a good one:
+    the radius then holds the differences of v, and not v. Where no p is negative p·v lies between the least and the
+    greatest v, too.
+
+    Where both factors lie within norms of their midpoints, |Δ(a·b)| ≤ ‖a‖ρ_b + ρ_a(‖b‖ + ρ_b) by Cauchy and Schwarz.
+    """
+    known = facts.of(a)
+    if _joins(known.total, a, -1):
+        centre = mid_of(b).mean(-2, keepdim=True)
+        shift = known.total * centre
+        centred = (
+            minus(b if isinstance(b, Interval) or not outward() else Interval.point(b), centre)
+            if isinstance(b, Interval) or outward()
+            else b - centre
+        )
+        out = plus(_product_of_boxes(product, a, centred), shift)
+    else:
+        centred, shift, out = b, 0.0, _product_of_boxes(product, a, b)
+    norm = _norm_of_sums(product, a, b, centred, shift, out)
+    if _joins(known.total, a, -1):
+        if known.convex:
+            lower, upper = ends(b)
+            before, out = (
+                out,
+                within(out, known.total * lower.amin(-2, keepdim=True), known.total * upper.amax(-2, keepdim=True)),
+            )
+            norm = None if norm is None else facts.above(norm + facts.length(out.mid - before.mid, [norm.dim() - 1]))
+    elif not exact_product():
+        out = _no_farther(out, _by_norms(a, b)) if _joins(known.norm, a, -1) or _joins(facts.of(b).norm, b, -2) else out
+    return facts.with_norm(out, norm)
+
+
+def _by_norms(a: Value, b: Value) -> Tensor:
+    dims = [len(a.shape) - 1], [len(a.shape) - 2]
+    a_norm, b_norm = (facts.norm_over(x, d) for x, d in zip((a, b), dims, strict=True))
+    a_size, b_size = (facts.length(mid_of(x), d) for x, d in zip((a, b), dims, strict=True))
+    reach = a_size * b_norm + a_norm * (b_size + b_norm)
+    if outward():
+        reach = reach + a_size * b_size * rd.gamma(a.shape[-1] + 8, torch.float64)
+    return facts.above(reach)
+
+
+def _norm_of_sums(product: Any, a: Value, b: Value, centred: Value, shift: Any, out: Interval) -> Tensor | None:
+    """How far Σ_j a_ij b_j lies from its midpoint, where rows b_j lie within a norm of theirs: with a = m ± r,
+    Σ_j (|m_ij| + r_ij)ρ_j, where a is convex no more than the greatest ρ, and Σ_j r_ij‖b_j − c‖.
+    """
+    last, known, rows = len(b.shape) - 1, facts.of(a), facts.of(b).norm
+    if rows is None or not _joins(rows, b, -1):
+        return None
+    size = mid_of(a).abs() + rad_of(a)
+    moved = product(size, rows)
+    if known.convex and known.total is not None and _joins(known.total, a, -1):
+        most = known.total * rows.amax(-2, keepdim=True)
+        moved = torch.where(most < moved, most, moved)
+    lengths = facts.length(mid_of(centred), [last])
+    norm = moved + product(rad_of(a), lengths)
+    if not outward():
+        return (
+            norm
+            if not exact_product()
+            else norm + facts.length(out.mid - product(mid_of(a), mid_of(centred)) - shift, [last])
+        )
+    lost = rd.gamma(3 * a.shape[-1] + 32, torch.float64)
+    off = out.mid - (product(mid_of(a), mid_of(centred)) + shift)
+    far = facts.length(off, [last]) + lost * (product(size, lengths) + facts.length(shift + 0 * off, [last]))
+    return facts.above(norm * (1 + lost) + far)
 
 
 def _exact_product(product: Any, a: Interval, b: Interval) -> Interval:

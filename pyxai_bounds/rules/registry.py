@@ -25,6 +25,7 @@ from pyxai_bounds import ops
 from pyxai_bounds import rounding as rd
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.ops.smooth import extremes
+from pyxai_bounds.rules import facts
 
 
 class UnsupportedArgumentsError(NotImplementedError):
@@ -101,6 +102,7 @@ class _Indices(Interval):
 
 
 NO_VALUE = _Indices.__new__(_Indices)
+NO_VALUE.facts = None
 
 
 def mid_of(x: Any) -> Any:
@@ -160,6 +162,14 @@ def between(lower: Tensor, upper: Tensor) -> Interval:
     mid, rad = lower * 0.5 + upper * 0.5, upper * 0.5 - lower * 0.5
     lost = mid.detach().abs() * (4 * rd.unit(mid.dtype))
     return Interval.of(torch.where(same, lower, mid), torch.where(same, 0.0, rd.up(rad + lost, underflows=True)))
+
+
+def within(x: Interval, lower: Tensor, upper: Tensor) -> Interval:
+    """The part of the set between two bounds of the same values; its midpoint stays where nothing is cut off."""
+    least, greatest = ends(x)
+    cut = (least < lower) | (greatest > upper)
+    common = between(torch.maximum(least, lower), torch.minimum(greatest, upper))
+    return Interval.of(torch.where(cut, common.mid, x.mid), torch.where(cut, common.rad.clamp(min=0), x.rad))
 
 
 def settle(mid: Tensor, rad: Tensor, roundings: int = 1) -> Interval:
@@ -348,7 +358,7 @@ def _terms(a: Any, b: Any) -> list[tuple[Any, Any]]:
 def in_float64(x: Any) -> Any:
     """Floating tensors and sets converted to float64, which is exact; anything else as it is."""
     if isinstance(x, Interval):
-        return x if x.dtype == torch.float64 else type(x).of(x.mid.double(), x.rad.double())
+        return x if x.dtype == torch.float64 else facts.kept(type(x).of(x.mid.double(), x.rad.double()), x)
     return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
@@ -360,7 +370,7 @@ def narrow(x: Interval, dtype: torch.dtype) -> Interval:
     if torch.promote_types(x.dtype, dtype) == dtype or isinstance(x, Truth):
         return type(x).of(mid, x.rad.to(dtype))
     moved = (x.mid - mid.to(x.dtype)).detach().abs()  # exact, or off by a rounding where the two differ much
-    return Interval.of(mid, rd.narrow_up(rd.up(x.rad + rd.up(moved)), dtype))
+    return facts.moved(Interval.of(mid, rd.narrow_up(rd.up(x.rad + rd.up(moved)), dtype)), x)
 
 
 def monotone(function: Callable[[Tensor], Tensor], x: Interval, *, ulps: float, absolute: float = 0.0) -> Interval:

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from pyxai_bounds import rounding as rd
 from pyxai_bounds.interval import Interval
+from pyxai_bounds.rules import facts
 from pyxai_bounds.rules.registry import (
     UnsupportedArgumentsError,
     Value,
+    between,
     enclose,
     ends,
     evaluated,
@@ -28,6 +30,7 @@ from pyxai_bounds.rules.registry import (
     rule,
     settle,
     total,
+    within,
 )
 
 aten = torch.ops.aten
@@ -67,7 +70,16 @@ def softmax(x: Interval, dim: int, half_to_float: bool) -> Interval:
     """Evaluated as exp(x − max)/Σ: the difference loses u of itself, which exp makes a relative error, the sum nu."""
     lower, upper = _log_odds(x, dim)
     out = enclose(torch.sigmoid(lower), torch.sigmoid(upper), ulps=8)
-    return evaluated(out, 4 * _size(x, dim) + (x.shape[dim] + 16))
+    one = torch.ones_like(out.mid.narrow(dim, 0, 1).detach())
+    return _rows_sum_to(one, evaluated(out, 4 * _size(x, dim) + (x.shape[dim] + 16)), dim, convex=True)
+
+
+def _rows_sum_to(sums: Tensor, x: Interval, dim: int, convex: bool) -> Interval:
+    """Attach what the real function's values sum to, unless a value may be anything."""
+    if x.shape[dim] < 2:
+        return x
+    unknown = x.mid.isnan().any(dim, keepdim=True)
+    return facts.attach(x, total=facts.wide(torch.where(unknown, math.nan, sums)), convex=convex)
 
 
 @rule(aten._safe_softmax.default, ulps=0)
@@ -75,7 +87,8 @@ def safe_softmax(x: Interval, dim: int, dtype: torch.dtype | None = None) -> Int
     """Softmax, but 0 where a mask leaves nothing: all of them points at −∞."""
     masked = ((x.mid == float("-inf")) & (x.rad == 0)).all(dim, keepdim=True)
     some = softmax(Interval.of(torch.where(masked, 0.0, x.mid), x.rad), dim, False)
-    return Interval.of(torch.where(masked, 0.0, some.mid), torch.where(masked, 0.0, some.rad))
+    out = Interval.of(torch.where(masked, 0.0, some.mid), torch.where(masked, 0.0, some.rad))
+    return _rows_sum_to((~masked).to(out.dtype), out, dim, convex=True)
 
 
 @rule(aten._log_softmax.default, ulps=0)
@@ -88,11 +101,25 @@ def log_softmax(x: Interval, dim: int, half_to_float: bool) -> Interval:
 
 @rule(aten._softmax_backward_data.default, ulps=0)
 def softmax_backward(grad: Value, output: Value, dim: int, input_dtype: torch.dtype) -> Interval:
-    """p_j·(g_j − Σ_k g_k p_k), written as g_j·p_j(1 − p_j) − p_j·Σ_{k≠j} g_k p_k to use p_j's own range once."""
+    """p_j·(g_j − Σ_k g_k p_k), written as g_j·p_j(1 − p_j) − p_j·Σ_{k≠j} g_k p_k to use p_j's own range once.
+
+    Where Σ p = 1 it does not change if a number is taken from all g: from their mean weighted by p, which leaves small
+    ones beside probabilities that move. And Σ_{k≠j} g_k p_k/(1 − p_j) lies among the g_k of the others, as a mean does.
+    """
     if not isinstance(output, Interval):
         weighted = multiply(grad, output)
         return multiply(minus(grad, total(weighted, [dim], keepdim=True)), output)
-    own = multiply(grad, range_of(lambda p: p * (1 - p), output, [(0.5, 0.25)], ulps=4, absolute=4))
+    convex = facts.of(output).convex
+    if convex:
+        weights = output.mid / output.mid.sum(dim, keepdim=True).clamp(min=0.5)
+        centre = (mid_of(grad) * weights).sum(dim, keepdim=True)
+        grad = (
+            minus(Interval.point(grad) if outward() and not isinstance(grad, Interval) else grad, centre)
+            if isinstance(grad, Interval) or outward()
+            else grad - centre
+        )
+    spread = range_of(lambda p: p * (1 - p), output, [(0.5, 0.25)], ulps=4, absolute=4)
+    own = multiply(grad, spread)
     terms = multiply(grad, output)
     summed = total(terms, [dim], keepdim=True)
     others = minus(summed, Interval.of(terms.mid, -terms.rad))  # the sum without j has the radius without j's
@@ -101,6 +128,10 @@ def softmax_backward(grad: Value, output: Value, dim: int, input_dtype: torch.dt
         lost = (summed.mid.abs() + summed.rad + terms.mid.abs() + terms.rad) * (8 * rd.unit(terms.dtype))
         others = Interval.of(others.mid, others.rad + lost)
     out = minus(own, multiply(output, others))
+    if convex:
+        least, greatest = _of_others(grad, dim)
+        out = within(out, *ends(multiply(spread, minus(grad, between(least, greatest)))))
+        out = _rows_sum_to(torch.zeros_like(out.mid.narrow(dim, 0, 1).detach()), out, dim, convex=False)
     if rd.mode() == rd.Rounding.EVALUATED:
         # What p·(g − Σ g p) loses in float32, whatever the form in which its range was found here.
         grad_size = mid_of(grad).abs() + rad_of(grad)
@@ -108,6 +139,16 @@ def softmax_backward(grad: Value, output: Value, dim: int, input_dtype: torch.dt
         reach = output_size * (grad_size + (grad_size * output_size).sum(dim, keepdim=True))
         out = settle(out.mid, out.rad + reach * ((output.shape[dim] + 16) * rd.unit(torch.float32)))
     return out
+
+
+def _of_others(x: Value, dim: int) -> tuple[Tensor, Tensor]:
+    """The least and the greatest number of the other entries, for each entry."""
+    lower, upper = ends(x)
+    two = lower.topk(2, dim, largest=False).values, upper.topk(2, dim).values
+    least, greatest = ([pair.narrow(dim, i, 1) for i in (0, 1)] for pair in two)
+    return torch.where(lower == least[0], least[1], least[0]), torch.where(
+        upper == greatest[0], greatest[1], greatest[0]
+    )
 
 
 @rule(aten._log_softmax_backward_data.default, ulps=0)

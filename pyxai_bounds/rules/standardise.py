@@ -9,6 +9,8 @@ what both have in common:
   ends of d and S give those of y_i, which never leaves ±√(N − 1).
 * By slopes, exact to first order. ∂y_i/∂x_j = ([i = j] − 1/N − y_i y_j/N)/σ, so by the mean value theorem y_i moves by
   no more than Σ_j r_j·|∂y_i/∂x_j| at its greatest over the box, for y as the first way found it.
+* By norms, good behind linear layers (``facts``). That matrix is symmetric with the eigenvalues 0, 1/σ and eps/σ³, so
+  that a row that lies within ρ of its midpoint moves y by ρ/σ at most; and √(Nv) = ‖x − mean‖ moves by ρ itself.
 
 Rounded outward, rows are computed in float64. A sum of N terms is off by less than ``lost`` = 8(N + 16)u of their
 sizes, by which bounds are widened; and ``slack`` = lost·max|x| covers what the subtraction of the mean cancels: it is
@@ -26,20 +28,23 @@ from torch import Tensor
 
 from pyxai_bounds import rounding as rd
 from pyxai_bounds.interval import Interval
+from pyxai_bounds.rules import facts
 from pyxai_bounds.rules.registry import (
     UnsupportedArgumentsError,
     Value,
-    between,
     enclose,
     ends,
     in_float64,
+    mid_of,
     minus,
     multiply,
     narrow,
     outward,
     plus,
+    rad_of,
     rule,
     total,
+    within,
 )
 
 aten = torch.ops.aten
@@ -104,12 +109,26 @@ def standardised(x: Interval, eps: float) -> Standardised:
     """Rows [M, N], in float64 where bounds are proofs."""
     count = x.shape[1]
     m = _moments(x)
-    inverse = enclose((m.most / count + eps).rsqrt(), (m.least / count + eps).rsqrt(), ulps=16)
+    norm = facts.norm_over(x, [1])
+    least, most = _within(m, norm)
+    inverse = enclose((most / count + eps).rsqrt(), (least / count + eps).rsqrt(), ulps=16)
     if count == 1:
         zero = x.mid - x.mid  # NaN where nothing is known
         return Standardised(Interval.of(zero, x.rad - x.rad), m.mean, inverse)
     by_parts = _by_parts(m, count, eps)
-    return Standardised(_by_slopes(m, by_parts, inverse, eps), m.mean, inverse)
+    return Standardised(_by_slopes(m, by_parts, inverse, eps, norm), m.mean, inverse)
+
+
+def _within(m: _Moments, norm: Tensor) -> tuple[Tensor, Tensor]:
+    """Bounds of N·v, also by how far its root moves: the norm, and where the centred midpoints themselves may lie."""
+    count = m.rad.shape[1]
+    lost, floor = _lost(count, m.rad.dtype), _floor(count, m.rad.dtype)
+    size = _sum(m.centred.square()).sqrt()
+    moved = norm + math.sqrt(count) * m.slack + lost * size + math.sqrt(floor)
+    least = (size - moved).clamp(min=0).square() * (1 - lost)
+    most = (size + moved).square() * (1 + lost)
+    least = torch.maximum(m.least, least)
+    return least, torch.maximum(least, torch.minimum(m.most, most))  # equal at a point, but for rounding
 
 
 def _by_parts(m: _Moments, count: int, eps: float) -> Interval:
@@ -144,8 +163,8 @@ def _by_parts(m: _Moments, count: int, eps: float) -> Interval:
     return enclose(at_lower, torch.maximum(at_lower, at_upper), ulps=32)  # equal at a point, but for rounding
 
 
-def _by_slopes(m: _Moments, by_parts: Interval, inverse: Interval, eps: float) -> Interval:
-    """What ``by_parts`` and y at the centre ± Σ_j r_j|∂y_i/∂x_j| have in common.
+def _by_slopes(m: _Moments, by_parts: Interval, inverse: Interval, eps: float, norm: Tensor) -> Interval:
+    """What ``by_parts`` and y at the centre ± Σ_j r_j|∂y_i/∂x_j|, and within norm/σ, have in common.
 
     With |y_j − s_j| ≤ p_j: Σ_{j≠i} r_j|1 + y_i y_j| ≤ Σ_{j≠i} r_j|1 + s_i s_j| + |s_i|Σrp + p_iΣr|s| + p_iΣrp, and
     0 ≤ 1 − 1/N − y_i²/N for j = i. Where s itself is computed: d is off by slack, σ by as much and by ``lost``, which
@@ -156,22 +175,24 @@ def _by_slopes(m: _Moments, by_parts: Interval, inverse: Interval, eps: float) -
     variance = _sum(m.centred.square()) / count + eps
     s = m.centred * variance.rsqrt()
     steepest = inverse.mid + inverse.rad
+    off = (1 + s.abs()) * (4 * m.slack * steepest) + 4 * lost * s.abs()
+    ball = norm * steepest * (1 + lost)
     p = torch.maximum(by_parts.mid + by_parts.rad - s, s - (by_parts.mid - by_parts.rad)) * (1 + lost) + lost * s.abs()
+    p = torch.minimum(p, ball + off)
     least_size = (s.abs() - p).clamp(min=0)
     own = m.rad * ((1 - 1 / count - least_size.square() / count).clamp(min=0) + lost)
     moved = _sum(m.rad * p)
     second = s.abs() * moved + p * _sum(m.rad * s.abs()) + p * moved
     rad = steepest * (own + (_weighted(s, m.rad) + second) / count) * (1 + lost)
-    rad = rad + (1 + s.abs()) * (4 * m.slack * steepest) + 4 * lost * s.abs()
-    lower, upper = ends(Interval.of(s, rad))
-    least, greatest = ends(by_parts)
-    cut = (lower < least) | (upper > greatest)
-    common = between(torch.maximum(lower, least), torch.minimum(upper, greatest))
-    mid, rad = torch.where(cut, common.mid, s), torch.where(cut, common.rad.clamp(min=0), rad)
-    better = (rad < by_parts.rad) & (m.slack * steepest < 0.125)
+    rad = torch.minimum(rad, ball) + off
+    out = within(Interval.of(s, rad), *ends(by_parts))
+    known = m.slack * steepest < 0.125
     if outward():  # squares keep all their digits
-        better = better & (variance > torch.finfo(s.dtype).tiny / rd.unit(s.dtype) ** 2)
-    return Interval.of(torch.where(better, mid, by_parts.mid), torch.where(better, rad, by_parts.rad))
+        known = known & (variance > torch.finfo(s.dtype).tiny / rd.unit(s.dtype) ** 2)
+    better = known & (out.rad < by_parts.rad)
+    out = Interval.of(torch.where(better, out.mid, by_parts.mid), torch.where(better, out.rad, by_parts.rad))
+    far = ball + facts.length(off, [1]) + facts.length(out.mid - s, [1])
+    return facts.with_norm(out, facts.above(torch.where(known, far, math.inf)))
 
 
 def _weighted(s: Tensor, weight: Tensor) -> Tensor:
@@ -221,9 +242,36 @@ def standardised_backward(grad: Interval, normal: Interval, inverse: Value, cont
         top = most.amax(1, keepdim=True)  # squares of gradients underflow sooner than anything else
         norm = torch.where(top > 0, top * _sum((most / top).square()).sqrt(), top) * (1 + lost)
         norm = rd.up(norm, underflows=True) if outward() else norm
+        ball = facts.above(facts.length(c, [1]) + facts.norm_over(grad, [1]))
+        norm = torch.where(ball < norm, ball, norm)
         less = norm < rad
         mid, rad = torch.where(less, 0.0, mid), torch.where(less, norm, rad)
-    return multiply(Interval.of(mid, rad), inverse)
+    out = multiply(Interval.of(mid, rad), inverse)
+    if not contracts:
+        return out
+    # Where the gradient's length bounds some entries, their midpoints are others; where it bounds all, the whole row.
+    rows = _norm_of_backward(grad, normal, inverse, mid, out)
+    rows = torch.where(less.any(1, keepdim=True), math.inf, rows)
+    whole = facts.above(norm * (mid_of(inverse) + rad_of(inverse)))
+    return facts.with_norm(out, torch.where(less.all(1, keepdim=True), whole, rows))
+
+
+def _norm_of_backward(grad: Interval, normal: Interval, inverse: Value, mid: Tensor, out: Interval) -> Tensor:
+    """With P = I − 11ᵀ/N − yyᵀ/N, which contracts, g = c ± ρ and y = s ± q in norm: P(y)g − P(s)c = P(y)(g − c) less
+    (y(y − s)·c + (y − s)s·c)/N, which with ‖y‖ ≤ √N is at most ρ + q(‖c‖/√N + |s·c|/N). Then 1/σ, a set itself.
+    """
+    c, s = grad.mid, normal.mid
+    count = c.shape[1]
+    lost = _lost(count, c.dtype)
+    along = _sum(c * s)
+    size = facts.length(c, [1])
+    moved = facts.norm_over(normal, [1]) * (size / math.sqrt(count) + along.abs() / count + lost * size)
+    centre = c - c.mean(1, keepdim=True) - s * (along / count)
+    far = facts.length(mid - centre, [1]) + (4 * lost) * size * (1 + facts.length(s, [1]) / math.sqrt(count)) ** 2
+    centre, spread, scale = mid, rad_of(inverse), mid_of(inverse)
+    norm = (facts.norm_over(grad, [1]) + moved + far) * (scale + spread) + facts.length(centre, [1]) * spread
+    off = facts.length(out.mid - centre * scale, [1]) + lost * facts.length(out.mid, [1])
+    return facts.above((norm + off) * (1 + 4 * lost))
 
 
 # --- the operators: rows in, rows out -------------------------------------------------------------------------
@@ -239,12 +287,22 @@ def _exact(x: Value | None) -> Any:
 
 
 def _shaped(x: Value, shape: Any) -> Any:
-    return Interval.of(x.mid.reshape(shape), x.rad.reshape(shape)) if isinstance(x, Interval) else x.reshape(shape)
+    if not isinstance(x, Interval):
+        return x.reshape(shape)
+    return facts.carried(aten.reshape.default, (x, shape), {}, Interval.of(x.mid.reshape(shape), x.rad.reshape(shape)))
 
 
 def _affine(x: Interval, weight: Value | None, bias: Value | None) -> Interval:
-    out = x if weight is None else multiply(x, _exact(weight))
-    return out if bias is None else plus(out, _exact(bias))
+    out = x if weight is None else _times(x, weight)
+    if bias is None:
+        return out
+    bias = _exact(bias)
+    return facts.carried(aten.add.Tensor, (out, bias), {}, plus(out, bias))
+
+
+def _times(x: Interval, weight: Value) -> Interval:
+    weight = _exact(weight)
+    return facts.carried(aten.mul.Tensor, (x, weight), {}, multiply(x, weight))
 
 
 def normalise(
@@ -272,7 +330,7 @@ def normalise_backward(
     else:
         mean, inverse = _shaped(_exact(mean), (-1, 1)), _shaped(_exact(inverse), (-1, 1))
         normal = multiply(minus(_shaped(_set(x), rows), mean), inverse)
-    scaled = grad if weight is None else multiply(grad, _exact(weight))
+    scaled = grad if weight is None else _times(grad, weight)
     out = standardised_backward(_shaped(scaled, rows), normal, inverse, contracts=known)
     return _shaped(out, x.shape), multiply(grad, _shaped(normal, x.shape))
 

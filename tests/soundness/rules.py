@@ -89,6 +89,79 @@ def ones(per_rule: int = 3, copies: int = 1) -> Iterator[One]:
                 )  # fmt: skip
 
 
+@dataclass
+class Chain:
+    """Operators behind each other, where a rule uses what another one found out (``rules.facts``)."""
+
+    name: str
+    fn: Callable[..., Tensor]
+    shapes: list[tuple[int, ...]]
+    weights: list[tuple[int, ...]]
+
+    def one(self) -> One:
+        """The value and its gradients, on points of their own kind."""
+        generator = torch.Generator().manual_seed(0)
+        weights = [torch.randn(shape, generator=generator) for shape in self.weights]
+        values = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in self.shapes]
+        modules = [_Chained(self.fn, [w.to(dtype) for w in weights]) for dtype in (torch.float32, torch.float64)]
+        return One(f"chain: {self.name}", *modules, values, False)
+
+
+class _Chained(nn.Module):
+    def __init__(self, fn: Callable[..., Tensor], weights: list[Tensor]) -> None:
+        super().__init__()
+        self.fn = fn
+        for i, w in enumerate(weights):
+            self.register_buffer(f"w{i}", w)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            inputs = tuple(x.detach().requires_grad_() for x in inputs)
+            value = self.fn(*inputs, *self.buffers())
+            gradients = torch.autograd.grad((value * torch.ones_like(value)).tanh().sum(), inputs)
+        return (value.detach(), *gradients)
+
+
+def _causal(scores: Tensor) -> Tensor:
+    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    return (3 * scores.tanh()).masked_fill(hidden, float("-inf")).softmax(-1)
+
+
+def _heads(x: Tensor) -> Tensor:
+    return x.unflatten(-1, (2, -1)).transpose(-2, -3)
+
+
+def _block(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    """Attention with a residual: all ways that facts travel through a transformer's block."""
+    q, k, u = (_heads(part) for part in (nn.functional.layer_norm(x, (6,)) @ w).chunk(3, -1))
+    mixed = nn.functional.scaled_dot_product_attention(q, k, u).transpose(-2, -3).flatten(-2)
+    x = x + mixed @ v
+    return x + nn.functional.gelu(nn.functional.layer_norm(x, (6,)) @ w) @ w.t()
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """Of moderate scores: where a probability is 1 but for 1e-10, PyTorch's own backward side keeps no digit."""
+    return (3 * scores.tanh()).softmax(-1)
+
+
+_SCORES, _VALUES, _ROWS = (4, 6, 5), (4, 5, 3), (4, 5, 6)
+CHAINS = [
+    Chain("softmax, product", lambda s, v: _softmax(s) @ v, [_SCORES, _VALUES], []),
+    Chain("softmax, product from the left", lambda s, v: v.mT @ _softmax(s).mT, [_SCORES, _VALUES], []),
+    Chain("softmax, product with a point", lambda s, v: _softmax(s) @ v, [_SCORES], [_VALUES]),
+    Chain("causal softmax, product", lambda s, v: _causal(s) @ v, [(4, 5, 5), _VALUES], []),
+    Chain("attention", lambda q, k, v: nn.functional.scaled_dot_product_attention(q.tanh(), 3 * k.tanh(), v),
+          [_ROWS, _ROWS, _ROWS], []),
+    Chain("layer norm, two linear layers", lambda x, w, v: nn.functional.layer_norm(x, (6,)) @ w @ v, [(9, 6)],
+          [(6, 8), (8, 5)]),
+    Chain("layer norm, GELU between linear layers", lambda x, w, v: x + nn.functional.gelu(
+        nn.functional.layer_norm(x, (6,)) @ w) @ v, [(9, 6)], [(6, 8), (8, 6)]),
+    Chain("layer norm, SiLU, tanh, scale", lambda x, w, v, g: (nn.functional.silu(nn.functional.layer_norm(
+        x, (6,), g) @ w) @ v).tanh() * 0.3 - x, [(9, 6)], [(6, 8), (8, 6), (6,)]),
+    Chain("transformer block", _block, [_ROWS], [(6, 18), (6, 6)]),
+]  # fmt: skip
+
+
 def _captured(case: Case, copies: int) -> tuple[Twins | None, Tensor]:
     """The case's program and its input: of many copies, unless the case is made for the one shape that it has."""
     for count in sorted({copies, 1}, reverse=True):
@@ -235,7 +308,7 @@ def table(
 ) -> Iterator[dict[str, Any]]:
     """Per rule and eps: components checked (or as many as so many seconds allow), and violations."""
     by_rule: dict[str, list[One]] = {}
-    for one in ones(copies=24):
+    for one in (*ones(copies=24), *(chain.one() for chain in CHAINS)):
         by_rule.setdefault(one.name, []).append(one)
     for name, group in sorted(by_rule.items()):
         for eps in epsilons:

@@ -17,6 +17,8 @@ from tests.soundness.__main__ import evaluations, networks
 from tests.soundness.evaluations import Evaluation
 from tests.soundness.networks import Subject, subject
 from tests.soundness.programs import outside
+from tests.soundness.rules import CHAINS, Chain
+from tests.soundness.rules import check as check_one
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -41,6 +43,17 @@ def test_enclosure(subj: Subject, eps: float) -> None:
     for seed in range(3):
         (value,) = Evaluation(graph, seed, chunk=3 + 2 * seed).run(subj.x, subj.target, enable_io_processing=False)
         assert not outside(evaluated, value).any()
+
+
+@pytest.mark.parametrize("chain", CHAINS, ids=lambda chain: chain.name)
+def test_chains_of_operators(chain: Chain) -> None:
+    """What one rule finds out and another one uses, on values of several scales; nearest bounds are violated."""
+    one, found = chain.one(), Counter()
+    for seed in range(8):
+        for eps in (1e-6, 1e-2):
+            components, sound, nearest = check_one(one, eps, seed)
+            found.update(components=components, sound=sound, nearest=nearest)
+    assert found["sound"] == 0 and found["nearest"] > 0
 
 
 def test_many_weights_and_the_bounds_that_are_rounded_to_nearest_are_violated() -> None:
