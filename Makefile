@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 bin := .venv/bin
 installed := .venv/.installed
 sources := pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
-checked_cpp := $(filter %.h %.cpp %.cu,$(sources))
+checked_cpp := $(filter %.h %.cpp %.cu %.cuh,$(sources))
 
 .PHONY: install demo test lint bench bench-check bench-curves compare wheel gpu-check
 .DEFAULT_GOAL := install

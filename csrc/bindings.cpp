@@ -1,5 +1,5 @@
 // The module pyxai_bounds._native, and the only place where Python meets C++. Arrays come in as addresses;
-// pyxai_bounds/ops/native.py allocates them, checks them, and keeps them alive during the call.
+// pyxai_bounds/ops/native.py and cuda.py allocate them, check them, and keep them alive during the call.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -16,6 +16,9 @@
 #include <vector>
 
 #include "pyxai_bounds/stages.h"
+#ifdef PYXAI_BOUNDS_CUDA
+#include "pyxai_bounds/cuda.h"
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -393,12 +396,26 @@ class Snapshot {
     bool complete_ = false;
 };
 
+#ifdef PYXAI_BOUNDS_CUDA
+// What CUDA says is wrong, as an exception.
+template <auto kernel>
+struct Checked;
+template <class... Arguments, const char* (*kernel)(Arguments...)>
+struct Checked<kernel> {
+    static void call(Arguments... arguments) {
+        if (const char* const wrong = kernel(arguments...)) throw std::runtime_error(wrong);
+    }
+};
+#endif
+
 }  // namespace
 }  // namespace pyxai_bounds
 
 PYBIND11_MODULE(_native, m) {
     using namespace pyxai_bounds;
     m.doc() = "Interval kernels on arrays given by address, called by pyxai_bounds.ops.native alone; Snapshot.";
+
+    m.doc() = "Interval kernels on arrays given by address; called by pyxai_bounds.ops.native and .cuda alone.";
     const py::call_guard<py::gil_scoped_release> no_gil;
     m.def("relu", &relu, no_gil);
     m.def("relu_backward", &relu_backward, no_gil);
@@ -424,6 +441,17 @@ PYBIND11_MODULE(_native, m) {
     py::class_<Snapshot>(m, "Snapshot")
         .def(py::init<const py::list&>(), py::arg("objects"))
         .def("holds", &Snapshot::holds, py::arg("objects"));
+
+#ifdef PYXAI_BOUNDS_CUDA
+    m.def("cuda_check", &Checked<&cuda_check>::call, no_gil);
+    m.def("cuda_convolve", &Checked<&cuda_convolve>::call, no_gil);
+    m.def("cuda_matmul", &Checked<&cuda_matmul>::call, no_gil);
+    m.def("cuda_matmul_backward", &Checked<&cuda_matmul_backward>::call, no_gil);
+    m.def("cuda_relu", &Checked<&cuda_relu>::call, no_gil);
+    m.def("cuda_relu_backward", &Checked<&cuda_relu_backward>::call, no_gil);
+    m.def("cuda_scale_shift", &Checked<&cuda_scale_shift>::call, no_gil);
+    m.def("cuda_mul", &Checked<&cuda_mul>::call, no_gil);
+#endif
     m.def("threads", &threads, "The number of threads that a large stage would use.");
     m.def("level", [] { return active.load()->name; }, "The instruction-set level in use.");
     m.def("set_level", &set_level, py::arg("name"), "Use one of levels() from now on, in all threads.");

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from pyxai_bounds.ops import native, reference, triton
+from pyxai_bounds.ops import cuda, native, reference, triton
 from pyxai_bounds.ops.layout import dense, memory_format, order_of, state_size
 from pyxai_bounds.rounding import Rounding, check_dtype, without_autocast
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "native": native, "triton": triton}
-_PLANNED = ("cuda",)
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "native": native, "triton": triton, "cuda": cuda}
 _forced: contextvars.ContextVar[str] = contextvars.ContextVar("pyxai_bounds_backend", default="auto")
 
 
@@ -31,12 +30,12 @@ def backend(name: str) -> Iterator[None]:
     """Run the fused operators on one backend inside the ``with`` block.
 
     ``reference`` plain PyTorch, any device and dtype; ``native`` C++, CPU, float32 and float64; ``triton`` GPU
-    kernels, NVIDIA, floating point of 16 to 64 bits; ``auto`` (the default) the fastest one that supports the tensors,
-    which on a GPU is measured for every kind of matrix product: the kernel of ``triton``, or cuBLAS or cuDNN.
+    kernels, NVIDIA, floating point of 16 to 64 bits; ``cuda`` CUDA C++, NVIDIA, float32 and float64: outward rounding
+    and exact products of boxes, all else as ``reference``; ``auto`` (the default) the fastest one that supports the
+    tensors, which on a GPU is measured for every kind of matrix product: the kernel of ``triton``, or cuBLAS or cuDNN.
+    It never chooses ``cuda``, whose kernels no GPU has run yet.
     Raises ValueError for an unknown name, RuntimeError for one that is not available here.
     """
-    if name in _PLANNED:
-        raise RuntimeError(f"The {name} backend is not part of this build; available: {', '.join(available())}.")
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"Unknown backend {name!r}; choose auto, {', '.join(BACKENDS)}.")
     if name not in ("auto", *available()):
@@ -50,7 +49,7 @@ def backend(name: str) -> Iterator[None]:
 
 def available() -> list[str]:
     """The names of the backends that can run here."""
-    return ["reference", *(name for name in ("native", "triton") if BACKENDS[name].available())]
+    return ["reference", *(name for name in ("native", "triton", "cuda") if BACKENDS[name].available())]
 
 
 def forced() -> str:
@@ -73,9 +72,13 @@ def _select(mid: Tensor) -> Any:
     return chosen
 
 
-def _select_outward(mid: Tensor) -> ModuleType:
-    """The backend for outward rounding: ``native`` where it runs and is not ruled out, else ``reference``."""
+def _select_outward(mid: Tensor) -> Any:
+    """The backend for outward rounding: ``cuda`` if forced, ``native`` where it runs and is not ruled out, else
+    ``reference``.
+    """
     check_dtype(mid.dtype)
+    if _forced.get() == "cuda":
+        return _select(mid)
     return native if _forced.get() in ("auto", "native") and native.supports(mid) else reference
 
 
@@ -231,7 +234,7 @@ interval_relu_backward = _define(
 
 def has_kernels(t: Tensor) -> bool:
     """Does the backend of this tensor fuse what is several passes in plain PyTorch, on the way back too?"""
-    return _select(t) not in (reference, native)
+    return _select(t) not in (reference, native, cuda)
 
 
 # --- interval_linear_weight: gradᵀ·mid + sign(W) ⊙ (grad_radᵀ·rad); no derivative in W ---------------------
