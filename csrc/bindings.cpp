@@ -193,24 +193,42 @@ void linear_backward(int element_size, int64_t batch, int64_t m, int64_t n, Addr
     });
 }
 
-void linear_many(int element_size, int64_t batch, int64_t n, int64_t m, Address mid, Address rad, Address weight,
-                 int64_t row_stride, int64_t column_stride, Address bias, Address out_mid, Address out_rad,
-                 Address state) {
-    typed(element_size, [=](const auto& stages) {
-        using T = decltype(element_type(stages));
-        stages.linear_many(batch, n, m, at<T>(mid), at<T>(rad), at<T>(weight), row_stride, column_stride, at<T>(bias),
-                           at<T>(out_mid), at<T>(out_rad), at<uint8_t>(state));
-    });
+// The factors of pyxai_bounds/rounding.py's `widen`, and the radii's bias; nothing where results round to nearest.
+using Widening = std::optional<std::tuple<double, double, double, Address>>;
+
+template <class T>
+std::optional<Outward<T>> outward_of(const Widening& widening) {
+    if (!widening) return std::nullopt;
+    const auto [on_mid, on_rad, least, bias] = *widening;
+    return Outward<T>{static_cast<T>(on_mid), static_cast<T>(on_rad), static_cast<T>(least), at<T>(bias)};
 }
 
-void linear_backward_many(int element_size, int64_t batch, int64_t m, int64_t n, Address mid, Address rad,
-                          Address state, Address weight, int64_t row_stride, int64_t column_stride, Address out_mid,
-                          Address out_rad) {
-    typed(element_size, [=](const auto& stages) {
+bool linear_many(int element_size, int64_t batch, int64_t n, int64_t m, const Widening& widening, Address mid,
+                 Address rad, Address weight, int64_t row_stride, int64_t column_stride, Address bias, Address out_mid,
+                 Address out_rad, Address state) {
+    bool done = false;
+    typed(element_size, [&](const auto& stages) {
         using T = decltype(element_type(stages));
-        stages.linear_backward_many(batch, m, n, at<T>(mid), at<T>(rad), at<uint8_t>(state), at<T>(weight), row_stride,
-                                    column_stride, at<T>(out_mid), at<T>(out_rad));
+        const auto outward = outward_of<T>(widening);
+        done = stages.linear_many(batch, n, m, outward ? &*outward : nullptr, at<T>(mid), at<T>(rad), at<T>(weight),
+                                  row_stride, column_stride, at<T>(bias), at<T>(out_mid), at<T>(out_rad),
+                                  at<uint8_t>(state));
     });
+    return done;
+}
+
+bool linear_backward_many(int element_size, int64_t batch, int64_t m, int64_t n, const Widening& widening, Address mid,
+                          Address rad, Address state, Address weight, int64_t row_stride, int64_t column_stride,
+                          Address out_mid, Address out_rad) {
+    bool done = false;
+    typed(element_size, [&](const auto& stages) {
+        using T = decltype(element_type(stages));
+        const auto outward = outward_of<T>(widening);
+        done = stages.linear_backward_many(batch, m, n, outward ? &*outward : nullptr, at<T>(mid), at<T>(rad),
+                                           at<uint8_t>(state), at<T>(weight), row_stride, column_stride, at<T>(out_mid),
+                                           at<T>(out_rad));
+    });
+    return done;
 }
 
 // The numbers of a Conv2d in order.
@@ -225,16 +243,6 @@ Conv2d conv2d_of(const Geometry& g) {
     copy(13, 2, shape.dilation);
     copy(15, 4, shape.weight_strides);
     return shape;
-}
-
-// The factors of pyxai_bounds/rounding.py's `widen`, and the radii's bias; nothing where results round to nearest.
-using Widening = std::optional<std::tuple<double, double, double, Address>>;
-
-template <class T>
-std::optional<Outward<T>> outward_of(const Widening& widening) {
-    if (!widening) return std::nullopt;
-    const auto [on_mid, on_rad, least, bias] = *widening;
-    return Outward<T>{static_cast<T>(on_mid), static_cast<T>(on_rad), static_cast<T>(least), at<T>(bias)};
 }
 
 bool conv2d(int element_size, const Geometry& geometry, const Widening& widening, Address mid, Address rad,

@@ -272,8 +272,7 @@ struct Pass {
                     else
                         weight.pack(p.rows, p.columns, panel * tile_width<T>, vectors(panel), to);
                     const int64_t width = few() ? 2 * weight.outputs : vectors(panel) * int64_t{Vec<T>::lanes};
-                    for (int64_t j = 0; least > T(0) && j < terms(p) * width; ++j)
-                        fits = fits && !(to[j] != T(0) && to[j] < least && -to[j] < least);
+                    if (least > T(0)) fits = no_less(terms(p) * width, to, least) && fits;
                 }
         return fits;
     }
@@ -344,8 +343,7 @@ template <class T>
 bool conv2d(const Conv2d& s, const Outward<T>* outward, const T* mid, const T* rad, const T* weight, const T* bias,
             T* out_mid, T* out_rad, uint8_t* state) {
     const int64_t* w = s.weight_strides;
-    const Widening<T> widening =
-        outward ? Widening<T>{outward->on_mid, outward->on_rad, outward->least} : Widening<T>{};
+    const auto widening = widening_of(outward);
     Pass<T> pass{{s.batch, s.height, s.width, s.channels, mid, rad, {nullptr, 0, outward ? &widening : nullptr}},
                  {weight, s.outputs, s.channels, w[0], w[1], w[2], w[3]},
                  {s.outputs, bias, outward ? outward->bias : nullptr, out_mid, out_rad, state,
@@ -360,8 +358,7 @@ template <class T>
 bool conv2d_backward(const Conv2d& s, const Outward<T>* outward, const T* mid, const T* rad, const uint8_t* state,
                      const T* weight, T* out_mid, T* out_rad) {
     const int64_t* w = s.weight_strides;
-    const Widening<T> widening =
-        outward ? Widening<T>{outward->on_mid, outward->on_rad, outward->least} : Widening<T>{};
+    const auto widening = widening_of(outward);
     const Packing<T> packing{state, packed_bytes(s.batch * s.out_height * s.out_width * s.outputs),
                              outward ? &widening : nullptr};
     Pass<T> pass{{s.batch, s.out_height, s.out_width, s.outputs, mid, rad, packing},

@@ -2,6 +2,8 @@
 // feeds midpoint and radius, and |W| exists in registers alone; a library would read W three times and write |W| once.
 // With few boxes that traffic is all the cost, and the weight is read where it lies; with more it is packed for the
 // tiles of tile.h. Sums are taken in another order than in the specification, pyxai_bounds/ops/reference.py.
+#include <atomic>
+
 #include "pyxai_bounds/parallel.h"
 #include "pyxai_bounds/scratch.h"
 #include "pyxai_bounds/stages.h"
@@ -219,11 +221,13 @@ struct Factors {
 
 // One panel: outputs from `output` on, for `boxes` boxes.
 template <int vectors, class T>
-void panel_of_products(const Factors<T>& weight, int64_t output, int64_t boxes, const T* packed, int64_t first_box,
-                       const Results<T>& results, T* panel) {
+bool panel_of_products(const Factors<T>& weight, int64_t output, int64_t boxes, const T* packed, int64_t first_box,
+                       const Results<T>& results, T* panel, T least) {
+    bool fits = true;
     for (int64_t k = 0; k < weight.terms; k += panel_terms) {
         const int64_t count = smaller(panel_terms, weight.terms - k);
         weight.pack(output, k, k + count, vectors, panel);
+        if (least > T(0)) fits = fits && no_less(count * vectors * Vec<T>::lanes, panel, least);
         in_tiles(boxes, [&](int64_t first, int64_t here, auto pixels) {
             const T* sources[pixels];
             int64_t at[pixels];
@@ -242,46 +246,153 @@ void panel_of_products(const Factors<T>& weight, int64_t output, int64_t boxes, 
                 results.write(here, at, output, sums);
         });
     }
+    return fits;
+}
+
+// Rounded outward in float32, midpoints are summed in float64, where a product of two float32 numbers is exact: in
+// float32 the sum would lose γ_n |x|, which for n = 4096 is more than the radius of many a box. A term of a packed box
+// is then this:
+struct Wide {
+    double mid;
+    float rad;
+};
+
+inline Vec<double> load_wide(const float* p) {
+#if defined(__AVX512F__)
+    return {_mm512_cvtps_pd(_mm256_loadu_ps(p))};
+#else
+    Vec<double> v;
+    for (int i = 0; i < Vec<double>::lanes; ++i) v.value[i] = p[i];
+    return v;
+#endif
+}
+
+// Sums of `boxes` boxes and one vector of outputs, which is two of float64.
+template <int boxes>
+struct WideSums {
+    Vec<double> mid[boxes][2];
+    Vec<float> rad[boxes];
+};
+
+template <int boxes>
+__attribute__((noinline)) void add_wide(int64_t count, const Wide* const* sources, const float* panel,
+                                        WideSums<boxes>& into) {
+    constexpr int L = Vec<float>::lanes;
+    WideSums<boxes> sums;
+    const Wide* source[boxes];
+#pragma GCC unroll 8
+    for (int s = 0; s < boxes; ++s) {
+        sums.mid[s][0] = sums.mid[s][1] = Vec<double>::fill(0);
+        sums.rad[s] = Vec<float>::fill(0);
+        source[s] = sources[s];
+    }
+    for (int64_t k = 0; k < count; ++k, panel += L) {
+        __builtin_prefetch(panel + terms_ahead * L);
+        const Vec<float> size = Vec<float>::absolute(Vec<float>::load(panel));
+        const Vec<double> low = load_wide(panel), high = load_wide(panel + L / 2);
+#pragma GCC unroll 8
+        for (int s = 0; s < boxes; ++s) {
+            const Vec<double> mid = Vec<double>::fill(source[s][k].mid);
+            sums.mid[s][0] = Vec<double>::multiply_add(low, mid, sums.mid[s][0]);
+            sums.mid[s][1] = Vec<double>::multiply_add(high, mid, sums.mid[s][1]);
+            sums.rad[s] = Vec<float>::multiply_add(size, Vec<float>::fill(source[s][k].rad), sums.rad[s]);
+        }
+    }
+    into = sums;
+}
+
+// One panel of one vector of outputs; the bias is added in float64, too.
+inline void panel_of_wide_products(const Factors<float>& weight, int64_t output, int64_t boxes, const Wide* packed,
+                                   int64_t first_box, const Results<float>& results, const float* panel) {
+    constexpr int L = Vec<float>::lanes;
+    const int64_t count = smaller(L, weight.outputs - output);
+    const Results<float> rest = results.without_bias();
+    in_tiles(boxes, [&](int64_t first, int64_t here, auto tile) {
+        const Wide* sources[tile];
+        for (int64_t i = 0; i < tile; ++i) sources[i] = packed + (first + (i < here ? i : 0)) * weight.terms;
+        WideSums<tile> sums;
+        add_wide(weight.terms, sources, panel, sums);
+        for (int64_t i = 0; i < here; ++i) {
+            double wide[L];
+            sums.mid[i][0].store(wide);
+            sums.mid[i][1].store(wide + L / 2);
+            Sums<float, 1, 1> narrow;
+            float mids[L];
+            for (int64_t j = 0; j < L; ++j)
+                mids[j] = static_cast<float>(results.bias && j < count ? wide[j] + results.bias[output + j] : wide[j]);
+            narrow.mid[0][0] = Vec<float>::load(mids);
+            narrow.rad[0][0] = sums.rad[i];
+            const int64_t at = (first_box + first + i) * weight.outputs;
+            rest.write(1, &at, output, narrow);
+        }
+    });
 }
 
 // Boxes times weight, ReLU' before it if there is a state of it, a bias and ReLU after it if there is somewhere to go.
+// Rounded outward, `least` is the smallest weight that may be met; false if there is a smaller one.
 template <class T>
-void products(int64_t batch, const T* mid, const T* rad, const std::uint8_t* state, const Factors<T>& weight,
+bool products(int64_t batch, const T* mid, const T* rad, const Packing<T>& packing, const Factors<T>& weight,
               const Results<T>& results) {
-    const int64_t width = tile_width<T>, panels = ceil_div(weight.outputs, width), terms = weight.terms;
+    constexpr bool has_wide = sizeof(T) == sizeof(float);
+    const bool wide = has_wide && packing.widening;
+    const T least = packing.widening ? packing.widening->least / 2 : T(0);
+    const int64_t width = wide ? int64_t{Vec<T>::lanes} : tile_width<T>, panels = ceil_div(weight.outputs, width);
+    const int64_t terms = weight.terms, depth = wide ? terms : smaller(terms, panel_terms);
     const int64_t together = greater(tile_pixels, smaller(batch, boxes_elements / greater(terms, 1)));
     const Scratch<T> packed(2 * together * terms);
-    const Packing<T> packing{state, (batch * terms + 7) / 8, nullptr};
+    const Scratch<Wide> widened(wide ? together * terms : 0);
+    std::atomic<bool> fits{true};
     parallel_team(team_size(batch * terms * weight.outputs / products_grain), [&](int rank, int team) {
-        const Scratch<T> panel((smaller(terms, panel_terms) + 16 + terms_ahead) * width);
+        const Scratch<T> panel((depth + Vec<T>::lanes + terms_ahead) * width);
         for (int64_t first = 0; first < batch; first += together) {
             const int64_t boxes = smaller(together, batch - first);
             for (int64_t box = first + boxes * rank / team; box < first + boxes * (rank + 1) / team; ++box) {
                 T* const out = packed.get() + 2 * (box - first) * terms;
                 packing.pack(terms, box * terms, mid + box * terms, rad + box * terms, out);
+                if constexpr (has_wide)
+                    if (wide)
+                        for (int64_t k = 0; k < terms; ++k)
+                            widened.get()[(box - first) * terms + k] = {out[2 * k], out[2 * k + 1]};
             }
             team_barrier(team);
-            for (int64_t p = panels * rank / team; p < panels * (rank + 1) / team; ++p)
-                (weight.outputs - p * width > Vec<T>::lanes
-                     ? panel_of_products<tile_vectors, T>
-                     : panel_of_products<1, T>)(weight, p * width, boxes, packed.get(), first, results, panel.get());
+            for (int64_t p = panels * rank / team; p < panels * (rank + 1) / team; ++p) {
+                if constexpr (has_wide)
+                    if (wide) {
+                        weight.pack(p * width, 0, terms, 1, panel.get());
+                        if (!no_less(terms * width, panel.get(), least)) fits = false;
+                        panel_of_wide_products(weight, p * width, boxes, widened.get(), first, results, panel.get());
+                        continue;
+                    }
+                if (!(weight.outputs - p * width > Vec<T>::lanes
+                          ? panel_of_products<tile_vectors, T>
+                          : panel_of_products<1, T>)(weight, p * width, boxes, packed.get(), first, results,
+                                                     panel.get(), least))
+                    fits = false;
+            }
             team_barrier(team);  // nobody packs the next boxes while somebody reads these
         }
     });
+    return fits;
 }
 
 template <class T>
-void linear_many(int64_t batch, int64_t n, int64_t m, const T* mid, const T* rad, const T* weight, int64_t row_stride,
-                 int64_t column_stride, const T* bias, T* out_mid, T* out_rad, std::uint8_t* state) {
-    products<T>(batch, mid, rad, nullptr, {m, n, row_stride, column_stride, weight},
-                {m, bias, nullptr, out_mid, out_rad, state, (batch * m + 7) / 8, false});
+bool linear_many(int64_t batch, int64_t n, int64_t m, const Outward<T>* outward, const T* mid, const T* rad,
+                 const T* weight, int64_t row_stride, int64_t column_stride, const T* bias, T* out_mid, T* out_rad,
+                 std::uint8_t* state) {
+    const auto widening = widening_of(outward);
+    return products<T>(
+        batch, mid, rad, {nullptr, 0, outward ? &widening : nullptr}, {m, n, row_stride, column_stride, weight},
+        {m, bias, outward ? outward->bias : nullptr, out_mid, out_rad, state, (batch * m + 7) / 8, outward != nullptr});
 }
 
 template <class T>
-void linear_backward_many(int64_t batch, int64_t m, int64_t n, const T* mid, const T* rad, const std::uint8_t* state,
-                          const T* weight, int64_t row_stride, int64_t column_stride, T* out_mid, T* out_rad) {
-    products<T>(batch, mid, rad, state, {n, m, column_stride, row_stride, weight},
-                {n, nullptr, nullptr, out_mid, out_rad, nullptr, 0, false});
+bool linear_backward_many(int64_t batch, int64_t m, int64_t n, const Outward<T>* outward, const T* mid, const T* rad,
+                          const std::uint8_t* state, const T* weight, int64_t row_stride, int64_t column_stride,
+                          T* out_mid, T* out_rad) {
+    const auto widening = widening_of(outward);
+    return products<T>(batch, mid, rad, {state, (batch * m + 7) / 8, outward ? &widening : nullptr},
+                       {n, m, column_stride, row_stride, weight},
+                       {n, nullptr, nullptr, out_mid, out_rad, nullptr, 0, outward != nullptr});
 }
 
 // The sign of 0 and of NaN is 0, as PyTorch has it.

@@ -124,17 +124,19 @@ def interval_linear(
         )  # fmt: skip
         return out_mid, out_rad, state if relu else state.new_empty(0)
     outputs = weight.shape[0]
-    if not rounding and _several(mid, rad, weight, 1) and (bias is None or _vector(bias, mid, outputs)):
+    if _several(mid, rad, weight, 1) and (bias is None or _vector(bias, mid, outputs)):
         out_mid = torch.empty((mid.shape[0], outputs), dtype=mid.dtype)
         out_rad = torch.empty_like(out_mid)
         fused = relu and _whole_bytes(outputs)
         state = torch.empty(state_size(out_mid), dtype=torch.uint8) if fused else _no_state(mid)
-        _module().linear_many(
-            mid.element_size(), *mid.shape, outputs, mid.data_ptr(), rad.data_ptr(), weight.data_ptr(),
-            *weight.stride(), 0 if bias is None else bias.data_ptr(), out_mid.data_ptr(), out_rad.data_ptr(),
-            state.data_ptr() if fused else 0,
+        widening = _widening_of_linear(weight.shape[1], mid.dtype, rounding, bias)
+        done = _module().linear_many(
+            mid.element_size(), *mid.shape, outputs, widening.numbers, mid.data_ptr(), rad.data_ptr(),
+            weight.data_ptr(), *weight.stride(), 0 if bias is None else bias.data_ptr(), out_mid.data_ptr(),
+            out_rad.data_ptr(), state.data_ptr() if fused else 0,
         )  # fmt: skip
-        return _relu_in_place(out_mid, out_rad) if relu and not fused else (out_mid, out_rad, state)
+        if done:
+            return _relu_in_place(out_mid, out_rad, rounding) if relu and not fused else (out_mid, out_rad, state)
     out = reference.interval_linear(mid, rad, weight, bias, False, rounding, _STAGES)
     return _relu_in_place(out[0], out[1], rounding) if relu else out
 
@@ -151,18 +153,20 @@ def interval_linear_backward(
             0 if state is None else state.data_ptr(), weight.data_ptr(), out_mid.data_ptr(), out_rad.data_ptr(),
         )  # fmt: skip
         return out_mid, out_rad
-    if not rounding and _several(mid, rad, weight, 0) and (state is None or state.dim() == 2):
+    if _several(mid, rad, weight, 0) and (state is None or state.dim() == 2):
         if state is not None and not _whole_bytes(weight.shape[0]):
-            mid, rad, state = *_relu_backward_into(mid, rad, state, None), None
+            mid, rad, state = *_relu_backward_into(mid, rad, state, None, rounding), None
         state = None if state is None else _bits_of(state, mid)
         out_mid = torch.empty((mid.shape[0], weight.shape[1]), dtype=mid.dtype)
         out_rad = torch.empty_like(out_mid)
-        _module().linear_backward_many(
-            mid.element_size(), *mid.shape, weight.shape[1], mid.data_ptr(), rad.data_ptr(),
+        done = _module().linear_backward_many(
+            mid.element_size(), *mid.shape, weight.shape[1],
+            _widening_of_linear(weight.shape[0], mid.dtype, rounding).numbers, mid.data_ptr(), rad.data_ptr(),
             0 if state is None else state.data_ptr(), weight.data_ptr(), *weight.stride(), out_mid.data_ptr(),
             out_rad.data_ptr(),
         )  # fmt: skip
-        return out_mid, out_rad
+        if done:
+            return out_mid, out_rad
     if state is not None:
         mid, rad = _relu_backward_into(mid, rad, state, None, rounding)
     return reference.interval_linear_backward(mid, rad, weight, None, rounding, _STAGES)
@@ -383,11 +387,22 @@ class _Widening(NamedTuple):
 def _widening(
     geometry: tuple[int, ...], mid: Tensor, rounding: int, backward: bool, bias: Tensor | None = None
 ) -> _Widening:
+    """Of a convolution, which sums in the dtype of its boxes."""
     if not rounding:
         return _Widening(None, None)
     terms = geometry[4 if backward else 1] * geometry[7] * geometry[8]
     summed = _module().conv2d_roundings(mid.element_size(), geometry, backward)
-    lost = rounding_units.errors(terms, mid.dtype, rounding, summed=min(terms, summed))
+    return _widened_by(rounding_units.errors(terms, mid.dtype, rounding, summed=min(terms, summed)), bias)
+
+
+def _widening_of_linear(terms: int, dtype: torch.dtype, rounding: int, bias: Tensor | None = None) -> _Widening:
+    """Of a linear layer, which sums midpoints in float64."""
+    if not rounding:
+        return _Widening(None, None)
+    return _widened_by(rounding_units.errors(terms, dtype, rounding, computed=torch.float64), bias)
+
+
+def _widened_by(lost: rounding_units.Errors, bias: Tensor | None) -> _Widening:
     rad_bias = rounding_units.bias_error(bias, lost)
     address = 0 if rad_bias is None else rad_bias.data_ptr()
     return _Widening((lost.of_mid, lost.of_rad, 2 * lost.floor, address), rad_bias)

@@ -3,6 +3,7 @@
 
 #include <limits>
 
+#include "pyxai_bounds/stages.h"
 #include "pyxai_bounds/vec.h"
 
 namespace pyxai_bounds::PYXAI_BOUNDS_LEVEL {
@@ -12,6 +13,11 @@ template <class T>
 struct Widening {
     T on_mid, on_rad, least;
 };
+
+template <class T>
+Widening<T> widening_of(const Outward<T>* outward) {
+    return outward ? Widening<T>{outward->on_mid, outward->on_rad, outward->least} : Widening<T>{};
+}
 
 // (rad·on_rad + |mid|·on_mid)(1 + 16u), and `least` more where midpoint or radius is not 0.
 template <class V, class T>

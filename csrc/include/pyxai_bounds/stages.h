@@ -61,12 +61,13 @@ struct Stages {
     // Any number of boxes, and a weight with any strides; ReLU after the bias, if there is somewhere to write its
     // state, and ReLU' first, if there is a state of it. Either needs a multiple of 16 outputs, m, and registers of 8
     // elements.
-    void (*linear_many)(std::int64_t batch, std::int64_t n, std::int64_t m, const T* mid, const T* rad, const T* weight,
-                        std::int64_t row_stride, std::int64_t column_stride, const T* bias, T* out_mid, T* out_rad,
-                        std::uint8_t* state);
-    void (*linear_backward_many)(std::int64_t batch, std::int64_t m, std::int64_t n, const T* mid, const T* rad,
-                                 const std::uint8_t* state, const T* weight, std::int64_t row_stride,
-                                 std::int64_t column_stride, T* out_mid, T* out_rad);
+    // `outward` is as in the convolutions.
+    bool (*linear_many)(std::int64_t batch, std::int64_t n, std::int64_t m, const Outward<T>* outward, const T* mid,
+                        const T* rad, const T* weight, std::int64_t row_stride, std::int64_t column_stride,
+                        const T* bias, T* out_mid, T* out_rad, std::uint8_t* state);
+    bool (*linear_backward_many)(std::int64_t batch, std::int64_t m, std::int64_t n, const Outward<T>* outward,
+                                 const T* mid, const T* rad, const std::uint8_t* state, const T* weight,
+                                 std::int64_t row_stride, std::int64_t column_stride, T* out_mid, T* out_rad);
     // Convolutions with ReLU after them, if there is somewhere to write its state, and their backward-data pass with
     // ReLU' before it, if there is a state of it: `mid`, `rad` are then [batch, out_height, out_width, outputs].
     // A state needs a multiple of 16 outputs, and registers of 8 elements. `outward` may be null; else each weight that

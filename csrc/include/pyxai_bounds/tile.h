@@ -236,6 +236,21 @@ struct Packing {
     }
 };
 
+// Is every number 0, or in magnitude no less than `least`?
+template <class T>
+bool no_less(std::int64_t count, const T* numbers, T least) {
+    unsigned less = 0;
+    const auto look = [&](auto lanes, std::int64_t i) {
+        using V = decltype(lanes);
+        const V size = V::absolute(V::load(numbers + i));
+        less |= V::bits(V::both(V::exceeds(size, V::fill(T(0))), V::less(size, V::fill(least))));
+    };
+    std::int64_t i = 0;
+    for (; i + Vec<T>::lanes <= count; i += Vec<T>::lanes) look(Vec<T>{}, i);
+    for (; i < count; ++i) look(Scalar<T>{}, i);
+    return less == 0;
+}
+
 // Where sums go: `outputs` neighbours for each pixel, with a bias first and ReLU after, if there are any. A state needs
 // outputs that are a multiple of `bits_together`. Rounded outward, a radius is NaN where the midpoint is not finite:
 // there a partial sum has overflowed and says nothing of the real number, so that ReLU must not call it active or dead.
@@ -281,6 +296,7 @@ struct Results {
                 sums.rad[p][v] = Vec<T>::load(rads) + sums.rad[p][v];
             }
     }
+    Results without_bias() const { return {outputs, nullptr, rad_bias, mid, rad, state, plane, outward}; }
     Results partial() const { return {outputs, nullptr, nullptr, mid, rad, nullptr, 0, false}; }
 
     template <class V>
