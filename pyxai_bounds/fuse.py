@@ -504,7 +504,8 @@ def _inner_bytes(node: fx.Node) -> int:
     Rounded outward: the widened radius, and sums (of a linear layer factors, too) in float64; of a product, its terms.
     """
     if node.target in (ops.interval_mul, ops.interval_scale_shift) and any(node.args[4:]):
-        return _TEMPORARIES * _bytes_of(node.meta["val"][0])
+        result = node.meta["val"][0]
+        return 0 if result.device.type == "cpu" and ops.native.available() else _TEMPORARIES * _bytes_of(result)
     rounding_at = _ROUNDING.get(node.target)
     if rounding_at is None:
         return 0

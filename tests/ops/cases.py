@@ -91,6 +91,18 @@ def assert_encloses(mid: Tensor, rad: Tensor, points: Tensor) -> None:
     assert (points >= mid - rad - slack).all() and (points <= mid + rad + slack).all()
 
 
+def assert_contains(mid: Tensor, rad: Tensor, points: Tensor) -> None:
+    """The float32 box holds the float64 points, without any slack."""
+    assert (points >= mid.double() - rad.double()).all() and (points <= mid.double() + rad.double()).all()
+
+
+def assert_sums_agree(actual: Tensor, expected: Tensor, magnitudes: Tensor, terms: int) -> None:
+    """A sum in the dtype and one in float64, in whatever orders: they differ by γ of the sum of magnitudes at most."""
+    gamma = (terms + 2) * torch.finfo(actual.dtype).eps
+    assert actual.shape == expected.shape
+    assert ((actual.double() - expected).abs() <= gamma * magnitudes).all()
+
+
 def samples(mid: Tensor, rad: Tensor, count: int = 20, seed: int = 0) -> Iterator[Tensor]:
     """Points of the box: corners and inner points by turns."""
     generator = torch.Generator().manual_seed(seed)

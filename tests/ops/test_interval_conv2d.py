@@ -12,8 +12,10 @@ from pyxai_bounds.ops.layout import unpack
 from .cases import (
     DTYPES,
     LEVELS,
+    assert_contains,
     assert_encloses,
     assert_identical,
+    assert_sums_agree,
     box,
     channels_last,
     leaves,
@@ -102,18 +104,6 @@ def tiles(request, monkeypatch):
         yield
 
 
-def assert_contains(mid, rad, points):
-    """Without any slack: the ends of a float32 box are float64 numbers."""
-    assert (points >= mid.double() - rad.double()).all() and (points <= mid.double() + rad.double()).all()
-
-
-def assert_sums_agree(actual, exact, magnitudes, terms):
-    """A sum in the dtype and one in float64, in whatever orders: they differ by γ of the sum of magnitudes at most."""
-    assert actual.shape == exact.shape and actual.is_contiguous(memory_format=torch.channels_last)
-    gamma = (terms + 2) * torch.finfo(actual.dtype).eps
-    assert ((actual.double() - exact).abs() <= gamma * magnitudes).all()
-
-
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", TILES)
@@ -124,6 +114,7 @@ def test_tiles_convolve(sizes, dtype, tiles):
     wide = [t.double() for t in (mid, rad, weight, *grad)]
     terms = weight[0].numel() + len(weight) * weight[0, 0].numel()
     out = native.interval_conv2d(mid, rad, weight, bias, *args, False)
+    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in out[:2])
     sizes_of = torch.conv2d(wide[0].abs(), wide[2].abs(), bias.double().abs(), *args[:3])
     assert_sums_agree(out[0], torch.conv2d(wide[0], wide[2], bias.double(), *args[:3]), sizes_of, terms)
     exact = torch.conv2d(wide[1], wide[2].abs(), None, *args[:3])

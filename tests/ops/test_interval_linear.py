@@ -5,16 +5,20 @@ import torch
 from torch.library import opcheck
 
 from pyxai_bounds import ops
+from pyxai_bounds import rounding as rd
 from pyxai_bounds.ops import native, reference
-from pyxai_bounds.ops.native import FEW
+from pyxai_bounds.ops.layout import unpack
+from pyxai_bounds.ops.native import FEW, SEVERAL
 
 from .cases import (
     DTYPES,
     LEVELS,
     SIZES,
+    assert_contains,
     assert_encloses,
     assert_identical,
     assert_identical_up_to_zero_sign,
+    assert_sums_agree,
     box,
     leaves,
     level,
@@ -56,13 +60,6 @@ def test_native_is_identical(sizes, dtype, relu):
         assert_identical(a, e)
 
 
-def assert_sums_agree(actual, expected, magnitudes, terms):
-    """A sum in the dtype and one in float64, in whatever orders: they differ by γ of the sum of magnitudes at most."""
-    gamma = (terms + 2) * torch.finfo(actual.dtype).eps
-    assert actual.shape == expected.shape
-    assert ((actual.double() - expected).abs() <= gamma * magnitudes).all()
-
-
 @needs_native
 @pytest.mark.parametrize("name", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -91,6 +88,90 @@ def test_native_multiplies_few_boxes(sizes, dtype, name):
             strict=True,
         ):
             assert_identical(a, e)
+
+
+@pytest.fixture(params=LEVELS)
+def tiles(request, monkeypatch):
+    """The packed kernel at each level, those included where a library's products are faster."""
+    monkeypatch.setattr(native, "TILED", LEVELS)
+    # Whatever falls back is no test of the kernel.
+    monkeypatch.setattr(reference, "interval_linear", None)
+    monkeypatch.setattr(reference, "interval_linear_backward", None)
+    with level(request.param):
+        yield
+
+
+# More boxes than the kernel for few takes, and no multiples; more terms than a panel; outputs that end in mid-register.
+TILES = [(FEW + 1, 16, 16), (13, 33, 50), (SEVERAL, 64, 32), (17, 1200, 48), (30, 40, 161)]
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", TILES)
+def test_tiles_multiply_several_boxes(sizes, dtype, tiles):
+    """The sums of a library, in another order, and then the same ReLU and ReLU′; a weight with any strides."""
+    mid, rad, weight, bias, grad, state = problem(*sizes, dtype=dtype)
+    wide = [t.double() for t in (mid, rad, weight, bias, *grad)]
+    out = native.interval_linear(mid, rad, weight, bias, False)
+    assert_sums_agree(out[0], wide[0] @ wide[2].t() + wide[3], wide[0].abs() @ wide[2].abs().t() + 1, sizes[1])
+    assert_sums_agree(out[1], wide[1] @ wide[2].abs().t(), wide[1] @ wide[2].abs().t(), sizes[1])
+    for a, e in zip(native.interval_linear(mid, rad, weight, bias, True), native.interval_relu(*out[:2]), strict=True):
+        assert_identical(a, e)
+    assert torch.equal(native.interval_linear(mid, rad, weight.t().clone().t(), None, False)[1], out[1])
+    back = native.interval_linear_backward(*grad, weight, None)
+    assert_sums_agree(back[0], wide[4] @ wide[2], wide[4].abs() @ wide[2].abs(), sizes[2])
+    assert_sums_agree(back[1], wide[5] @ wide[2].abs(), wide[5] @ wide[2].abs(), sizes[2])
+    gated = native.interval_relu_backward(*grad, state)[:2]
+    for a, e in zip(
+        native.interval_linear_backward(*grad, weight, state),
+        native.interval_linear_backward(*gated, weight, None),
+        strict=True,
+    ):
+        assert_identical(a, e)
+
+
+@needs_native
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("rounding", [rd.Rounding.OUTWARD, rd.Rounding.EVALUATED])
+@pytest.mark.parametrize("sizes", [(1, 40, 20), (3, 1200, 16), *TILES])
+def test_tiles_round_outward(sizes, rounding, relu, tiles):
+    """float32 boxes hold, without any slack, what float64 computes at corners and samples; nothing stays nothing."""
+    mid, rad, weight, bias, grad, state = problem(*sizes, dtype=torch.float32)
+    rad, grad = rad * 1e-6, (grad[0], grad[1] * 1e-6)
+    wide = [t.double() for t in (mid, rad, weight, bias, *grad)]
+    out = native.interval_linear(mid, rad, weight, bias, relu, rounding)
+    back = native.interval_linear_backward(*grad, weight, state if relu else None, rounding)
+    for x, g in zip(samples(*wide[:2]), samples(*wide[4:], seed=1), strict=True):
+        z = x @ wide[2].t() + wide[3]
+        assert_contains(*out[:2], z.relu() if relu else z)
+        if relu:  # any member of ReLU′ that the state allows
+            active, alive = unpack(state, g)
+            g = torch.where(active, g, torch.where(alive, g * torch.rand_like(g).round(), 0.0))
+        assert_contains(*back, g @ wide[2])
+    nothing = torch.zeros_like(mid), torch.zeros_like(rad)
+    assert not torch.cat(native.interval_linear(*nothing, weight, None, relu, rounding)[:2]).any()
+    with_nan = native.interval_linear(torch.full_like(mid, float("inf")), rad, weight, bias, False, rounding)
+    assert with_nan[1].isnan().all()
+
+
+@needs_native
+def test_tiles_leave_the_smallest_weights_to_the_reference():
+    """A product with one may underflow, which the widened radii would not cover."""
+    mid, rad, weight, bias, grad, state = problem(20, 32, 16, dtype=torch.float32)
+    weight[3, 4] = 1e-30
+    args = (rd.Rounding.OUTWARD,)
+    for a, e in zip(
+        (
+            *native.interval_linear(mid, rad, weight, bias, True, *args),
+            *native.interval_linear_backward(*grad, weight, state, *args),
+        ),
+        (
+            *reference.interval_linear(mid, rad, weight, bias, True, *args),
+            *reference.interval_linear_backward(*grad, weight, state, *args),
+        ),
+        strict=True,
+    ):
+        assert_identical(a, e)
 
 
 @needs_native
