@@ -267,6 +267,18 @@ inline Vec<double> load_wide(const float* p) {
 #endif
 }
 
+// The float32 numbers nearest to two vectors of float64.
+inline Vec<float> narrow(Vec<double> low, Vec<double> high) {
+#if defined(__AVX512F__)
+    return {_mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(low.value)), _mm512_cvtpd_ps(high.value), 1)};
+#else
+    constexpr int half = Vec<double>::lanes;
+    Vec<float> v;
+    for (int i = 0; i < 2 * half; ++i) v.value[i] = static_cast<float>(i < half ? low.value[i] : high.value[i - half]);
+    return v;
+#endif
+}
+
 // Sums of `boxes` boxes and one vector of outputs, which is two of float64.
 template <int boxes>
 struct WideSums {
@@ -305,26 +317,27 @@ __attribute__((noinline)) void add_wide(int64_t count, const Wide* const* source
 inline void panel_of_wide_products(const Factors<float>& weight, int64_t output, int64_t boxes, const Wide* packed,
                                    int64_t first_box, const Results<float>& results, const float* panel) {
     constexpr int L = Vec<float>::lanes;
-    const int64_t count = smaller(L, weight.outputs - output);
+    float bias[L] = {};
+    for (int64_t j = 0; results.bias && j < smaller(L, weight.outputs - output); ++j)
+        bias[j] = results.bias[output + j];
+    const Vec<double> low = load_wide(bias), high = load_wide(bias + L / 2);
     const Results<float> rest = results.without_bias();
     in_tiles(boxes, [&](int64_t first, int64_t here, auto tile) {
         const Wide* sources[tile];
-        for (int64_t i = 0; i < tile; ++i) sources[i] = packed + (first + (i < here ? i : 0)) * weight.terms;
+        int64_t at[tile];
+        for (int64_t i = 0; i < tile; ++i) {
+            const int64_t box = first + (i < here ? i : 0);
+            sources[i] = packed + box * weight.terms;
+            at[i] = (first_box + box) * weight.outputs;
+        }
         WideSums<tile> sums;
         add_wide(weight.terms, sources, panel, sums);
-        for (int64_t i = 0; i < here; ++i) {
-            double wide[L];
-            sums.mid[i][0].store(wide);
-            sums.mid[i][1].store(wide + L / 2);
-            Sums<float, 1, 1> narrow;
-            float mids[L];
-            for (int64_t j = 0; j < L; ++j)
-                mids[j] = static_cast<float>(results.bias && j < count ? wide[j] + results.bias[output + j] : wide[j]);
-            narrow.mid[0][0] = Vec<float>::load(mids);
-            narrow.rad[0][0] = sums.rad[i];
-            const int64_t at = (first_box + first + i) * weight.outputs;
-            rest.write(1, &at, output, narrow);
+        Sums<float, tile, 1> narrowed;
+        for (int i = 0; i < tile; ++i) {
+            narrowed.mid[i][0] = narrow(sums.mid[i][0] + low, sums.mid[i][1] + high);
+            narrowed.rad[i][0] = sums.rad[i];
         }
+        rest.write(here, at, output, narrowed);
     });
 }
 

@@ -179,8 +179,9 @@ FEW = 8
 
 
 # Up to so many, a packed weight that is walked over once is still faster. Forward and backward, float32, two threads
-# with AVX-512 beside MKL, in ms: [4096, 256] 32 boxes 0.63 and 0.50 against 0.82 and 0.71, 128 boxes 2.2 and 1.7 against
-# 2.0 and 1.8. Rounded outward: 32 boxes 1.6 and 1.4 against 4.3 and 3.3, 128 boxes 5.2 and 4.3 against 4.9 and 4.8.
+# with AVX-512 beside MKL, in ms: [4096, 256] 32 boxes 0.63 and 0.50 against 0.82 and 0.71, 128 boxes 2.2 and 1.7
+# against 2.0 and 1.8. Rounded outward: 32 boxes 1.6 and 1.4 against 4.3 and 3.3, 128 boxes 5.2 and 4.3 against
+# 4.9 and 4.8.
 SEVERAL = 64
 
 
