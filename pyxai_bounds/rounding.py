@@ -245,7 +245,7 @@ def add_down(a: Tensor, b: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=64)
 def scalar_up(value: float, dtype: torch.dtype) -> float:
     """The smallest number of ``dtype`` that is at least ``value``."""
-    rounded = torch.tensor(value, dtype=dtype)
+    rounded = torch.tensor(value, dtype=dtype, device="cpu")
     if rounded.item() < value:
         rounded = torch.nextafter(rounded, torch.full_like(rounded, math.inf))
     return float(rounded.item())
@@ -256,12 +256,12 @@ def stored(value: float | Fraction, dtype: torch.dtype) -> tuple[float, float]:
 
     Where float32 evaluations must be covered too, they may hold the number as float32 does.
     """
-    held = torch.tensor(float(value), dtype=dtype).item()
+    held = torch.tensor(float(value), dtype=dtype, device="cpu").item()
     if math.isnan(value) or math.isinf(value):
         return held, 0.0
     values = [held]
     if mode() == Rounding.EVALUATED:
-        values.append(torch.tensor(float(value), dtype=torch.float32).item())
+        values.append(torch.tensor(float(value), dtype=torch.float32, device="cpu").item())
     if not all(map(math.isfinite, values)):
         return held, math.inf
     exact = Fraction(value)
@@ -291,7 +291,7 @@ def ieee_arithmetic() -> Iterator[None]:
     Raises RuntimeError if PyTorch was told to flush subnormal numbers to 0, or oneDNN to multiply in less than float32:
     the error bounds cover neither.
     """
-    smallest = torch.tensor(5e-324, dtype=torch.float64)
+    smallest = torch.tensor(5e-324, dtype=torch.float64, device="cpu")
     if (smallest + 0.0).item() == 0.0:
         raise RuntimeError(
             "sound=True needs subnormal numbers, which this thread flushes to 0: call torch.set_flush_denormal(False)."

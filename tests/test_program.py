@@ -314,12 +314,23 @@ def test_a_program_that_was_made_in_inference_mode_trains_later() -> None:
 
 def test_a_default_device_does_not_lead_kernels_astray() -> None:
     """Inside torch.device(…) what an operator allocates must lie where its arguments lie."""
-    bounded, box = xb.bound(mlp().float()), xb.Interval.linf(torch.rand(2, 6), 0.01)
-    expected = bounded(box)
-    for grads in (True, False):
-        with torch.set_grad_enabled(grads), torch.device("meta"):
-            found = bounded(box)
-        assert torch.equal(found.mid, expected.mid) and torch.equal(found.rad, expected.rad)
+    wide = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3))
+    convolutional = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)
+    )
+    for model, x in (
+        (mlp().float(), torch.rand(2, 6)),
+        (wide, torch.rand(20, 6)),
+        (convolutional, torch.rand(2, 3, 8, 8)),
+    ):
+        for sound in (False, True):
+            bounded = xb.bound(xb.explain.gradient(model), sound=sound)
+            box, target = xb.Interval.linf(x, 0.01), torch.zeros(len(x), dtype=torch.long)
+            expected = bounded(box, target)
+            for grads in (True, False):
+                with torch.set_grad_enabled(grads), torch.device("meta"):
+                    found = bounded(box, target)
+                assert torch.equal(found.mid, expected.mid) and torch.equal(found.rad, expected.rad)
 
 
 def test_backward_under_autocast() -> None:

@@ -125,10 +125,10 @@ def interval_linear(
         return out_mid, out_rad, state if relu else state.new_empty(0)
     outputs = weight.shape[0]
     if _several(mid, rad, weight, 1) and (bias is None or _vector(bias, mid, outputs)):
-        out_mid = torch.empty((mid.shape[0], outputs), dtype=mid.dtype)
+        out_mid = mid.new_empty((mid.shape[0], outputs))
         out_rad = torch.empty_like(out_mid)
         fused = relu and _whole_bytes(outputs)
-        state = torch.empty(state_size(out_mid), dtype=torch.uint8) if fused else _no_state(mid)
+        state = mid.new_empty(state_size(out_mid), dtype=torch.uint8) if fused else _no_state(mid)
         widening = _widening_of_linear(weight.shape[1], mid.dtype, rounding, bias)
         done = _module().linear_many(
             mid.element_size(), *mid.shape, outputs, widening.numbers, mid.data_ptr(), rad.data_ptr(),
@@ -157,7 +157,7 @@ def interval_linear_backward(
         if state is not None and not _whole_bytes(weight.shape[0]):
             mid, rad, state = *_relu_backward_into(mid, rad, state, None, rounding), None
         state = None if state is None else _bits_of(state, mid)
-        out_mid = torch.empty((mid.shape[0], weight.shape[1]), dtype=mid.dtype)
+        out_mid = mid.new_empty((mid.shape[0], weight.shape[1]))
         out_rad = torch.empty_like(out_mid)
         done = _module().linear_backward_many(
             mid.element_size(), *mid.shape, weight.shape[1],
@@ -287,7 +287,7 @@ def interval_conv2d(
         size = (geometry[0], geometry[4], geometry[5], geometry[6])
         out_mid, out_rad = _channels_last(size, mid), _channels_last(size, mid)
         fused = relu and _whole_bytes(geometry[4])
-        state = torch.empty(state_size(out_mid), dtype=torch.uint8) if fused else None
+        state = mid.new_empty(state_size(out_mid), dtype=torch.uint8) if fused else None
         widening = _widening(geometry, mid, rounding, False, bias)
         done = _module().conv2d(
             mid.element_size(), geometry, widening.numbers, mid.data_ptr(), rad.data_ptr(), weight.data_ptr(),
@@ -416,7 +416,7 @@ def _whole_bytes(channels: int) -> bool:
 
 
 def _channels_last(size: Sequence[int], like: Tensor) -> Tensor:
-    return torch.empty(size, dtype=like.dtype, memory_format=torch.channels_last)
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 def _no_state(mid: Tensor) -> Tensor:

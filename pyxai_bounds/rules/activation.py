@@ -129,7 +129,7 @@ def hardsigmoid(x: Interval) -> Interval:
     return evaluated(monotone(aten.hardsigmoid, x, ulps=_SIXTH_ULPS, absolute=8), 8, 8)
 
 
-_SIXTH = float(torch.tensor(1 / 6))  # PyTorch's kernel rounds 1/6 to float32 for every dtype:
+_SIXTH = float(torch.tensor(1 / 6, device="cpu"))  # PyTorch's kernel rounds 1/6 to float32 for every dtype:
 _SIXTH_ULPS = 2.0**30  # so that in float64 it loses half a unit of float32, as every operator does that uses it
 
 
