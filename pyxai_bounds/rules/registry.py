@@ -142,9 +142,8 @@ def outward() -> bool:
 def ends(x: Any) -> tuple[Any, Any]:
     """Lower and upper end points; of a point, the point twice. Rounded outward they lie on or outside the set's."""
     if isinstance(x, float) and rd.mode() == rd.Rounding.EVALUATED:
-        stored = float(
-            torch.tensor(x, dtype=torch.float32, device="cpu")
-        )  # a number in the program is one of the dtype when it runs
+        # A number in the program is one of the dtype when it runs.
+        stored = float(torch.tensor(x, dtype=torch.float32, device="cpu"))
         return min(x, stored), max(x, stored)
     if not isinstance(x, Interval):
         return x, x
