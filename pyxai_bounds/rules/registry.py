@@ -429,9 +429,15 @@ def positive_linear(
     for op in operators:
         names = [argument.name for argument in op._schema.arguments]
         ignored = {names.index(name) for name in shape_only if name in names}
-        ignored |= {i for i, name in enumerate(names) if name in ("index", "indices", "condition")}
+        chosen = {i for i, name in enumerate(names) if name in ("index", "indices", "condition")}
+        ignored |= chosen
 
-        def apply(*args: Any, _op: OpOverload = op, _ignored: set[int] = ignored, **kwargs: Any) -> Any:
+        def apply(
+            *args: Any, _op: OpOverload = op, _ignored: set[int] = ignored, _chosen: set[int] = chosen, **kwargs: Any
+        ) -> Any:
+            if any(isinstance(leaf, Interval) for i in _chosen for leaf in pytree.tree_leaves(args[i : i + 1])):
+                raise UnsupportedArgumentsError("with an index or mask that depends on the box")
+
             def part(pick: Callable[[Any], Any]) -> Any:
                 picked = [mid_of(a) if i in _ignored else pytree.tree_map(pick, a) for i, a in enumerate(args)]
                 return _op(*picked, **kwargs)
