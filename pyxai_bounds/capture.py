@@ -233,7 +233,6 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
     return v * (g / norm), norm
 
 
-
 def _vdot(a: Tensor, b: Tensor) -> Any:
     """Spectral norm's."""
     return NotImplemented if a.is_complex() else aten.dot.default(a, b)
@@ -319,7 +318,9 @@ def _refuse_read() -> NoReturn:
 
 def _refuse_hidden_tensors(results: list[Any]) -> None:
     for result in results:
-        if not isinstance(result, Tensor) and any(isinstance(v, Tensor) for v in getattr(result, "__dict__", {}).values()):
+        if not isinstance(result, Tensor) and any(
+            isinstance(v, Tensor) for v in getattr(result, "__dict__", {}).values()
+        ):
             raise TypeError(
                 f"The function returns a {type(result).__name__}, whose tensors cannot be seen: return tensors, or "
                 "tuples, lists and dicts of them."

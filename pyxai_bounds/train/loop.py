@@ -527,6 +527,12 @@ def run(
         return finished
     model = _built(recipe, dataset)
     processes = world(device)
+    only_natural = recipe.objective != "natural" and not recipe.steps and recipe.epochs <= recipe.natural_epochs
+    if only_natural and processes.first:
+        tell(
+            f"All {recipe.epochs} epochs are natural: {recipe.objective} never runs. It begins after "
+            f"{recipe.natural_epochs} natural epochs: train for more epochs, or with fewer natural ones."
+        )
     model.to(processes.device)
     if recipe.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
