@@ -720,7 +720,7 @@ def test_results_that_cannot_be_seen_are_refused() -> None:
         xb.bound(lambda x: _Logits(2 * x))(box)
     with pytest.raises(TypeError, match="returns a dict"):
         xb.bound(xb.explain.gradient(lambda x: {"logits": x}))(box, TARGET)
-    with pytest.raises(xb.CaptureError, match="NumPy at .*test_capture.py"):
+    with pytest.raises(xb.CaptureError, match=r"NumPy at .*test_capture\.py"):
         xb.bound(lambda x: torch.from_numpy(x.detach().numpy()))(box)
     with pytest.raises(xb.UnsupportedOperatorError, match="mask that depends on the box"):
         xb.bound(lambda x: x[x > 0.5])(box)
