@@ -252,3 +252,5 @@ def test_training_says_when_the_objective_never_runs(capsys, tmp_path):
     assert "All 1 epochs are natural: rec never runs" in capsys.readouterr().out
     assert cli.main([*arguments, "--natural-epochs", "0"]) == 0
     assert "are natural" not in capsys.readouterr().out
+    assert cli.main([*arguments, "--checkpoint-every", "-1"]) == 2
+    assert "checkpoint_every=-1 must be ≥ 0" in capsys.readouterr().err

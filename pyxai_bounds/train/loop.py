@@ -519,6 +519,8 @@ def run(
     loss does not stay finite (no finished run is written then).
     """
     recipe.check()
+    if checkpoint_every < 0:
+        raise ValueError(f"checkpoint_every={checkpoint_every} must be ≥ 0; 0 writes no checkpoints.")
     recipe = replace(recipe, options=typed_options(recipe.objective, recipe.options))
     dataset = dataset or data.load(recipe.data, data_root)
     objective = objective_of(recipe, dataset.clip)
