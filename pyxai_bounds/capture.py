@@ -238,7 +238,7 @@ def _vdot(a: Tensor, b: Tensor) -> Any:
     return NotImplemented if a.is_complex() else aten.dot.default(a, b)
 
 
-_DECOMPOSED = {
+_DECOMPOSED: dict[torch._ops.OpOverload, Callable[..., Any]] = {
     aten._weight_norm_interface.default: _weight_norm,
     aten.vdot.default: _vdot,
     aten.mkldnn_rnn_layer.default: _lstm,
