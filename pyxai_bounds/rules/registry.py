@@ -435,7 +435,8 @@ def positive_linear(
         def apply(
             *args: Any, _op: OpOverload = op, _ignored: set[int] = ignored, _chosen: set[int] = chosen, **kwargs: Any
         ) -> Any:
-            if any(isinstance(leaf, Interval) for i in _chosen for leaf in pytree.tree_leaves(args[i : i + 1])):
+            places = pytree.tree_leaves([args[i] for i in _chosen if i < len(args)])
+            if any(isinstance(place, Interval) and place is not NO_VALUE for place in places):
                 raise UnsupportedArgumentsError("with an index or mask that depends on the box")
 
             def part(pick: Callable[[Any], Any]) -> Any:
