@@ -16,7 +16,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -87,6 +87,7 @@ def capture(fn: Callable, spec: pytree.TreeSpec, leaves: list[Any], *, specialis
         args, kwargs = pytree.tree_unflatten(values, spec)
         with torch.enable_grad(), record, _RefuseConversions(record):
             results, out_spec = pytree.tree_flatten(fn(*args, **kwargs))
+            _refuse_hidden_tensors(results)
         return results
 
     def traced(clear_grads: bool) -> tuple[fx.GraphModule, ModuleWatch]:
@@ -207,7 +208,43 @@ def _lstm(
     return torch.stack(outputs[::-1] if reverse else outputs), h, c, x.new_empty(0)
 
 
-_DECOMPOSED = {aten.mkldnn_rnn_layer.default: _lstm}
+def _adaptive_max_pool2d(x: Tensor, size: list[int]) -> Any:
+    """Windows of equal size, as for global max pooling, are those of an ordinary pool."""
+    window = _equal_windows(x, size)
+    return NotImplemented if window is None else aten.max_pool2d_with_indices.default(x, window, window)
+
+
+def _adaptive_max_pool2d_backward(grad: Tensor, x: Tensor, indices: Tensor) -> Any:
+    window = _equal_windows(x, grad.shape[-2:])
+    if window is None:
+        return NotImplemented
+    return aten.max_pool2d_with_indices_backward.default(grad, x, window, window, [0, 0], [1, 1], False, indices)
+
+
+def _equal_windows(x: Tensor, size: Sequence[int]) -> list[int] | None:
+    if not all(size) or any(n % m for n, m in zip(x.shape[-2:], size, strict=True)):
+        return None
+    return [n // m for n, m in zip(x.shape[-2:], size, strict=True)]
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
+    """The parametrization's norm over all dimensions but one, in operators that have rules."""
+    norm = v.square().sum([i for i in range(v.dim()) if i != dim], keepdim=True).sqrt()
+    return v * (g / norm), norm
+
+
+def _vdot(a: Tensor, b: Tensor) -> Any:
+    """Spectral norm's."""
+    return NotImplemented if a.is_complex() else aten.dot.default(a, b)
+
+
+_DECOMPOSED: dict[torch._ops.OpOverload, Callable[..., Any]] = {
+    aten._weight_norm_interface.default: _weight_norm,
+    aten.vdot.default: _vdot,
+    aten.mkldnn_rnn_layer.default: _lstm,
+    aten.adaptive_max_pool2d.default: _adaptive_max_pool2d,
+    aten.adaptive_max_pool2d_backward.default: _adaptive_max_pool2d_backward,
+}
 
 
 class _Record(TorchDispatchMode):
@@ -263,6 +300,11 @@ class _RefuseConversions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func in (Tensor.tolist, Tensor.numpy, Tensor.__array__) and self._record.is_live(args[0]):
             _refuse_read()
+        if func in (Tensor.numpy, Tensor.__array__):
+            raise CaptureError(
+                f"The function leaves PyTorch for NumPy at {_users_line()}. Bounds follow PyTorch's operators alone: "
+                "compute with torch functions there."
+            )
         return func(*args, **(kwargs or {}))
 
 
@@ -272,6 +314,17 @@ def _refuse_read() -> NoReturn:
         f"(.item(), float(), bool(), .tolist() or a comparison in an if) at {_users_line()}. The bounds would keep "
         "that value for ever. Compute with the tensor itself instead."
     )
+
+
+def _refuse_hidden_tensors(results: list[Any]) -> None:
+    for result in results:
+        if not isinstance(result, Tensor) and any(
+            isinstance(v, Tensor) for v in getattr(result, "__dict__", {}).values()
+        ):
+            raise TypeError(
+                f"The function returns a {type(result).__name__}, whose tensors cannot be seen: return tensors, or "
+                "tuples, lists and dicts of them."
+            )
 
 
 _TORCH = os.path.dirname(torch.__file__)
@@ -288,15 +341,25 @@ def _users_line_of(error: BaseException) -> str:
 
 def _innermost(frames: Iterable[tuple[Any, int]]) -> str:
     """The first of the frames that is the user's: not PyTorch's, not ours, and no library's if there is another."""
-    library = ""
+    library = layer = ""
     for frame, number in frames:
         filename = frame.f_code.co_filename
+        if not layer and filename.startswith(_TORCH):
+            layer = _layer(frame)
         if not filename.startswith((_TORCH, _HERE, "<")):
-            line = f"{filename}:{number}: {linecache.getline(filename, number).strip()}"
+            line = f"{filename}:{number}: {linecache.getline(filename, number).strip()}{layer}"
             if "site-packages" not in filename:
                 return line
             library = library or line
     return library or "(unknown source)"
+
+
+def _layer(frame: Any) -> str:
+    """PyTorch's own layer whose forward pass a frame is: a line that calls an nn.Sequential does not name it."""
+    module = frame.f_locals.get("self") if frame.f_code.co_name == "forward" else None
+    if not isinstance(module, nn.Module) or next(module.children(), None) is not None:
+        return ""
+    return f" (in {type(module).__name__}({module.extra_repr()}))"
 
 
 def _check_mode(module: nn.Module, name: str) -> None:

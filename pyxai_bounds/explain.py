@@ -104,6 +104,8 @@ class IntegratedGradients(_Explanation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.steps, int):
+            raise TypeError(f"steps must be a whole number, got {self.steps!r}.")
         if self.steps < 1:
             raise ValueError(f"steps={self.steps}: the Riemann sum needs at least one step.")
 
@@ -188,6 +190,11 @@ def smoothgrad(model: Callable[[Tensor], Tensor], of: Of = "logit") -> SmoothGra
 
 def _score(output: Tensor, target: Tensor | None, of: Of) -> Tensor:
     """One number per sample [B] to differentiate."""
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"An explanation needs a model that returns one tensor of scores, but this one returns a "
+            f"{type(output).__name__}: choose what to explain, for example with lambda x: model(x)[...]."
+        )
     if target is None:
         if output.dim() > 2 or (output.dim() == 2 and output.shape[1] != 1):
             raise ValueError(

@@ -77,9 +77,7 @@ class Interval:
         rad = _radius(x, eps)
         if clip is None:
             return cls.of(x, rad)
-        low, high = (float(end) for end in clip)
-        if not low < high:
-            raise ValueError(f"Interval.linf: clip=({low}, {high}) is empty; give (low, high) with low < high.")
+        low, high = _ends(clip)
         outside = (x < low) | (x > high)
         if outside.any():
             index = tuple(outside.nonzero()[0].tolist())
@@ -154,7 +152,7 @@ class Interval:
         return Interval.of(mid, rounding.add_up(rad, moved))
 
     def __repr__(self) -> str:
-        width = f"widest {float(self.width.max()):.3g}" if self.mid.numel() else "empty"
+        width = f"widest {float(self.width.detach().max()):.3g}" if self.mid.numel() else "empty"
         return f"Interval(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, {width})"
 
 
@@ -164,6 +162,19 @@ def _mid_rad(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
     mid = torch.where(lower == upper, lower, lower / 2 + upper / 2)
     rad = torch.maximum(rounding.add_up(upper, -mid), rounding.add_up(mid, -lower))
     return mid, rad
+
+
+def _ends(clip: tuple[float, float]) -> tuple[float, float]:
+    try:
+        low, high = (float(end) for end in clip)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"Interval.linf: clip must be two numbers (low, high), the same for every element, got {clip!r}. A side "
+            "without a limit is -math.inf or math.inf; for limits of their own use xb.Interval(lower, upper)."
+        ) from None
+    if not low < high:
+        raise ValueError(f"Interval.linf: clip=({low}, {high}) is empty; give (low, high) with low < high.")
+    return low, high
 
 
 def _radius(x: Tensor, eps: float | Tensor) -> Tensor:

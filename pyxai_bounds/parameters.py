@@ -45,6 +45,8 @@ class ParameterBox:
         if not isinstance(model, nn.Module):
             raise TypeError(f"parameter_box: model must be an nn.Module, got {type(model).__name__}.")
         for name, value in (("relative", relative), ("absolute", absolute)):
+            if not isinstance(value, (int, float)):
+                raise TypeError(f"parameter_box: {name} must be a number, got {type(value).__name__}.")
             if not 0 <= value < math.inf:
                 raise ValueError(f"parameter_box: {name} must be finite and ≥ 0, got {value}.")
         self._model = weakref.ref(model)  # captures are kept per model, and must not keep it alive

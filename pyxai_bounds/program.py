@@ -85,6 +85,8 @@ def bound(
     """
     if not callable(fn):
         raise TypeError(f"bound() takes a module or a function, got {type(fn).__name__}.")
+    if isinstance(fn, BoundFunction):
+        raise TypeError("bound() takes a function of tensors, but this one is bounded already: call it on Intervals.")
     if parameters is not None and not isinstance(parameters, ParameterBox):
         raise TypeError(f"parameters must be made by xb.parameter_box(model, …), got {type(parameters).__name__}.")
     if product not in get_args(Product):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from captum.attr import GuidedBackprop, InputXGradient, IntegratedGradients, LayerGradCam, Saliency
@@ -106,3 +109,12 @@ def test_gradients_reach_the_parameters_through_captum() -> None:
     for name, parameter in model.named_parameters():
         if name.endswith("weight"):
             assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+
+
+def test_the_documented_example_runs() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "captum.md").read_text()
+    session: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", text, flags=re.S):
+        exec(compile(block, "docs/captum.md", "exec"), session)
+    attribution = session["method"].attribute(session["x"], target=session["target"]).detach()
+    assert session["bounds"].contains(attribution.double()).all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import gc
 import threading
@@ -703,3 +704,53 @@ def test_attributes_that_change_places_are_noticed() -> None:
     del model.a, model.b
     model.b, model.a = a, b
     assert bounded(xb.Interval.point(x)).mid.item() == 8.0
+
+
+# --- what a user's own networks and functions bring ---------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _Logits:
+    logits: Tensor
+
+
+def test_results_that_cannot_be_seen_are_refused() -> None:
+    box = xb.Interval.linf(images(2, shape=(6,)), 0.01)
+    with pytest.raises(TypeError, match="returns a _Logits"):
+        xb.bound(lambda x: _Logits(2 * x))(box)
+    with pytest.raises(TypeError, match="returns a dict"):
+        xb.bound(xb.explain.gradient(lambda x: {"logits": x}))(box, TARGET)
+    with pytest.raises(xb.CaptureError, match=r"NumPy at .*test_capture\.py"):
+        xb.bound(lambda x: torch.from_numpy(x.detach().numpy()))(box)
+    with pytest.raises(xb.UnsupportedOperatorError, match="mask that depends on the box"):
+        xb.bound(lambda x: x[x > 0.5])(box)
+    with pytest.raises(TypeError, match="bounded already"):
+        xb.bound(xb.bound(mlp()))
+
+
+def test_a_layer_inside_a_sequential_is_named() -> None:
+    model = nn.Sequential(nn.Conv1d(1, 2, 3), nn.AdaptiveMaxPool1d(3), nn.Flatten())
+    with pytest.raises(xb.UnsupportedOperatorError, match=r"\(in AdaptiveMaxPool1d\(output_size=3\)\)"):
+        xb.bound(model)(xb.Interval.linf(torch.rand(2, 1, 12), 0.01))
+
+
+@pytest.mark.parametrize("sound", [False, True])
+@pytest.mark.parametrize("name", ["weight norm", "spectral norm", "global max pooling"])
+def test_layers_that_are_captured_in_their_parts(name: str, sound: bool) -> None:
+    torch.manual_seed(0)
+    parametrizations = torch.nn.utils.parametrizations
+    first = {
+        "weight norm": lambda: parametrizations.weight_norm(nn.Linear(12, 8)),
+        "spectral norm": lambda: parametrizations.spectral_norm(nn.Linear(12, 8)),
+        "global max pooling": lambda: nn.Sequential(
+            nn.Unflatten(1, (1, 12)), nn.Conv1d(1, 8, 3), nn.AdaptiveMaxPool1d(1), nn.Flatten()
+        ),
+    }[name]()
+    fn = xb.explain.gradient(nn.Sequential(first, nn.ReLU(), nn.Linear(8, 4)).eval().double())
+    x = images(2, shape=(12,))
+    box = xb.Interval.linf(x, 0.05)
+    bounds = xb.bound(fn, sound=sound)(box, TARGET)
+    for seed in range(40):
+        assert_encloses(bounds, fn(sample(box, seed, corners=seed % 2 == 0), TARGET).detach())
+    point, value = xb.bound(fn, sound=sound)(xb.Interval.point(x), TARGET), fn(x, TARGET).detach()
+    assert torch.allclose(point.mid, value, rtol=1e-12, atol=1e-12) and (point.rad <= 1e-12 * value.abs().max()).all()

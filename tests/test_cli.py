@@ -244,3 +244,13 @@ def test_without_matplotlib_the_demo_stops_before_it_trains(capsys, monkeypatch,
 def test_python_dash_m_is_the_same_command():
     done = subprocess.run([sys.executable, "-m", "pyxai_bounds", "certify", "/nowhere"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: /nowhere is not a run")
+
+
+def test_training_says_when_the_objective_never_runs(capsys, tmp_path):
+    arguments = ["train", "--data", "wine", "--model", "linear", "--out", str(tmp_path / "run"), "--epochs", "1"]
+    assert cli.main(arguments) == 0
+    assert "All 1 epochs are natural: rec never runs" in capsys.readouterr().out
+    assert cli.main([*arguments, "--natural-epochs", "0"]) == 0
+    assert "are natural" not in capsys.readouterr().out
+    assert cli.main([*arguments, "--checkpoint-every", "-1"]) == 2
+    assert "checkpoint_every=-1 must be ≥ 0" in capsys.readouterr().err

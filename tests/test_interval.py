@@ -154,3 +154,15 @@ def test_bad_input_says_what_where_and_how_to_mend_it() -> None:
     ):
         with pytest.raises(error, match=message):
             call()
+
+
+@pytest.mark.parametrize("clip", [(0.0, 1.0, 2.0), (0.0, None), (torch.zeros(3), torch.ones(3)), 1.0])
+def test_a_clip_that_is_no_pair_of_numbers(clip) -> None:
+    with pytest.raises(TypeError, match=r"clip must be two numbers \(low, high\)"):
+        xb.Interval.linf(torch.rand(2, 3), 0.1, clip)
+
+
+def test_a_set_with_a_history_can_be_printed() -> None:
+    assert "widest 0.2" in repr(
+        xb.Interval.linf(torch.rand(2, 3, requires_grad=True), torch.tensor(0.1, requires_grad=True))
+    )

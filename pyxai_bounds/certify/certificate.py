@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyxai_bounds.certify.pieces import Pieces
 from pyxai_bounds.certify.properties import Property, flat, kept
@@ -96,6 +97,9 @@ def certified_radius(
     0 where nothing was certified. The arguments are those of :func:`certify`.
     Raises ValueError unless 0 < tol and 0 < max_eps.
     """
+    for name, value in (("max_eps", max_eps), ("tol", tol)):
+        if not isinstance(value, (int, float)):
+            raise TypeError(f"certified_radius: {name} must be a number, got {type(value).__name__}.")
     if not (0 < max_eps < math.inf and tol > 0):
         raise ValueError(f"certified_radius needs 0 < max_eps < ∞ and tol > 0, got max_eps={max_eps}, tol={tol}.")
     check = _Check(fn, x, target, property, clip, parameters, sound, product, Pieces(batch_size, memory_budget))
@@ -132,7 +136,7 @@ class _Check:
             raise TypeError(f"x must be a floating tensor [B, ...], got {kind}.")
         if target is not None and not isinstance(target, Tensor):
             raise TypeError(f"target must be an integer tensor [B] or None, got {type(target).__name__}.")
-        if not hasattr(property, "margin"):
+        if not hasattr(property, "margin") or isinstance(property, type):
             raise TypeError(f"property must be one such as TopK(5), got {property!r}.")
         if target is not None and target.shape[:1] != x.shape[:1]:
             raise ValueError(
@@ -140,6 +144,7 @@ class _Check:
             )
         self.fn, self.x, self.target, self.clip, self.property = fn, usual(x), target, clip, property
         self.bounded: BoundFunction = bound(fn, sound=sound, parameters=parameters, product=product)
+        _check_call(self.bounded.fn, (x,) if target is None else (x, target))
         self.rounding = "outward" if sound else "nearest"
         self.pieces = pieces
 
@@ -200,6 +205,24 @@ class _Check:
         index = torch.arange(start, start + size, device=self.x.device).clamp(max=max(len(self.x) - 1, 0))
         index = index[: len(self.x)]
         return (box[index],) if self.target is None else (box[index], self.target[index])
+
+
+def _check_call(fn: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> None:
+    """Raise TypeError where the function's signature does not take these arguments."""
+    function = fn.forward if isinstance(fn, nn.Module) else fn
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return  # a builtin has none
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        name = getattr(fn, "__name__", type(fn).__name__)
+        call = "fn(x, target)" if len(arguments) == 2 else "fn(x)"
+        raise TypeError(
+            f"certify calls {call}, but {name} cannot be called like this ({error}). Pass an explanation such as "
+            "xb.explain.gradient(model), or a lambda with the missing arguments; without target, fn(x) is called."
+        ) from None
 
 
 def usual(x: Tensor) -> Tensor:

@@ -38,6 +38,13 @@ def flat(t: Tensor) -> Tensor:
     return t.reshape(len(t), t.shape[1:].numel())
 
 
+def _check_count(name: str, k: int) -> None:
+    if not isinstance(k, int) or isinstance(k, bool):
+        raise TypeError(f"{name}: k must be a whole number of entries, got {k!r}.")
+    if k < 1:
+        raise ValueError(f"{name}: k must be at least 1, got {k}.")
+
+
 @dataclass(frozen=True)
 class TopK:
     """The k largest entries stay the k largest, as a set, in any order among themselves.
@@ -53,8 +60,7 @@ class TopK:
     strict = True
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ValueError(f"TopK: k must be at least 1, got {self.k}.")
+        _check_count("TopK", self.k)
         if self.by not in ("abs", "signed"):
             raise ValueError(f"TopK: by={self.by!r} is unknown; choose 'abs' or 'signed'.")
         if self.channels not in ("none", "sum"):
@@ -102,8 +108,8 @@ class Sign:
     strict = True
 
     def __post_init__(self) -> None:
-        if self.k is not None and self.k < 1:
-            raise ValueError(f"Sign: k must be at least 1 or None, got {self.k}.")
+        if self.k is not None:
+            _check_count("Sign", self.k)
 
     def margin(self, nominal: Tensor, bounds: Interval) -> Tensor:
         distance = flat(torch.where(nominal > 0, bounds.lower, -bounds.upper))

@@ -430,9 +430,16 @@ def positive_linear(
     for op in operators:
         names = [argument.name for argument in op._schema.arguments]
         ignored = {names.index(name) for name in shape_only if name in names}
-        ignored |= {i for i, name in enumerate(names) if name in ("index", "indices", "condition")}
+        chosen = {i for i, name in enumerate(names) if name in ("index", "indices", "condition")}
+        ignored |= chosen
 
-        def apply(*args: Any, _op: OpOverload = op, _ignored: set[int] = ignored, **kwargs: Any) -> Any:
+        def apply(
+            *args: Any, _op: OpOverload = op, _ignored: set[int] = ignored, _chosen: set[int] = chosen, **kwargs: Any
+        ) -> Any:
+            places = pytree.tree_leaves([args[i] for i in _chosen if i < len(args)])
+            if any(isinstance(place, Interval) and place is not NO_VALUE for place in places):
+                raise UnsupportedArgumentsError("with an index or mask that depends on the box")
+
             def part(pick: Callable[[Any], Any]) -> Any:
                 picked = [mid_of(a) if i in _ignored else pytree.tree_map(pick, a) for i, a in enumerate(args)]
                 return _op(*picked, **kwargs)

@@ -519,6 +519,8 @@ def run(
     loss does not stay finite (no finished run is written then).
     """
     recipe.check()
+    if checkpoint_every < 0:
+        raise ValueError(f"checkpoint_every={checkpoint_every} must be ≥ 0; 0 writes no checkpoints.")
     recipe = replace(recipe, options=typed_options(recipe.objective, recipe.options))
     dataset = dataset or data.load(recipe.data, data_root)
     objective = objective_of(recipe, dataset.clip)
@@ -527,6 +529,12 @@ def run(
         return finished
     model = _built(recipe, dataset)
     processes = world(device)
+    only_natural = recipe.objective != "natural" and not recipe.steps and recipe.epochs <= recipe.natural_epochs
+    if only_natural and processes.first:
+        tell(
+            f"All {recipe.epochs} epochs are natural: {recipe.objective} never runs. It begins after "
+            f"{recipe.natural_epochs} natural epochs: train for more epochs, or with fewer natural ones."
+        )
     model.to(processes.device)
     if recipe.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

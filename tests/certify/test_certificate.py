@@ -137,3 +137,19 @@ def test_bad_arguments() -> None:
         xb.certify(xb.explain.gradient(half), X.bfloat16(), TARGET, eps=0.1, property=xb.TopK(2))
     with pytest.raises(ValueError, match="max_eps"):
         xb.certified_radius(fn, X, TARGET, property=xb.TopK(2), max_eps=0.0)
+
+
+def test_what_certify_cannot_call_or_count() -> None:
+    model = mlp()
+    fn = xb.explain.gradient(model)
+    with pytest.raises(TypeError, match=r"fn\(x, target\), but Sequential.*explain.gradient"):
+        xb.certify(model, X, TARGET, eps=0.1, property=xb.TopK(2))
+    with pytest.raises(TypeError, match="missing a required argument: 'noise'"):
+        xb.certify(xb.explain.smoothgrad(model), X, TARGET, eps=0.1, property=xb.TopK(2))
+    with pytest.raises(TypeError, match="property must be one such as"):
+        xb.certify(fn, X, TARGET, eps=0.1, property=xb.TopK)
+    with pytest.raises(TypeError, match="max_eps must be a number"):
+        xb.certified_radius(fn, X, TARGET, property=xb.TopK(2), max_eps=torch.ones(len(X)))
+    for make in (xb.TopK, xb.Sign):
+        with pytest.raises(TypeError, match="k must be a whole number"):
+            make(2.5)
