@@ -252,8 +252,12 @@ void products(int64_t batch, const T* mid, const T* rad, const std::uint8_t* sta
     const int64_t together = greater(tile_pixels, smaller(batch, boxes_elements / greater(terms, 1)));
     const Scratch<T> packed(2 * together * terms);
     const Packing<T> packing{state, (batch * terms + 7) / 8, nullptr};
-    parallel_team(team_size(batch * terms * weight.outputs / products_grain), [&](int rank, int team) {
-        const Scratch<T> panel((smaller(terms, panel_terms) + 16 + terms_ahead) * width);
+    const int threads = team_size(batch * terms * weight.outputs / products_grain);
+    // A panel for each thread. Made here: no exception may leave a parallel region.
+    const int64_t panel_size = (smaller(terms, panel_terms) + 16 + terms_ahead) * width;
+    const Scratch<T> packed_panels(threads * panel_size);
+    parallel_team(threads, [&](int rank, int team) {
+        T* const panel = packed_panels.get() + rank * panel_size;
         for (int64_t first = 0; first < batch; first += together) {
             const int64_t boxes = smaller(together, batch - first);
             for (int64_t box = first + boxes * rank / team; box < first + boxes * (rank + 1) / team; ++box) {
@@ -264,7 +268,7 @@ void products(int64_t batch, const T* mid, const T* rad, const std::uint8_t* sta
             for (int64_t p = panels * rank / team; p < panels * (rank + 1) / team; ++p)
                 (weight.outputs - p * width > Vec<T>::lanes
                      ? panel_of_products<tile_vectors, T>
-                     : panel_of_products<1, T>)(weight, p * width, boxes, packed.get(), first, results, panel.get());
+                     : panel_of_products<1, T>)(weight, p * width, boxes, packed.get(), first, results, panel);
             team_barrier(team);  // nobody packs the next boxes while somebody reads these
         }
     });
