@@ -227,7 +227,7 @@ def test_shapes_that_do_not_belong_are_refused(misfit):
     shape, input_size = MISFITS[misfit]
     mid, rad = (channels_last(t) for t in box(*shape, dtype=torch.float32))
     weight = torch.ones(16, 8, 3, 3)
-    with pytest.raises(RuntimeError, match="channels|output padding|[Kk]ernel size"):
+    with pytest.raises(RuntimeError, match=r"channels|output padding|[Kk]ernel size"):
         if input_size is None:
             native.interval_conv2d(mid, rad, weight, None, *PLAIN, True)
         else:
