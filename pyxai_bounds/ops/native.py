@@ -174,8 +174,8 @@ def interval_linear_backward(
 FEW = 8
 
 
-# Up to so many, a packed weight that is walked over once still is faster: forward and backward, float32, two threads, in
-# ms: [4096, 256] 32 boxes 0.63 and 0.50 against 0.82 and 0.71, 128 boxes 2.2 and 1.7 against 2.0 and 1.8; [784, 256]
+# Up to so many, a packed weight that is walked over once still is faster: forward and backward, float32, two threads,
+# in ms: [4096, 256] 32 boxes 0.63 and 0.50 against 0.82 and 0.71, 128 boxes 2.2 and 1.7 against 2.0 and 1.8; [784, 256]
 # 64 boxes 0.20 and 0.18 against 0.24 and 0.22. (Intel Xeon, AVX-512, MKL.)
 SEVERAL = 64
 
@@ -317,8 +317,9 @@ def interval_conv2d_backward(
     if geometry is not None:
         state = None if state is None else _bits_of(state, mid)
         out_mid, out_rad = _channels_last(input_size, mid), _channels_last(input_size, mid)
+        widening = _widening(geometry, mid, rounding, True).numbers
         done = _module().conv2d_backward(
-            mid.element_size(), geometry, _widening(geometry, mid, rounding, True).numbers, mid.data_ptr(), rad.data_ptr(),
+            mid.element_size(), geometry, widening, mid.data_ptr(), rad.data_ptr(),
             0 if state is None else state.data_ptr(), weight.data_ptr(), out_mid.data_ptr(), out_rad.data_ptr(),
         )  # fmt: skip
         if done:
