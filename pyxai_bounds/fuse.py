@@ -151,6 +151,7 @@ def _select_rows(graph: fx.GraphModule) -> None:
             and _is_constant(graph, zeros, 0)
             and _is_constant(graph, ones, 1)
             and ones.meta["val"].shape == index.meta["val"].shape
+            and len(zeros.meta["val"]) == len(index.meta["val"])
         ):
             with graph.graph.inserting_before(node):
                 rows = graph.graph.call_function(aten.index_select.default, (weight, 0, index.args[0]))

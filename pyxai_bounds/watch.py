@@ -257,11 +257,17 @@ class ModuleWatch:
 
     def unchanged(self) -> bool:
         """Is every module what it was? What has been compared once is recognised by a look at its identities."""
-        if self._glance is not None and self._glance.holds():
+        glance = self._glance
+        if glance is not None and glance.holds():
             return True
-        same = all(watched.unchanged() for watched in self._seen.values())
-        self._glance = _Glance(list(self._seen.values())) if same and native.available() else None
+        same = self._compare()
+        glance = _Glance(list(self._seen.values())) if same and native.available() else None
+        # Compared again: another thread may have changed a module before the glance was taken.
+        self._glance = glance if glance is not None and self._compare() else None
         return same
+
+    def _compare(self) -> bool:
+        return all(watched.unchanged() for watched in self._seen.values())
 
 
 class _Glance:
@@ -395,11 +401,12 @@ def _layout_of(t: Tensor) -> tuple:
 _of_tensor = operator.attrgetter("dtype", "device", "shape", "requires_grad")
 
 
-def _hooks(module: nn.Module) -> list[int]:
+def _hooks(module: nn.Module) -> list[_Same]:
     attributes = module.__dict__
     if not any(map(attributes.__getitem__, _HOOKS)):
         return []
-    return [id(hook) for name in _HOOKS for hook in module.__dict__[name].values()]
+    # Not ids alone: a hook that takes the place of another is, as a rule, made at its address.
+    return [_Same(hook) for name in _HOOKS for hook in attributes[name].values()]
 
 
 # --- put back what tracing changed ---------------------------------------------------------------------------

@@ -254,6 +254,22 @@ def test_changing_a_module_is_noticed(change: str, through: str) -> None:
     check_follows(fn, lambda: CHANGES[change](model), X6)
 
 
+def test_a_hook_in_the_place_of_another_is_noticed() -> None:
+    """Also if it lies at the address of the other, as new objects of the size of one that is gone do."""
+    model = Bent().double()
+
+    def scale(factor: float) -> torch.utils.hooks.RemovableHandle:
+        return model.layers[0].register_forward_hook(lambda module, args, out: out * factor)
+
+    hook = scale(1.0)
+    bounded = xb.bound(model)
+    for factor in (2.0, 3.0, 4.0):
+        assert torch.allclose(bounded(xb.Interval.point(X6)).mid, model(X6))
+        hook.remove()
+        hook = scale(factor)
+    assert torch.allclose(bounded(xb.Interval.point(X6)).mid, model(X6))
+
+
 @pytest.mark.skipif(not native.available(), reason="no native module")
 @pytest.mark.parametrize("name", ["mlp", "convolutions"])
 def test_a_model_compared_once_is_recognised_at_a_glance(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -489,3 +489,15 @@ def test_the_seed_of_a_gradient_selects_rows_of_the_last_weight() -> None:
         xb.bound(xb.explain.gradient(model))(box, repeated).width.sum().backward()
         used = model[-1].weight.grad.abs().sum(1) > 0
         assert used.nonzero().flatten().tolist() == sorted(set(repeated.tolist()))
+
+
+def test_a_seed_with_rows_of_its_own_selects_nothing() -> None:
+    """A seed of three rows, of which the targets set two."""
+    weight, target = torch.rand(4, 6, dtype=torch.float64), torch.tensor([1, 3])
+
+    def explained(x: Tensor, target: Tensor) -> Tensor:
+        ones = torch.ones(2, 1, dtype=x.dtype)
+        return x * (torch.zeros(3, 4, dtype=x.dtype).scatter_add(1, target.unsqueeze(1), ones) @ weight)
+
+    x = torch.rand(3, 6, dtype=torch.float64)
+    assert torch.allclose(xb.bound(explained)(xb.Interval.point(x), target).mid, explained(x, target))

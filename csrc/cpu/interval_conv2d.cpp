@@ -240,19 +240,21 @@ struct Pass {
         bands = height > 0 ? ceil_div(total, height) : 0;
 
         const Scratch<T> weights(packed + terms_ahead * tile_width<T>);
-        const int64_t units = source.batch * bands, size = band_size(height);
+        // A band for each thread, in cache lines of its own. Made here: no exception may leave a parallel region.
+        const int64_t units = source.batch * bands, size = ceil_div(band_size(height), 16) * 16;
+        const Scratch<T> packed_bands(threads * size);
         std::atomic<bool> fits{true};
         parallel_team(threads, [&](int rank, int team) {
             if (!pack_weights(weights.get(), least, rank, team)) fits = false;
-            const Scratch<T> band(size);
+            T* const band = packed_bands.get() + rank * size;
             team_barrier(team);
             if (!fits) return;
             for (int64_t unit = units * rank / team; unit < units * (rank + 1) / team; ++unit) {
                 const int64_t image = unit / bands, begin = unit % bands * height, end = smaller(begin + height, total);
                 const Window w = window(begin, end);
-                source.pack(image, w, band.get());
+                source.pack(image, w, band);
                 for (int i = 0; i < parts.count; ++i)
-                    convolve(parts.part[i], image, begin, smaller(end, parts.part[i].rows.count), w, band.get(),
+                    convolve(parts.part[i], image, begin, smaller(end, parts.part[i].rows.count), w, band,
                              weights.get() + parts.part[i].packed);
             }
         });

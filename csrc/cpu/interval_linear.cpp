@@ -355,8 +355,12 @@ bool products(int64_t batch, const T* mid, const T* rad, const Packing<T>& packi
     const Scratch<T> packed(2 * together * terms);
     const Scratch<Wide> widened(wide ? together * terms : 0);
     std::atomic<bool> fits{true};
-    parallel_team(team_size(batch * terms * weight.outputs / products_grain), [&](int rank, int team) {
-        const Scratch<T> panel((depth + Vec<T>::lanes + terms_ahead) * width);
+    const int threads = team_size(batch * terms * weight.outputs / products_grain);
+    // A panel for each thread. Made here: no exception may leave a parallel region.
+    const int64_t panel_size = (depth + Vec<T>::lanes + terms_ahead) * width;
+    const Scratch<T> packed_panels(threads * panel_size);
+    parallel_team(threads, [&](int rank, int team) {
+        T* const panel = packed_panels.get() + rank * panel_size;
         for (int64_t first = 0; first < batch; first += together) {
             const int64_t boxes = smaller(together, batch - first);
             for (int64_t box = first + boxes * rank / team; box < first + boxes * (rank + 1) / team; ++box) {
@@ -371,15 +375,15 @@ bool products(int64_t batch, const T* mid, const T* rad, const Packing<T>& packi
             for (int64_t p = panels * rank / team; p < panels * (rank + 1) / team; ++p) {
                 if constexpr (has_wide)
                     if (wide) {
-                        weight.pack(p * width, 0, terms, 1, panel.get());
-                        if (!no_less(terms * width, panel.get(), least)) fits = false;
-                        panel_of_wide_products(weight, p * width, boxes, widened.get(), first, results, panel.get());
+                        weight.pack(p * width, 0, terms, 1, panel);
+                        if (!no_less(terms * width, panel, least)) fits = false;
+                        panel_of_wide_products(weight, p * width, boxes, widened.get(), first, results, panel);
                         continue;
                     }
-                if (!(weight.outputs - p * width > Vec<T>::lanes
-                          ? panel_of_products<tile_vectors, T>
-                          : panel_of_products<1, T>)(weight, p * width, boxes, packed.get(), first, results,
-                                                     panel.get(), least))
+                if (!(weight.outputs - p * width > Vec<T>::lanes ? panel_of_products<tile_vectors, T>
+                                                                 : panel_of_products<1, T>)(weight, p * width, boxes,
+                                                                                            packed.get(), first,
+                                                                                            results, panel, least))
                     fits = false;
             }
             team_barrier(team);  // nobody packs the next boxes while somebody reads these

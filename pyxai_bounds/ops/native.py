@@ -282,7 +282,7 @@ def interval_conv2d(
     relu: bool,
     rounding: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    geometry = _geometry(mid, rad, weight, mid.shape[2:], stride, padding, dilation, groups)
+    geometry = _geometry(mid, rad, weight, mid.shape, stride, padding, dilation, groups, False)
     if geometry is not None and (bias is None or _vector(bias, mid, weight.shape[0])):
         size = (geometry[0], geometry[4], geometry[5], geometry[6])
         out_mid, out_rad = _channels_last(size, mid), _channels_last(size, mid)
@@ -316,7 +316,7 @@ def interval_conv2d_backward(
 ) -> tuple[Tensor, Tensor]:
     if state is not None:
         mid, rad = in_order_of(state, mid, rad)
-    geometry = _geometry(mid, rad, weight, input_size[2:], stride, padding, dilation, groups)
+    geometry = _geometry(mid, rad, weight, input_size, stride, padding, dilation, groups, True)
     if state is not None and (geometry is None or not _whole_bytes(geometry[4])):
         mid, rad, state = *_relu_backward_into(mid, rad, state, None, rounding), None
     if geometry is not None:
@@ -339,16 +339,17 @@ def _geometry(
     mid: Tensor,
     rad: Tensor,
     weight: Tensor,
-    image: Sequence[int],
+    input_size: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    backward: bool,
 ) -> tuple[int, ...] | None:
     """The numbers of the kernel's ``Conv2d``, if it can convolve these boxes and is faster than the library's products.
 
-    ``image``: height and width of the input. The box is the convolution's input or, if its channels are the
-    weight's outputs, a gradient of its output. What does not fit is copied, or refused, on the other way.
+    ``input_size``: shape of the convolution's input. The box is that input or, backward, a gradient of the output.
+    What does not fit is copied, or refused, on the other way.
     """
     if (
         groups != 1
@@ -359,16 +360,22 @@ def _geometry(
         or not (mid.is_cpu and rad.is_cpu and weight.is_cpu)
         or memory_format(mid) is not torch.channels_last
         or memory_format(rad) is not torch.channels_last
+        or min(*stride, *dilation) < 1
+        or min(padding) < 0
         or stride[0] * stride[1] > 64
         or not _has_tiles()
     ):
         return None
     outputs, channels, *kernel = weight.shape
+    batch, features, *image = input_size
     sides = [
         (size + 2 * p - d * (k - 1) - 1) // s + 1
         for size, k, s, p, d in zip(image, kernel, stride, padding, dilation, strict=True)
     ]
-    return (mid.shape[0], channels, *image, outputs, *sides, *kernel, *stride, *padding, *dilation, *weight.stride())
+    shape = (batch, outputs, *sides) if backward else tuple(input_size)
+    if features != channels or mid.shape != shape or min(*kernel, *image, *sides) < 1:
+        return None
+    return (batch, channels, *image, outputs, *sides, *kernel, *stride, *padding, *dilation, *weight.stride())
 
 
 # Where the tiles of tile.h beat oneDNN and MKL: with 32 registers, and multiply_add in one instruction.

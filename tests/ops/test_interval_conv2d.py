@@ -203,6 +203,42 @@ def test_tiles_hide_no_nan(tiles):
     assert native.interval_conv2d_backward(*grad, weight, dead, size, *args)[0][:, 2].isnan().all()
 
 
+MISFITS = {  # of a weight [16, 8, 3, 3]: shape of the box, then of the convolution's input, if the box is a gradient
+    "channels": ((2, 4, 6, 6), None),
+    "image smaller than the kernel": ((2, 8, 1, 2), None),
+    "channels of a gradient": ((2, 8, 6, 6), (2, 8, 6, 6)),
+    "height and width of an input": ((2, 16, 6, 6), (2, 8, 9, 9)),
+}
+
+
+@needs_native
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_shapes_that_do_not_belong_are_refused(misfit):
+    """The kernel would read and write where nothing of theirs is."""
+    shape, input_size = MISFITS[misfit]
+    mid, rad = (channels_last(t) for t in box(*shape, dtype=torch.float32))
+    weight = torch.ones(16, 8, 3, 3)
+    with pytest.raises(RuntimeError, match=r"channels|output padding|[Kk]ernel size"):
+        if input_size is None:
+            native.interval_conv2d(mid, rad, weight, None, *PLAIN, True)
+        else:
+            native.interval_conv2d_backward(mid, rad, weight, None, input_size, [1, 1], [1, 1], [1, 1], 1)
+
+
+@needs_native
+@pytest.mark.skipif("avx512" not in LEVELS, reason="the library convolves, and needs no such memory")
+def test_memory_that_is_not_to_be_had_is_an_error_in_every_thread():
+    side = 1 << 41  # pixels that one output reaches, most of them padding
+    mid, rad = (channels_last(t) for t in box(256, 64, 2, 2, dtype=torch.float32))
+    args = ([1, 1], [0, side], [1, 2 * side], 1)
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(MemoryError):
+            native.interval_conv2d(mid, rad, torch.ones(64, 64, 1, 2), None, *args, False)
+    finally:
+        torch.set_num_threads(1)
+
+
 @needs_native
 def test_tiles_do_not_depend_on_threads_or_batch():
     mid, rad, weight, bias, grad, state = problem(dtype=torch.float32, layout=channels_last, **TILES[-2])
