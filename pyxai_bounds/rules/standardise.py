@@ -123,7 +123,7 @@ def _within(m: _Moments, norm: Tensor) -> tuple[Tensor, Tensor]:
     """Bounds of N·v, also by how far its root moves: the norm, and where the centred midpoints themselves may lie."""
     count = m.rad.shape[1]
     lost, floor = _lost(count, m.rad.dtype), _floor(count, m.rad.dtype)
-    size = _sum(m.centred.square()).sqrt()
+    size = facts.length(m.centred, [1])  # which has a derivative where rows are constant
     moved = norm + math.sqrt(count) * m.slack + lost * size + math.sqrt(floor)
     least = (size - moved).clamp(min=0).square() * (1 - lost)
     most = (size + moved).square() * (1 + lost)
