@@ -238,7 +238,7 @@ VECTORS: list[tuple[Callable, tuple[int, ...]]] = [
     (lambda x: x.softmax(-1) @ V[:6, 0], (4, 6)), (lambda x: norm(x) @ V[:6, 0], (4, 6)),
     (lambda x: V[:, :6] @ x.softmax(-1), (6,)), (lambda x: V[:, :6] @ norm(x), (6,)),
     (lambda x: x.softmax(-1) @ V[0], (6,)), (lambda x: norm(x) @ norm(x), (6,)),
-    (lambda x: norm(x.t()).t() @ V[:4, 0], (4, 6)), (lambda x: norm(x) @ norm(x)[0], (4, 6)),
+    (lambda x: norm(x.t()).t() @ V[:6, 0], (4, 6)), (lambda x: norm(x) @ norm(x)[0], (4, 6)),
 ]  # fmt: skip
 
 
