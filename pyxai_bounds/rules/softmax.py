@@ -110,7 +110,11 @@ def softmax_backward(grad: Value, output: Value, dim: int, input_dtype: torch.dt
         weighted = multiply(grad, output)
         return multiply(minus(grad, total(weighted, [dim], keepdim=True)), output)
     known = facts.of(output)
-    convex = known.convex and facts.joined(known.total, output.shape) == [dim % len(output.shape)]
+    convex = (
+        known.convex
+        and known.total is not None
+        and facts.joined(known.total, output.shape) == [dim % len(output.shape)]
+    )
     if convex:
         weights = output.mid / output.mid.sum(dim, keepdim=True).clamp(min=0.5)
         centre = (mid_of(grad) * weights).sum(dim, keepdim=True)
