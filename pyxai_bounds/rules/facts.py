@@ -129,21 +129,27 @@ def norm_over(x: Any, dims: Sequence[int]) -> Tensor:
 def spectral_norm(weight: Tensor) -> Tensor:
     """No less than ‖W‖₂, and for n singular values no more than n^(1/32) times that: σ₁¹⁶ ≤ ‖(WᵀW)⁸‖_F.
 
-    The products lose γ_n√n of ‖G‖²_F, which is at most √n‖G²‖_F, each time it is squared.
+    The products lose γ_n√n of ‖G‖²_F, which is at most √n‖G²‖_F, each time it is squared. Each is divided by its
+    greatest entry, one of the diagonal: σ₁² of that is 1 to n, and whatever the dtype its squares neither over- nor
+    underflow. The divisors are constants that cancel, also from derivatives.
     """
     weight = wide(weight)
-    top = weight.abs().max()
-    weight = weight / torch.where(top > 0, top, 1.0)  # squares of what is left neither over- nor underflow
+    top = weight.detach().abs().max()
+    weight = weight / torch.where(top > 0, top, 1.0)
     gram = weight @ weight.t() if weight.shape[0] < weight.shape[1] else weight.t() @ weight
-    scale = gram.diagonal().sum()
-    power = gram / torch.where(scale > 0, scale, 1.0)
+    gram = gram + (top == 0)  # no root of 0, which has no derivative: it is multiplied by 0 below
+    power, scales = gram, []
     for _ in range(3):
+        scales.append(power.detach().abs().max())
+        power = power / scales[-1]
         power = power @ power
     count = len(gram)
     outward = rd.mode() == rd.Rounding.OUTWARD
     lost = 64 * (count + max(weight.shape) + 8) * count * rd.unit(weight.dtype) if outward else 0.0
-    root = torch.linalg.vector_norm(power).pow(1 / 16) * (1 + lost) * scale.sqrt()
-    return above(root * top)
+    root = torch.linalg.vector_norm(power).sqrt()
+    for scale in reversed(scales):
+        root = (root * scale).sqrt()
+    return above(root * (1 + lost) * top)
 
 
 # --- rearrangements -------------------------------------------------------------------------------------------------
@@ -259,7 +265,7 @@ def carried(op: Any, args: tuple, kwargs: dict, result: Any) -> Any:
     if op in _CARRIERS and result.facts is None:
         x = args[0]
         known = of(x)
-        if known is NONE or 0 in x.shape:
+        if known is NONE or 0 in x.shape or 0 in result.shape:
             return result
         old = [
             None if fact is None else _CARRIERS[op](fact, part, x.shape, result.shape, *args[1:])

@@ -77,7 +77,7 @@ def _product(product: Any, a: Value, b: Value) -> Interval:
     """Rounded outward in float64, where a sum of any length loses next to nothing."""
     if outward():
         a, b = in_float64(a), in_float64(b)
-    if facts.of(a) is not facts.NONE or facts.of(b) is not facts.NONE:
+    if len(a.shape) == len(b.shape) > 1 and not facts.of(a) is facts.of(b) is facts.NONE:
         return _product_of_rows(product, a, b)
     return _product_of_boxes(product, a, b)
 
@@ -94,7 +94,7 @@ def _rows_through(out: Interval, a: Interval, weight: Tensor, bias: Tensor | Non
     Where bounds are proofs, a second product in float64 says how far the midpoints lie from those that this is true of.
     """
     norm = facts.of(a).norm
-    if norm is None or facts.joined(norm, a.shape) != [1]:
+    if norm is None or facts.joined(norm, a.shape) != [1] or 0 in out.shape:
         return out
     w = facts.wide(weight)
     columns = facts.length(w, [0])

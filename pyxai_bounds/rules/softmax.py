@@ -109,7 +109,12 @@ def softmax_backward(grad: Value, output: Value, dim: int, input_dtype: torch.dt
     if not isinstance(output, Interval):
         weighted = multiply(grad, output)
         return multiply(minus(grad, total(weighted, [dim], keepdim=True)), output)
-    convex = facts.of(output).convex
+    known = facts.of(output)
+    convex = (
+        known.convex
+        and known.total is not None
+        and facts.joined(known.total, output.shape) == [dim % len(output.shape)]
+    )
     if convex:
         weights = output.mid / output.mid.sum(dim, keepdim=True).clamp(min=0.5)
         centre = (mid_of(grad) * weights).sum(dim, keepdim=True)

@@ -123,7 +123,7 @@ def _within(m: _Moments, norm: Tensor) -> tuple[Tensor, Tensor]:
     """Bounds of N·v, also by how far its root moves: the norm, and where the centred midpoints themselves may lie."""
     count = m.rad.shape[1]
     lost, floor = _lost(count, m.rad.dtype), _floor(count, m.rad.dtype)
-    size = _sum(m.centred.square()).sqrt()
+    size = facts.length(m.centred, [1])  # which has a derivative where rows are constant
     moved = norm + math.sqrt(count) * m.slack + lost * size + math.sqrt(floor)
     least = (size - moved).clamp(min=0).square() * (1 - lost)
     most = (size + moved).square() * (1 + lost)
@@ -239,9 +239,7 @@ def standardised_backward(grad: Interval, normal: Interval, inverse: Value, cont
         sizes = most + mean(most) + (s.abs() + p) * mean(most * (s.abs() + p))
         rad = rd.up(rad * (1 + lost) + sizes * (4 * lost), underflows=True)
     if contracts:
-        top = most.amax(1, keepdim=True)  # squares of gradients underflow sooner than anything else
-        norm = torch.where(top > 0, top * _sum((most / top).square()).sqrt(), top) * (1 + lost)
-        norm = rd.up(norm, underflows=True) if outward() else norm
+        norm = facts.length(most, [1])
         ball = facts.above(facts.length(c, [1]) + facts.norm_over(grad, [1]))
         norm = torch.where(ball < norm, ball, norm)
         less = norm < rad

@@ -216,3 +216,76 @@ def test_slopes_and_curvatures_are_no_greater_than_assumed() -> None:
                 (curvature,) = torch.autograd.grad(slope.sum(), x)
                 assert slope.abs().max() <= facts._CURVATURES[curved[op]][0]
                 assert curvature.abs().max() <= facts._CURVATURES[curved[op]][1]
+
+
+@pytest.mark.parametrize(("n", "dtype"), [(2048, torch.float32), (2048, torch.bfloat16), (64, torch.float16)])
+def test_the_spectral_norm_of_a_flat_spectrum_does_not_underflow(n: int, dtype: torch.dtype) -> None:
+    """Its trace is n times its greatest eigenvalue, and n⁻⁸ is less than narrow dtypes hold."""
+    found = float(facts.spectral_norm(torch.eye(n, dtype=dtype)))
+    assert 0.99 <= found <= 1.01 * n ** (1 / 32)
+
+
+def test_norms_are_kept_from_underflow_behind_wide_layers() -> None:
+    """Orthogonal layers of 1024 features in float32: what a member does, the bounds contain."""
+    box = xb.Interval.linf(rand(1, 1024).float(), 0.1)
+    permuted = torch.eye(1024).flip(0)
+    bounds = xb.bound(lambda x: norm(x) @ permuted @ permuted @ permuted)(box)
+    value = norm(sample(box, 0, corners=True)) @ permuted.double()
+    assert (bounds.rad > 1e-3).all() and (value - bounds.mid).abs().le(bounds.rad * (1 + 1e-5) + 1e-6).all()
+
+
+VECTORS: list[tuple[Callable, tuple[int, ...]]] = [
+    (lambda x: x.softmax(-1) @ V[:6, 0], (4, 6)), (lambda x: norm(x) @ V[:6, 0], (4, 6)),
+    (lambda x: V[:, :6] @ x.softmax(-1), (6,)), (lambda x: V[:, :6] @ norm(x), (6,)),
+    (lambda x: x.softmax(-1) @ V[0], (6,)), (lambda x: norm(x) @ norm(x), (6,)),
+    (lambda x: norm(x.t()).t() @ V[:6, 0], (4, 6)), (lambda x: norm(x) @ norm(x)[0], (4, 6)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sound", [False, True])
+@pytest.mark.parametrize(("fn", "shape"), VECTORS)
+def test_products_with_vectors(fn: Callable, shape: tuple[int, ...], sound: bool) -> None:
+    box = xb.Interval.linf(rand(*shape), 0.1)
+    bounds = xb.bound(fn, sound=sound)(box)
+    for seed in range(4):
+        value = fn(sample(box, seed, corners=True))
+        assert bounds.rad.shape == bounds.mid.shape == value.shape
+        assert (value - bounds.mid).abs().le(bounds.rad + 1e-12).all()
+
+
+@pytest.mark.parametrize("sound", [False, True])
+def test_rows_of_which_nothing_is_left(sound: bool) -> None:
+    box = xb.Interval.linf(rand(4, 6), 0.1)
+    assert xb.bound(lambda x: norm(x) @ W[:, :0], sound=sound)(box).shape == (4, 0)
+    assert xb.bound(lambda x: norm(x)[:, :0].relu() * 2.0 + 1.0, sound=sound)(box).shape == (4, 0)
+
+
+@pytest.mark.parametrize("sound", [False, True])
+@pytest.mark.parametrize("constant", [False, True], ids=["rows", "constant rows"])
+@pytest.mark.parametrize("zero", [False, True], ids=["weights", "zero weights"])
+def test_derivatives_are_finite_where_lengths_are_0(sound: bool, constant: bool, zero: bool) -> None:
+    """Padding, layers that start at 0, radius 0: a root has no derivative at 0, which a chosen branch must not hide."""
+
+    def gradient(x: Tensor, w: Tensor) -> Tensor:
+        x = x if x.requires_grad else x.requires_grad_()
+        return torch.autograd.grad((F.gelu(norm(x) @ w) @ w.mT).softmax(-1)[:, 0].sum(), x, create_graph=True)[0]
+
+    weight = (torch.zeros_like(W) if zero else W.clone()).requires_grad_()
+    for eps in (0.0, 1e-3):
+        mid = (torch.ones(3, 6).double() if constant else rand(3, 6)).requires_grad_()
+        rad = torch.full_like(mid, eps).requires_grad_()
+        for fn in (lambda x, w: norm(x) @ w @ w.mT, gradient):
+            bounds = xb.bound(fn, sound=sound)(xb.Interval.of(mid, rad), weight)
+            slopes = torch.autograd.grad(bounds.rad.sum() + bounds.mid.sum(), (mid, rad, weight), allow_unused=True)
+            assert all(slope is None or slope.isfinite().all() for slope in slopes)
+
+
+def test_probabilities_sum_over_the_dimension_of_their_backward_side_or_nothing_follows() -> None:
+    def backward(x: Tensor, g: Tensor) -> Tensor:
+        return aten._softmax_backward_data(g, x.softmax(0), 1, x.dtype)
+
+    box, g = xb.Interval.linf(rand(4, 5), 0.1), rand(4, 5, seed=1)
+    bounds = xb.bound(backward, sound=True)(box, g)
+    for seed in range(4):
+        value = backward(sample(box, seed, corners=True), g)
+        assert bounds.contains(value).all()
