@@ -57,7 +57,16 @@ def _size(x: Interval, dim: int) -> Tensor:
 
 def _log_sum_of_others(x: Tensor, dim: int) -> Tensor:
     """log Σ_{k≠j} exp x_k for every j, without the cancellation of subtracting j from the whole."""
-    return torch.logaddexp(_log_sum_before(x, dim), _log_sum_before(x.flip(dim), dim).flip(dim))
+    x = torch.where(x == float("-inf"), float("-inf"), x)  # where a mask is, sums have the derivative NaN
+    return _log_add(_log_sum_before(x, dim), _log_sum_before(x.flip(dim), dim).flip(dim))
+
+
+def _log_add(a: Tensor, b: Tensor) -> Tensor:
+    """log(exp a + exp b). Of ``torch.logaddexp`` the second derivative is NaN where one of them is −∞."""
+    less, greater = torch.minimum(a, b), torch.maximum(a, b)
+    nothing = less == float("-inf")
+    gap = torch.where(nothing, 0.0, less - greater)
+    return torch.where(nothing, greater, greater + torch.log1p(torch.exp(gap)))
 
 
 def _log_sum_before(x: Tensor, dim: int) -> Tensor:

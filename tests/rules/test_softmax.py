@@ -85,6 +85,25 @@ def test_small_probabilities_keep_their_relative_precision() -> None:
         assert bounds.contains(fn(x)).all()
 
 
+@pytest.mark.parametrize("fn", [lambda x: x.softmax(1), lambda x: x.log_softmax(1)])
+def test_second_derivatives_of_bounds(fn) -> None:
+    bounded, rad = xb.bound(fn), 0.1 + rand(2, 4)
+
+    def ends(mid: Tensor) -> tuple[Tensor, Tensor]:
+        out = bounded(xb.Interval.of(mid, rad))
+        return out.mid, out.rad
+
+    assert torch.autograd.gradgradcheck(ends, SEED[:2].clone().requires_grad_())
+
+
+def test_a_mask_leaves_finite_derivatives() -> None:
+    mid = SEED.clone().requires_grad_()
+    mask = torch.zeros_like(SEED).masked_fill(MASK, float("-inf"))
+    out = xb.bound(lambda x: (x + mask).softmax(1))(xb.Interval.of(mid, torch.full_like(mid, 0.1)))
+    (grad,) = torch.autograd.grad(out.upper.square().sum(), mid)
+    assert grad.isfinite().all() and not grad[MASK].any() and grad[~MASK].any()
+
+
 def test_a_gradient_that_is_a_set_through_a_softmax_at_a_point() -> None:
     """The other way round: p is known, what comes back to it is not."""
     p = SEED.softmax(1).detach().requires_grad_()
