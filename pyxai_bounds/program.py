@@ -79,6 +79,10 @@ def bound(
     time, the same bounds bit for bit and the same gradients up to rounding. Without effect where gradients are off,
     and inside ``torch.compile``, dispatch modes and ``torch.func``, which must see every operator.
 
+    A function is captured once for each kind of arguments. Each call looks whether what it refers to is still what was
+    captured: closures, globals and options of the function; mode, attributes, children, hooks and tensors of modules.
+    Values of tensors may change freely; what else may change unnoticed is said at :meth:`BoundFunction.recapture`.
+
     Raises UnsupportedOperatorError, listing every operator without a rule; CaptureError (a ValueError) if the
     function is no fixed program; ValueError for options that do not exist, or a parameter box that the function does
     not use.
@@ -154,6 +158,14 @@ class BoundFunction:
             else:
                 return None
         return tuple(key)
+
+    def recapture(self) -> None:
+        """Forget what was captured of this function, and of functions equal to it: the next call captures it anew.
+
+        For changes that no call notices: attributes of plain objects that a module holds (``model.config.scale = 2``),
+        attributes of classes, elements of lists inside of lists inside of lists.
+        """
+        _captures_of(self.fn).clear()
 
     def graph(self, *args: Any, **kwargs: Any) -> fx.GraphModule:
         """The compiled program for these arguments, to read or to print."""
@@ -553,6 +565,11 @@ class _Captures:
             while len(self.programs) >= CACHE_SIZE:
                 self.programs.pop(next(iter(self.programs)))
             self.programs[key] = program
+
+    def clear(self) -> None:
+        with self._lock:
+            self._entries.clear()
+            self.programs.clear()
 
     def get(self, key: Any) -> Any:
         with self._lock:

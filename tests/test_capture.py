@@ -770,3 +770,23 @@ def test_layers_that_are_captured_in_their_parts(name: str, sound: bool) -> None
         assert_encloses(bounds, fn(sample(box, seed, corners=seed % 2 == 0), TARGET).detach())
     point, value = xb.bound(fn, sound=sound)(xb.Interval.point(x), TARGET), fn(x, TARGET).detach()
     assert torch.allclose(point.mid, value, rtol=1e-12, atol=1e-12) and (point.rad <= 1e-12 * value.abs().max()).all()
+
+
+def test_recapture_after_a_change_that_no_call_notices() -> None:
+    class Options:
+        scale = 2.0
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.options = Options()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.options.scale
+
+    model, box = Scaled(), xb.Interval.point(torch.ones(2))
+    bounded = xb.bound(model)
+    assert bounded(box).mid.tolist() == [2.0, 2.0]
+    model.options.scale = 3.0
+    bounded.recapture()
+    assert bounded(box).mid.tolist() == xb.bound(model)(box).mid.tolist() == [3.0, 3.0]
