@@ -437,6 +437,7 @@ PYBIND11_MODULE(_native, m) {
     m.def("linear_backward", &linear_backward, no_gil);
     m.def("linear_many", &linear_many, no_gil);
     m.def("linear_backward_many", &linear_backward_many, no_gil);
+    m.attr("most_remainders") = most_remainders;
     m.def("conv2d", &conv2d, no_gil);
     m.def("conv2d_backward", &conv2d_backward, no_gil);
     m.def("conv2d_roundings", &conv2d_roundings,

@@ -292,17 +292,10 @@ def _is_few(node: fx.Node) -> bool:
     if any(node.args[_ROUNDING[node.target] :]) or not isinstance(node.args[2], fx.Node):
         return False  # with outward rounding, it is another operator
     mid, rad, weight, *third = (n.meta["val"] for n in node.args[:4] if isinstance(n, fx.Node))
-    if forward:
-        features, third_like = weight.shape[-1], (weight.shape[:1], mid.dtype)
-    else:
-        features, third_like = weight.shape[0], (state_size(mid), torch.uint8)
+    third_like = (weight.shape[:1], mid.dtype) if forward else (state_size(mid), torch.uint8)
     return (
         native.supports(mid)
-        and mid.dim() == 2 == weight.dim()
-        and mid.shape == rad.shape == (len(mid), features)
-        and len(mid) <= native.FEW
-        and weight.is_contiguous()
-        and mid.dtype == rad.dtype == weight.dtype
+        and native.few(mid, rad, weight, int(forward))
         and all((t.shape, t.dtype) == third_like for t in third)
     )
 

@@ -71,6 +71,7 @@ struct Window {
     int64_t columns() const { return right - left; }
 };
 
+// The boxes that a pass reads, and how they become pairs.
 template <class T>
 struct Source {
     int64_t batch, height, width, channels;
@@ -139,16 +140,16 @@ struct Weight {
 
 // Up to so many outputs are summed along the terms: the gradient of an image, as a rule.
 inline constexpr int64_t few_outputs = 4;
+
 // One of the convolutions that make up a pass: its axes, and where its packed panels begin.
 struct Part {
     Axis rows, columns;
     int64_t packed;
 };
 
-inline constexpr int most_parts = 64;
 struct Parts {
     int count;
-    Part part[most_parts];
+    Part part[most_remainders];
 };
 
 Parts forward_parts(const Conv2d& s) {

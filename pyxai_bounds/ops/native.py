@@ -113,7 +113,7 @@ def interval_relu_backward(mid: Tensor, rad: Tensor, state: Tensor, rounding: in
 def interval_linear(
     mid: Tensor, rad: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, rounding: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not rounding and _few(mid, rad, weight, 1) and (bias is None or _vector(bias, mid, weight.shape[0])):
+    if not rounding and few(mid, rad, weight, 1) and (bias is None or _vector(bias, mid, weight.shape[0])):
         state = torch.empty((2, (mid.shape[0] * weight.shape[0] + 7) // 8 * relu), dtype=torch.uint8, device=mid.device)
         out_mid = torch.empty((mid.shape[0], weight.shape[0]), dtype=mid.dtype, device=mid.device)
         out_rad = torch.empty_like(out_mid)
@@ -144,7 +144,7 @@ def interval_linear(
 def interval_linear_backward(
     mid: Tensor, rad: Tensor, weight: Tensor, state: Tensor | None, rounding: int = 0
 ) -> tuple[Tensor, Tensor]:
-    if not rounding and _few(mid, rad, weight, 0) and (state is None or state.dim() == 2):
+    if not rounding and few(mid, rad, weight, 0) and (state is None or state.dim() == 2):
         state = None if state is None else _bits_of(state, mid)
         out_mid = torch.empty((mid.shape[0], weight.shape[1]), dtype=mid.dtype, device=mid.device)
         out_rad = torch.empty_like(out_mid)
@@ -185,7 +185,7 @@ FEW = 8
 SEVERAL = 64
 
 
-def _few(mid: Tensor, rad: Tensor, weight: Tensor, dim: int) -> bool:
+def few(mid: Tensor, rad: Tensor, weight: Tensor, dim: int) -> bool:
     """Can the kernel multiply these few boxes by the weight, summing over its dimension ``dim``?
 
     What does not fit is copied, or refused, on the other way.
@@ -362,7 +362,7 @@ def _geometry(
         or memory_format(rad) is not torch.channels_last
         or min(*stride, *dilation) < 1
         or min(padding) < 0
-        or stride[0] * stride[1] > 64
+        or stride[0] * stride[1] > _module().most_remainders
         or not _has_tiles()
     ):
         return None

@@ -60,6 +60,28 @@ def test_native_is_identical(sizes, dtype, relu):
         assert_identical(a, e)
 
 
+def check_products(mid, rad, weight, bias, grad, state, stored):
+    """Sums in another order than a library's, and then the same ReLU and ReLU′; ``stored`` lays the weight out anew."""
+    wide = [t.double() for t in (mid, rad, weight, bias, *grad)]
+    outputs, inputs = weight.shape
+    out = native.interval_linear(mid, rad, weight, bias, False)
+    assert_sums_agree(out[0], wide[0] @ wide[2].t() + wide[3], wide[0].abs() @ wide[2].abs().t() + 1, inputs)
+    assert_sums_agree(out[1], wide[1] @ wide[2].abs().t(), wide[1] @ wide[2].abs().t(), inputs)
+    for a, e in zip(native.interval_linear(mid, rad, weight, bias, True), native.interval_relu(*out[:2]), strict=True):
+        assert_identical(a, e)
+    assert torch.equal(native.interval_linear(mid, rad, stored(weight), None, False)[1], out[1])
+    back = native.interval_linear_backward(*grad, weight, None)
+    assert_sums_agree(back[0], wide[4] @ wide[2], wide[4].abs() @ wide[2].abs(), outputs)
+    assert_sums_agree(back[1], wide[5] @ wide[2].abs(), wide[5] @ wide[2].abs(), outputs)
+    gated = native.interval_relu_backward(*grad, state)[:2]
+    for a, e in zip(
+        native.interval_linear_backward(*grad, weight, state),
+        native.interval_linear_backward(*gated, weight, None),
+        strict=True,
+    ):
+        assert_identical(a, e)
+
+
 @needs_native
 @pytest.mark.parametrize("name", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -67,27 +89,9 @@ def test_native_is_identical(sizes, dtype, relu):
     "sizes", [(1, 1, 1), (1, 33, 31), (2, 64, 16), (3, 7, 9), (5, 130, 3), (8, 17, 40), (1, 784, 513)]
 )
 def test_native_multiplies_few_boxes(sizes, dtype, name):
-    """One walk over the weight for midpoint and radius: sums in another order, and then the same ReLU and ReLU′."""
-    mid, rad, weight, bias, grad, state = problem(*sizes, dtype=dtype)
-    wide = [t.double() for t in (mid, rad, weight, bias, *grad)]
+    """One walk over the weight for midpoint and radius."""
     with level(name):
-        out = native.interval_linear(mid, rad, weight, bias, False)
-        assert_sums_agree(out[0], wide[0] @ wide[2].t() + wide[3], wide[0].abs() @ wide[2].abs().t() + 1, sizes[1])
-        assert_sums_agree(out[1], wide[1] @ wide[2].abs().t(), wide[1] @ wide[2].abs().t(), sizes[1])
-        fused = native.interval_linear(mid, rad, weight, bias, True)
-        for a, e in zip(fused, native.interval_relu(*out[:2]), strict=True):
-            assert_identical(a, e)
-        assert torch.equal(native.interval_linear(mid, rad, weight, None, False)[1], out[1])
-        back = native.interval_linear_backward(*grad, weight, None)
-        assert_sums_agree(back[0], wide[4] @ wide[2], wide[4].abs() @ wide[2].abs(), sizes[2])
-        assert_sums_agree(back[1], wide[5] @ wide[2].abs(), wide[5] @ wide[2].abs(), sizes[2])
-        gated = native.interval_relu_backward(*grad, state)[:2]
-        for a, e in zip(
-            native.interval_linear_backward(*grad, weight, state),
-            native.interval_linear_backward(*gated, weight, None),
-            strict=True,
-        ):
-            assert_identical(a, e)
+        check_products(*problem(*sizes, dtype=dtype), torch.clone)
 
 
 @pytest.fixture(params=LEVELS)
@@ -109,25 +113,8 @@ TILES = [(FEW + 1, 16, 16), (13, 33, 50), (SEVERAL, 64, 32), (17, 1200, 48), (30
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", TILES)
 def test_tiles_multiply_several_boxes(sizes, dtype, tiles):
-    """The sums of a library, in another order, and then the same ReLU and ReLU′; a weight with any strides."""
-    mid, rad, weight, bias, grad, state = problem(*sizes, dtype=dtype)
-    wide = [t.double() for t in (mid, rad, weight, bias, *grad)]
-    out = native.interval_linear(mid, rad, weight, bias, False)
-    assert_sums_agree(out[0], wide[0] @ wide[2].t() + wide[3], wide[0].abs() @ wide[2].abs().t() + 1, sizes[1])
-    assert_sums_agree(out[1], wide[1] @ wide[2].abs().t(), wide[1] @ wide[2].abs().t(), sizes[1])
-    for a, e in zip(native.interval_linear(mid, rad, weight, bias, True), native.interval_relu(*out[:2]), strict=True):
-        assert_identical(a, e)
-    assert torch.equal(native.interval_linear(mid, rad, weight.t().clone().t(), None, False)[1], out[1])
-    back = native.interval_linear_backward(*grad, weight, None)
-    assert_sums_agree(back[0], wide[4] @ wide[2], wide[4].abs() @ wide[2].abs(), sizes[2])
-    assert_sums_agree(back[1], wide[5] @ wide[2].abs(), wide[5] @ wide[2].abs(), sizes[2])
-    gated = native.interval_relu_backward(*grad, state)[:2]
-    for a, e in zip(
-        native.interval_linear_backward(*grad, weight, state),
-        native.interval_linear_backward(*gated, weight, None),
-        strict=True,
-    ):
-        assert_identical(a, e)
+    """The same by packed panels, which take a weight with any strides."""
+    check_products(*problem(*sizes, dtype=dtype), lambda weight: weight.t().clone().t())
 
 
 @needs_native

@@ -6,6 +6,9 @@
 
 namespace pyxai_bounds {
 
+// A backward-data pass takes strides whose product is no more than this.
+inline constexpr int most_remainders = 64;
+
 // A convolution of channels-last tensors: [batch, height, width, channels] to [batch, out_height, out_width, outputs].
 // Pairs are (vertical, horizontal). The weight's element [o, c, i, j] lies at the sum of indices times strides.
 struct Conv2d {
