@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "pyxai_bounds/memory.h"
 #include "pyxai_bounds/stages.h"
 #ifdef PYXAI_BOUNDS_CUDA
 #include "pyxai_bounds/cuda.h"
@@ -269,6 +270,15 @@ bool conv2d_backward(int element_size, const Geometry& geometry, const Widening&
     return done;
 }
 
+void conv2d_weight(int element_size, const Geometry& geometry, Address grad_mid, Address grad_rad, Address mid,
+                   Address rad, Address weight, Address out) {
+    typed(element_size, [&](const auto& stages) {
+        using T = decltype(element_type(stages));
+        stages.conv2d_weight(conv2d_of(geometry), at<T>(grad_mid), at<T>(grad_rad), at<T>(mid), at<T>(rad),
+                             at<T>(weight), at<T>(out));
+    });
+}
+
 int64_t conv2d_roundings(int element_size, const Geometry& geometry, bool backward) {
     int64_t most = 0;
     typed(element_size, [&](const auto& stages) { most = stages.conv2d_roundings(conv2d_of(geometry), backward); });
@@ -416,13 +426,25 @@ struct Checked<kernel> {
 };
 #endif
 
+// Memory of a result, as a buffer; its owner gives it back.
+class Memory {
+  public:
+    explicit Memory(int64_t bytes) : bytes_(static_cast<std::size_t>(bytes)), data_(take_memory(bytes_)) {}
+    Memory(const Memory&) = delete;
+    Memory& operator=(const Memory&) = delete;
+    ~Memory() { give_memory(data_, bytes_); }
+    py::buffer_info buffer() { return {static_cast<uint8_t*>(data_), static_cast<py::ssize_t>(bytes_)}; }
+
+  private:
+    std::size_t bytes_;
+    void* data_;
+};
+
 }  // namespace
 }  // namespace pyxai_bounds
 
 PYBIND11_MODULE(_native, m) {
     using namespace pyxai_bounds;
-    m.doc() = "Interval kernels on arrays given by address, called by pyxai_bounds.ops.native alone; Snapshot.";
-
     m.doc() = "Interval kernels on arrays given by address; called by pyxai_bounds.ops.native and .cuda alone.";
     const py::call_guard<py::gil_scoped_release> no_gil;
     m.def("relu", &relu, no_gil);
@@ -440,6 +462,7 @@ PYBIND11_MODULE(_native, m) {
     m.attr("most_remainders") = most_remainders;
     m.def("conv2d", &conv2d, no_gil);
     m.def("conv2d_backward", &conv2d_backward, no_gil);
+    m.def("conv2d_weight", &conv2d_weight, no_gil);
     m.def("conv2d_roundings", &conv2d_roundings,
           "How often in a row a sum of these kernels is rounded, at most, outward.");
     m.def("matmul", &matmul, no_gil);
@@ -447,6 +470,13 @@ PYBIND11_MODULE(_native, m) {
     py::class_<Chain>(m, "Chain")
         .def(py::init<int, std::vector<Chain::Step>, const std::vector<int64_t>&>())
         .def("run", &Chain::run, no_gil);
+    py::class_<Memory>(m, "Memory", py::buffer_protocol())
+        .def(py::init<int64_t>(), py::arg("bytes"))
+        .def_buffer(&Memory::buffer);
+    m.attr("least_kept") = least_kept;
+    m.attr("most_kept") = most_kept;
+    m.attr("kept_bytes") = kept_bytes;
+    m.def("memory_kept", &memory_kept, "Bytes of memory that wait for the next call.");
     py::class_<Snapshot>(m, "Snapshot")
         .def(py::init<const py::list&>(), py::arg("objects"))
         .def("holds", &Snapshot::holds, py::arg("objects"));

@@ -11,6 +11,7 @@
 #include "pyxai_bounds/scratch.h"
 #include "pyxai_bounds/stages.h"
 #include "pyxai_bounds/tile.h"
+#include "pyxai_bounds/transpose.h"
 #include "pyxai_bounds/vec.h"
 
 namespace pyxai_bounds::PYXAI_BOUNDS_LEVEL {
@@ -28,6 +29,7 @@ inline constexpr int64_t band_bytes = 1 << 19;
 // first + q·in_step + t·dilation, t < taps, times the kernel at kernel_first + t·kernel_step.
 struct Axis {
     int64_t count, out_first, out_step, first, in_step, dilation, taps, kernel_first, kernel_step;
+    int64_t tap(int64_t t) const { return kernel_first + t * kernel_step; }
     int64_t begin(int64_t q) const { return first + q * in_step; }
     int64_t end(int64_t q) const { return begin(q - 1) + (taps - 1) * dilation + 1; }  // of all before q
 };
@@ -78,25 +80,27 @@ struct Source {
     const T *mid, *rad;
     Packing<T> packing;
 
-    // One image's pixels in a window as pairs, zeros where the window reaches past the image.
-    void pack(int64_t image, Window window, T* out) const {
+    // One image's pixels in a window as pairs, zeros where the window reaches past the image. `alive`, if it is wanted,
+    // is told which are not zeros.
+    void pack(int64_t image, Window window, T* out, uint8_t* alive) const {
         const int64_t left = greater(window.left, 0), right = greater(smaller(window.right, width), left);
-        const int64_t row = 2 * window.columns() * channels;
-        for (int64_t y = window.top; y < window.bottom; ++y, out += row) {
+        const auto zero = [&](int64_t pixels) {
+            for (int64_t i = 0; i < 2 * pixels * channels; ++i) *out++ = T(0);
+            if (alive)
+                for (int64_t i = 0; i < pixels * channels / 8; ++i) *alive++ = 0;
+        };
+        for (int64_t y = window.top; y < window.bottom; ++y) {
             if (y < 0 || y >= height || right == left) {
-                zero(out, row);
+                zero(window.columns());
                 continue;
             }
-            T *const from = out + 2 * (left - window.left) * channels, *const to = from + 2 * (right - left) * channels;
-            zero(out, from - out);
+            zero(left - window.left);
             const int64_t first = ((image * height + y) * width + left) * channels, count = (right - left) * channels;
-            packing.pack(count, first, mid + first, rad + first, from);
-            zero(to, out + row - to);
+            packing.pack(count, first, mid + first, rad + first, out, alive);
+            out += 2 * count;
+            if (alive) alive += count / 8;
+            zero(window.right - right);
         }
-    }
-
-    static void zero(T* out, int64_t count) {
-        for (int64_t i = 0; i < count; ++i) out[i] = T(0);
     }
 };
 
@@ -104,22 +108,47 @@ struct Source {
 template <class T>
 struct Weight {
     const T* data;
-    int64_t outputs, channels, output_stride, channel_stride, row_stride, column_stride;
+    int64_t outputs, channels, kernel_rows, kernel_columns, output_stride, channel_stride, row_stride, column_stride;
+    int64_t taps() const { return kernel_rows * kernel_columns; }
 
-    // Outputs from `output` on, `vectors` vectors of them, term by term; outputs past the last are zeros.
-    void pack(Axis rows, Axis columns, int64_t output, int vectors, T* out) const {
-        const int64_t width = vectors * Vec<T>::lanes, count = smaller(width, outputs - output);
+    // Up to a vector of outputs from `output` on, of channels [begin, end): a vector goes to to[tap] + channel·pitch
+    // for each tap of the kernel, unless to[tap] is null. Lanes past the last output are zeros.
+    void pack(int64_t output, int64_t begin, int64_t end, int64_t pitch, T* const* to) const {
+        constexpr int64_t L = Vec<T>::lanes;
+        const int rows = static_cast<int>(smaller(L, outputs - output));
         const T* const from = data + output * output_stride;
-        for (int64_t i = 0; i < rows.taps; ++i)
-            for (int64_t j = 0; j < columns.taps; ++j) {
-                const T* const tap = from + (rows.kernel_first + i * rows.kernel_step) * row_stride +
-                                     (columns.kernel_first + j * columns.kernel_step) * column_stride;
-                for (int64_t c = 0; c < channels; ++c, out += width) {
-                    int64_t o = 0;
-                    for (; o < count; ++o) out[o] = tap[c * channel_stride + o * output_stride];
-                    for (; o < width; ++o) out[o] = T(0);
-                }
+        // Neighbours in memory are the taps of a channel, or the channels at a tap; if neither, one by one.
+        const bool by_taps = column_stride == 1 && row_stride == kernel_columns;
+        const bool by_runs = by_taps && channel_stride == taps();  // of all taps of all channels
+        T unwanted[L], *at[L];
+        const auto square = [&](const T* source, int64_t count, auto place) {
+            for (int64_t n = 0; n < count; n += L) {
+                const int some = static_cast<int>(smaller(L, count - n));
+                for (int i = 0; i < some; ++i) at[i] = place(n + i);
+                transpose(source + n, output_stride, rows, some, at);
             }
+        };
+        const auto place = [&](int64_t channel, int64_t tap) { return to[tap] ? to[tap] + channel * pitch : unwanted; };
+        if (by_runs) {
+            int64_t channel = begin, tap = 0;
+            square(from + begin * taps(), (end - begin) * taps(), [&](int64_t) {
+                T* const there = place(channel, tap);
+                if (++tap == taps()) tap = 0, ++channel;
+                return there;
+            });
+        } else if (by_taps) {
+            for (int64_t c = begin; c < end; ++c)
+                square(from + c * channel_stride, taps(), [&](int64_t tap) { return place(c, tap); });
+        } else {
+            for (int64_t tap = 0; tap < taps(); ++tap) {
+                const T* const source = from + tap / kernel_columns * row_stride + tap % kernel_columns * column_stride;
+                if (channel_stride == 1)
+                    square(source + begin, end - begin, [&](int64_t c) { return place(begin + c, tap); });
+                else
+                    for (int64_t c = begin; c < end; ++c)
+                        square(source + c * channel_stride, 1, [&](int64_t) { return place(c, tap); });
+            }
+        }
     }
 
     // Output by output, term by term, pairs (w, |w|).
@@ -127,9 +156,8 @@ struct Weight {
         for (int64_t o = 0; o < outputs; ++o)
             for (int64_t i = 0; i < rows.taps; ++i)
                 for (int64_t j = 0; j < columns.taps; ++j) {
-                    const T* const tap = data + o * output_stride +
-                                         (rows.kernel_first + i * rows.kernel_step) * row_stride +
-                                         (columns.kernel_first + j * columns.kernel_step) * column_stride;
+                    const T* const tap =
+                        data + o * output_stride + rows.tap(i) * row_stride + columns.tap(j) * column_stride;
                     for (int64_t c = 0; c < channels; ++c, out += 2) {
                         out[0] = tap[c * channel_stride];
                         out[1] = static_cast<T>(__builtin_fabs(out[0]));
@@ -187,9 +215,13 @@ struct Pass {
     Parts parts;
 
     bool few() const { return weight.outputs <= few_outputs; }
+    bool knows_dead() const { return !few() && source.channels % 8 == 0; }
     int64_t panels() const { return ceil_div(weight.outputs, tile_width<T>); }
     int vectors(int64_t panel) const {
         return static_cast<int>(smaller(tile_vectors, ceil_div(weight.outputs - panel * tile_width<T>, Vec<T>::lanes)));
+    }
+    int64_t packed_outputs() const {
+        return few() ? 2 * weight.outputs : ceil_div(weight.outputs, Vec<T>::lanes) * Vec<T>::lanes;
     }
     int64_t terms(const Part& p) const { return p.rows.taps * p.columns.taps * weight.channels; }
 
@@ -227,7 +259,7 @@ struct Pass {
         int64_t packed = 0, pairs = 0;
         for (int i = 0; i < parts.count; ++i) {
             parts.part[i].packed = packed;
-            packed += terms(parts.part[i]) * (few() ? 2 * weight.outputs : panels() * tile_width<T>);
+            packed += terms(parts.part[i]) * packed_outputs();
             pairs += terms(parts.part[i]) * parts.part[i].rows.count * parts.part[i].columns.count * source.batch *
                      weight.outputs;
         }
@@ -244,44 +276,57 @@ struct Pass {
         // A band for each thread, in cache lines of its own. Made here: no exception may leave a parallel region.
         const int64_t units = source.batch * bands, size = ceil_div(band_size(height), 16) * 16;
         const Scratch<T> packed_bands(threads * size);
-        std::atomic<bool> fits{true};
+        const int64_t bit_bytes = ceil_div(size / 16 + bits_slack, 64) * 64;
+        const Scratch<uint8_t> packed_bits(threads * bit_bytes);
+        const Scratch<T*> places(threads * weight.taps());
+        std::atomic<bool> fits{true}, finite{true};
         parallel_team(threads, [&](int rank, int team) {
-            if (!pack_weights(weights.get(), least, rank, team)) fits = false;
+            pack_weights(weights.get(), places.get() + rank * weight.taps(), rank, team);
+            team_barrier(team);
+            const int64_t first = packed * rank / team, count = packed * (rank + 1) / team - first;
+            if (least > T(0) && !no_less(count, weights.get() + first, least)) fits = false;
+            if (knows_dead() && !all_finite(count, weights.get() + first)) finite = false;
             T* const band = packed_bands.get() + rank * size;
             team_barrier(team);
             if (!fits) return;
+            // 0 times infinity is NaN: of weights that are not finite nothing is left out.
+            uint8_t* const alive = knows_dead() && finite ? packed_bits.get() + rank * bit_bytes : nullptr;
             for (int64_t unit = units * rank / team; unit < units * (rank + 1) / team; ++unit) {
                 const int64_t image = unit / bands, begin = unit % bands * height, end = smaller(begin + height, total);
                 const Window w = window(begin, end);
-                source.pack(image, w, band);
+                source.pack(image, w, band, alive);
                 for (int i = 0; i < parts.count; ++i)
-                    convolve(parts.part[i], image, begin, smaller(end, parts.part[i].rows.count), w, band,
-                             weights.get() + parts.part[i].packed);
+                    convolve(parts.part[i], image, begin, smaller(end, parts.part[i].rows.count), w,
+                             Alive<T>{band, alive}, weights.get() + parts.part[i].packed);
             }
         });
         return fits;
     }
 
-    bool pack_weights(T* out, T least, int rank, int team) const {
-        int64_t next = 0;
-        bool fits = true;
-        for (int i = 0; i < parts.count; ++i)
-            for (int64_t panel = 0; panel < (few() ? 1 : panels()); ++panel)
-                if (next++ % team == rank) {
-                    const Part& p = parts.part[i];
-                    T* const to = out + p.packed + terms(p) * panel * tile_width<T>;
-                    if (few())
-                        weight.pack_few(p.rows, p.columns, to);
-                    else
-                        weight.pack(p.rows, p.columns, panel * tile_width<T>, vectors(panel), to);
-                    const int64_t width = few() ? 2 * weight.outputs : vectors(panel) * int64_t{Vec<T>::lanes};
-                    if (least > T(0)) fits = no_less(terms(p) * width, to, least) && fits;
-                }
-        return fits;
+    // The share of one of a team. `places` has room for one per tap of the kernel.
+    void pack_weights(T* out, T** places, int rank, int team) const {
+        if (few()) {
+            for (int i = rank; i < parts.count; i += team)
+                weight.pack_few(parts.part[i].rows, parts.part[i].columns, out + parts.part[i].packed);
+            return;
+        }
+        const int64_t channels = source.channels;
+        for (int64_t output = 0; output < weight.outputs; output += Vec<T>::lanes) {
+            const int64_t panel = output / tile_width<T>, width = vectors(panel) * int64_t{Vec<T>::lanes};
+            for (int64_t tap = 0; tap < weight.taps(); ++tap) places[tap] = nullptr;
+            for (int i = 0; i < parts.count; ++i) {
+                const Part& p = parts.part[i];
+                T* to = out + p.packed + terms(p) * panel * tile_width<T> + output % tile_width<T>;
+                for (int64_t r = 0; r < p.rows.taps; ++r)
+                    for (int64_t c = 0; c < p.columns.taps; ++c, to += channels * width)
+                        places[p.rows.tap(r) * weight.kernel_columns + p.columns.tap(c)] = to;
+            }
+            weight.pack(output, channels * rank / team, channels * (rank + 1) / team, width, places);
+        }
     }
 
     // Output rows [begin, end) of one part and one image.
-    void convolve(const Part& p, int64_t image, int64_t begin, int64_t end, Window w, const T* band,
+    void convolve(const Part& p, int64_t image, int64_t begin, int64_t end, Window w, Alive<T> band,
                   const T* weights) const {
         const int64_t channels = source.channels, row = w.columns() * channels;
         const Terms terms = terms_of(p, channels, row, results.outward);
@@ -292,7 +337,7 @@ struct Pass {
                 int64_t at[pixels];
                 for (int i = 0; i < count; ++i) {
                     sources[i] =
-                        band + 2 * ((p.rows.begin(q) - w.top) * row + (p.columns.begin(x) - w.left) * channels);
+                        band.source + 2 * ((p.rows.begin(q) - w.top) * row + (p.columns.begin(x) - w.left) * channels);
                     at[i] = ((image * height + p.rows.out_first + q * p.rows.out_step) * width + p.columns.out_first +
                              x * p.columns.out_step) *
                             weight.outputs;
@@ -315,7 +360,7 @@ struct Pass {
                 Sums<T, pixels, vectors> sums;
                 sums.clear();
                 if (terms.count() > 0)
-                    add_blocks(terms, sources, weights + panel * terms.count() * tile_width<T>, sums);
+                    add_blocks(terms, sources, band, weights + panel * terms.count() * tile_width<T>, sums);
                 results.write(count, at, panel * tile_width<T>, sums);
             });
         };
@@ -348,7 +393,7 @@ bool conv2d(const Conv2d& s, const Outward<T>* outward, const T* mid, const T* r
     const int64_t* w = s.weight_strides;
     const auto widening = widening_of(outward);
     Pass<T> pass{{s.batch, s.height, s.width, s.channels, mid, rad, {nullptr, 0, outward ? &widening : nullptr}},
-                 {weight, s.outputs, s.channels, w[0], w[1], w[2], w[3]},
+                 {weight, s.outputs, s.channels, s.kernel[0], s.kernel[1], w[0], w[1], w[2], w[3]},
                  {s.outputs, bias, outward ? outward->bias : nullptr, out_mid, out_rad, state,
                   packed_bytes(s.batch * s.out_height * s.out_width * s.outputs), outward != nullptr},
                  s.out_height,
@@ -365,7 +410,7 @@ bool conv2d_backward(const Conv2d& s, const Outward<T>* outward, const T* mid, c
     const Packing<T> packing{state, packed_bytes(s.batch * s.out_height * s.out_width * s.outputs),
                              outward ? &widening : nullptr};
     Pass<T> pass{{s.batch, s.out_height, s.out_width, s.outputs, mid, rad, packing},
-                 {weight, s.channels, s.outputs, w[1], w[0], w[2], w[3]},
+                 {weight, s.channels, s.outputs, s.kernel[0], s.kernel[1], w[1], w[0], w[2], w[3]},
                  {s.channels, nullptr, nullptr, out_mid, out_rad, nullptr, 0, outward != nullptr},
                  s.height,
                  s.width,

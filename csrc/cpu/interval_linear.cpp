@@ -8,6 +8,7 @@
 #include "pyxai_bounds/scratch.h"
 #include "pyxai_bounds/stages.h"
 #include "pyxai_bounds/tile.h"
+#include "pyxai_bounds/transpose.h"
 #include "pyxai_bounds/vec.h"
 
 namespace pyxai_bounds::PYXAI_BOUNDS_LEVEL {
@@ -158,42 +159,6 @@ inline constexpr int64_t panel_terms = 512;
 // Elements of the packed boxes that share one walk over the weight.
 inline constexpr int64_t boxes_elements = 1 << 20;
 
-// One square of as many rows and columns as a vector has lanes.
-template <class T>
-void transpose(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
-    for (int i = 0; i < Vec<T>::lanes; ++i)
-        for (int j = 0; j < Vec<T>::lanes; ++j) to[j * to_stride + i] = from[i * from_stride + j];
-}
-
-#if defined(__AVX512F__)
-template <>
-void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
-    __m512 a[16], b[16];
-    for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(from + i * from_stride);
-    for (int i = 0; i < 16; i += 2) {
-        b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4)
-        for (int j = 0; j < 2; ++j) {
-            const __m512d x = _mm512_castps_pd(b[i + j]), y = _mm512_castps_pd(b[i + 2 + j]);
-            a[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
-            a[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
-        }
-    // a[4g + c] holds, in its quarter q, column 4q + c of rows 4g to 4g + 3.
-    for (int c = 0; c < 4; ++c) {
-        const __m512 low = _mm512_shuffle_f32x4(a[c], a[4 + c], 0x44),
-                     high = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xee);
-        const __m512 low2 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0x44);
-        const __m512 high2 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0xee);
-        _mm512_storeu_ps(to + c * to_stride, _mm512_shuffle_f32x4(low, low2, 0x88));
-        _mm512_storeu_ps(to + (4 + c) * to_stride, _mm512_shuffle_f32x4(low, low2, 0xdd));
-        _mm512_storeu_ps(to + (8 + c) * to_stride, _mm512_shuffle_f32x4(high, high2, 0x88));
-        _mm512_storeu_ps(to + (12 + c) * to_stride, _mm512_shuffle_f32x4(high, high2, 0xdd));
-    }
-}
-#endif
-
 // The weight as a sum uses it: of `outputs`, each of `terms` terms.
 template <class T>
 struct Factors {
@@ -205,17 +170,20 @@ struct Factors {
         constexpr int64_t L = Vec<T>::lanes;
         const int64_t width = vectors * L, count = smaller(width, outputs - output);
         const T* const from = data + output * output_stride;
-        for (int64_t k = begin; k < end; k += L, out += L * width) {
-            const int64_t some = smaller(L, end - k);
-            int64_t o = 0;
-            if (term_stride == 1 && some == L)
-                for (; o + L <= count; o += L) transpose(from + o * output_stride + k, output_stride, out + o, width);
-            for (int64_t i = 0; i < some; ++i) {
-                int64_t j = o;
-                for (; j < count; ++j) out[i * width + j] = from[j * output_stride + (k + i) * term_stride];
-                for (; j < width; ++j) out[i * width + j] = T(0);
-            }
+        if (term_stride != 1) {
+            for (int64_t k = begin; k < end; ++k, out += width)
+                for (int64_t o = 0; o < width; ++o)
+                    out[o] = o < count ? from[o * output_stride + k * term_stride] : T(0);
+            return;
         }
+        for (int64_t k = begin; k < end; k += L, out += L * width)
+            for (int64_t o = 0; o < width; o += L) {
+                const int some = static_cast<int>(smaller(L, end - k));
+                T* to[L];
+                for (int i = 0; i < some; ++i) to[i] = out + i * width + o;
+                transpose(from + o * output_stride + k, output_stride,
+                          static_cast<int>(greater(0, smaller(L, count - o))), some, to);
+            }
     }
 };
 
@@ -238,7 +206,7 @@ bool panel_of_products(const Factors<T>& weight, int64_t output, int64_t boxes, 
             }
             Sums<T, pixels, vectors> sums;
             sums.clear();
-            add_blocks({{1, 0}, {1, 0}, count, count}, sources, panel, sums);
+            add_blocks({{1, 0}, {1, 0}, count, count}, sources, {}, panel, sums);
             if (k > 0) results.add_to(here, at, output, sums);
             if (k + count < weight.terms)
                 results.partial().write(here, at, output, sums);
@@ -365,7 +333,7 @@ bool products(int64_t batch, const T* mid, const T* rad, const Packing<T>& packi
             const int64_t boxes = smaller(together, batch - first);
             for (int64_t box = first + boxes * rank / team; box < first + boxes * (rank + 1) / team; ++box) {
                 T* const out = packed.get() + 2 * (box - first) * terms;
-                packing.pack(terms, box * terms, mid + box * terms, rad + box * terms, out);
+                packing.pack(terms, box * terms, mid + box * terms, rad + box * terms, out, nullptr);
                 if constexpr (has_wide)
                     if (wide)
                         for (int64_t k = 0; k < terms; ++k)

@@ -429,8 +429,9 @@ def _conv2d_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None,
     need_mid, need_rad, need_weight, need_bias = ctx.needs_input_grad[:4]
     mid_grad, rad_grad = _affine_grads(ctx, mid_grad, rad_grad)
     args = ctx.args[:4]
-    if need_mid and need_rad and has_kernels(weight):
-        box_grad = interval_conv2d_backward(*_both(mid_grad, rad_grad), weight, None, ctx.input_size, *args)
+    if need_mid and need_rad and (has_kernels(weight) or (mid_grad is not None and rad_grad is not None)):
+        both = _both(mid_grad, rad_grad)
+        box_grad = _call(interval_conv2d_backward, *both, weight, None, ctx.input_size, *args)
     else:
         conv2d_input = reference.conv2d_input
         box_grad = (
@@ -471,8 +472,8 @@ def _conv2d_data_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | 
         weight_grad = _weight_gradient("interval_conv2d_weight", mid, rad, mid_grad, rad_grad, weight, *args)
     del mid, rad  # the gated copies: the rest takes their place in memory
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-        if has_kernels(weight):
-            box_grad = interval_conv2d(*_both(mid_grad, rad_grad), weight, None, *args, False)[:2]
+        if has_kernels(weight) or (mid_grad is not None and rad_grad is not None):
+            box_grad = _call(interval_conv2d, *_both(mid_grad, rad_grad), weight, None, *args, False)[:2]
         else:
             box_grad = (
                 None if mid_grad is None else torch.conv2d(mid_grad, weight, None, *args),

@@ -128,7 +128,7 @@ def interval_linear(
         out_mid = mid.new_empty((mid.shape[0], outputs))
         out_rad = torch.empty_like(out_mid)
         fused = relu and _whole_bytes(outputs)
-        state = mid.new_empty(state_size(out_mid), dtype=torch.uint8) if fused else _no_state(mid)
+        state = _bits(out_mid) if fused else _no_state(mid)
         widening = _widening_of_linear(weight.shape[1], mid.dtype, rounding, bias)
         done = _module().linear_many(
             mid.element_size(), *mid.shape, outputs, widening.numbers, mid.data_ptr(), rad.data_ptr(),
@@ -287,7 +287,7 @@ def interval_conv2d(
         size = (geometry[0], geometry[4], geometry[5], geometry[6])
         out_mid, out_rad = _channels_last(size, mid), _channels_last(size, mid)
         fused = relu and _whole_bytes(geometry[4])
-        state = mid.new_empty(state_size(out_mid), dtype=torch.uint8) if fused else None
+        state = _bits(out_mid) if fused else None
         widening = _widening(geometry, mid, rounding, False, bias)
         done = _module().conv2d(
             mid.element_size(), geometry, widening.numbers, mid.data_ptr(), rad.data_ptr(), weight.data_ptr(),
@@ -423,7 +423,25 @@ def _whole_bytes(channels: int) -> bool:
 
 
 def _channels_last(size: Sequence[int], like: Tensor) -> Tensor:
-    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+    _, channels, height, width = size
+    strides = (height * width * channels, 1, width * channels, channels)
+    return _empty(math.prod(size), size, strides, like.dtype)
+
+
+def _bits(mid: Tensor) -> Tensor:
+    """Room for the packed bits of these boxes."""
+    planes, length, *last = size = state_size(mid)
+    return _empty(planes * length, size, (length, 1, *last), torch.uint8)
+
+
+def _empty(count: int, size: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """``torch.empty_strided`` on the CPU for a dense tensor, but a large one gets memory that was written before."""
+    module, bytes_ = _module(), count * dtype.itemsize
+    if not module.least_kept <= bytes_ <= module.most_kept or torch.are_deterministic_algorithms_enabled():
+        return torch.empty_strided(size, strides, dtype=dtype, device=_CPU)  # which fills what it returns, if asked to
+    storage = torch.frombuffer(module.Memory(bytes_), dtype=torch.uint8).untyped_storage()
+    # Not a view of the buffer's tensor, which autograd would treat otherwise than what an operator returns.
+    return torch.empty(0, dtype=dtype, device=_CPU).set_(storage, 0, size, strides)
 
 
 def _no_state(mid: Tensor) -> Tensor:
@@ -433,13 +451,48 @@ def _no_state(mid: Tensor) -> Tensor:
 def interval_linear_weight(
     grad_mid: Tensor | None, grad_rad: Tensor | None, mid: Tensor | None, rad: Tensor | None, weight: Tensor
 ) -> Tensor:
-    of_mid = None if grad_mid is None or mid is None else grad_mid.t() @ mid
-    of_rad = None if grad_rad is None or rad is None else grad_rad.t() @ rad
+    of_mid = None if grad_mid is None or mid is None else _product(grad_mid.t(), mid)
+    of_rad = None if grad_rad is None or rad is None else _product(grad_rad.t(), rad)
     return signed_sum(of_mid, of_rad, weight)
 
 
-def interval_conv2d_weight(*args: Any) -> Tensor:
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    rows, columns = a.shape[0], b.shape[1]
+    return torch.mm(a, b, out=_empty(rows * columns, (rows, columns), (columns, 1), a.dtype))
+
+
+def interval_conv2d_weight(
+    grad_mid: Tensor | None,
+    grad_rad: Tensor | None,
+    mid: Tensor | None,
+    rad: Tensor | None,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    pairs = [pair for pair in ((grad_mid, mid), (grad_rad, rad)) if pair[0] is not None and pair[1] is not None]
+    if pairs:
+        (grads, boxes) = zip(*pairs, strict=True)
+        geometry = _geometry(boxes[0], boxes[-1], weight, boxes[0].shape, stride, padding, dilation, groups, False)
+        of_grads = _geometry(grads[0], grads[-1], weight, boxes[0].shape, stride, padding, dilation, groups, True)
+        if geometry is not None and geometry == of_grads and _suits_weight(geometry, weight):
+            out = torch.empty(weight.shape, dtype=weight.dtype, device=_CPU)
+            has = [grad is not None and box is not None for grad, box in ((grad_mid, mid), (grad_rad, rad))]
+            addresses = (
+                t.data_ptr() if used and t is not None else 0
+                for t, used in zip((grad_mid, grad_rad, mid, rad), has * 2, strict=True)
+            )
+            _module().conv2d_weight(weight.element_size(), geometry, *addresses, weight.data_ptr(), out.data_ptr())
+            return out.contiguous(memory_format=memory_format(weight))
+    args = (grad_mid, grad_rad, mid, rad, weight, stride, padding, dilation, groups)
     return reference.interval_conv2d_weight(*args, signed_sum=signed_sum)
+
+
+def _suits_weight(geometry: tuple[int, ...], weight: Tensor) -> bool:
+    """Whole registers of outputs, which the kernel needs; and so many channels that it is faster than a library."""
+    return geometry[4] * weight.element_size() % 64 == 0 and geometry[1] >= 8
 
 
 def signed_sum(of_mid: Tensor | None, of_rad: Tensor | None, weight: Tensor) -> Tensor:
@@ -558,7 +611,7 @@ def _on_cpu(*tensors: Tensor) -> None:
 def _relu_into(
     mid: Tensor, rad: Tensor, out_mid: Tensor, out_rad: Tensor, rounding: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    state = torch.empty(state_size(mid), dtype=torch.uint8, device=mid.device)
+    state = _bits(mid)
     _module().relu(
         mid.element_size(), mid.numel(), mid.data_ptr(), rad.data_ptr(),
         out_mid.data_ptr(), out_rad.data_ptr(), state.data_ptr(), bool(rounding),
@@ -619,6 +672,8 @@ def _module() -> ModuleType:
 
 
 def _like(mid: Tensor) -> Tensor:
+    if memory_format(mid) is torch.channels_last:
+        return _channels_last(mid.shape, mid)
     return torch.empty_like(mid, memory_format=memory_format(mid))
 
 

@@ -115,6 +115,67 @@ def test_results_do_not_depend_on_the_number_of_threads(count):
         assert_identical(a, e)
 
 
+def large_relu(seed: int) -> tuple[torch.Tensor, ...]:
+    """A result in memory that is kept: 1 MiB each for midpoint and radius."""
+    mid, rad = box(2, 8, 128, 128, dtype=torch.float32, seed=seed)
+    return native.interval_relu(*(t.contiguous(memory_format=torch.channels_last) for t in (mid, rad)))
+
+
+@pytest.fixture
+def keeps_memory():
+    torch.use_deterministic_algorithms(False)  # which asks for new memory, filled
+
+
+@needs_native
+def test_large_results_take_the_memory_of_those_that_are_gone(keeps_memory):
+    first = large_relu(0)
+    places, kept = {t.data_ptr() for t in first[:2]}, native._native.memory_kept()
+    values = first[0].clone()
+    second = large_relu(1)
+    assert places.isdisjoint(t.data_ptr() for t in second[:2]) and torch.equal(first[0], values)
+    part = first[0][1, 3]  # a view holds all of it
+    del first
+    third = large_relu(2)
+    assert part.data_ptr() not in {t.data_ptr() for t in third} and torch.equal(part, values[1, 3])
+    del part
+    assert native._native.memory_kept() > kept
+    assert places & {t.data_ptr() for t in large_relu(3)}
+
+
+@needs_native
+def test_what_is_kept_has_a_limit(keeps_memory):
+    module = native._native
+    blocks = [module.Memory(module.most_kept) for _ in range(2 * module.kept_bytes // module.most_kept)]
+    blocks += [module.Memory(module.least_kept) for _ in range(9)]
+    del blocks
+    assert module.kept_bytes // 2 <= module.memory_kept() <= module.kept_bytes
+    before = module.memory_kept()
+    del before  # smaller and larger blocks are not kept at all
+    kept = module.memory_kept()
+    module.Memory(module.least_kept - 1), module.Memory(module.most_kept + 1)
+    assert module.memory_kept() == kept
+
+
+@needs_native
+def test_results_in_kept_memory_are_ordinary_tensors(keeps_memory, tmp_path):
+    with torch.no_grad():
+        mid, rad, _ = large_relu(0)
+    assert not mid._is_view() and mid.is_contiguous(memory_format=torch.channels_last)
+    scale = torch.ones((), requires_grad=True)
+    mid.mul_(scale)
+    mid.sum().backward()
+    assert scale.grad is not None
+    torch.save(rad, tmp_path / "rad.pt")
+    assert torch.equal(torch.load(tmp_path / "rad.pt"), rad)
+    values = rad.clone()
+    rad.share_memory_()
+    large_relu(1), large_relu(2)
+    assert rad.is_shared() and torch.equal(rad, values)
+    box_here = [t.contiguous(memory_format=torch.channels_last) for t in box(2, 8, 128, 128, dtype=torch.float32)]
+    with torch.device("meta"):  # a default device is for what the user makes
+        assert native.interval_relu(*box_here)[0].device.type == "cpu"
+
+
 @needs_native
 def test_levels():
     assert LEVELS[-1] == "portable" and native._native.level() == LEVELS[0]

@@ -203,6 +203,102 @@ def test_tiles_hide_no_nan(tiles):
     assert native.interval_conv2d_backward(*grad, weight, dead, size, *args)[0][:, 2].isnan().all()
 
 
+@needs_native
+@pytest.mark.parametrize("channels", [8, 40, 64, 200])
+@pytest.mark.parametrize("dead", [0.3, 0.9, 1.0])
+def test_leaving_out_dead_boxes_changes_no_bit(dead, channels, tiles):
+    """Beside boxes of the least subnormal number, which are not left out and lost in every sum."""
+    shape, args = (2, channels, 5, 13), ([1, 1], [1, 1], [1, 1], 1)
+    mid, rad, weight, bias, *_ = problem(shape, 40, (3, 3), args, torch.float32, channels_last)
+    # Of 11 significant bits: products are exact, and hide a subnormal number that the sum began with.
+    mid, rad, weight = (t.half().float() for t in (mid, rad, weight))
+    generator = torch.Generator().manual_seed(0)
+    of_channel, of_pixel = torch.rand(2, channels, 1, 1, generator=generator), torch.rand(shape, generator=generator)
+    is_dead = channels_last((of_channel < dead) | (of_pixel < dead / 3))
+    least = torch.tensor(1e-45)
+    assert least > 0 and is_dead.any()
+
+    def results(at_dead):
+        boxes = channels_last(torch.where(is_dead, at_dead, mid)), channels_last(rad.masked_fill(is_dead, 0.0))
+        back = weight[:32].transpose(0, 1).contiguous()  # [channels, 32, 3, 3]: the box is a gradient
+        return (
+            *native.interval_conv2d(*boxes, weight, bias, *args, True),
+            *native.interval_conv2d_backward(*boxes, back, None, [2, 32, 5, 13], *args),
+        )
+
+    def without_subnormal(t):
+        return t.masked_fill(t.abs() < 1e-30, 0.0) if t.is_floating_point() else t
+
+    expected = [without_subnormal(t) for t in results(least)]
+    for zero in (torch.tensor(0.0), torch.tensor(-0.0)):
+        assert all(torch.equal(without_subnormal(a), e) for a, e in zip(results(zero), expected, strict=True))
+
+
+@needs_native
+def test_weights_that_are_not_finite_meet_dead_boxes(tiles):
+    """0 times infinity is NaN."""
+    sizes = TILES[0]
+    mid, _, weight, _, grad, _ = problem(dtype=torch.float32, layout=channels_last, **sizes)
+    nothing, args = torch.zeros_like(mid), sizes["args"]
+    weight[5, 2, 1, 1] = float("inf")
+    for rounding in rd.Rounding:
+        out = native.interval_conv2d(nothing, nothing, weight, None, *args, False, rounding)
+        assert out[0][:, 5].isnan().all() and not out[0][:, :5].any()
+        no_grad = torch.zeros_like(grad[0])
+        back = native.interval_conv2d_backward(no_grad, no_grad, weight, None, list(mid.shape), *args, rounding)
+        assert back[0][:, 2].isnan().all() and not back[0][:, :2].any()
+
+
+# Outputs that are whole registers; one, two and four of them at a time; channels that do and do not come out even.
+WEIGHTS = [
+    dict(shape=(2, 16, 6, 7), outputs=32, kernel=(3, 3), args=([1, 1], [1, 1], [1, 1], 1)),
+    dict(shape=(3, 8, 9, 8), outputs=48, kernel=(3, 2), args=([1, 1], [1, 0], [1, 1], 1)),
+    dict(shape=(2, 11, 11, 10), outputs=16, kernel=(4, 4), args=([2, 3], [2, 1], [1, 1], 1)),
+    dict(shape=(1, 23, 9, 9), outputs=64, kernel=(3, 3), args=([2, 2], [3, 4], [2, 1], 1)),
+    dict(shape=(2, 9, 5, 5), outputs=112, kernel=(5, 5), args=([3, 3], [4, 4], [1, 2], 1)),
+    dict(shape=(2, 8, 140, 3), outputs=16, kernel=(3, 1), args=([1, 1], [1, 0], [1, 1], 1)),
+    dict(shape=(1, 8, 3, 140), outputs=16, kernel=(1, 3), args=([1, 1], [0, 0], [1, 1], 1)),
+    dict(shape=(4, 32, 16, 16), outputs=64, kernel=(1, 1), args=([2, 2], [0, 0], [1, 1], 1)),
+]
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", WEIGHTS)
+def test_the_gradient_in_the_weight(sizes, dtype, tiles, monkeypatch):
+    monkeypatch.setattr(reference, "interval_conv2d_weight", None)
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*size):
+        return channels_last(torch.randn(size, generator=generator, dtype=torch.float64).to(dtype))
+
+    args = sizes["args"]
+    mid, rad = normal(*sizes["shape"]), normal(*sizes["shape"])
+    weight = normal(sizes["outputs"], sizes["shape"][1], *sizes["kernel"])
+    weight[:2, 1] = 0.0
+    grads = [normal(*torch.conv2d(mid, weight, None, *args).shape) for _ in range(2)]
+    wide = [t.double() for t in (*grads, mid, rad, weight)]
+
+    def exact(grad, box):
+        return reference.conv2d_weight(grad, box, wide[4], *args)
+
+    terms = grads[0].numel() // sizes["outputs"] + 1
+    for parts in ((0, 1), (0,), (1,)):
+        expected, magnitudes = torch.zeros_like(wide[4]), torch.zeros_like(wide[4])
+        for part in parts:
+            expected += exact(wide[part], wide[2 + part]) * (wide[4].sign() if part else 1)
+            magnitudes += exact(wide[part].abs(), wide[2 + part].abs())
+        given = [t if k % 2 in parts else None for k, t in enumerate((*grads, mid, rad))]
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(native.interval_conv2d_weight(*given, weight, *args))
+        assert_sums_agree(results[0], expected, magnitudes, terms)
+        for other in (*results[1:], native.interval_conv2d_weight(*given, weight.contiguous(), *args)):
+            assert torch.equal(other, results[0])
+        assert results[0].is_contiguous(memory_format=torch.channels_last)
+
+
 MISFITS = {  # of a weight [16, 8, 3, 3]: shape of the box, then of the convolution's input, if the box is a gradient
     "channels": ((2, 4, 6, 6), None),
     "image smaller than the kernel": ((2, 8, 1, 2), None),

@@ -3,7 +3,8 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <new>
+
+#include "pyxai_bounds/memory.h"
 
 namespace pyxai_bounds::PYXAI_BOUNDS_LEVEL {
 
@@ -29,13 +30,14 @@ template <class T>
 class Scratch {
   public:
     explicit Scratch(std::int64_t count)
-        : data_(static_cast<T*>(::operator new(static_cast<std::size_t>(count) * sizeof(T), std::align_val_t{64}))) {}
+        : bytes_(static_cast<std::size_t>(count) * sizeof(T)), data_(static_cast<T*>(take_memory(bytes_))) {}
     Scratch(const Scratch&) = delete;
     Scratch& operator=(const Scratch&) = delete;
-    ~Scratch() { ::operator delete(data_, std::align_val_t{64}); }
+    ~Scratch() { give_memory(data_, bytes_); }
     T* get() const { return data_; }
 
   private:
+    std::size_t bytes_;
     T* data_;
 };
 

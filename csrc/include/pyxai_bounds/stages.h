@@ -80,6 +80,11 @@ struct Stages {
                    const T* bias, T* out_mid, T* out_rad, std::uint8_t* state);
     bool (*conv2d_backward)(const Conv2d& shape, const Outward<T>* outward, const T* mid, const T* rad,
                             const std::uint8_t* state, const T* weight, T* out_mid, T* out_rad);
+    // Their gradient in the weight: grad_mid, grad_rad have the shape of outputs, mid, rad that of inputs; of midpoints
+    // or of radii both may be null, for zeros. Outputs are a multiple of the lanes of a register of this level. `out`
+    // is [outputs, channels, kernel's rows, kernel's columns], contiguous.
+    void (*conv2d_weight)(const Conv2d& shape, const T* grad_mid, const T* grad_rad, const T* mid, const T* rad,
+                          const T* weight, T* out);
     // How often in a row a sum of theirs is rounded, at most, where they round outward.
     std::int64_t (*conv2d_roundings)(const Conv2d& shape, bool backward);
     // The matrix products: `batch` of [m, k] × [k, n], all contiguous, outputs apart from inputs, k > 0.
@@ -92,34 +97,37 @@ struct Stages {
 };
 
 // Every level has these functions in a namespace of its own, for float and for double.
-#define PYXAI_BOUNDS_DECLARE_LEVEL(level)             \
-    namespace level {                                 \
-    template <class T>                                \
-    void set_interval_relu(Stages<T>& stages);        \
-    template <class T>                                \
-    void set_interval_linear(Stages<T>& stages);      \
-    template <class T>                                \
-    void set_interval_conv2d(Stages<T>& stages);      \
-    template <class T>                                \
-    void set_interval_scale_shift(Stages<T>& stages); \
-    template <class T>                                \
-    void set_interval_mul(Stages<T>& stages);         \
-    template <class T>                                \
-    void set_outward(Stages<T>& stages);              \
-    template <class T>                                \
-    void set_interval_matmul(Stages<T>& stages);      \
-    template <class T>                                \
-    Stages<T> stages() {                              \
-        Stages<T> table{};                            \
-        set_interval_relu(table);                     \
-        set_interval_linear(table);                   \
-        set_interval_conv2d(table);                   \
-        set_interval_scale_shift(table);              \
-        set_interval_mul(table);                      \
-        set_outward(table);                           \
-        set_interval_matmul(table);                   \
-        return table;                                 \
-    }                                                 \
+#define PYXAI_BOUNDS_DECLARE_LEVEL(level)               \
+    namespace level {                                   \
+    template <class T>                                  \
+    void set_interval_relu(Stages<T>& stages);          \
+    template <class T>                                  \
+    void set_interval_linear(Stages<T>& stages);        \
+    template <class T>                                  \
+    void set_interval_conv2d(Stages<T>& stages);        \
+    template <class T>                                  \
+    void set_interval_conv2d_weight(Stages<T>& stages); \
+    template <class T>                                  \
+    void set_interval_scale_shift(Stages<T>& stages);   \
+    template <class T>                                  \
+    void set_interval_mul(Stages<T>& stages);           \
+    template <class T>                                  \
+    void set_outward(Stages<T>& stages);                \
+    template <class T>                                  \
+    void set_interval_matmul(Stages<T>& stages);        \
+    template <class T>                                  \
+    Stages<T> stages() {                                \
+        Stages<T> table{};                              \
+        set_interval_relu(table);                       \
+        set_interval_linear(table);                     \
+        set_interval_conv2d(table);                     \
+        set_interval_conv2d_weight(table);              \
+        set_interval_scale_shift(table);                \
+        set_interval_mul(table);                        \
+        set_outward(table);                             \
+        set_interval_matmul(table);                     \
+        return table;                                   \
+    }                                                   \
     }
 
 PYXAI_BOUNDS_DECLARE_LEVEL(portable)

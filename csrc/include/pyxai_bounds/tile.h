@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "pyxai_bounds/keep.h"
 #include "pyxai_bounds/outward.h"
@@ -67,12 +68,29 @@ struct Sums {
     }
 };
 
+// Which terms of a packed source are not (0, 0): a bit for each, from its beginning. After ReLU and ReLU' many are
+// dead, and a padded image has zeros around it. A tile leaves out what all of its pixels have dead, which changes no
+// sum if every weight is finite. Runs begin at multiples of 8 terms.
+template <class T>
+struct Alive {
+    const T* source;
+    const std::uint8_t* bits;  // or null: nothing is left out; followed by `bits_slack` bytes
+
+    std::uint64_t at(const T* term) const {
+        std::uint64_t word;
+        std::memcpy(&word, bits + static_cast<std::uint64_t>(term - source) / 16, sizeof(word));
+        return word;
+    }
+};
+inline constexpr std::int64_t bits_slack = 8;
+
 // Adds the terms of `pixels` pixels times `vectors` vectors of outputs, as one sum that is rounded by itself. A
 // function of its own, with sums of its own: those of the caller have an address, and would be stored at each term.
-template <class T, int pixels, int vectors>
-__attribute__((noinline)) void add_block(Terms terms, const T* const* sources, std::int64_t offset, const T* panel,
-                                         Sums<T, pixels, vectors>& into) {
+template <bool some, class T, int pixels, int vectors>
+__attribute__((noinline)) void add_block(Terms terms, const T* const* sources, Alive<T> alive, std::int64_t offset,
+                                         const T* panel, Sums<T, pixels, vectors>& into) {
     using V = Vec<T>;
+    constexpr int width = vectors * V::lanes;
     Sums<T, pixels, vectors> sums;
     sums.clear();
     for (std::int64_t o = 0; o < terms.outer.count; ++o)
@@ -81,12 +99,13 @@ __attribute__((noinline)) void add_block(Terms terms, const T* const* sources, s
 #pragma GCC unroll 8
             for (int p = 0; p < pixels; ++p)
                 source[p] = sources[p] + 2 * (offset + o * terms.outer.pitch + i * terms.inner.pitch);
-            for (std::int64_t k = 0; k < terms.length; ++k, panel += vectors * V::lanes) {
+            const auto add = [&](std::int64_t k) __attribute__((always_inline)) {
+                const T* const at = panel + k * width;
                 V weight[vectors], size[vectors];
 #pragma GCC unroll 2
                 for (int v = 0; v < vectors; ++v) {
-                    __builtin_prefetch(panel + (terms_ahead * vectors + v) * V::lanes);
-                    weight[v] = V::load(panel + v * V::lanes);
+                    __builtin_prefetch(at + (terms_ahead * vectors + v) * V::lanes);
+                    weight[v] = V::load(at + v * V::lanes);
                     size[v] = V::absolute(weight[v]);
                 }
 #pragma GCC unroll 8
@@ -98,7 +117,23 @@ __attribute__((noinline)) void add_block(Terms terms, const T* const* sources, s
                         sums.rad[p][v] = V::multiply_add(size[v], rad, sums.rad[p][v]);
                     }
                 }
+            };
+            if constexpr (some) {
+                for (std::int64_t k = 0; k < terms.length; k += 64) {
+                    std::uint64_t word = 0;
+                    for (int p = 0; p < pixels; ++p) word |= alive.at(source[p] + 2 * k);
+                    const std::int64_t left = terms.length - k;
+                    if (left >= 64 && word == ~std::uint64_t{0}) {
+                        for (int j = 0; j < 64; ++j) add(k + j);
+                        continue;
+                    }
+                    if (left < 64) word &= (std::uint64_t{1} << left) - 1;
+                    for (; word; word &= word - 1) add(k + __builtin_ctzll(word));
+                }
+            } else {
+                for (std::int64_t k = 0; k < terms.length; ++k) add(k);
             }
+            panel += terms.length * width;
         }
     for (int p = 0; p < pixels; ++p)
         for (int v = 0; v < vectors; ++v) {
@@ -109,20 +144,26 @@ __attribute__((noinline)) void add_block(Terms terms, const T* const* sources, s
 
 // Adds all terms, block by block.
 template <class T, int pixels, int vectors>
-void add_blocks(Terms terms, const T* const* sources, const T* panel, Sums<T, pixels, vectors>& sums) {
-    if (terms.is_one_block()) return add_block(terms, sources, 0, panel, sums);
+void add_blocks(Terms terms, const T* const* sources, Alive<T> alive, const T* panel, Sums<T, pixels, vectors>& sums) {
+    const auto add = [&](Terms some, std::int64_t offset) {
+        if (alive.bits)
+            add_block<true>(some, sources, alive, offset, panel, sums);
+        else
+            add_block<false>(some, sources, alive, offset, panel, sums);
+    };
+    if (terms.is_one_block()) return add(terms, 0);
     constexpr std::int64_t width = vectors * Vec<T>::lanes;
     for (std::int64_t o = 0; o < terms.outer.count; ++o) {
         const std::int64_t row = o * terms.outer.pitch;
         if (terms.has_short_rows()) {
-            add_block({{1, 0}, terms.inner, terms.length, terms.block}, sources, row, panel, sums);
+            add({{1, 0}, terms.inner, terms.length, terms.block}, row);
             panel += terms.inner.count * terms.length * width;
             continue;
         }
         for (std::int64_t i = 0; i < terms.inner.count; ++i)
             for (std::int64_t k = 0; k < terms.length; k += terms.block) {
                 const std::int64_t some = smaller(terms.block, terms.length - k);
-                add_block({{1, 0}, {1, 0}, some, some}, sources, row + i * terms.inner.pitch + k, panel, sums);
+                add({{1, 0}, {1, 0}, some, some}, row + i * terms.inner.pitch + k);
                 panel += some * width;
             }
     }
@@ -197,26 +238,34 @@ struct Packing {
     std::int64_t plane;  // bytes of the state in each plane
     const Widening<T>* widening;
 
-    // `first` is the number of the first box in the state; it and `count` are then multiples of `bits_together`.
-    void pack(std::int64_t count, std::int64_t first, const T* mid, const T* rad, T* __restrict out) const {
-        if (!state && !widening) return interleave(count, mid, rad, out);
+    // `first` is the number of the first box in the state; it and `count` are then multiples of `bits_together`. Which
+    // pairs are not (0, 0) goes to `alive`, if that is wanted; `count` is then a multiple of 8.
+    void pack(std::int64_t count, std::int64_t first, const T* mid, const T* rad, T* __restrict out,
+              std::uint8_t* alive) const {
+        if (!state && !widening && !alive) return interleave(count, mid, rad, out);
         constexpr int group = bits_together<T>, L = Vec<T>::lanes;
         std::int64_t i = 0;
         for (; i + group <= count; i += group) {
             const Bits bits = state ? Bits::load(state, plane, (first + i) / 8, group / 8) : Bits{0, 0};
             T mids[group], rads[group];
-            for (int j = 0; j < group; j += L) prepare<Vec<T>>(mid + i + j, rad + i + j, bits, j, mids + j, rads + j);
+            unsigned some = 0;
+            for (int j = 0; j < group; j += L)
+                some |= prepare<Vec<T>>(mid + i + j, rad + i + j, bits, j, mids + j, rads + j) << j;
             interleave(group, mids, rads, out + 2 * i);
+            if (alive)
+                for (int j = 0; j < group; j += 8) alive[(i + j) / 8] = static_cast<std::uint8_t>(some >> j);
         }
-        for (; i < count; ++i) {
+        for (unsigned some = 0; i < count; ++i) {
             T mids[1], rads[1];
-            prepare<Scalar<T>>(mid + i, rad + i, {0, 0}, 0, mids, rads);
+            some |= prepare<Scalar<T>>(mid + i, rad + i, {0, 0}, 0, mids, rads) << i % 8;
             interleave(1, mids, rads, out + 2 * i);
+            if (alive && i % 8 == 7) alive[i / 8] = static_cast<std::uint8_t>(some), some = 0;
         }
     }
 
+    // Returns the bits of what is not (0, 0).
     template <class V>
-    void prepare(const T* mid, const T* rad, Bits bits, int shift, T* mids, T* rads) const {
+    unsigned prepare(const T* mid, const T* rad, Bits bits, int shift, T* mids, T* rads) const {
         V m = V::load(mid), r = V::load(rad);
         if (state) {
             const Keep<V> in{V::from_bits(bits.lower >> shift), V::from_bits(bits.upper >> shift)};
@@ -226,6 +275,8 @@ struct Packing {
         if (widening) r = widened(m, r, *widening);
         m.store(mids);
         r.store(rads);
+        const V zero = V::fill(T(0));
+        return V::bits(V::either(V::exceeds(V::absolute(m), zero), V::exceeds(V::absolute(r), zero)));
     }
 
     static void interleave(std::int64_t count, const T* mid, const T* rad, T* __restrict out) {
@@ -249,6 +300,16 @@ bool no_less(std::int64_t count, const T* numbers, T least) {
     for (; i + Vec<T>::lanes <= count; i += Vec<T>::lanes) look(Vec<T>{}, i);
     for (; i < count; ++i) look(Scalar<T>{}, i);
     return less == 0;
+}
+
+template <class T>
+bool all_finite(std::int64_t count, const T* numbers) {
+    T sum = T(0);  // of zeros, or NaN
+    std::int64_t i = 0;
+    Vec<T> sums = Vec<T>::fill(T(0));
+    for (; i + Vec<T>::lanes <= count; i += Vec<T>::lanes) sums = sums + Vec<T>::load(numbers + i) * Vec<T>::fill(T(0));
+    for (; i < count; ++i) sum += numbers[i] * T(0);
+    return sum + Vec<T>::sum(sums) == T(0);
 }
 
 // Where sums go: `outputs` neighbours for each pixel, with a bias first and ReLU after, if there are any. A state needs
