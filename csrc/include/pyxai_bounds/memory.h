@@ -7,8 +7,8 @@
 
 namespace pyxai_bounds {
 
-// Blocks of fewer bytes than `least_kept` are not kept, nor those of more than `most_kept`, nor more than `kept_bytes` in
-// all.
+// Blocks of fewer bytes than `least_kept` are not kept, nor those of more than `most_kept`, nor more than `kept_bytes`
+// in all.
 inline constexpr std::size_t least_kept = std::size_t{1} << 18, most_kept = std::size_t{1} << 25,
                              kept_bytes = std::size_t{1} << 26;
 

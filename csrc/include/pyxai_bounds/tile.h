@@ -207,12 +207,10 @@ __attribute__((noinline)) void add_few(Terms terms, const T* const* sources, con
         }
     for (int p = 0; p < pixels; ++p)
         for (int o = 0; o < outputs; ++o) {
-            T lanes[V::lanes];
-            sums[p][o].store(lanes);
-            for (int i = 0; i < V::lanes; i += 2) {
-                mid[p][o] += lanes[i];
-                rad[p][o] += lanes[i + 1];
-            }
+            T both[2];
+            V::sum_by_parity(sums[p][o], both);
+            mid[p][o] += both[0];
+            rad[p][o] += both[1];
         }
 }
 

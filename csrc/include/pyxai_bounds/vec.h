@@ -7,6 +7,9 @@
 // true), minimum and maximum return NaN if either argument is NaN. Every operation rounds once (the build sets
 // -ffp-contract=off), but for multiply_add, which rounds once or twice as the level has it.
 //
+// Vec alone has sum_by_parity, of the even and of the odd lanes, each rounded no more often than there are lanes to
+// add.
+//
 // Everything here lives in the level's namespace. A function shared between levels would be one weak
 // symbol, of which the linker might keep the AVX-512 copy for a machine that has no AVX-512.
 #pragma once
@@ -74,6 +77,11 @@ struct Vec<float> {
     static Vec absolute(Vec a) { return {_mm512_abs_ps(a.value)}; }
     static Vec multiply_add(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.value, b.value, c.value)}; }
     static float sum(Vec a) { return _mm512_reduce_add_ps(a.value); }
+    static void sum_by_parity(Vec a, float* sums) {
+        const __m256 by_8 = _mm256_add_ps(_mm512_castps512_ps256(a.value), _mm512_extractf32x8_ps(a.value, 1));
+        const __m128 by_4 = _mm_add_ps(_mm256_castps256_ps128(by_8), _mm256_extractf128_ps(by_8, 1));
+        _mm_storel_pi(reinterpret_cast<__m64*>(sums), _mm_add_ps(by_4, _mm_movehl_ps(by_4, by_4)));
+    }
     static Vec copysign(Vec magnitude, Vec sign) {
         const __m512 bit = _mm512_set1_ps(-0.0f);
         return {_mm512_or_ps(_mm512_andnot_ps(bit, magnitude.value), _mm512_and_ps(bit, sign.value))};
@@ -104,6 +112,10 @@ struct Vec<double> {
     static Vec absolute(Vec a) { return {_mm512_abs_pd(a.value)}; }
     static Vec multiply_add(Vec a, Vec b, Vec c) { return {_mm512_fmadd_pd(a.value, b.value, c.value)}; }
     static double sum(Vec a) { return _mm512_reduce_add_pd(a.value); }
+    static void sum_by_parity(Vec a, double* sums) {
+        const __m256d by_4 = _mm256_add_pd(_mm512_castpd512_pd256(a.value), _mm512_extractf64x4_pd(a.value, 1));
+        _mm_storeu_pd(sums, _mm_add_pd(_mm256_castpd256_pd128(by_4), _mm256_extractf128_pd(by_4, 1)));
+    }
     static Vec copysign(Vec magnitude, Vec sign) {
         const __m512d bit = _mm512_set1_pd(-0.0);
         return {_mm512_or_pd(_mm512_andnot_pd(bit, magnitude.value), _mm512_and_pd(bit, sign.value))};
@@ -165,6 +177,10 @@ struct Vec {
     static Vec absolute(Vec a) { return {(Values)((Mask)a.value & ~(Mask)fill(T(-0.0)).value)}; }
     static Vec multiply_add(Vec a, Vec b, Vec c) { return a * b + c; }
     // By halves: one after the other, additions would wait for one another.
+    static void sum_by_parity(Vec a, T* sums) {
+        sums[0] = a.value[0], sums[1] = a.value[1];
+        for (int i = 2; i < lanes; ++i) sums[i % 2] += a.value[i];
+    }
     static T sum(Vec a) {
         for (int half = lanes / 2; half > 0; half /= 2)
             for (int i = 0; i < half; ++i) a.value[i] += a.value[i + half];
