@@ -29,9 +29,12 @@ $(installed): .venv/.torch $(sources)
 demo: $(installed)
 	$(bin)/pyxai-bounds demo --out runs/demo
 
+# One process for each core, each on one thread: a test that is about threads sets their number itself.
+side_by_side := OMP_NUM_THREADS=1 $(bin)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+
 test: $(installed)
-	$(bin)/python -m pytest
-	TRITON_INTERPRET=1 $(bin)/python -m pytest tests/kernels
+	$(side_by_side)
+	TRITON_INTERPRET=1 $(side_by_side) tests/kernels
 
 lint: $(installed)
 	$(bin)/ruff check

@@ -38,37 +38,39 @@ LOSSES: dict[str, Callable[[xb.Interval], Tensor]] = {
 }
 BACKENDS = ["reference", pytest.param("native", marks=needs_native)]
 OF = ["logit", "probability"]
-Step = tuple[nn.Module, xb.Interval, Callable[..., Any]]
-
+Bounded = Callable[[xb.Interval], xb.Interval]
 
 PATHS = ["direct", "checkpointed"]
 every_path = pytest.mark.parametrize("path", PATHS)
 
 
-def case(name: str, path: str, of: str = "logit", **options: Any) -> Step:
-    """A network, a box whose halves require gradients, and the bounds of the network's gradient over it."""
+def case(name: str, of: str = "logit", **options: Any) -> tuple[nn.Module, xb.Interval, dict[str, Bounded]]:
+    """A network, a box whose halves require gradients, and the bounds of the network's gradient over it, by path.
+
+    The paths share one capture; in "dispatched", to which the others are compared, the dispatcher calls each operator.
+    """
     make, shape = NETWORKS[name]
     model = make()
     if options.pop("parameters", False):
         options["parameters"] = xb.parameter_box(model, relative=0.01)
     box = xb.Interval.of(images(2, shape=shape).requires_grad_(), torch.full((2, *shape), 0.01).double())
     box.rad.requires_grad_()
-    bounded = xb.bound(
-        xb.explain.gradient(model, of=of),
-        checkpoint=path == "checkpointed",
-        **options,  # type: ignore[arg-type]
-    )
-    if path == "dispatched":
-        return model, box, lambda box: xb.Interval.of(*bounded.graph(box, TARGET)(box.mid, box.rad, TARGET))
-    return model, box, lambda box: bounded(box, TARGET)
+    explanation = xb.explain.gradient(model, of=of)  # type: ignore[arg-type]
+    direct, checkpointed = (xb.bound(explanation, checkpoint=checkpoint, **options) for checkpoint in (False, True))
+    return model, box, {
+        "direct": lambda box: direct(box, TARGET),
+        "checkpointed": lambda box: checkpointed(box, TARGET),
+        "dispatched": lambda box: xb.Interval.of(*direct.graph(box, TARGET)(box.mid, box.rad, TARGET)),
+    }  # fmt: skip
 
 
 def leaves(model: nn.Module, box: xb.Interval) -> list[Tensor]:
     return [box.mid, box.rad, *model.parameters()]
 
 
-def gradients(step: Step, loss: Callable[[xb.Interval], Tensor]) -> list[Tensor | None]:
-    model, box, bounded = step
+def gradients(
+    model: nn.Module, box: xb.Interval, bounded: Bounded, loss: Callable[[xb.Interval], Tensor]
+) -> list[Tensor | None]:
     for leaf in leaves(model, box):
         leaf.grad = None
     total = loss(bounded(box))
@@ -85,97 +87,96 @@ def assert_same(found: list[Tensor | None], expected: list[Tensor | None]) -> No
             assert torch.allclose(f, e, rtol=1e-10, atol=1e-12 * float(e.abs().max()))
 
 
-@every_path
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("of", OF)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_all_paths_give_the_same_gradients(name: str, of: str, backend: str, path: str) -> None:
-    found, expected = case(name, path, of), case(name, "dispatched", of)
+def test_all_paths_give_the_same_gradients(name: str, of: str, backend: str) -> None:
+    model, box, bounded = case(name, of)
     with xb.backend(backend):
         for loss in LOSSES.values():
-            assert_same(gradients(found, loss), gradients(expected, loss))
+            expected = gradients(model, box, bounded["dispatched"], loss)
+            for path in PATHS:
+                assert_same(gradients(model, box, bounded[path], loss), expected)
 
 
-@every_path
 @pytest.mark.parametrize("options", [{"sound": True}, {"parameters": True}, {"parameters": True, "product": "exact"}])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_proofs_and_boxes_of_parameters(name: str, options: dict[str, Any], path: str) -> None:
-    found, expected = (gradients(case(name, one, **options), LOSSES["both"]) for one in (path, "dispatched"))
-    assert_same(found, expected)
+def test_proofs_and_boxes_of_parameters(name: str, options: dict[str, Any]) -> None:
+    model, box, bounded = case(name, **options)
+    expected = gradients(model, box, bounded["dispatched"], LOSSES["both"])
+    for path in PATHS:
+        assert_same(gradients(model, box, bounded[path], LOSSES["both"]), expected)
 
 
-@every_path
 @pytest.mark.parametrize("frozen", ["all but one", "every other", "the box"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_what_is_frozen_gets_no_gradient(name: str, frozen: str, path: str) -> None:
-    outcomes = []
-    for one in (path, "dispatched"):
-        step = case(name, one)
-        all_leaves = leaves(*step[:2])
-        for index, leaf in enumerate(all_leaves):
-            keep = {"all but one": index == 2, "every other": index % 2 == 0, "the box": index > 1}[frozen]
-            leaf.requires_grad_(keep)
-        found = gradients(step, LOSSES["both"])
+def test_what_is_frozen_gets_no_gradient(name: str, frozen: str) -> None:
+    model, box, bounded = case(name)
+    all_leaves = leaves(model, box)
+    for index, leaf in enumerate(all_leaves):
+        keep = {"all but one": index == 2, "every other": index % 2 == 0, "the box": index > 1}[frozen]
+        leaf.requires_grad_(keep)
+    outcomes = {path: gradients(model, box, one, LOSSES["both"]) for path, one in bounded.items()}
+    for found in outcomes.values():
         assert all(g is None or leaf.requires_grad for g, leaf in zip(found, all_leaves, strict=True))
-        outcomes.append(found)
-    assert_same(*outcomes)
+        assert_same(found, outcomes["dispatched"])
 
 
-@every_path
-def test_a_frozen_model_records_nothing(path: str) -> None:
-    model, box, bounded = case("residual", path)
+def test_a_frozen_model_records_nothing() -> None:
+    model, box, bounded = case("residual")
     model.requires_grad_(False)
-    assert not bounded(box.detach()).rad.requires_grad
+    for path in PATHS:
+        assert not bounded[path](box.detach()).rad.requires_grad
 
 
-@every_path
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_graph_that_is_retained_differentiates_again(name: str, path: str) -> None:
-    model, box, bounded = case(name, path)
-    total = LOSSES["both"](bounded(box))
-    first = torch.autograd.grad(total, leaves(model, box), retain_graph=True, allow_unused=True)
-    second = torch.autograd.grad(total, leaves(model, box), allow_unused=True)
-    assert_same(list(second), list(first))
-    with pytest.raises(RuntimeError, match="second time"):
-        total.backward()
+def test_a_graph_that_is_retained_differentiates_again(name: str) -> None:
+    model, box, bounded = case(name)
+    for path in PATHS:
+        total = LOSSES["both"](bounded[path](box))
+        first = torch.autograd.grad(total, leaves(model, box), retain_graph=True, allow_unused=True)
+        second = torch.autograd.grad(total, leaves(model, box), allow_unused=True)
+        assert_same(list(second), list(first))
+        with pytest.raises(RuntimeError, match="second time"):
+            total.backward()
 
 
-@every_path
-@pytest.mark.parametrize("name, of", [("mlp", "logit"), ("residual", "logit"), ("cnn", "logit")])
-def test_second_derivatives(name: str, of: str, path: str) -> None:
-    """A penalty on the gradient of a width: Hessian-vector products along both paths."""
-    outcomes = []
-    for one in (path, "dispatched"):
-        model, box, bounded = case(name, one, of)
-        weights = [p for p in model.parameters() if p.dim() > 1]
-        first = torch.autograd.grad(LOSSES["both"](bounded(box)), weights, create_graph=True)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_second_derivatives(name: str) -> None:
+    """A penalty on the gradient of a width: Hessian-vector products along all paths."""
+    model, box, bounded = case(name)
+    weights = [p for p in model.parameters() if p.dim() > 1]
+    outcomes = {}
+    for path, one in bounded.items():
+        first = torch.autograd.grad(LOSSES["both"](one(box)), weights, create_graph=True)
         penalty = sum(g.square().sum() for g in first)
-        outcomes.append(list(torch.autograd.grad(penalty, weights, allow_unused=True)))
-    assert_same(*outcomes)
+        outcomes[path] = list(torch.autograd.grad(penalty, weights, allow_unused=True))
+    for path in PATHS:
+        assert_same(outcomes[path], outcomes["dispatched"])
 
 
-@every_path
 @pytest.mark.parametrize("name", NETWORKS)
-def test_weights_that_change_before_the_backward_pass_are_noticed(name: str, path: str) -> None:
-    model, box, bounded = case(name, path)
-    total = LOSSES["width"](bounded(box))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(1.0)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        total.backward()
+def test_weights_that_change_before_the_backward_pass_are_noticed(name: str) -> None:
+    model, box, bounded = case(name)
+    for path in PATHS:
+        total = LOSSES["width"](bounded[path](box))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1.0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            total.backward()
 
 
 @every_path
 def test_hooks_and_accumulation(path: str) -> None:
-    model, box, bounded = case("cnn", path)
+    model, box, bounded = case("cnn")
     twin = copy.deepcopy(model)
     seen = []
     weight = next(model.parameters())
     weight.register_hook(lambda grad: seen.append(grad) or 2 * grad)  # type: ignore[func-returns-value]
     weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad))  # type: ignore[arg-type]
     for _ in range(2):
-        LOSSES["width"](bounded(box)).backward()
+        LOSSES["width"](bounded[path](box)).backward()
     LOSSES["width"](xb.bound(xb.explain.gradient(twin))(box, TARGET)).backward()
     single = next(twin.parameters()).grad
     assert len(seen) == 4 and weight.grad is not None and single is not None
@@ -187,9 +188,9 @@ def test_hooks_and_accumulation(path: str) -> None:
 def test_the_backward_pass_runs_on_the_backend_of_the_forward_pass(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from pyxai_bounds.ops import native
 
-    model, box, bounded = case("mlp", path)
+    model, box, bounded = case("mlp")
     with xb.backend("reference"):
-        total = LOSSES["both"](bounded(box))
+        total = LOSSES["both"](bounded[path](box))
     monkeypatch.setattr(native, "_module", lambda: pytest.fail("the native backend ran"))
     total.backward()
     assert next(model.parameters()).grad is not None

@@ -37,13 +37,13 @@ def methods() -> dict:
     }
 
 
-NAMES = list(methods())
+METHODS = methods()  # shared, and so are their captures
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", METHODS)
 def test_bounds_contain_sampled_and_attacked_attributions(name: str) -> None:
     """1,000 sampled points (half of them corners) and 100 attacked ones."""
-    method = methods()[name]
+    method = METHODS[name]
     x, y = images(2), torch.tensor([1, 3])
     box = xb.Interval.linf(x, EPS, clip=(0.0, 1.0))
     bounds = xb.bound(method)(box, y).detach()
@@ -68,18 +68,18 @@ def assert_all_inside(bounds: xb.Interval, values: Tensor) -> None:
     assert_encloses(bounds, values, SLACK * norm / torch.linalg.vector_norm(values))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", METHODS)
 def test_radius_zero_reproduces_the_attribution(name: str) -> None:
-    method = methods()[name]
+    method = METHODS[name]
     assert_exact_at_zero_radius(method, images(2), torch.tensor([1, 3]))
     constant = torch.zeros(2, 3, 8, 8, dtype=torch.float64)  # a constant background ties every pooling window
     constant[0, :, 2:5, 3:6] = 0.7
     assert_exact_at_zero_radius(method, constant, torch.tensor([0, 4]))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", METHODS)
 def test_one_image(name: str) -> None:
-    method = methods()[name]
+    method = METHODS[name]
     x = images(1)
     for y in (torch.tensor([2]), torch.tensor([4])):  # another value must not reuse the first one's graph
         assert_exact_at_zero_radius(method, x, y)

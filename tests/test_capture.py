@@ -40,9 +40,7 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 # --- the caller's modes do not matter ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "mode", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)], ids=str
-)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
 def test_the_callers_mode_does_not_change_the_graph(mode) -> None:
     model = residual()
     expected = xb.bound(xb.explain.gradient(residual()))(xb.Interval.linf(images(2), 1e-3), TARGET)

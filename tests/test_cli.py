@@ -1,9 +1,8 @@
-"""The command line: exit codes, messages of one line, JSON that is JSON, and what importing the package costs."""
+"""The command line: exit codes, messages of one line, JSON that is JSON."""
 
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -210,16 +209,6 @@ def test_the_demo_writes_a_page_a_table_and_runs(capsys, tmp_path, monkeypatch):
     assert [(r["seed"], r["label"]) for r in results] == [(s, name) for s in (4, 5) for name in recipes]
     assert all(row["certified"] <= row["survived"] for r in results for row in r["at"] + r["curve"])
     assert call(capsys, "certify", tmp_path / "fc-128-rec")[0] == 0
-
-
-def test_importing_the_package_is_cheap():
-    heavy = ("tyro", "rich", "matplotlib", "sklearn", "safetensors")
-    code = "import pyxai_bounds, pyxai_bounds.train, pyxai_bounds.report, sys; "
-    code += f"print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(cli.__file__).parents[1]
-    )
-    assert done.returncode == 0 and done.stdout.strip() == "[]", done.stderr
 
 
 def test_without_tyro_the_error_names_the_extra(capsys, monkeypatch):

@@ -172,7 +172,7 @@ def test_dividing_by_a_set_that_touches_zero_has_no_bound(limits: tuple[float, f
         assert not xb.bound(fn)(xb.Interval(low, high)).isfinite().any()
 
 
-@pytest.mark.parametrize("fn", [torch.sqrt, torch.log, torch.rsqrt, lambda x: x**0.5, lambda x: x**1.5], ids=str)
+@pytest.mark.parametrize("fn", [torch.sqrt, torch.log, torch.rsqrt, lambda x: x**0.5, lambda x: x**1.5])
 def test_outside_the_domain_there_is_no_bound(fn: Callable[[Tensor], Tensor]) -> None:
     box = xb.Interval.linf(torch.tensor([0.5], dtype=torch.float64), 1.0)
     assert not xb.bound(fn)(box).isfinite().any()
