@@ -119,7 +119,9 @@ def _recorded_chain(chain: ops.Chain) -> Callable[..., Sequence[Tensor]]:
 
     def run(*tensors: Tensor) -> Sequence[Tensor]:
         addresses = chain.addresses(tensors)
-        return chain.with_gradients(*tensors) if addresses is None else _Chained.apply(chain, addresses, *tensors)
+        if addresses is None or 0 in addresses:  # an empty tensor has no address, which would mean that there is none
+            return chain.with_gradients(*tensors)
+        return _Chained.apply(chain, addresses, *tensors)
 
     return run
 

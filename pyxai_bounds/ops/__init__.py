@@ -730,6 +730,8 @@ class Chain:
     On another backend, or where a tensor is not as it was foreseen, each operator runs by itself.
     """
 
+    __name__ = "chain"  # fx asks every function for its name
+
     def __init__(self, steps: list[native.Step], values: list[native.Kind], given: int, taken: list[int]) -> None:
         self.together = native.Chain(steps, values, given, taken)
         self.steps, self.taken = steps, taken
