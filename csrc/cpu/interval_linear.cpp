@@ -1,4 +1,4 @@
-// A linear layer on boxes, its backward-data pass, and the last step of any weight's gradient. One walk over the weight
+// A linear layer on boxes and its backward-data pass. One walk over the weight
 // feeds midpoint and radius, and |W| exists in registers alone; a library would read W three times and write |W| once.
 // With few boxes that traffic is all the cost, and the weight is read where it lies; with more it is packed for the
 // tiles of tile.h. Sums are taken in another order than in the specification, pyxai_bounds/ops/reference.py.
@@ -414,28 +414,10 @@ bool linear_backward_many(int64_t batch, int64_t m, int64_t n, const Outward<T>*
                        {n, nullptr, nullptr, out_mid, out_rad, nullptr, 0, outward != nullptr});
 }
 
-// The sign of 0 and of NaN is 0, as PyTorch has it.
-template <class T>
-void signed_sum(int64_t n, const T* a, const T* b, const T* weight, T* out) {
-    const auto step = [=](auto lanes, int64_t i) {
-        using V = decltype(lanes);
-        const V w = V::load(weight + i), zero = V::fill(T(0));
-        const V sign = V::select(V::less(zero, w), V::fill(T(1)), V::select(V::less(w, zero), V::fill(T(-1)), zero));
-        const V part = sign * V::load(b + i);
-        (a ? V::load(a + i) + part : part).store(out + i);
-    };
-    parallel_ranges(n, [=](int64_t begin, int64_t end) {
-        int64_t i = begin;
-        for (; i + Vec<T>::lanes <= end; i += Vec<T>::lanes) step(Vec<T>{}, i);
-        for (; i < end; ++i) step(Scalar<T>{}, i);
-    });
-}
-
 }  // namespace
 
 template <class T>
 void set_interval_linear(Stages<T>& stages) {
-    stages.signed_sum = signed_sum<T>;
     stages.linear = linear<T>;
     stages.linear_backward = linear_backward<T>;
     stages.linear_many = linear_many<T>;

@@ -1,6 +1,7 @@
 // The gradient of a linear layer on boxes in its weight: of each element, a sum over the samples for the midpoints, and
 // one for the radii, whose sign is the weight's. One walk writes it, where products of a library would write two
 // matrices and a third pass join them; the matrices are as large as the weight, and that traffic is most of the cost.
+// That third pass is here, too, for what a library multiplies.
 #include "pyxai_bounds/parallel.h"
 #include "pyxai_bounds/scratch.h"
 #include "pyxai_bounds/stages.h"
@@ -16,6 +17,13 @@ inline constexpr int64_t grain_of_sums = 1 << 16;
 // Up to so many samples, the weight and its gradient are walked along as they lie in memory; beyond, panels of columns
 // are, whose part of the boxes stays in the first cache for all rows.
 inline constexpr int64_t few_samples = 8;
+
+// sign(weight)·x; the sign of 0 and of NaN is 0, as PyTorch has it.
+template <class V, class T>
+V with_sign(const T* weight, V x) {
+    const V w = V::load(weight), zero = V::fill(T(0));
+    return V::select(V::less(zero, w), V::fill(T(1)), V::select(V::less(w, zero), V::fill(T(-1)), zero)) * x;
+}
 
 // One of the two products: of `rows` [batch, m] and `columns` [batch, n], both null where there is none.
 template <class T>
@@ -42,15 +50,12 @@ struct Gradient {
             if constexpr (has_mid) add_sample(mid.rows + s * m + row, mid.columns + s * n + column, of_mid);
             if constexpr (has_rad) add_sample(rad.rows + s * m + row, rad.columns + s * n + column, of_rad);
         }
-        const V zero = V::fill(T(0)), one = V::fill(T(1)), minus_one = V::fill(T(-1));
         for (int i = 0; i < rows; ++i) {
             for (int k = 0; k < vectors; ++k) {
                 const int64_t at = (row + i) * n + column + k * V::lanes;
                 V sum = of_mid[i][k];
                 if constexpr (has_rad) {
-                    const V w = V::load(weight + at);  // the sign of 0 and of NaN is 0, as PyTorch has it
-                    const V sign = V::select(V::less(zero, w), one, V::select(V::less(w, zero), minus_one, zero));
-                    const V part = sign * of_rad[i][k];
+                    const V part = with_sign(weight + at, of_rad[i][k]);
                     sum = has_mid ? sum + part : part;
                 }
                 (add ? V::load(out + at) + sum : sum).store(out + at);
@@ -114,10 +119,25 @@ void linear_weight(int64_t batch, int64_t m, int64_t n, const T* grad_mid, const
     });
 }
 
+template <class T>
+void signed_sum(int64_t n, const T* a, const T* b, const T* weight, T* out) {
+    const auto step = [=](auto lanes, int64_t i) {
+        using V = decltype(lanes);
+        const V part = with_sign(weight + i, V::load(b + i));
+        (a ? V::load(a + i) + part : part).store(out + i);
+    };
+    parallel_ranges(n, [=](int64_t begin, int64_t end) {
+        int64_t i = begin;
+        for (; i + Vec<T>::lanes <= end; i += Vec<T>::lanes) step(Vec<T>{}, i);
+        for (; i < end; ++i) step(Scalar<T>{}, i);
+    });
+}
+
 }  // namespace
 
 template <class T>
 void set_interval_linear_weight(Stages<T>& stages) {
+    stages.signed_sum = signed_sum<T>;
     stages.linear_weight = linear_weight<T>;
 }
 
