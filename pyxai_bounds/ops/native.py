@@ -195,7 +195,8 @@ def interval_linear_adjoint(
     state = None if state is None else _bits_of(state, rad_grad)
     has_mid = mid_grad is not None or state is not None
     box_mid, box_rad = _room(mid, need_box and has_mid), _room(mid, need_box)
-    of_weight, of_bias = _room(weight, need_weight), _room(weight[:, 0], need_bias and has_mid)
+    of_weight = _room(weight, need_weight)
+    of_bias = torch.empty(outputs, dtype=mid.dtype, device=_CPU) if need_bias and has_mid else None
     _module().linear_adjoint(
         mid.element_size(), many, *mid.shape, outputs, mid.data_ptr(), rad.data_ptr(), weight.data_ptr(),
         *_addresses(state, mid_grad, rad_grad, box_mid, box_rad, of_weight), False, *_addresses(of_bias), False,
@@ -249,7 +250,14 @@ def _gradients(
 
 
 def _room(like: Tensor, needed: bool) -> Tensor | None:
-    return torch.empty(like.shape, dtype=like.dtype, device=like.device) if needed else None
+    return _contiguous(like.shape, like.dtype) if needed else None
+
+
+def _contiguous(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    strides = [1]
+    for size in shape[:0:-1]:
+        strides.insert(0, strides[0] * size)
+    return _empty(math.prod(shape), shape, strides, dtype)
 
 
 def _addresses(*tensors: Tensor | None) -> list[int]:
@@ -378,7 +386,7 @@ class Chain:
         for number, needed in enumerate(needs):
             if needed:
                 shape, dtype = self._kinds[number]
-                found[number] = gradient = torch.empty(shape, dtype=dtype, device=_CPU)
+                found[number] = gradient = _contiguous(shape, dtype)
                 wanted[number] = gradient.data_ptr()
         written = self._chain.adjoint(addresses, block.data_ptr(), given_grads, wanted)
         return [gradient if is_written else None for gradient, is_written in zip(found, written, strict=True)]
