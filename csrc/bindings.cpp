@@ -232,6 +232,80 @@ bool linear_backward_many(int element_size, int64_t batch, int64_t m, int64_t n,
     return done;
 }
 
+// A linear layer's products, or those of its backward pass, by the kernel for few boxes or by the one for many.
+template <class T>
+void linear_product(const Stages<T>& stages, bool many, int64_t batch, int64_t n, int64_t m, const T* mid, const T* rad,
+                    const T* weight, T* out_mid, T* out_rad) {
+    if (many)
+        stages.linear_many(batch, n, m, nullptr, mid, rad, weight, n, 1, nullptr, out_mid, out_rad, nullptr);
+    else
+        stages.linear(batch, n, m, mid, rad, weight, nullptr, out_mid, out_rad);
+}
+
+template <class T>
+void linear_backward_product(const Stages<T>& stages, bool many, int64_t batch, int64_t m, int64_t n, const T* mid,
+                             const T* rad, const T* weight, T* out_mid, T* out_rad) {
+    if (many)
+        stages.linear_backward_many(batch, m, n, nullptr, mid, rad, nullptr, weight, n, 1, out_mid, out_rad);
+    else
+        stages.linear_backward(batch, m, n, mid, rad, weight, out_mid, out_rad);
+}
+
+// The derivative of `linear`, of a layer [m, n]: `state` is that of the ReLU after it, if there is one. `mid_grad` may
+// be absent, for zeros; outputs may be, where nobody wants them, and `out_mid` is only written where there is
+// `mid_grad` or a state. `add_…`: to what
+// is there.
+void linear_adjoint(int element_size, bool many, int64_t batch, int64_t n, int64_t m, Address mid, Address rad,
+                    Address weight, Address state, Address mid_grad, Address rad_grad, Address out_mid, Address out_rad,
+                    Address out_weight, bool add_weight, Address out_bias, bool add_bias) {
+    typed(element_size, [=](const auto& stages) {
+        using T = decltype(element_type(stages));
+        const T *of_mid = at<T>(mid_grad), *of_rad = at<T>(rad_grad);
+        const std::unique_ptr<T[]> gated(state ? new T[2 * batch * m] : nullptr);
+        if (state) {
+            T *const to_mid = gated.get(), *const to_rad = to_mid + batch * m;
+            stages.gate(batch * m, of_mid, of_rad, at<uint8_t>(state), to_mid, to_rad);
+            of_mid = to_mid, of_rad = to_rad;
+        }
+        if (out_weight)
+            stages.linear_weight(batch, m, n, of_mid, of_rad, at<T>(mid), at<T>(rad), at<T>(weight), at<T>(out_weight),
+                                 add_weight);
+        if (T* const bias = at<T>(out_bias)) {
+            for (int64_t i = 0; i < m && !add_bias; ++i) bias[i] = T(0);
+            for (int64_t s = 0; s < batch && of_mid; ++s)
+                for (int64_t i = 0; i < m; ++i) bias[i] += of_mid[s * m + i];
+        }
+        if (out_rad)
+            linear_backward_product(stages, many, batch, m, n, of_mid, of_rad, at<T>(weight), at<T>(out_mid),
+                                    at<T>(out_rad));
+    });
+}
+
+// The derivative of `linear_backward`, of a layer [m, n]. `mid_grad` may be absent, for zeros; outputs may be, where
+// nobody wants them, and `out_mid` is only written where there is `mid_grad` or a state.
+void linear_backward_adjoint(int element_size, bool many, int64_t batch, int64_t m, int64_t n, Address mid, Address rad,
+                             Address weight, Address state, Address mid_grad, Address rad_grad, Address out_mid,
+                             Address out_rad, Address out_weight, bool add) {
+    typed(element_size, [=](const auto& stages) {
+        using T = decltype(element_type(stages));
+        const int64_t size = batch * m;
+        const T *box_mid = at<T>(mid), *box_rad = at<T>(rad), *of_mid = at<T>(mid_grad), *of_rad = at<T>(rad_grad);
+        const std::unique_ptr<T[]> gated(state ? new T[2 * size] : nullptr);
+        const std::unique_ptr<uint8_t[]> gate(state ? new uint8_t[2 * ((size + 7) / 8)] : nullptr);
+        if (state) {
+            T *const to_mid = gated.get(), *const to_rad = to_mid + size;
+            stages.relu_backward(size, box_mid, box_rad, at<uint8_t>(state), to_mid, to_rad, gate.get(), false);
+            box_mid = to_mid, box_rad = to_rad;
+        }
+        if (out_weight)  // the roles of input and output gradient are exchanged
+            stages.linear_weight(batch, m, n, box_mid, box_rad, of_mid, of_rad, at<T>(weight), at<T>(out_weight), add);
+        if (!out_rad) return;
+        T *const to_mid = at<T>(out_mid), *const to_rad = at<T>(out_rad);
+        linear_product(stages, many, batch, n, m, of_mid, of_rad, at<T>(weight), to_mid, to_rad);
+        if (state) stages.gate(size, of_mid ? to_mid : nullptr, to_rad, gate.get(), to_mid, to_rad);
+    });
+}
+
 // The numbers of a Conv2d in order.
 using Geometry = std::array<int64_t, 19>;
 
@@ -305,44 +379,143 @@ void matmul_backward(int element_size, int64_t batch, int64_t m, int64_t k, int6
     });
 }
 
-// Linear layers and their backward passes on a few boxes, one after the other. Values are numbered: those that Python
-// gives or takes come with an address at each run, all others lie in memory that is gone afterwards.
+// Linear layers and their backward passes on a few boxes, one after the other, and the derivative of them all. Values
+// are numbered, first those that are given; each has its place in a block of memory, unless it comes with an address.
 class Chain {
   public:
-    // {is it a backward pass, batch, features in, features out, mid, rad, weight, bias or state, out mid, out rad,
-    // state}: of values their numbers, -1 for what is absent.
-    using Step = std::array<int64_t, 11>;
+    // Of values their numbers, -1 for what is absent. `third` is a bias, or the state of ReLU'. What is not
+    // differentiable lets no gradient through.
+    struct Step {
+        bool backward, differentiable;
+        int64_t batch, n, m;  // features in and out
+        int64_t mid, rad, weight, third, out_mid, out_rad, state;
+    };
+    using Numbers = std::array<int64_t, 12>;  // of a Step, in order
 
-    Chain(int element_size, std::vector<Step> steps, const std::vector<int64_t>& bytes)
-        : element_size_(element_size), steps_(std::move(steps)) {
-        for (const int64_t size : bytes) {
-            at_.push_back(size_);
-            size_ += (size + 63) / 64 * 64;
+    // `places`: of each value, in bytes from the beginning of a block of `size`.
+    Chain(int element_size, const std::vector<Numbers>& steps, std::vector<int64_t> places, int64_t size, int64_t given)
+        : element_size_(element_size), places_(std::move(places)), size_(size), given_(given) {
+        for (const auto& [backward, differentiable, batch, n, m, mid, rad, weight, third, out_mid, out_rad, state] :
+             steps)
+            steps_.push_back(
+                {backward != 0, differentiable != 0, batch, n, m, mid, rad, weight, third, out_mid, out_rad, state});
+    }
+
+    // One address per value, 0 for what stays in the block at `kept`, or if that is 0, nowhere.
+    void run(std::vector<Address> values, Address kept) const {
+        const Block own(kept ? 0 : size_);
+        place(values, kept ? kept : own.start());
+        for (const Step& s : steps_) {
+            const auto value = [&](int64_t number) { return number < 0 ? Address(0) : values[number]; };
+            if (s.backward)
+                linear_backward(element_size_, s.batch, s.n, s.m, value(s.mid), value(s.rad), value(s.third),
+                                value(s.weight), value(s.out_mid), value(s.out_rad));
+            else
+                linear(element_size_, s.batch, s.n, s.m, value(s.mid), value(s.rad), value(s.weight), value(s.third),
+                       value(s.out_mid), value(s.out_rad), value(s.state));
         }
     }
 
-    // One address per value, 0 for what stays here.
-    void run(std::vector<Address> values) const {
-        const std::unique_ptr<char[]> own(new char[size_ + 64]);
-        const Address start = (reinterpret_cast<Address>(own.get()) + 63) / 64 * 64;
-        for (std::size_t i = 0; i < values.size(); ++i)
-            if (values[i] == 0) values[i] = start + at_[i];
-        const auto value = [&](int64_t number) { return number < 0 ? Address(0) : values[number]; };
-        for (const auto& [backward, batch, n, m, mid, rad, weight, third, out_mid, out_rad, state] : steps_) {
-            if (backward)
-                linear_backward(element_size_, batch, n, m, value(mid), value(rad), value(third), value(weight),
-                                value(out_mid), value(out_rad));
-            else
-                linear(element_size_, batch, n, m, value(mid), value(rad), value(weight), value(third), value(out_mid),
-                       value(out_rad), value(state));
-        }
+    // After a `run` that kept its block: from the gradients of results, one address per value, 0 where there is none,
+    // to those of the given values for which `wanted` has an address. Returns which of these have been written; the
+    // others are zeros.
+    std::vector<bool> adjoint(std::vector<Address> values, Address kept, std::vector<Address> grads,
+                              const std::vector<Address>& wanted) const {
+        place(values, kept);
+        std::vector<bool> needed(values.size());
+        for (int64_t i = 0; i < given_; ++i) needed[i] = wanted[i] != 0;
+        for (const Step& s : steps_)
+            if (s.differentiable)
+                needed[s.out_mid] = needed[s.out_rad] = needed[s.mid] || needed[s.rad] || needed[s.weight] ||
+                                                        (!s.backward && s.third >= 0 && needed[s.third]);
+        const Block block(size_);
+        Sums sums{element_size_, given_, block.start(), places_, wanted, grads};
+        for (auto step = steps_.rbegin(); step != steps_.rend(); ++step)
+            if (step->differentiable && needed[step->out_mid]) differentiate(*step, values, needed, sums);
+        std::vector<bool> written;
+        for (int64_t i = 0; i < given_; ++i) written.push_back(grads[i] != 0);
+        return written;
     }
 
   private:
+    // Cache-line aligned memory, as Python allocates it.
+    class Block {
+      public:
+        explicit Block(int64_t size) : own_(size ? new char[size + 64] : nullptr) {}
+        Address start() const { return (reinterpret_cast<Address>(own_.get()) + 63) / 64 * 64; }
+
+      private:
+        const std::unique_ptr<char[]> own_;
+    };
+
+    // The gradients so far; those of the given values are summed up where Python wants them.
+    struct Sums {
+        int element_size;
+        int64_t given;
+        Address block;
+        const std::vector<int64_t>& places;
+        const std::vector<Address>& wanted;
+        std::vector<Address>& grads;
+
+        Address target(int64_t value) const { return value < given ? wanted[value] : block + places[value]; }
+        // The part of `count` elements is where it belongs if it is the first, or is added there.
+        void add(int64_t value, Address part, int64_t count) {
+            const Address to = target(value);
+            if (part != to)
+                typed(element_size, [=, before = grads[value]](const auto& stages) {
+                    using T = decltype(element_type(stages));
+                    for (int64_t i = 0; i < count; ++i) at<T>(to)[i] = at<T>(before)[i] + at<T>(part)[i];
+                });
+            grads[value] = to;
+        }
+    };
+
+    void place(std::vector<Address>& values, Address block) const {
+        for (std::size_t i = 0; i < values.size(); ++i)
+            if (values[i] == 0) values[i] = block + places_[i];
+    }
+
+    void differentiate(const Step& s, const std::vector<Address>& values, const std::vector<bool>& needed,
+                       Sums& sums) const {
+        const Address mid_grad = sums.grads[s.out_mid];
+        Address rad_grad = sums.grads[s.out_rad];
+        if (!mid_grad && !rad_grad) return;
+        const int64_t size = s.batch * s.n;
+        const Block zeros(rad_grad ? 0 : s.batch * s.m * element_size_), other(2 * size * element_size_);
+        if (!rad_grad) {
+            rad_grad = zeros.start();
+            std::fill_n(at<char>(rad_grad), s.batch * s.m * element_size_, 0);
+        }
+        const int64_t gate = s.backward ? s.third : s.state;
+        const bool box = needed[s.mid] || needed[s.rad], has_mid = mid_grad || gate >= 0;
+        const bool has_rad = sums.grads[s.out_rad] || gate >= 0;
+        // What is not the first part of a gradient, or not needed, is computed apart.
+        const bool mid_apart = !needed[s.mid] || sums.grads[s.mid];
+        const bool rad_apart = !needed[s.rad] || sums.grads[s.rad] || s.rad == s.mid;
+        const Address to_mid = mid_apart ? other.start() : sums.target(s.mid);
+        const Address to_rad = rad_apart ? other.start() + size * element_size_ : sums.target(s.rad);
+        const Address to_weight = sums.wanted[s.weight], state = gate < 0 ? 0 : values[gate];
+        const bool add = sums.grads[s.weight] != 0;
+        if (s.backward) {
+            linear_backward_adjoint(element_size_, false, s.batch, s.n, s.m, values[s.mid], values[s.rad],
+                                    values[s.weight], state, mid_grad, rad_grad, box && has_mid ? to_mid : 0,
+                                    box ? to_rad : 0, to_weight, add);
+        } else {
+            const Address to_bias = s.third >= 0 && has_mid ? sums.wanted[s.third] : 0;
+            linear_adjoint(element_size_, false, s.batch, s.n, s.m, values[s.mid], values[s.rad], values[s.weight],
+                           state, mid_grad, rad_grad, box && has_mid ? to_mid : 0, box ? to_rad : 0, to_weight, add,
+                           to_bias, to_bias && sums.grads[s.third]);
+            if (to_bias) sums.grads[s.third] = to_bias;
+        }
+        if (to_weight) sums.grads[s.weight] = to_weight;
+        if (needed[s.mid] && has_mid) sums.add(s.mid, to_mid, size);
+        if (needed[s.rad] && has_rad) sums.add(s.rad, to_rad, size);
+    }
+
     int element_size_;
     std::vector<Step> steps_;
-    std::vector<int64_t> at_;
-    int64_t size_ = 0;
+    std::vector<int64_t> places_;
+    int64_t size_, given_;
 };
 
 // What Python objects look like to somebody who compares by identity alone: their classes, their attributes, and what
@@ -457,6 +630,8 @@ PYBIND11_MODULE(_native, m) {
     m.def("signed_sum", &signed_sum, no_gil);
     m.def("linear", &linear, no_gil);
     m.def("linear_backward", &linear_backward, no_gil);
+    m.def("linear_adjoint", &linear_adjoint, no_gil);
+    m.def("linear_backward_adjoint", &linear_backward_adjoint, no_gil);
     m.def("linear_many", &linear_many, no_gil);
     m.def("linear_backward_many", &linear_backward_many, no_gil);
     m.attr("most_remainders") = most_remainders;
@@ -468,8 +643,9 @@ PYBIND11_MODULE(_native, m) {
     m.def("matmul", &matmul, no_gil);
     m.def("matmul_backward", &matmul_backward, no_gil);
     py::class_<Chain>(m, "Chain")
-        .def(py::init<int, std::vector<Chain::Step>, const std::vector<int64_t>&>())
-        .def("run", &Chain::run, no_gil);
+        .def(py::init<int, const std::vector<Chain::Numbers>&, std::vector<int64_t>, int64_t, int64_t>())
+        .def("run", &Chain::run, no_gil)
+        .def("adjoint", &Chain::adjoint, no_gil);
     py::class_<Memory>(m, "Memory", py::buffer_protocol())
         .def(py::init<int64_t>(), py::arg("bytes"))
         .def_buffer(&Memory::buffer);

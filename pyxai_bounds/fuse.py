@@ -41,7 +41,7 @@ def optimise(graph: fx.GraphModule) -> None:
     ):
         simplify(graph)
         remove_unused(graph)  # what a pass leaves behind would look like a second user to the next
-    mark_dead_gradients(graph)
+    mark_dead_gradients(graph.graph)
     graph.recompile()
 
 
@@ -274,14 +274,22 @@ def _fold_scale_of_gradient_into_affine(graph: fx.GraphModule) -> None:
             node.args = (*scaling.args[:2], new_weight, None, *rest)
 
 
-def chain_few(graph: fx.Graph) -> None:
-    """Linear operators on a few boxes that need only one another become one call; for programs without gradients.
+def chain_few(graph: fx.Graph, grads: bool = False) -> None:
+    """Linear operators on a few boxes that need only one another become one call.
 
-    ``meta["val"]`` of all inputs must be there.
+    ``grads``: of a program with marks where it needs gradients, which is then marked anew. ``meta["val"]`` of all
+    inputs must be there.
     """
-    for chain, late in _few_in_a_row(graph):
-        if len(chain) > 1:
-            _chain(graph, chain, late)
+    chains = [(chain, late) for chain, late in _few_in_a_row(graph) if len(chain) > 1]
+    if not chains:
+        return
+    alive = _alive(graph) if grads else set()
+    for chain, late in chains:
+        _chain(graph, chain, late, alive)
+    if grads:
+        for mark in graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled):
+            graph.erase_node(mark)
+        mark_dead_gradients(graph)
 
 
 def _is_few(node: fx.Node) -> bool:
@@ -325,7 +333,7 @@ def _few_in_a_row(graph: fx.Graph) -> list[tuple[list[fx.Node], list[fx.Node]]]:
     return [*found, (chain, late[:between])]
 
 
-def _chain(graph: fx.Graph, chain: list[fx.Node], late: list[fx.Node]) -> None:
+def _chain(graph: fx.Graph, chain: list[fx.Node], late: list[fx.Node], alive: set[fx.Node]) -> None:
     last = chain[-1]
     for node in late:
         last.append(node)
@@ -342,12 +350,14 @@ def _chain(graph: fx.Graph, chain: list[fx.Node], late: list[fx.Node]) -> None:
             outputs[position] = numbers[node, position] = len(values)
             values.append(value)
         inputs = [n if n is None else numbers[results.get(n, n)] for n in node.args[:4]]  # type: ignore[arg-type]
-        steps.append(native.Step(backward, *inputs, *outputs))  # type: ignore[arg-type]
+        steps.append(native.Step(backward, node in alive, *inputs, *outputs))  # type: ignore[arg-type]
     taken = [part for part in results if any(user not in chain for user in part.users)]
     kinds = [(tuple(value.shape), value.dtype) for value in values]
-    run = ops.chain(steps, kinds, len(given), [numbers[results[part]] for part in taken])
+    run = ops.Chain(steps, kinds, len(given), [numbers[results[part]] for part in taken])
     with graph.inserting_after(chain[-1]):
         call = graph.call_function(run, tuple(given))
+    call.meta["val"] = [values[numbers[results[part]]] for part in taken]
+    call.meta["differentiable"] = [given[number] for number in sorted(set().union(*run.sources))]
     for position, part in enumerate(taken):
         with graph.inserting_after(call):
             result = graph.call_function(operator.getitem, (call, position))
@@ -406,27 +416,32 @@ def _replace(graph: fx.Graph, node: fx.Node, target: Any, args: tuple, value: An
     graph.erase_node(node)
 
 
-def mark_dead_gradients(graph: fx.GraphModule) -> None:
+def mark_dead_gradients(graph: fx.Graph) -> None:
     """Run what the results do not depend on differentiably without autograd: less memory, the same gradients.
 
     A value reaches the results differentiably only along floating-point values. Packed states, masks and indices end
     the path, so for the logit gradient of a piecewise linear network the whole interval forward pass is dead.
     """
-    alive: set[fx.Node] = set()
-    pending = list(graph.graph.output_node().all_input_nodes)
-    while pending:
-        node = pending.pop()
-        if node not in alive and _carries_gradient(node):
-            alive.add(node)
-            pending.extend(node.all_input_nodes)
+    alive = _alive(graph)
     enabled = True
-    for node in list(graph.graph.nodes):
+    for node in list(graph.nodes):
         if node.op != "call_function" or node.target is operator.getitem:
             continue
         if (node in alive) != enabled:
             enabled = not enabled
-            with graph.graph.inserting_before(node):
-                graph.graph.call_function(torch._C._set_grad_enabled, (enabled,))
+            with graph.inserting_before(node):
+                graph.call_function(torch._C._set_grad_enabled, (enabled,))
+
+
+def _alive(graph: fx.Graph) -> set[fx.Node]:
+    alive: set[fx.Node] = set()
+    pending = list(graph.output_node().all_input_nodes)
+    while pending:
+        node = pending.pop()
+        if node not in alive and _carries_gradient(node):
+            alive.add(node)
+            pending.extend(node.meta.get("differentiable", node.all_input_nodes))
+    return alive
 
 
 def _carries_gradient(node: fx.Node) -> bool:

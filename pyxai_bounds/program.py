@@ -362,7 +362,11 @@ class Program:
 
     @functools.cached_property
     def _undispatched_with_grad(self) -> Callable:
-        return _with_constants(self.graph, lambda graph, _: direct(graph, grads=True))
+        def make(graph: fx.Graph, _: list[fx.Node]) -> Callable:
+            fuse.chain_few(graph, grads=True)
+            return direct(graph, grads=True)
+
+        return _with_constants(self.graph, make)
 
     @functools.cached_property
     def _checkpointed(self) -> Callable:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from pyxai_bounds import ops
+from pyxai_bounds.rounding import without_autocast
 
 Circumstances = Callable[[], contextlib.AbstractContextManager[Any]]
 
@@ -28,6 +29,8 @@ def direct(graph: fx.Graph, grads: bool) -> Callable[..., Any]:
             continue
         if node.target is torch._C._set_grad_enabled:
             grads = node.args[0]
+        elif isinstance(node.target, ops.Chain):
+            node.target = _recorded_chain(node.target) if grads else node.target
         else:
             node.target = (ops.recorded if grads else ops.undispatched).get(node.target, node.target)
     return fx.GraphModule(torch.nn.Module(), graph).forward
@@ -87,18 +90,80 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[1:]
-        second = torch.is_grad_enabled()  # a derivative of this derivative will be asked for
-        # Aliases: where one argument depends on another, the gradient of the first must not run on into the second.
-        pairs = zip(ctx.saved_tensors, needs, strict=True)
-        inputs = [t.view_as(t) if second else t.detach().requires_grad_(need) for t, need in pairs]
-        with ops.backend(ctx.backend), ctx.segment.circumstances(), torch.enable_grad():
-            end = _Given.apply(grads, *ctx.segment.record(*inputs))
-        if not end.requires_grad:
+        with ops.backend(ctx.backend), ctx.segment.circumstances():
+            return None, *_again(ctx.segment.record, ctx.saved_tensors, ctx.needs_input_grad[1:], grads)
+
+
+def _again(
+    record: Callable[..., Iterable[Tensor]],
+    saved: Sequence[Tensor],
+    needs: Sequence[bool],
+    grads: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """The gradients of ``record`` in what was saved, where they are needed, by running it once more."""
+    second = torch.is_grad_enabled()  # a derivative of this derivative will be asked for
+    # Aliases: where one argument depends on another, the gradient of the first must not run on into the second.
+    pairs = zip(saved, needs, strict=True)
+    inputs = [t.view_as(t) if second else t.detach().requires_grad_(need) for t, need in pairs]
+    with torch.enable_grad():
+        end = _Given.apply(grads, *record(*inputs))
+    if not end.requires_grad:
+        return [None] * len(needs)
+    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(end, wanted, create_graph=second, allow_unused=True))
+    return [next(found) if need else None for need in needs]
+
+
+def _recorded_chain(chain: ops.Chain) -> Callable[..., Sequence[Tensor]]:
+    """A chain as one node of autograd."""
+
+    def run(*tensors: Tensor) -> Sequence[Tensor]:
+        addresses = chain.addresses(tensors)
+        if addresses is None or 0 in addresses:  # an empty tensor has no address, which would mean that there is none
+            return chain.with_gradients(*tensors)
+        return _Chained.apply(chain, addresses, *tensors)
+
+    return run
+
+
+class _Chained(torch.autograd.Function):
+    """Its derivative is one native call, too; if a second one is asked for, the operators are recorded one by one."""
+
+    @staticmethod
+    def forward(ctx: Any, chain: ops.Chain, addresses: list[int], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.chain, ctx.backend = chain, ops.forced()
+        results, block = chain.together.run_and_keep(addresses)
+        ctx.save_for_backward(*(tensors[n] for n in chain.read_given), *(results[n] for n in chain.read_taken), block)
+        needs = ctx.needs_input_grad[2:]
+        fixed = [not any(needs[place] for place in places) for places in chain.sources]
+        ctx.mark_non_differentiable(*(out for out, is_fixed in zip(results, fixed, strict=True) if is_fixed))
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        chain, needs = ctx.chain, ctx.needs_input_grad[2:]
+        if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
-        wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
-        found = iter(torch.autograd.grad(end, wanted, create_graph=second, allow_unused=True))
-        return None, *(next(found) if need else None for need in needs)
+        *saved, block = ctx.saved_tensors
+        count = len(chain.read_given)
+        known = dict(zip((*chain.read_given, *(chain.taken[n] for n in chain.read_taken)), saved, strict=True))
+        if not torch.is_grad_enabled() and not ops.needs_dispatcher(*(grad for grad in grads if grad is not None)):
+            return None, None, *chain.together.adjoint(known, block, grads, needs)
+        fixed = {n: value for n, value in known.items() if n not in chain.made}
+        fixed |= {n: chain.together.kept(block, n) for n in chain.read_kept if n not in chain.made}
+        ends = [(n, grad) for n, grad in zip(chain.taken, grads, strict=True) if grad is not None]
+
+        def record(*inputs: Tensor) -> list[Tensor]:
+            values = fixed | dict(zip(chain.read_given, inputs, strict=True))
+            chain.run_each(values, [step for step in chain.steps if step.differentiable], ops.recorded)
+            return [values[n] for n, _ in ends]
+
+        wanted = [needs[n] for n in chain.read_given]
+        with ops.backend(ctx.backend), without_autocast():
+            found = _again(record, saved[:count], wanted, [grad for _, grad in ends])
+        gradients = dict(zip(chain.read_given, found, strict=True))
+        return None, None, *(gradients.get(n) for n in range(len(needs)))
 
 
 class _Given(torch.autograd.Function):

@@ -422,14 +422,14 @@ NETWORKS = {
 def chained_calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """A list that grows with every call of a chain: did the kernels take it?"""
     calls: list[bool] = []
-    real = ops.native.Chain.__call__
+    real = ops.Chain.addresses
 
-    def counted(self, *tensors: Tensor) -> list[Tensor] | None:
-        found = real(self, *tensors)
+    def counted(self: ops.Chain, tensors: tuple[Tensor, ...]) -> list[int] | None:
+        found = real(self, tensors)
         calls.append(found is not None)
         return found
 
-    monkeypatch.setattr(ops.native.Chain, "__call__", counted)
+    monkeypatch.setattr(ops.Chain, "addresses", counted)
     return calls
 
 
@@ -450,16 +450,72 @@ def test_a_chain_computes_what_its_operators_compute(
     target = torch.arange(batch) % 4
     args = (xb.Interval.linf(images(batch, shape=(6,)).to(dtype) - 0.5, 0.1), target)[:arguments]
     bounded, calls = xb.bound(fn), chained_calls(monkeypatch)
-    by_operators = [t.detach() for t in flat(bounded(*args))]  # with gradients, each by itself
-    assert not calls
     with torch.no_grad():
         together = flat(bounded(*args))
+        by_operators = bounded.graph(*args)(args[0].mid, args[0].rad, *args[1:])
+    chains = len(calls)
+    with_gradients = flat(bounded(*args))
+    assert len(calls) == 2 * chains
     assert all(calls) and bool(calls) == (batch <= ops.native.FEW)
     assert all(torch.equal(a, b) for a, b in zip(together, by_operators, strict=True))
+    assert all(torch.equal(a, b.detach()) for a, b in zip(together, with_gradients, strict=True))
     with torch.no_grad(), xb.backend("reference"):
         plain = flat(bounded(*args))
     tolerance = 1e-5 if dtype is torch.float32 else 1e-12
     assert all(torch.allclose(a, b, tolerance, tolerance) for a, b in zip(plain, together, strict=True))
+
+
+@pytest.mark.skipif(not ops.native.available(), reason="no native module")
+@pytest.mark.parametrize("batch", [0, 1, 3])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_chain_differentiates_as_its_operators_do(name: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through every result by itself and through all, and once more: one node against one for each operator."""
+    make, arguments = NETWORKS[name]
+    fn = make()
+    model = (fn.model if arguments == 2 else fn).double()
+    box = xb.Interval.of(images(batch, shape=(6,)).sub(0.5).requires_grad_(), torch.full((batch, 6), 0.1).double())
+    args = (box, torch.arange(batch) % 4)[:arguments]
+    inputs = [box.mid, box.rad.requires_grad_(), *model.parameters()]
+    bounded, calls = xb.bound(fn), chained_calls(monkeypatch)
+    outcomes = []
+    for run in (lambda: flat(bounded(*args)), lambda: bounded.graph(*args)(box.mid, box.rad, *args[1:])):
+        found: list[Tensor | None] = []
+        count = len(run())
+        for chosen in (*([place] for place in range(count)), list(range(count))):
+            results = run()
+            total = sum(results[place].sin().sum() for place in chosen)
+            if not total.requires_grad:
+                continue
+            found += torch.autograd.grad(total, inputs, retain_graph=True, allow_unused=True)
+            first = torch.autograd.grad(total, inputs, create_graph=True, allow_unused=True)
+            found += first
+            penalty = sum(grad.square().sum() for grad in first if grad is not None)
+            if penalty.requires_grad:
+                found += torch.autograd.grad(penalty, inputs, allow_unused=True)
+        outcomes.append(found)
+    assert calls and all(calls) and len(outcomes[0]) == len(outcomes[1])
+    for a, b in zip(*outcomes, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or b is None or torch.allclose(a, b, rtol=1e-9, atol=1e-11, equal_nan=True)
+
+
+@pytest.mark.skipif(not ops.native.available(), reason="no native module")
+def test_one_weight_in_several_steps_of_a_chain() -> None:
+    """Its gradient, and that of a hidden layer that is returned as well, are sums of several parts."""
+    torch.manual_seed(0)
+    weight = torch.rand(6, 6, dtype=torch.float64, requires_grad=True)
+    bias = torch.rand(6, dtype=torch.float64, requires_grad=True)
+
+    def twice(x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = F.linear(x, weight, bias).relu()
+        return hidden, F.linear(F.linear(hidden, weight - 0.5, bias).relu(), weight - 0.5, bias)
+
+    box = xb.Interval.linf(VECTORS, 0.1)
+    bounded = xb.bound(twice)
+    outcomes = []
+    for results in (flat(bounded(box)), bounded.graph(box)(box.mid, box.rad)):
+        outcomes.append(torch.autograd.grad(sum(r.sin().sum() for r in results), [weight, bias]))
+    assert all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(*outcomes, strict=True))
 
 
 @pytest.mark.skipif(not ops.native.available(), reason="no native module")

@@ -1,4 +1,4 @@
-// A linear layer on boxes, its backward-data pass, and the last step of any weight's gradient. One walk over the weight
+// A linear layer on boxes and its backward-data pass. One walk over the weight
 // feeds midpoint and radius, and |W| exists in registers alone; a library would read W three times and write |W| once.
 // With few boxes that traffic is all the cost, and the weight is read where it lies; with more it is packed for the
 // tiles of tile.h. Sums are taken in another order than in the specification, pyxai_bounds/ops/reference.py.
@@ -42,7 +42,7 @@ void in_groups(int64_t n, F f) {
 }
 
 // `boxes` boxes by `rows` rows of the weight, whose first ones are at mid, rad and weight.
-template <int boxes, int rows, class T>
+template <bool has_mid, int boxes, int rows, class T>
 void linear_tile(int64_t n, int64_t m, const T* mid, const T* rad, const T* weight, const T* bias, T* out_mid,
                  T* out_rad) {
     using V = Vec<T>;
@@ -57,7 +57,7 @@ void linear_tile(int64_t n, int64_t m, const T* mid, const T* rad, const T* weig
 #pragma GCC unroll 4
             for (int s = 0; s < boxes; ++s) {
                 V &a = sum_mid[row * boxes + s], &b = sum_rad[row * boxes + s];
-                a = V::multiply_add(at, V::load(mid + s * n + i), a);
+                if constexpr (has_mid) a = V::multiply_add(at, V::load(mid + s * n + i), a);
                 b = V::multiply_add(size, V::load(rad + s * n + i), b);
             }
         }
@@ -67,38 +67,45 @@ void linear_tile(int64_t n, int64_t m, const T* mid, const T* rad, const T* weig
             T a = V::sum(sum_mid[row * boxes + s]), b = V::sum(sum_rad[row * boxes + s]);
             for (int64_t j = i; j < n; ++j) {
                 const T at = weight[row * n + j];
-                a += at * mid[s * n + j];
+                if constexpr (has_mid) a += at * mid[s * n + j];
                 b += static_cast<T>(__builtin_fabs(at)) * rad[s * n + j];
             }
-            out_mid[s * m + row] = bias ? a + bias[row] : a;
+            if constexpr (has_mid) out_mid[s * m + row] = bias ? a + bias[row] : a;
             out_rad[s * m + row] = b;
         }
     }
 }
 
-template <class T>
-void linear(int64_t batch, int64_t n, int64_t m, const T* mid, const T* rad, const T* weight, const T* bias, T* out_mid,
-            T* out_rad) {
+template <bool has_mid, class T>
+void linear_few(int64_t batch, int64_t n, int64_t m, const T* mid, const T* rad, const T* weight, const T* bias,
+                T* out_mid, T* out_rad) {
     parallel_team(team_size(batch * n * m / linear_grain), [=](int rank, int team) {
         const int64_t begin = m * rank / team, end = m * (rank + 1) / team;
         in_groups<rows_together>(end - begin, [=](int64_t from, auto rows) {
             const int64_t row = begin + from;
             const T *w = weight + row * n, *b = bias ? bias + row : nullptr;
             in_groups<together>(batch, [=](int64_t first, auto boxes) {
-                const T *x = mid + first * n, *r = rad + first * n;
-                T *to_mid = out_mid + first * m + row, *to_rad = out_rad + first * m + row;
+                const T *x = mid + (has_mid ? first * n : 0), *r = rad + first * n;
+                T *to_mid = out_mid + (has_mid ? first * m + row : 0), *to_rad = out_rad + first * m + row;
                 if constexpr (boxes == 1)
-                    linear_tile<1, rows>(n, m, x, r, w, b, to_mid, to_rad);
+                    linear_tile<has_mid, 1, rows>(n, m, x, r, w, b, to_mid, to_rad);
                 else
                     for (int k = 0; k < rows; ++k)
-                        linear_tile<boxes, 1>(n, m, x, r, w + k * n, b ? b + k : nullptr, to_mid + k, to_rad + k);
+                        linear_tile<has_mid, boxes, 1>(n, m, x, r, w + k * n, b ? b + k : nullptr,
+                                                       to_mid + (has_mid ? k : 0), to_rad + k);
             });
         });
     });
 }
 
+template <class T>
+void linear(int64_t batch, int64_t n, int64_t m, const T* mid, const T* rad, const T* weight, const T* bias, T* out_mid,
+            T* out_rad) {
+    (mid ? linear_few<true, T> : linear_few<false, T>)(batch, n, m, mid, rad, weight, bias, out_mid, out_rad);
+}
+
 // `vectors` of columns of `boxes` boxes, the first of which are at weight and out; V one of Vec and Scalar.
-template <int boxes, int vectors, class V, class T>
+template <bool has_mid, int boxes, int vectors, class V, class T>
 void linear_backward_tile(int64_t m, int64_t n, const T* mid, const T* rad, const T* weight, T* out_mid, T* out_rad) {
     V sum_mid[boxes * vectors], sum_rad[boxes * vectors];
     for (V& v : sum_mid) v = V::fill(T(0));
@@ -113,22 +120,22 @@ void linear_backward_tile(int64_t m, int64_t n, const T* mid, const T* rad, cons
 #pragma GCC unroll 4
             for (int s = 0; s < boxes; ++s) {
                 V &a = sum_mid[k * boxes + s], &b = sum_rad[k * boxes + s];
-                a = V::multiply_add(at, V::fill(mid[s * m + row]), a);
+                if constexpr (has_mid) a = V::multiply_add(at, V::fill(mid[s * m + row]), a);
                 b = V::multiply_add(size, V::fill(rad[s * m + row]), b);
             }
         }
     }
     for (int k = 0; k < vectors; ++k) {
         for (int s = 0; s < boxes; ++s) {
-            sum_mid[k * boxes + s].store(out_mid + s * n + k * V::lanes);
+            if constexpr (has_mid) sum_mid[k * boxes + s].store(out_mid + s * n + k * V::lanes);
             sum_rad[k * boxes + s].store(out_rad + s * n + k * V::lanes);
         }
     }
 }
 
-template <class T>
-void linear_backward(int64_t batch, int64_t m, int64_t n, const T* mid, const T* rad, const T* weight, T* out_mid,
-                     T* out_rad) {
+template <bool has_mid, class T>
+void linear_backward_few(int64_t batch, int64_t m, int64_t n, const T* mid, const T* rad, const T* weight, T* out_mid,
+                         T* out_rad) {
     using V = Vec<T>;
     parallel_team(team_size(batch * n * m / linear_grain), [=](int rank, int team) {
         // Whole vectors to each thread, so that no two write one cache line.
@@ -136,17 +143,24 @@ void linear_backward(int64_t batch, int64_t m, int64_t n, const T* mid, const T*
         const int64_t stop = share * (rank + 1) < n ? share * (rank + 1) : n;
         in_groups<together>(batch, [=](int64_t first, auto boxes) {
             constexpr int vectors = columns_together / boxes;
-            const T *g = mid + first * m, *r = rad + first * m;
-            T *to_mid = out_mid + first * n, *to_rad = out_rad + first * n;
+            const T *g = mid + (has_mid ? first * m : 0), *r = rad + first * m;
+            const auto walk = [=](auto lanes, auto many, int64_t j) {
+                linear_backward_tile<has_mid, boxes, many, decltype(lanes)>(
+                    m, n, g, r, weight + j, out_mid + (has_mid ? first * n + j : 0), out_rad + first * n + j);
+            };
             int64_t j = share * rank;
-            for (; j + vectors * V::lanes <= stop; j += vectors * V::lanes)
-                linear_backward_tile<boxes, vectors, V>(m, n, g, r, weight + j, to_mid + j, to_rad + j);
-            for (; j + V::lanes <= stop; j += V::lanes)
-                linear_backward_tile<boxes, 1, V>(m, n, g, r, weight + j, to_mid + j, to_rad + j);
-            for (; j < stop; ++j)
-                linear_backward_tile<boxes, 1, Scalar<T>>(m, n, g, r, weight + j, to_mid + j, to_rad + j);
+            for (; j + vectors * V::lanes <= stop; j += vectors * V::lanes) walk(V{}, Constant<vectors>{}, j);
+            for (; j + V::lanes <= stop; j += V::lanes) walk(V{}, Constant<1>{}, j);
+            for (; j < stop; ++j) walk(Scalar<T>{}, Constant<1>{}, j);
         });
     });
+}
+
+template <class T>
+void linear_backward(int64_t batch, int64_t m, int64_t n, const T* mid, const T* rad, const T* weight, T* out_mid,
+                     T* out_rad) {
+    (mid ? linear_backward_few<true, T> : linear_backward_few<false, T>)(batch, m, n, mid, rad, weight, out_mid,
+                                                                         out_rad);
 }
 
 // --- many boxes ----------------------------------------------------------------------------------------------
@@ -164,6 +178,7 @@ template <class T>
 struct Factors {
     int64_t outputs, terms, output_stride, term_stride;
     const T* data;
+    bool absolute;  // |W| in its place
 
     // Terms [begin, end) of outputs from `output` on, `vectors` vectors of them; outputs past the last are zeros.
     void pack(int64_t output, int64_t begin, int64_t end, int vectors, T* out) const {
@@ -195,6 +210,9 @@ bool panel_of_products(const Factors<T>& weight, int64_t output, int64_t boxes, 
     for (int64_t k = 0; k < weight.terms; k += panel_terms) {
         const int64_t count = smaller(panel_terms, weight.terms - k);
         weight.pack(output, k, k + count, vectors, panel);
+        if (weight.absolute)
+            for (int64_t i = 0; i < count * vectors * Vec<T>::lanes; i += Vec<T>::lanes)
+                Vec<T>::absolute(Vec<T>::load(panel + i)).store(panel + i);
         if (least > T(0)) fits = fits && no_less(count * vectors * Vec<T>::lanes, panel, least);
         in_tiles(boxes, [&](int64_t first, int64_t here, auto pixels) {
             const T* sources[pixels];
@@ -360,13 +378,28 @@ bool products(int64_t batch, const T* mid, const T* rad, const Packing<T>& packi
     return fits;
 }
 
+// The same for radii alone: the second half of them takes the midpoints' place. Of an odd number the one in the middle
+// is in both halves.
+template <class T>
+bool products_of_radii(int64_t batch, const T* rad, const Factors<T>& weight, T* out) {
+    const int64_t half = ceil_div(batch, 2), second = batch - half, outputs = weight.outputs;
+    const Scratch<T> apart(second < half ? half * outputs : 0);
+    T* const other = second < half ? apart.get() : out + second * outputs;
+    products<T>(half, rad + second * weight.terms, rad, {nullptr, 0, nullptr}, weight,
+                {outputs, nullptr, nullptr, other, out, nullptr, 0, false});
+    if (second < half)
+        for (int64_t i = outputs; i < half * outputs; ++i) out[second * outputs + i] = other[i];
+    return true;
+}
+
 template <class T>
 bool linear_many(int64_t batch, int64_t n, int64_t m, const Outward<T>* outward, const T* mid, const T* rad,
                  const T* weight, int64_t row_stride, int64_t column_stride, const T* bias, T* out_mid, T* out_rad,
                  std::uint8_t* state) {
+    if (!mid) return products_of_radii<T>(batch, rad, {m, n, row_stride, column_stride, weight, true}, out_rad);
     const auto widening = widening_of(outward);
     return products<T>(
-        batch, mid, rad, {nullptr, 0, outward ? &widening : nullptr}, {m, n, row_stride, column_stride, weight},
+        batch, mid, rad, {nullptr, 0, outward ? &widening : nullptr}, {m, n, row_stride, column_stride, weight, false},
         {m, bias, outward ? outward->bias : nullptr, out_mid, out_rad, state, (batch * m + 7) / 8, outward != nullptr});
 }
 
@@ -374,34 +407,17 @@ template <class T>
 bool linear_backward_many(int64_t batch, int64_t m, int64_t n, const Outward<T>* outward, const T* mid, const T* rad,
                           const std::uint8_t* state, const T* weight, int64_t row_stride, int64_t column_stride,
                           T* out_mid, T* out_rad) {
+    if (!mid) return products_of_radii<T>(batch, rad, {n, m, column_stride, row_stride, weight, true}, out_rad);
     const auto widening = widening_of(outward);
     return products<T>(batch, mid, rad, {state, (batch * m + 7) / 8, outward ? &widening : nullptr},
-                       {n, m, column_stride, row_stride, weight},
+                       {n, m, column_stride, row_stride, weight, false},
                        {n, nullptr, nullptr, out_mid, out_rad, nullptr, 0, outward != nullptr});
-}
-
-// The sign of 0 and of NaN is 0, as PyTorch has it.
-template <class T>
-void signed_sum(int64_t n, const T* a, const T* b, const T* weight, T* out) {
-    const auto step = [=](auto lanes, int64_t i) {
-        using V = decltype(lanes);
-        const V w = V::load(weight + i), zero = V::fill(T(0));
-        const V sign = V::select(V::less(zero, w), V::fill(T(1)), V::select(V::less(w, zero), V::fill(T(-1)), zero));
-        const V part = sign * V::load(b + i);
-        (a ? V::load(a + i) + part : part).store(out + i);
-    };
-    parallel_ranges(n, [=](int64_t begin, int64_t end) {
-        int64_t i = begin;
-        for (; i + Vec<T>::lanes <= end; i += Vec<T>::lanes) step(Vec<T>{}, i);
-        for (; i < end; ++i) step(Scalar<T>{}, i);
-    });
 }
 
 }  // namespace
 
 template <class T>
 void set_interval_linear(Stages<T>& stages) {
-    stages.signed_sum = signed_sum<T>;
     stages.linear = linear<T>;
     stages.linear_backward = linear_backward<T>;
     stages.linear_many = linear_many<T>;

@@ -11,7 +11,7 @@ import contextlib
 import contextvars
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -102,6 +102,11 @@ def needs_dispatcher(*tensors: Tensor) -> bool:
         or torch._C._len_torch_function_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
     )
+
+
+def _by_native(grad: Tensor | None) -> TypeGuard[Tensor]:
+    """May a derivative with this gradient be one call of the native backend? Not if a second one will be asked for."""
+    return grad is not None and not torch.is_grad_enabled() and not needs_dispatcher(grad) and _select(grad) is native
 
 
 def _call(operator: Any, *args: Any) -> Any:
@@ -328,8 +333,15 @@ def _affine_grads(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None) ->
 
 
 def _linear_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None, _: Any) -> Any:
-    mid, rad, weight, _state = ctx.saved_tensors
+    mid, rad, weight, state = ctx.saved_tensors
     need_mid, need_rad, need_weight, need_bias = ctx.needs_input_grad[:4]
+    if need_weight and _by_native(rad_grad):
+        needs = (need_mid or need_rad, need_weight, need_bias)
+        found = native.interval_linear_adjoint(
+            mid_grad, rad_grad, mid, rad, weight, state if ctx.relu else None, *needs
+        )  # fmt: skip
+        if found is not None:
+            return *found, None, None
     mid_grad, rad_grad = _affine_grads(ctx, mid_grad, rad_grad)
     if need_mid and need_rad and has_kernels(weight):
         box_grad = interval_linear_backward(*_both(mid_grad, rad_grad), weight, None)
@@ -374,14 +386,20 @@ def _ungate(mid_grad: Tensor | None, rad_grad: Tensor | None, gate: Tensor | Non
     """The gate's adjoint, on gradients that were computed a moment ago and that nobody else refers to."""
     if gate is None:
         return mid_grad, rad_grad
-    seen = torch.is_grad_enabled() or rad_grad is None or needs_dispatcher(rad_grad)
-    if not seen and _select(rad_grad) is native:  # type: ignore[arg-type]
-        return native.gate_in_place(mid_grad, rad_grad, gate)  # type: ignore[arg-type]
+    if _by_native(rad_grad):
+        return native.gate_in_place(mid_grad, rad_grad, gate)
     return _gate_adjoint(mid_grad, rad_grad, gate)
 
 
 def _linear_data_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None) -> Any:
-    weight = ctx.saved_tensors[2]
+    mid, rad, weight, state = ctx.saved_tensors
+    if _by_native(rad_grad):
+        need_box, need_weight = any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[2]
+        found = native.interval_linear_backward_adjoint(
+            mid_grad, rad_grad, mid, rad, weight, state, need_box, need_weight
+        )
+        if found is not None:
+            return *found, None, None
     mid, rad, gate = _gated(ctx)
     weight_grad = None
     box_grad: Any = (None, None)
@@ -706,30 +724,65 @@ interval_max_pool2d_gather = _define(
 # --- several linear operators on a few boxes, as one call of the native backend ---------------------------
 
 
-def chain(steps: list[native.Step], values: list[native.Kind], given: int, taken: list[int]) -> Callable[..., Any]:
+class Chain:
     """A function of the ``given`` tensors that returns the values ``taken``: see ``native.Chain``. Without gradients.
 
     On another backend, or where a tensor is not as it was foreseen, each operator runs by itself.
     """
-    together = native.Chain(steps, values, given, taken)
 
-    def run_chain(*tensors: Tensor) -> list[Tensor]:
-        results = together(*tensors) if _forced.get() in ("auto", "native") else None
-        return one_by_one(tensors) if results is None else results
+    __name__ = "chain"  # fx asks every function for its name
 
-    def one_by_one(tensors: tuple[Tensor, ...]) -> list[Tensor]:
-        at: dict[int | None, Any] = {None: None, **dict(enumerate(tensors))}
+    def __init__(self, steps: list[native.Step], values: list[native.Kind], given: int, taken: list[int]) -> None:
+        self.together = native.Chain(steps, values, given, taken)
+        self.steps, self.taken = steps, taken
+        alive = [step for step in steps if step.differentiable]
+        self.made = {number for step in alive for number in (step.out_mid, step.out_rad)}  # with a gradient
+        # What the derivative reads of the given values and of the results, and what it finds in the chain's own memory.
+        read = sorted({number for step in alive for number in (*step.reads(), step.state) if number is not None})
+        self.read_given = [number for number in read if number < given]
+        self.read_taken = [place for place, number in enumerate(taken) if number in read]
+        self.read_kept = [number for number in read if number >= given and number not in taken]
+        # Of each result, the given values that it depends on differentiably.
+        sources: dict[int, set[int]] = {number: {number} for number in range(given)}
         for step in steps:
-            box = at[step.mid], at[step.rad], at[step.weight], at[step.third]
-            if step.backward:
-                at[step.out_mid], at[step.out_rad] = undispatched[interval_linear_backward](*box)
-            else:
-                relu = step.state is not None
-                at[step.out_mid], at[step.out_rad], at[step.state] = undispatched[interval_linear](*box, relu)
-                at[None] = None
-        return [at[number] for number in taken]
+            through = step.reads()[: 3 if step.backward else 4] if step.differentiable else []
+            for made in (step.out_mid, step.out_rad):
+                sources[made] = set().union(*(sources.get(number, set()) for number in through))
+        self.sources = [sources.get(number, set()) for number in taken]
 
-    return run_chain
+    def __call__(self, *tensors: Tensor) -> list[Tensor]:
+        addresses = self.addresses(tensors)
+        if addresses is not None:
+            return self.together.run(addresses)
+        values = dict(enumerate(tensors))
+        self.run_each(values, self.steps, undispatched)
+        return [values[number] for number in self.taken]
+
+    def addresses(self, tensors: tuple[Tensor, ...]) -> list[int] | None:
+        """For ``together``, if it can run here; else None."""
+        return self.together.addresses(tensors) if _forced.get() in ("auto", "native") else None
+
+    def with_gradients(self, *tensors: Tensor) -> list[Tensor]:
+        """Each operator by itself, and recorded by autograd where it is differentiable."""
+        values = dict(enumerate(tensors))
+        for step in self.steps:
+            with torch.set_grad_enabled(step.differentiable):
+                self.run_each(values, [step], recorded if step.differentiable else undispatched)
+        return [values[number] for number in self.taken]
+
+    @staticmethod
+    def run_each(values: dict[int, Tensor], steps: list[native.Step], operators: dict[Any, Any]) -> None:
+        """Add the results of the steps to the values."""
+        for step in steps:
+            third = None if step.third is None else values[step.third]
+            box = values[step.mid], values[step.rad], values[step.weight], third
+            if step.backward:
+                values[step.out_mid], values[step.out_rad] = operators[interval_linear_backward](*box)
+            else:
+                *out, state = operators[interval_linear](*box, step.state is not None)
+                values[step.out_mid], values[step.out_rad] = out
+                if step.state is not None:
+                    values[step.state] = state
 
 
 # --- check_target: the one check that needs the data, so it must be part of the captured program ----------

@@ -172,6 +172,103 @@ def interval_linear_backward(
     return reference.interval_linear_backward(mid, rad, weight, None, rounding, _STAGES)
 
 
+def interval_linear_adjoint(
+    mid_grad: Tensor | None,
+    rad_grad: Tensor,
+    mid: Tensor,
+    rad: Tensor,
+    weight: Tensor,
+    state: Tensor | None,
+    need_box: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] | None:
+    """The gradients of ``interval_linear`` in box, weight and bias; ``state`` is that of the ReLU after it, if any.
+
+    ``mid_grad`` None stands for zeros. Returns None where the kernels do not take these boxes.
+    """
+    many = _few_or_several(mid, rad, weight, 1)
+    if many is None or not (state is None or state.dim() == 2):
+        return None
+    batch, outputs = mid.shape[0], weight.shape[0]
+    mid_grad, rad_grad = _gradients(mid_grad, rad_grad, (batch, outputs), mid)
+    state = None if state is None else _bits_of(state, rad_grad)
+    has_mid = mid_grad is not None or state is not None
+    box_mid, box_rad = _room(mid, need_box and has_mid), _room(mid, need_box)
+    of_weight = _room(weight, need_weight)
+    of_bias = torch.empty(outputs, dtype=mid.dtype, device=_CPU) if need_bias and has_mid else None
+    _module().linear_adjoint(
+        mid.element_size(), many, *mid.shape, outputs, mid.data_ptr(), rad.data_ptr(), weight.data_ptr(),
+        *_addresses(state, mid_grad, rad_grad, box_mid, box_rad, of_weight), False, *_addresses(of_bias), False,
+    )  # fmt: skip
+    return box_mid, box_rad, of_weight, of_bias
+
+
+def interval_linear_backward_adjoint(
+    mid_grad: Tensor | None,
+    rad_grad: Tensor,
+    mid: Tensor,
+    rad: Tensor,
+    weight: Tensor,
+    state: Tensor | None,
+    need_box: bool,
+    need_weight: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None:
+    """The gradients of ``interval_linear_backward`` in box and weight.
+
+    ``mid_grad`` None stands for zeros. Returns None where the kernels do not take these boxes.
+    """
+    many = _few_or_several(mid, rad, weight, 0)
+    if many is None or not (state is None or state.dim() == 2):
+        return None
+    mid_grad, rad_grad = _gradients(mid_grad, rad_grad, (mid.shape[0], weight.shape[1]), mid)
+    state = None if state is None else _bits_of(state, mid)
+    has_mid = mid_grad is not None or state is not None
+    box_mid, box_rad = _room(mid, need_box and has_mid), _room(mid, need_box)
+    of_weight = _room(weight, need_weight)
+    _module().linear_backward_adjoint(
+        mid.element_size(), many, *mid.shape, weight.shape[1], mid.data_ptr(), rad.data_ptr(), weight.data_ptr(),
+        *_addresses(state, mid_grad, rad_grad, box_mid, box_rad, of_weight), False,
+    )  # fmt: skip
+    return box_mid, box_rad, of_weight
+
+
+def _few_or_several(mid: Tensor, rad: Tensor, weight: Tensor, dim: int) -> bool | None:
+    """Which kernel takes the derivative of a linear layer, that for several boxes (True) or for few; None: neither.
+
+    That of the backward pass beside a library's products, [256, 784], float32, two threads with AVX-512, in us: 1 box
+    49 against 128, 8 boxes 109 and 275, 32 boxes 295 and 447, 64 boxes 542 and 609; [256, 4096] 32 boxes 1819 and 1871,
+    64 boxes 3046 and 2937.
+    """
+    if few(mid, rad, weight, dim):
+        return False
+    return True if weight.is_contiguous() and _several(mid, rad, weight, dim) else None
+
+
+def _gradients(
+    mid_grad: Tensor | None, rad_grad: Tensor, shape: tuple[int, int], mid: Tensor
+) -> tuple[Tensor | None, Tensor]:
+    for grad in (mid_grad, rad_grad):
+        if grad is not None and (grad.shape != shape or grad.dtype is not mid.dtype or not grad.is_cpu):
+            raise ValueError(f"The gradient of a {mid.dtype} box {list(shape)} on the CPU cannot be {_describe(grad)}.")
+    return None if mid_grad is None else mid_grad.contiguous(), rad_grad.contiguous()
+
+
+def _room(like: Tensor, needed: bool) -> Tensor | None:
+    return _contiguous(like.shape, like.dtype) if needed else None
+
+
+def _contiguous(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    strides = [1]
+    for size in shape[:0:-1]:
+        strides.insert(0, strides[0] * size)
+    return _empty(math.prod(shape), shape, strides, dtype)
+
+
+def _addresses(*tensors: Tensor | None) -> list[int]:
+    return [0 if t is None else t.data_ptr() for t in tensors]
+
+
 # Up to so many boxes, reading the weight once beats a library's matrix products, which need |W| in memory. For a weight
 # [256, 784], forward and backward, float32, one thread with AVX-512, in us: 1 box 23 and 15 against 102 and 81, 4 boxes
 # 54 and 35 against 133 and 107, 8 boxes 97 and 56 against 142 and 102.
@@ -214,7 +311,7 @@ def _are_boxes(mid: Tensor, rad: Tensor, weight: Tensor, dim: int) -> bool:
 
 
 class Chain:
-    """Several linear layers and backward passes on a few boxes as one call, for programs that need no gradients.
+    """Several linear layers and backward passes on a few boxes as one call, and their derivative as another.
 
     Between two calls Python takes as long as the kernel of a small layer. ``steps`` name values by number; ``values``
     has the shape and dtype of each, first of the ``given`` ones that a call passes; ``taken`` are those that it
@@ -222,38 +319,89 @@ class Chain:
     """
 
     def __init__(self, steps: list[Step], values: list[Kind], given: int, taken: list[int]) -> None:
-        self._given, self._taken = values[:given], [(number, *values[number]) for number in taken]
+        self._kinds, self._given, self._taken = values, values[:given], taken
         self._blank = [0] * (len(values) - given)
         dtype = values[steps[0].mid][1]
         rows = []
         for step in steps:
             (batch, n), (_, m) = values[step.mid][0], values[step.out_mid][0]
-            numbers = (-1 if number is None else number for number in step[1:])
-            rows.append((step.backward, batch, n, m, *numbers))
-        bytes_of = [0] * given + [math.prod(shape) * dtype.itemsize for shape, dtype in values[given:]]
-        self._run = _module().Chain(dtype.itemsize, rows, bytes_of).run
+            numbers = (-1 if number is None else number for number in step[2:])
+            rows.append((step.backward, step.differentiable, batch, n, m, *numbers))
+        self._places, self._size = [0] * given, 0
+        for shape, kept_dtype in values[given:]:
+            self._places.append(self._size)
+            self._size += (math.prod(shape) * kept_dtype.itemsize + 63) // 64 * 64
+        self._chain = _module().Chain(dtype.itemsize, rows, self._places, self._size, given)
 
-    def __call__(self, *tensors: Tensor) -> list[Tensor] | None:
-        """The values that are taken; None if a tensor is not what the kernels read."""
+    def addresses(self, tensors: Sequence[Tensor]) -> list[int] | None:
+        """Where the given values lie; None if one is not what the kernels read."""
         addresses = []
         for t, (shape, dtype) in zip(tensors, self._given, strict=True):
             if t.shape != shape or t.dtype is not dtype or not t.is_cpu or not t.is_contiguous():
                 return None
             addresses.append(t.data_ptr())
-        addresses += self._blank
+        return addresses
+
+    def run(self, given: list[int]) -> list[Tensor]:
+        """The values that are taken."""
+        addresses = given + self._blank
+        results = self._results(addresses)
+        self._chain.run(addresses, 0)
+        return results
+
+    def run_and_keep(self, given: list[int]) -> tuple[list[Tensor], Tensor]:
+        """The values that are taken, and a block of memory that holds the others, for the derivative."""
+        addresses = given + self._blank
+        results = self._results(addresses)
+        block = torch.empty(self._size, dtype=torch.uint8, device=_CPU)
+        self._chain.run(addresses, block.data_ptr())
+        return results, block
+
+    def _results(self, addresses: list[int]) -> list[Tensor]:
         results = []
-        for number, shape, dtype in self._taken:
+        for number in self._taken:
+            shape, dtype = self._kinds[number]
             result = torch.empty(shape, dtype=dtype, device=_CPU)
             addresses[number] = result.data_ptr()
             results.append(result)
-        self._run(addresses)
         return results
+
+    def kept(self, block: Tensor, number: int) -> Tensor:
+        """A value that is in the block."""
+        shape, dtype = self._kinds[number]
+        start = self._places[number]
+        return block[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+
+    def adjoint(
+        self, known: dict[int, Tensor], block: Tensor, grads: Sequence[Tensor | None], needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """The gradients of the given values that are needed, from those of the values that are taken; None is zero.
+
+        ``known``: what the differentiable steps read, of values that are given or taken.
+        """
+        count = len(self._kinds)
+        addresses, given_grads, wanted = [0] * count, [0] * count, [0] * len(self._given)
+        for number, t in known.items():
+            addresses[number] = t.data_ptr()
+        dense = [None if grad is None else grad.contiguous() for grad in grads]
+        for number, grad in zip(self._taken, dense, strict=True):
+            if grad is not None:
+                given_grads[number] = grad.data_ptr()
+        found: list[Tensor | None] = [None] * len(needs)
+        for number, needed in enumerate(needs):
+            if needed:
+                shape, dtype = self._kinds[number]
+                found[number] = gradient = _contiguous(shape, dtype)
+                wanted[number] = gradient.data_ptr()
+        written = self._chain.adjoint(addresses, block.data_ptr(), given_grads, wanted)
+        return [gradient if is_written else None for gradient, is_written in zip(found, written, strict=True)]
 
 
 class Step(NamedTuple):
-    """One operator of a chain. All but the first are numbers of values; ``third`` is a bias, or the state of ReLU′."""
+    """One operator of a chain. All but the first two are numbers of values; ``third`` is a bias, or ReLU′'s state."""
 
     backward: bool
+    differentiable: bool
     mid: int
     rad: int
     weight: int
@@ -261,6 +409,9 @@ class Step(NamedTuple):
     out_mid: int
     out_rad: int
     state: int | None
+
+    def reads(self) -> list[int]:
+        return [number for number in (self.mid, self.rad, self.weight, self.third) if number is not None]
 
 
 Kind = tuple[tuple[int, ...], torch.dtype]

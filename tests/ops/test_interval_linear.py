@@ -1,5 +1,7 @@
 """interval_linear and its backward-data operator, alone and with ReLU fused."""
 
+import itertools
+
 import pytest
 import torch
 from torch.library import opcheck
@@ -115,6 +117,90 @@ TILES = [(FEW + 1, 16, 16), (13, 33, 50), (SEVERAL, 64, 32), (17, 1200, 48), (30
 def test_tiles_multiply_several_boxes(sizes, dtype, tiles):
     """The same by packed panels, which take a weight with any strides."""
     check_products(*problem(*sizes, dtype=dtype), lambda weight: weight.t().clone().t())
+
+
+def check_derivatives(sizes, dtype, relu, mid_given):
+    """Each gradient is a sum of products of gated boxes; a gate rounds each end once."""
+    mid, rad, weight, _, grad, state = problem(*sizes, dtype=dtype)
+    weight[0, 0] = 0.0
+    batch, inputs, outputs = sizes
+    bits = state if relu else None
+
+    def check(found, expected, sizes, terms):
+        for a, e, size in zip(found, expected, sizes, strict=True):
+            assert_sums_agree(a, e, size, terms + 4)
+
+    w, m, r, *g = (t.double() for t in (weight, mid, rad, *grad))
+    sign, magnitude = w.sign(), w.abs()
+    g[0] = g[0] * mid_given
+    reach = g[0].abs() + g[1]
+    found = native.interval_linear_adjoint(grad[0] if mid_given else None, grad[1], mid, rad, weight, bits, *[True] * 3)
+    if not (mid_given or relu):
+        assert found[0] is found[3] is None
+    of_mid, of_rad = reference.interval_gate(*g, state) if relu else g
+    check(
+        [torch.zeros_like(e) if f is None else f for f, e in zip(found, (mid, rad, weight, weight[:, 0]), strict=True)],
+        (of_mid @ w, of_rad @ magnitude, of_mid.t() @ m + sign * (of_rad.t() @ r), of_mid.sum(0)),
+        (reach @ magnitude, reach @ magnitude, reach.t() @ (m.abs() + r), reach.sum(0)),
+        max(batch, outputs),
+    )
+    # The transposed layer: (mid, rad) are the gradients of its results, `grad` is the box.
+    found = native.interval_linear_backward_adjoint(mid if mid_given else None, rad, *grad, weight, bits, *[True] * 2)
+    m, g[0] = m * mid_given, grad[0].double()
+    box_mid, box_rad, gate = reference.interval_relu_backward(*g, state) if relu else (*g, None)
+    back = m @ w.t(), r @ magnitude.t()
+    back = reference.interval_gate(*back, gate) if relu else back
+    reach, spread = (m.abs() + r) @ magnitude.t(), (g[0].abs() + g[1]).t() @ (m.abs() + r)
+    check(
+        [torch.zeros_like(e) if f is None else f for f, e in zip(found, (*grad, weight), strict=True)],
+        (*back, box_mid.t() @ m + sign * (box_rad.t() @ r)),
+        (reach, reach, spread),
+        max(batch, inputs),
+    )
+
+
+@needs_native
+@pytest.mark.parametrize("mid_given", [True, False])
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1), (1, 33, 31), (2, 64, 16), (3, 7, 9), (8, 130, 5), (0, 4, 3), (1, 784, 513)]
+)
+def test_native_differentiates_few_boxes(sizes, dtype, relu, mid_given):
+    for name in LEVELS:
+        with level(name):
+            check_derivatives(sizes, dtype, relu, mid_given)
+
+
+@needs_native
+@pytest.mark.parametrize("mid_given", [True, False])
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [(9, 16, 16), (13, 33, 50), (64, 70, 37), (17, 1200, 48)])
+def test_tiles_differentiate_several_boxes(sizes, dtype, relu, mid_given, tiles):
+    check_derivatives(sizes, dtype, relu, mid_given)
+
+
+@pytest.mark.parametrize("batch", [2, FEW + 1])
+def test_only_the_gradients_that_are_asked_for(backend, batch):
+    """Whichever arguments are differentiated in, their gradients are the same; in float64, up to the order of sums."""
+    mid, rad, weight, bias, grad, state = problem(batch, 20, 18)
+    calls = {
+        lambda *a: ops.interval_linear(*a, True)[:2]: ((mid, rad, weight, bias), grad),
+        lambda *a: ops.interval_linear_backward(*a, state): ((*grad, weight), (mid, rad)),
+    }
+    for function, (inputs, given) in calls.items():
+        every = leaves(*inputs)
+        expected = torch.autograd.grad(function(*every), every, given)
+        for chosen in itertools.product([True, False], repeat=len(inputs)):
+            if not any(chosen):
+                continue
+            some = [t.detach().requires_grad_(is_chosen) for t, is_chosen in zip(inputs, chosen, strict=True)]
+            wanted = [t for t in some if t.requires_grad]
+            found = iter(torch.autograd.grad(function(*some), wanted, given, create_graph=chosen[0]))
+            for e, is_chosen in zip(expected, chosen, strict=True):
+                if is_chosen:
+                    torch.testing.assert_close(next(found), e, rtol=1e-12, atol=1e-12)
 
 
 @needs_native

@@ -55,8 +55,13 @@ struct Stages {
     void (*magnitude)(std::int64_t n, const T* weight, T least, T* out);
     // a + sign(weight)·b, the two parts of a weight's gradient. `a` may be null, for zeros.
     void (*signed_sum)(std::int64_t n, const T* a, const T* b, const T* weight, T* out);
+    // The whole gradient in a weight [m, n], gradᵀ·mid + sign(weight) ⊙ (grad_radᵀ·rad): of gradients [batch, m] and
+    // boxes [batch, n], all contiguous, `out` apart from the rest. A product with a factor that is null is left out.
+    // `add`: to what `out` holds.
+    void (*linear_weight)(std::int64_t batch, std::int64_t m, std::int64_t n, const T* grad_mid, const T* grad_rad,
+                          const T* mid, const T* rad, const T* weight, T* out, bool add);
     // A few boxes through x ↦ x·Wᵀ + bias and g ↦ g·W; weight is [m, n]. All contiguous, outputs apart from inputs.
-    // `bias` may be null.
+    // `bias` may be null; so may `mid`, and with it `out_mid`, for zeros that nobody needs.
     void (*linear)(std::int64_t batch, std::int64_t n, std::int64_t m, const T* mid, const T* rad, const T* weight,
                    const T* bias, T* out_mid, T* out_rad);
     void (*linear_backward)(std::int64_t batch, std::int64_t m, std::int64_t n, const T* mid, const T* rad,
@@ -64,7 +69,7 @@ struct Stages {
     // Any number of boxes, and a weight with any strides; ReLU after the bias, if there is somewhere to write its
     // state, and ReLU' first, if there is a state of it. Either needs a multiple of 16 outputs, m, and registers of 8
     // elements.
-    // `outward` is as in the convolutions.
+    // `outward` is as in the convolutions. Without it `mid` may be null, and with it `out_mid`; there is no state then.
     bool (*linear_many)(std::int64_t batch, std::int64_t n, std::int64_t m, const Outward<T>* outward, const T* mid,
                         const T* rad, const T* weight, std::int64_t row_stride, std::int64_t column_stride,
                         const T* bias, T* out_mid, T* out_rad, std::uint8_t* state);
@@ -104,6 +109,8 @@ struct Stages {
     template <class T>                                  \
     void set_interval_linear(Stages<T>& stages);        \
     template <class T>                                  \
+    void set_interval_linear_weight(Stages<T>& stages); \
+    template <class T>                                  \
     void set_interval_conv2d(Stages<T>& stages);        \
     template <class T>                                  \
     void set_interval_conv2d_weight(Stages<T>& stages); \
@@ -120,6 +127,7 @@ struct Stages {
         Stages<T> table{};                              \
         set_interval_relu(table);                       \
         set_interval_linear(table);                     \
+        set_interval_linear_weight(table);              \
         set_interval_conv2d(table);                     \
         set_interval_conv2d_weight(table);              \
         set_interval_scale_shift(table);                \
