@@ -371,8 +371,8 @@ def _check_mode(module: nn.Module, name: str) -> None:
         raise CaptureError(f"{where} is in training mode: its output is random. {_MEND_MODE}.")
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
         raise CaptureError(
-            f"{where} would normalise with the statistics of the batch, which mixes the samples. {_MEND_MODE} (and keep "
-            "track_running_stats=True)."
+            f"{where} would normalise with the statistics of the batch, which mixes the samples. {_MEND_MODE} "
+            "(and keep track_running_stats=True)."
         )
 
 

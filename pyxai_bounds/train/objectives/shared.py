@@ -9,13 +9,12 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from pyxai_bounds.interval import Interval
+from pyxai_bounds.interval import Clip, Interval
 from pyxai_bounds.parameters import parameter_box
 from pyxai_bounds.program import BoundFunction, bound
 from pyxai_bounds.watch import modules_of
 
 Reduction = Literal["mean", "sum"]
-Clip = tuple[float, float] | None
 
 
 @contextlib.contextmanager
