@@ -362,14 +362,17 @@ def _layer(frame: Any) -> str:
     return f" (in {type(module).__name__}({module.extra_repr()}))"
 
 
+_MEND_MODE = "Call model.eval() before bounding, or, in a training loop, bound inside `with xb.train.deployed(model):`"
+
+
 def _check_mode(module: nn.Module, name: str) -> None:
     where = f"{type(module).__name__} '{name}'" if name else type(module).__name__
     if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
-        raise CaptureError(f"{where} is in training mode: its output is random. Call model.eval() before bounding.")
+        raise CaptureError(f"{where} is in training mode: its output is random. {_MEND_MODE}.")
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
         raise CaptureError(
-            f"{where} would normalise with the statistics of the batch, which mixes the samples. Call model.eval() "
-            "before bounding (and keep track_running_stats=True)."
+            f"{where} would normalise with the statistics of the batch, which mixes the samples. {_MEND_MODE} "
+            "(and keep track_running_stats=True)."
         )
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from pyxai_bounds import rounding
 
+Clip = tuple[float, float] | tuple[Tensor, Tensor] | None
+
 
 class Interval:
     """The set of all tensors t with ``lower <= t <= upper``, elementwise.
@@ -64,12 +66,13 @@ class Interval:
         return cls.of(x, torch.zeros_like(x))
 
     @classmethod
-    def linf(cls, x: Tensor, eps: float | Tensor, clip: tuple[float, float] | None = None) -> Interval:
+    def linf(cls, x: Tensor, eps: float | Tensor, clip: Clip = None) -> Interval:
         """All tensors within ``eps`` of ``x`` in every component, and inside ``clip`` if given.
 
         Shapes: x [B, ...]; eps a float, or a tensor that broadcasts to x (one radius per sample:
-        shape [B, 1, ...]); clip (low, high) in the units of x. A float eps that the dtype cannot
-        represent is rounded up, so the box never shrinks.
+        shape [B, 1, ...]; one per feature: [D]); clip (low, high) in the units of x, two numbers, or two tensors
+        that broadcast to a sample, x.shape[1:]. A float eps that the dtype cannot represent is rounded up, so the box
+        never shrinks.
         Raises ValueError if eps is negative, NaN or infinite, or if x leaves ``clip``.
         """
         _check_floating("x", x)
@@ -77,12 +80,13 @@ class Interval:
         rad = _radius(x, eps)
         if clip is None:
             return cls.of(x, rad)
-        low, high = _ends(clip)
+        low, high = _ends(clip, x)
         outside = (x < low) | (x > high)
         if outside.any():
             index = tuple(outside.nonzero()[0].tolist())
+            limits = "its limits in clip" if isinstance(low, Tensor) else f"clip=({low}, {high})"
             raise ValueError(
-                f"Interval.linf: x lies outside clip=({low}, {high}) at {int(outside.sum())} elements, first at "
+                f"Interval.linf: x lies outside {limits} at {int(outside.sum())} elements, first at "
                 f"index {index}: {x[index].item()}. Scale the data into the range, or pass the range it has."
             )
         lower, upper = rounding.add_down(x, -rad), rounding.add_up(x, rad)
@@ -164,16 +168,36 @@ def _mid_rad(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
     return mid, rad
 
 
-def _ends(clip: tuple[float, float]) -> tuple[float, float]:
+def _ends(clip: tuple[Any, Any], x: Tensor) -> tuple[float, float] | tuple[Tensor, Tensor]:
+    if isinstance(clip, tuple) and len(clip) == 2 and all(isinstance(end, Tensor) and end.dim() for end in clip):
+        return _ends_of_features(clip[0], clip[1], x)
     try:
         low, high = (float(end) for end in clip)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(
-            f"Interval.linf: clip must be two numbers (low, high), the same for every element, got {clip!r}. A side "
-            "without a limit is -math.inf or math.inf; for limits of their own use xb.Interval(lower, upper)."
+            f"Interval.linf: clip must be two numbers (low, high), the same for every element, or two tensors that "
+            f"broadcast to a sample, got {clip!r}. A side without a limit is -math.inf or math.inf; for other sets use "
+            "xb.Interval(lower, upper)."
         ) from None
     if not low < high:
         raise ValueError(f"Interval.linf: clip=({low}, {high}) is empty; give (low, high) with low < high.")
+    return low, high
+
+
+def _ends_of_features(low: Tensor, high: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Limits of each feature's own; low = high holds a feature fixed."""
+    if low.device != x.device or high.device != x.device:
+        raise ValueError(f"Interval.linf: clip is on {low.device}, {high.device} but x on {x.device}; move it there.")
+    try:
+        torch.broadcast_to(low, x.shape[1:]), torch.broadcast_to(high, x.shape[1:])
+    except RuntimeError:
+        raise ValueError(
+            f"Interval.linf: limits of shapes {tuple(low.shape)} and {tuple(high.shape)} in clip do not broadcast to a "
+            f"sample of x, {tuple(x.shape[1:])}."
+        ) from None
+    low, high = low.to(x.dtype), high.to(x.dtype)
+    if not (low <= high).all():
+        raise ValueError("Interval.linf: clip=(low, high) is empty for some features; give low ≤ high.")
     return low, high
 
 
@@ -199,7 +223,9 @@ def _radius(x: Tensor, eps: float | Tensor) -> Tensor:
                 f"{tuple(x.shape)}; for one radius per sample give it shape [B, 1, ...]."
             ) from None
     if not isinstance(eps, (int, float)):
-        raise TypeError(f"Interval.linf: eps must be a number or a tensor, got {type(eps).__name__}.")
+        raise TypeError(
+            f"Interval.linf: eps must be a number or a tensor, got {type(eps).__name__}; torch.as_tensor converts it."
+        )
     value = float(eps)
     if not 0 <= value < float("inf"):
         raise ValueError(f"Interval.linf: eps must be finite and ≥ 0, got {value}.")
@@ -208,7 +234,10 @@ def _radius(x: Tensor, eps: float | Tensor) -> Tensor:
 
 def _check_floating(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"Interval: {name} must be a tensor, got {type(value).__name__}.")
+        raise TypeError(
+            f"Interval: {name} must be a tensor, got {type(value).__name__}; torch.as_tensor(…, dtype=torch.float32) "
+            "converts it."
+        )
     if not value.is_floating_point():
         raise TypeError(f"Interval: {name} must have a floating dtype, got {value.dtype}; convert with .float().")
 

@@ -111,6 +111,14 @@ def _neighbours(value: Any) -> Iterable[Any]:
     return [other for _, other in _referents(value)]
 
 
+def modules_of(fn: Any) -> list[nn.Module]:
+    """A module and all that it holds, or all modules that a function refers to."""
+    if isinstance(fn, nn.Module):
+        return list(fn.modules())
+    found = (module for value in _in_reach(fn) if isinstance(value, nn.Module) for module in value.modules())
+    return list(dict.fromkeys(found))
+
+
 def tensors_of(fn: Any) -> Iterator[Tensor]:
     """The parameters and buffers of all modules that a function refers to."""
     for value in _in_reach(fn):

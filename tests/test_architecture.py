@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pyxai_bounds"
@@ -83,6 +84,18 @@ def test_the_readmes_examples_run() -> None:
     for block in blocks:
         exec(compile(block, "README.md", "exec"), session)
     assert session["bounds"].shape == session["x"].shape
+
+
+@pytest.mark.parametrize("name", ["own-loop", "tables"])
+def test_the_examples_of_the_guides_run(name: str) -> None:
+    threads, session = torch.get_num_threads(), {}
+    torch.set_num_threads(1)  # networks this small lose more to waking threads than they gain
+    try:
+        for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{name}.md").read_text(), flags=re.S):
+            exec(compile(block, f"docs/{name}.md", "exec"), session)
+    finally:
+        torch.set_num_threads(threads)
+    assert session["certificate"].fraction > 0.2
 
 
 def test_importing_the_package_is_cheap() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyxai_bounds.attack.search import Attack, Search, search
 from pyxai_bounds.certify.properties import Property, kept
-from pyxai_bounds.interval import Interval
+from pyxai_bounds.interval import Clip, Interval
 
 
 def pgd(
@@ -19,7 +19,7 @@ def pgd(
     *,
     eps: float | Tensor,
     property: Property,
-    clip: tuple[float, float] | None = None,
+    clip: Clip = None,
     steps: int = 20,
     restarts: int = 1,
     seed: int = 0,

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from pyxai_bounds.attack.surrogate import smooth
 from pyxai_bounds.certify.certificate import evaluate, usual
-from pyxai_bounds.interval import Interval
+from pyxai_bounds.interval import Clip, Interval
 from pyxai_bounds.rounding import add_down, add_up
 
 Model = Callable[[Tensor], Tensor]
@@ -84,7 +84,7 @@ def search(
     target: Tensor | None,
     *,
     eps: float | Tensor,
-    clip: tuple[float, float] | None,
+    clip: Clip,
     guide: Callable[[slice], Guide],
     judge: Callable[[slice], Judge],
     broken: Callable[[Tensor], Tensor],
@@ -125,7 +125,7 @@ class _Walk:
         x: Tensor,
         targets: tuple[Tensor, ...],
         box: Interval,
-        clip: tuple[float, float] | None,
+        clip: Clip,
         guide: Guide,
         judge: Judge,
         model: Model | None,
@@ -138,7 +138,7 @@ class _Walk:
         # Rounded towards the middle: what is found must lie in the very box that the certificate is about.
         self.lower, self.upper = add_up(box.mid, -box.rad), add_down(box.mid, box.rad)
         if clip is not None:
-            self.lower, self.upper = self.lower.clamp(*clip), self.upper.clamp(*clip)
+            self.lower, self.upper = (end.clamp(min=clip[0]).clamp(max=clip[1]) for end in (self.lower, self.upper))
         self.nominal = evaluate(fn, x, *targets)
         self.labels = self._logits(x).argmax(1) if self.model is not None else None
         if how.move != "random":

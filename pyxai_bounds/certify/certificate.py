@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyxai_bounds.certify.pieces import Pieces
 from pyxai_bounds.certify.properties import Property, flat, kept
-from pyxai_bounds.interval import Interval
+from pyxai_bounds.interval import Clip, Interval
 from pyxai_bounds.parameters import ParameterBox
 from pyxai_bounds.program import BoundFunction, bound
 from pyxai_bounds.rounding import without_autocast
@@ -42,7 +42,9 @@ class Certificate:
 
     def __repr__(self) -> str:
         count = f"{int(self.holds.sum())} of {len(self.holds)}"
-        return f"Certificate(holds for {count}, rounding={self.rounding!r})"
+        endless = int((~flat(self.bounds.isfinite()).all(1)).sum()) if len(self.holds) else 0
+        without = f", {endless} have no finite bounds" if endless else ""
+        return f"Certificate(holds for {count}{without}, rounding={self.rounding!r})"
 
 
 def certify(
@@ -52,7 +54,7 @@ def certify(
     *,
     eps: float | Tensor,
     property: Property,
-    clip: tuple[float, float] | None = None,
+    clip: Clip = None,
     parameters: ParameterBox | None = None,
     sound: bool = True,
     product: Product = "rump",
@@ -63,7 +65,8 @@ def certify(
 
     With ``parameters`` it must hold for every network in that box, too, and ``product`` is as in :func:`bound`.
 
-    Shapes: x [B, ...]; target integer [B], or None to call ``fn(x)``; eps a float, or a tensor that broadcasts to x.
+    Shapes: x [B, ...]; target integer [B], or None to call ``fn(x)``; eps a float, or a tensor that broadcasts to x
+    (one radius per feature: [D]); clip two numbers, or two tensors that broadcast to a sample.
     Each sample must be explained independently of the others: large batches are run in pieces of equal size, of at
     most ``batch_size`` samples if that is given, else so that a piece's bounds take at most ``memory_budget`` bytes
     (default: :func:`~pyxai_bounds.certify.pieces.default_budget`). A sample that takes more is a piece of its own.
@@ -84,7 +87,8 @@ def certified_radius(
     property: Property,
     max_eps: float,
     tol: float = 1e-4,
-    clip: tuple[float, float] | None = None,
+    unit: Tensor | None = None,
+    clip: Clip = None,
     parameters: ParameterBox | None = None,
     sound: bool = True,
     product: Product = "rump",
@@ -93,27 +97,39 @@ def certified_radius(
 ) -> Tensor:
     """For each sample a radius in [0, max_eps] at which ``certify`` holds, within ``tol`` of the largest such: [B].
 
+    ``unit``, a tensor that broadcasts to x, gives features radii of their own: at radius r the box is eps = r · unit.
+    With the standard deviations of the features as the unit, r counts these; a feature whose unit is 0 does not move.
     Bisection, on all samples at once; bounds grow with the box, so a property that fails at a radius fails beyond it.
     0 where nothing was certified. The arguments are those of :func:`certify`.
     Raises ValueError unless 0 < tol and 0 < max_eps.
     """
     for name, value in (("max_eps", max_eps), ("tol", tol)):
         if not isinstance(value, (int, float)):
-            raise TypeError(f"certified_radius: {name} must be a number, got {type(value).__name__}.")
+            raise TypeError(
+                f"certified_radius: {name} must be a number, got {type(value).__name__}; radii of the features' own "
+                "are multiples of unit=…, a tensor that broadcasts to x."
+            )
     if not (0 < max_eps < math.inf and tol > 0):
         raise ValueError(f"certified_radius needs 0 < max_eps < ∞ and tol > 0, got max_eps={max_eps}, tol={tol}.")
     check = _Check(fn, x, target, property, clip, parameters, sound, product, Pieces(batch_size, memory_budget))
     per_sample = [-1] + [1] * (x.dim() - 1)
-    holds = check.at(max_eps).holds
+    holds = check.at(max_eps if unit is None else _multiple(max_eps, unit)).holds
     unknown = torch.full((len(x),), max_eps, dtype=x.dtype, device=x.device)
     safe = torch.where(holds, unknown, torch.zeros_like(unknown))
     while len(x) and (unknown - safe).max() > tol:
         middle = (safe + unknown) / 2
         if not ((middle > safe) & (middle < unknown)).any():
             break  # neighbours in floating point
-        holds = check.at(middle.reshape(per_sample)).holds
+        eps = middle.reshape(per_sample)
+        holds = check.at(eps if unit is None else _multiple(eps, unit)).holds
         safe, unknown = torch.where(holds, middle, safe), torch.where(holds, unknown, middle)
     return safe
+
+
+def _multiple(radius: float | Tensor, unit: Tensor) -> Tensor:
+    """radius · unit in float64, rounded up; 0 stays 0."""
+    product = torch.as_tensor(radius, dtype=torch.float64, device=unit.device) * unit.double()
+    return torch.where(unit == 0, product, product.nextafter(torch.full_like(product, torch.inf)))
 
 
 class _Check:
@@ -125,7 +141,7 @@ class _Check:
         x: Tensor,
         target: Tensor | None,
         property: Property,
-        clip: tuple[float, float] | None,
+        clip: Clip,
         parameters: ParameterBox | None,
         sound: bool,
         product: Product,
@@ -133,11 +149,21 @@ class _Check:
     ) -> None:
         if not isinstance(x, Tensor) or not x.is_floating_point():
             kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"x must be a floating tensor [B, ...], got {kind}.")
+            raise TypeError(
+                f"x must be a floating tensor [B, ...], got {kind}; torch.as_tensor or .float() converts it."
+            )
         if target is not None and not isinstance(target, Tensor):
-            raise TypeError(f"target must be an integer tensor [B] or None, got {type(target).__name__}.")
+            mend = "for one class for all torch.full((len(x),), c)" if isinstance(target, int) else "torch.as_tensor"
+            raise TypeError(
+                f"target must be an integer tensor [B] or None, got {type(target).__name__}; {mend} makes one."
+            )
         if not hasattr(property, "margin") or isinstance(property, type):
             raise TypeError(f"property must be one such as TopK(5), got {property!r}.")
+        if target is not None and target.dim() == 0:
+            raise ValueError(
+                f"target is a single class, of shape [], and x has shape {list(x.shape)}. A batch comes first: for one "
+                "sample pass x.unsqueeze(0) and target.reshape(1)."
+            )
         if target is not None and target.shape[:1] != x.shape[:1]:
             raise ValueError(
                 f"x has {len(x)} samples, but target has shape {list(target.shape)}; it must be [{len(x)}]."

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from pyxai_bounds import explain
 from pyxai_bounds.certify.properties import TopK, flat, rounding_loss
-from pyxai_bounds.interval import Interval
+from pyxai_bounds.interval import Clip, Interval
 from pyxai_bounds.program import BoundFunction, bound
 
 # --- two explanations of each sample ---------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def ig_norm_bound(
     x: Tensor,
     y: Tensor,
     eps: float | Tensor,
-    clip: tuple[float, float] | None = None,
+    clip: Clip = None,
     *,
     bounds: BoundFunction | None = None,
     sound: bool = False,
@@ -207,7 +207,7 @@ def certified_accuracy(
     x: Tensor,
     y: Tensor,
     eps: float,
-    clip: tuple[float, float] | None = None,
+    clip: Clip = None,
     batch_size: int = 256,
     sound: bool = True,
 ) -> float:
@@ -237,7 +237,7 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 256) -> f
 
 @torch.no_grad()
 def unstable_relu_fraction(
-    model: nn.Module, x: Tensor, eps: float, clip: tuple[float, float] | None = None, batch_size: int = 256
+    model: nn.Module, x: Tensor, eps: float, clip: Clip = None, batch_size: int = 256
 ) -> float | None:
     """The share of ReLUs, over all samples, whose input may have either sign in the box: l ≤ 0 < u.
 

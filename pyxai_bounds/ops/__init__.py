@@ -801,9 +801,10 @@ def _check_target(target: Tensor, classes: int) -> Tensor:
     if not fits:
         wrong = (target < 0) | (target >= classes)
         index = int(wrong.nonzero()[0])
+        single = "; for a model with one output pass target=None" if classes == 1 else ""
         raise ValueError(
             f"target[{index}] = {int(target[index])} is out of range: the model has {classes} outputs, so targets "
-            f"must lie in 0 … {classes - 1} ({int(wrong.sum())} of {target.numel()} do not)."
+            f"must lie in 0 … {classes - 1} ({int(wrong.sum())} of {target.numel()} do not){single}."
         )
     return target.clone()  # an operator may not return its argument
 

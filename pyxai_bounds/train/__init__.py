@@ -3,6 +3,7 @@
 from pyxai_bounds.train.checkpoint import load, read_description, save
 from pyxai_bounds.train.loop import Progress, TrainingDivergedError, fit, run
 from pyxai_bounds.train.objectives import explanation_width, natural, rec
+from pyxai_bounds.train.objectives.shared import deployed
 from pyxai_bounds.train.recipe import Options, Recipe
 from pyxai_bounds.train.schedules import linear_ramp
 
@@ -11,6 +12,7 @@ __all__ = [
     "Progress",
     "Recipe",
     "TrainingDivergedError",
+    "deployed",
     "explanation_width",
     "fit",
     "linear_ramp",

@@ -153,3 +153,27 @@ def test_what_certify_cannot_call_or_count() -> None:
     for make in (xb.TopK, xb.Sign):
         with pytest.raises(TypeError, match="k must be a whole number"):
             make(2.5)
+
+
+def test_limits_and_units_of_each_feature() -> None:
+    """clip and unit as tensors: the box is what they say, and a feature whose unit is 0 stays a point."""
+    model = mlp()
+    fn, unit = xb.explain.gradient(model), torch.rand(X.shape[1], dtype=X.dtype)
+    unit[0] = 0
+    low, high = X.amin(0), X.amax(0)
+    box = xb.Interval.linf(X, 0.3 * unit, (low, high))
+    assert (box.rad[:, 0] == 0).all() and (box.rad[:, 1:].amax(0) > 0).all()
+    corners = (X - 0.3 * unit).maximum(low), (X + 0.3 * unit).minimum(high)
+    assert all(box.contains(corner).all() for corner in corners)
+    assert torch.allclose(box.width, corners[1] - corners[0], atol=1e-6)
+    radius = xb.certified_radius(fn, X, TARGET, property=xb.TopK(2), max_eps=1.0, tol=1e-3, unit=unit)
+    scaled = xb.certify(fn, X, TARGET, property=xb.TopK(2), eps=radius[:, None] * unit * (1 - 1e-6))
+    assert ((radius > 0) & (radius < 1)).any() and scaled.holds[radius > 0].all()
+    with pytest.raises(ValueError, match="do not broadcast to a sample"):
+        xb.Interval.linf(X, 0.1, (low[:-1], high[:-1]))
+    with pytest.raises(ValueError, match="is empty for some features"):
+        xb.Interval.linf(X, 0.1, (high, low))
+    with pytest.raises(ValueError, match="outside its limits in clip"):
+        xb.Interval.linf(X + 1, 0.1, (low, high))
+    with pytest.raises(ValueError, match="A batch comes first"):
+        xb.certify(fn, X[0], TARGET[0], eps=0.1, property=xb.TopK(2))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyxai_bounds.train.objectives import OBJECTIVES, TERMS, by_name, natural, rec, weighted
+from pyxai_bounds.train.objectives import OBJECTIVES, TERMS, by_name, explanation_width, natural, rec, weighted
 from pyxai_bounds.train.objectives.shared import deployed
 from pyxai_bounds.train.transform import softplus
 from tests.networks import images
@@ -162,3 +162,10 @@ def test_softplus_replaces_every_relu_also_a_shared_one() -> None:
         softplus(model, 4.0)
     with pytest.raises(ValueError, match="beta=0"):
         softplus(model, 0)
+
+
+def test_a_function_around_a_module_in_training_mode_is_bounded_as_the_module() -> None:
+    model = network()
+    inside = explanation_width(model, X, Y, 0.05, (0.0, 1.0))
+    assert torch.equal(explanation_width(lambda x: model(x), X, Y, 0.05, (0.0, 1.0)), inside)
+    assert all(module.training for module in model.modules())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -39,10 +40,10 @@ def rec(
 
 
 def explanation_width(
-    model: nn.Module,
+    model: Callable[[Tensor], Tensor],
     x: Tensor,
-    y: Tensor,
-    eps: float,
+    y: Tensor | None,
+    eps: float | Tensor,
     clip: Clip = None,
     *,
     width: Width = "log",
@@ -50,6 +51,10 @@ def explanation_width(
     gamma: float = 0.0,
 ) -> Tensor:
     """How wide the gradient explanation's bound [v_L, v_U] is over the box around x: a scalar to minimise.
+
+    Shapes: x [B, ...] in ``clip`` if given; y [B] integer, or None for a model with one output; eps in the units of x,
+    a number or a tensor that broadcasts to x. ``model`` is a module in any mode, wrapped by DDP or ``torch.compile``
+    or not, or a function that calls one, such as ``lambda x: model(inputs_embeds=x).logits`` (with gamma > 0 a module).
 
     ``mean``      the mean of v_U − v_L over samples and features, as published
     ``l2``        the mean over samples of ‖v_U − v_L‖₂

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from pyxai_bounds.interval import Interval
+from pyxai_bounds.interval import Clip, Interval
 from pyxai_bounds.parameters import parameter_box
 from pyxai_bounds.program import BoundFunction, bound
+from pyxai_bounds.watch import modules_of
 
 Reduction = Literal["mean", "sum"]
-Clip = tuple[float, float] | None
 
 
 @contextlib.contextmanager
-def deployed(model: nn.Module) -> Iterator[None]:
+def deployed(model: Callable[..., Any]) -> Iterator[None]:
     """Inside, the model runs as it will be used: batch norm with its running statistics, no dropout.
 
     Explanations and bounds are those of the deployed network, whatever the mode that it trains in; and the steps of an
-    inner search must not move running statistics.
+    inner search must not move running statistics. ``model`` is a module, or a function: then all modules that it
+    refers to. Afterwards each is in the mode that it was in.
     """
-    training = [module for module in model.modules() if module.training]
+    training = [module for module in modules_of(model) if module.training]
     for module in training:
         module.training = False
     try:
@@ -34,13 +35,13 @@ def deployed(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def bounded(fn: Callable[..., Any], model: nn.Module, gamma: float = 0.0) -> BoundFunction:
+def bounded(fn: Callable[..., Any], model: Callable[..., Any], gamma: float = 0.0) -> BoundFunction:
     """``bound(fn)``, over all parameters of ``model`` within gamma·|θ| of what they are if gamma > 0."""
     if not 0 <= gamma < 1:
         raise ValueError(f"gamma={gamma} is the relative radius of the parameters: it must lie in [0, 1).")
     if gamma == 0:
         return bound(fn)
-    return bound(fn, parameters=parameter_box(model, relative=gamma))
+    return bound(fn, parameters=parameter_box(cast(nn.Module, model), relative=gamma))  # which refuses others
 
 
 def per_sample(t: Tensor) -> Tensor:
