@@ -26,10 +26,10 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pyxai_bounds.decompose import DECOMPOSED
 from pyxai_bounds.errors import CaptureError
 from pyxai_bounds.rounding import without_autocast
 from pyxai_bounds.watch import ModuleWatch, preserved
@@ -135,7 +135,7 @@ def source_of(node: fx.Node) -> str:
 
 def _trace(program: Callable, tensors: list[Tensor]) -> fx.GraphModule:
     # make_fx looks at the signature of what it is given; a lambda hides it.
-    tracer = make_fx(lambda *args: program(*args), _DECOMPOSED, tracing_mode="fake", _allow_non_fake_inputs=True)
+    tracer = make_fx(lambda *args: program(*args), DECOMPOSED, tracing_mode="fake", _allow_non_fake_inputs=True)
     with fx.traceback.preserve_node_meta():
         return tracer(*[t.clone() if t.is_inference() else t.detach() for t in tensors])
 
@@ -183,68 +183,16 @@ def _clean_modes() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_fused_layers() -> Iterator[None]:
-    """Attention and encoder layers in their parts: matrix products, softmax, norms, for which there are rules."""
+    """Attention, encoder and recurrent layers in their parts: matrix products, softmax, norms, for which there are
+    rules.
+    """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        with torch.backends.mkldnn.flags(enabled=False), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-
-
-def _lstm(
-    x: Tensor, w_input: Tensor, w_hidden: Tensor, b_input: Tensor, b_hidden: Tensor, h: Tensor, c: Tensor,
-    reverse: bool, batch_sizes: Any, mode: int, hidden_size: int, num_layers: int, has_biases: bool, *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The one layer that PyTorch gives to oneDNN, x [T, B, N], h and c [B, H], step by step."""
-    outputs = []
-    gates = F.linear(x, w_input, b_input if has_biases else None)
-    for gate in gates.flip(0) if reverse else gates:
-        i, f, g, o = (gate + F.linear(h, w_hidden, b_hidden if has_biases else None)).chunk(4, 1)
-        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        h = o.sigmoid() * c.tanh()
-        outputs.append(h)
-    return torch.stack(outputs[::-1] if reverse else outputs), h, c, x.new_empty(0)
-
-
-def _adaptive_max_pool2d(x: Tensor, size: list[int]) -> Any:
-    """Windows of equal size, as for global max pooling, are those of an ordinary pool."""
-    window = _equal_windows(x, size)
-    return NotImplemented if window is None else aten.max_pool2d_with_indices.default(x, window, window)
-
-
-def _adaptive_max_pool2d_backward(grad: Tensor, x: Tensor, indices: Tensor) -> Any:
-    window = _equal_windows(x, grad.shape[-2:])
-    if window is None:
-        return NotImplemented
-    return aten.max_pool2d_with_indices_backward.default(grad, x, window, window, [0, 0], [1, 1], False, indices)
-
-
-def _equal_windows(x: Tensor, size: Sequence[int]) -> list[int] | None:
-    if not all(size) or any(n % m for n, m in zip(x.shape[-2:], size, strict=True)):
-        return None
-    return [n // m for n, m in zip(x.shape[-2:], size, strict=True)]
-
-
-def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
-    """The parametrization's norm over all dimensions but one, in operators that have rules."""
-    norm = v.square().sum([i for i in range(v.dim()) if i != dim], keepdim=True).sqrt()
-    return v * (g / norm), norm
-
-
-def _vdot(a: Tensor, b: Tensor) -> Any:
-    """Spectral norm's."""
-    return NotImplemented if a.is_complex() else aten.dot.default(a, b)
-
-
-_DECOMPOSED: dict[torch._ops.OpOverload, Callable[..., Any]] = {
-    aten._weight_norm_interface.default: _weight_norm,
-    aten.vdot.default: _vdot,
-    aten.mkldnn_rnn_layer.default: _lstm,
-    aten.adaptive_max_pool2d.default: _adaptive_max_pool2d,
-    aten.adaptive_max_pool2d_backward.default: _adaptive_max_pool2d_backward,
-}
 
 
 class _Record(TorchDispatchMode):

@@ -33,7 +33,7 @@ from pyxai_bounds.recompute import checkpointed, direct
 from pyxai_bounds.rounding import Semantics
 from pyxai_bounds.rules import RULES, UnsupportedArgumentsError, facts
 from pyxai_bounds.rules.registry import (
-    NO_VALUE,
+    Indices,
     Product,
     Rule,
     Truth,
@@ -480,13 +480,13 @@ def _apply(rule: Rule, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     result = rule.function(*args, **kwargs)
     if moves:
         return result
-    given = next(x.dtype for x in leaves if isinstance(x, Interval) and x is not NO_VALUE)
+    given = next((x.dtype for x in leaves if isinstance(x, Interval) and not isinstance(x, Indices)), torch.float64)
     if isinstance(result, Truth):
         return narrow(result, given)
     results = list(result) if isinstance(result, (tuple, list)) else [result]
     values = node.meta["val"] if isinstance(result, (tuple, list)) else [node.meta["val"]]
     for i, (part, value) in enumerate(zip(results, values, strict=True)):
-        if isinstance(part, Interval) and part is not NO_VALUE:
+        if isinstance(part, Interval) and not isinstance(part, Indices):
             dtype = value.dtype if value.dtype.is_floating_point else given  # truth values are counted by integers
             results[i] = narrow(evaluated(part, 1 if rule.precision == "exact" else rule.ulps), dtype)
     return results if isinstance(result, (tuple, list)) else results[0]
@@ -494,7 +494,7 @@ def _apply(rule: Rule, node: fx.Node, args: tuple, kwargs: dict) -> Any:
 
 def _empty_in_float64(x: Any) -> Any:
     """Of an argument of which the shape alone is used: that shape, in the dtype of the others."""
-    like = x.mid if isinstance(x, Interval) and x is not NO_VALUE else x
+    like = x.mid if isinstance(x, Interval) and not isinstance(x, Indices) else x
     return torch.empty_like(like, dtype=torch.float64) if isinstance(like, Tensor) and like.is_floating_point() else x
 
 
@@ -502,7 +502,7 @@ def _holds_numbers(leaves: list[Any]) -> bool:
     """Can an operator that moves or compares numbers hold all that it is given? Python numbers, and float64 tensors
     without dimensions, are rounded to the dtype of the others.
     """
-    tensors = [x for x in leaves if isinstance(x, (Interval, Tensor)) and x is not NO_VALUE]
+    tensors = [x for x in leaves if isinstance(x, (Interval, Tensor)) and not isinstance(x, Indices)]
     dtypes = {x.dtype for x in tensors if x.dtype.is_floating_point}
     numbers = [x for x in leaves if isinstance(x, float)]
     return len(dtypes) < 2 and all(rd.stored(x, dtype)[1] == 0 for x in numbers for dtype in dtypes)

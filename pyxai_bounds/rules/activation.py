@@ -15,10 +15,12 @@ from pyxai_bounds import rounding as rd
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.ops.layout import pack
 from pyxai_bounds.ops.smooth import root, smooth, softplus_jump
-from pyxai_bounds.rules.elementwise import clamp_max
+from pyxai_bounds.rules.elementwise import clamp, clamp_max
+from pyxai_bounds.rules.logic import gt, where
 from pyxai_bounds.rules.registry import (
     Value,
     between,
+    enclose,
     ends,
     evaluated,
     mid_of,
@@ -119,6 +121,46 @@ def hardtanh_backward(grad: Value, x: Value, min_val: float, max_val: float) -> 
     (min_least, min_greatest), (max_least, max_greatest) = ends(float(min_val)), ends(float(max_val))
     must = (lower > min_greatest) & (upper < max_least)
     may = ~((upper <= min_least) | (lower >= max_greatest))  # true for a NaN
+    if not isinstance(x, Interval) and not outward():
+        return multiply(grad, may.to(lower.dtype))
+    return multiply(grad, between(must.to(lower.dtype), may.to(lower.dtype)))
+
+
+@rule(aten.threshold.default, precision="exact")
+def threshold(x: Interval, threshold: float, value: float) -> Interval:
+    """x above the threshold, ``value`` at and below it."""
+    return where(gt(x, float(threshold)), clamp(x, float(threshold)), torch.full_like(x.mid, value))
+
+
+@rule(aten.hardshrink.default, ulps=0)
+def hardshrink(x: Interval, lambd: float = 0.5) -> Interval:
+    """x outside of [−λ, λ], 0 inside: non-decreasing in x; in λ it falls above 0 and rises below."""
+    return _shrunk(aten.hardshrink, x, lambd, ulps=0)
+
+
+@rule(aten.softshrink.default, ulps=1)
+def softshrink(x: Interval, lambd: float = 0.5) -> Interval:
+    """x moved towards 0 by λ."""
+    return _shrunk(aten.softshrink, x, lambd, ulps=1)
+
+
+def _shrunk(function: Callable[[Tensor, float], Tensor], x: Interval, lambd: float, ulps: float) -> Interval:
+    lower, upper = ends(x)
+    values = [[torch.where(end.isnan(), end, function(end, bound)) for bound in ends(float(lambd))] for end in (lower, upper)]
+    least, greatest = torch.minimum(*values[0]), torch.maximum(*values[1])
+    if not ulps:
+        return between(least, greatest)
+    out = enclose(least, greatest, ulps)
+    zero = (least == 0) & (greatest == 0)
+    return Interval.of(torch.where(zero, 0.0, out.mid), torch.where(zero, 0.0, out.rad))
+
+
+@rule(aten.hardshrink_backward.default, aten.softshrink_backward.default, ulps=0)
+def shrink_backward(grad: Value, x: Value, lambd: float) -> Interval:
+    """φ′ is 0 on [−λ, λ] and 1 outside."""
+    (lower, upper), (least, greatest) = ends(x), ends(float(lambd))
+    must = (lower > greatest) | (upper < -greatest)
+    may = ~((lower >= -least) & (upper <= least))  # true for a NaN
     if not isinstance(x, Interval) and not outward():
         return multiply(grad, may.to(lower.dtype))
     return multiply(grad, between(must.to(lower.dtype), may.to(lower.dtype)))

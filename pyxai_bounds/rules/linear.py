@@ -25,6 +25,7 @@ from pyxai_bounds.rules.registry import (
     plus,
     rad_of,
     rule,
+    total,
     within,
 )
 
@@ -68,9 +69,33 @@ def mv(a: Value, b: Value) -> Interval:
     return _product(torch.mv, a, b)
 
 
+@rule(aten.addmv.default, ulps=0, set_first="mat")
+def addmv(bias: Value, a: Value, b: Value, *, beta: float = 1, alpha: float = 1) -> Interval:
+    return _add_product(bias, a, b, torch.mv, beta, alpha)
+
+
 @rule(aten.dot.default, ulps=0)
 def dot(a: Value, b: Value) -> Interval:
     return _product(torch.dot, a, b)
+
+
+@rule(aten._trilinear.default, ulps=2)
+def trilinear(
+    a: Value, b: Value, c: Value, expand_a: list[int], expand_b: list[int], expand_c: list[int], summed: list[int],
+    unroll_dim: int = 1,
+) -> Interval:  # fmt: skip
+    """Σ a·b·c, nn.Bilinear's and its gradients': products of points first, so that a set meets one coefficient."""
+    factors = []
+    for factor, dims in ((a, expand_a), (b, expand_b), (c, expand_c)):
+        box = factor if isinstance(factor, Interval) else Interval.point(factor)
+        parts = [box.mid, box.rad]
+        for dim in dims:
+            parts = [part.unsqueeze(dim) for part in parts]
+        factors.append(Interval.of(*parts) if isinstance(factor, Interval) or outward() else parts[0])
+    factors.sort(key=lambda factor: isinstance(factor, Interval))
+    first, second, third = factors
+    pair = multiply(first, second) if isinstance(second, Interval) else first * second
+    return total(multiply(pair, third), summed)
 
 
 def _product(product: Any, a: Value, b: Value) -> Interval:
