@@ -23,13 +23,13 @@ from typing import Any, NoReturn
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyxai_bounds.decompose import DECOMPOSED
+from pyxai_bounds.decompose import DECOMPOSED, REWRITTEN
 from pyxai_bounds.errors import CaptureError
 from pyxai_bounds.rounding import without_autocast
 from pyxai_bounds.watch import ModuleWatch, preserved
@@ -96,11 +96,11 @@ def capture(fn: Callable, spec: pytree.TreeSpec, leaves: list[Any], *, specialis
                 graph = _trace(program, tensors)
                 _refuse_randomness(graph)
                 return _functional(graph), watch
-            except (GuardOnDataDependentSymNode, DataDependentOutputException) as error:
+            except (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException) as error:
                 raise CaptureError(
-                    "The function reads the value of a tensor into Python (a comparison in an if, .item(), float()) "
-                    f"at {_users_line_of(error)}. Bounds hold for one fixed program: use torch.where, or pass the "
-                    "number in."
+                    "The function reads the value of a tensor into Python (a comparison in an if, .item(), float()), or "
+                    f"makes a tensor whose shape depends on values, at {_users_line_of(error)}. Bounds hold for one "
+                    "fixed program: use torch.where, or pass the number in."
                 ) from error
             except Exception:
                 # A function that calls .backward() would add to gradients that are real: try it without them.
@@ -186,13 +186,15 @@ def _no_fused_layers() -> Iterator[None]:
     """Attention, encoder and recurrent layers in their parts: matrix products, softmax, norms, for which there are
     rules.
     """
-    fast = torch.backends.mha.get_fastpath_enabled()
+    fast, onednn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    torch._C._set_mkldnn_enabled(False)  # it has LSTMs of its own, forward and backward in one operator each
     try:
-        with torch.backends.mkldnn.flags(enabled=False), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+        torch._C._set_mkldnn_enabled(onednn)
 
 
 class _Record(TorchDispatchMode):
@@ -239,7 +241,9 @@ class _Record(TorchDispatchMode):
 
 
 class _RefuseConversions(TorchFunctionMode):
-    """The same for conversions of a whole tensor, which read its memory without passing through an operator."""
+    """The same for conversions of a whole tensor, which read its memory without passing through an operator; and
+    rewritten functions are put in the place of PyTorch's.
+    """
 
     def __init__(self, record: _Record) -> None:
         super().__init__()
@@ -253,7 +257,7 @@ class _RefuseConversions(TorchFunctionMode):
                 f"The function leaves PyTorch for NumPy at {_users_line()}. Bounds follow PyTorch's operators alone: "
                 "compute with torch functions there."
             )
-        return func(*args, **(kwargs or {}))
+        return REWRITTEN.get(func, func)(*args, **(kwargs or {}))
 
 
 def _refuse_read() -> NoReturn:
@@ -326,6 +330,7 @@ def _simplify(graph: fx.GraphModule) -> None:
     for node in list(graph.graph.nodes):
         if node.op != "call_function":
             continue
+        _write_anew(node)
         name = node.target.name() if isinstance(node.target, torch._ops.OpOverload) else ""
         base = name.split(".")[0]
         if base in _IDENTITIES or (base == "aten::_to_copy" and _same_kind(node)):
@@ -341,6 +346,21 @@ def _simplify(graph: fx.GraphModule) -> None:
         elif name in _CONSTANT_LIKE:
             _make_constant(graph.graph, node)
     remove_unused(graph)
+
+
+def _write_anew(node: fx.Node) -> None:
+    """The functional form of an in-place operator that writes into a tensor which nothing else reads.
+
+    PyTorch leaves such operators in the graph where derivatives compute with nothing but constants.
+    """
+    op, target = node.target, node.args[0] if node.args else None
+    if not isinstance(op, torch._ops.OpOverload) or not op._schema.is_mutable or not isinstance(target, fx.Node):
+        return
+    fresh = isinstance(target.target, torch._ops.OpOverload) and all(r.alias_info is None for r in target.target._schema.returns)
+    dtypes = {n.meta["val"].dtype for n in node.all_input_nodes}
+    functional = getattr(getattr(aten, op._schema.name.removeprefix("aten::").removesuffix("_")), op._overloadname, None)
+    if fresh and len(target.users) == 1 and len(dtypes) == 1 and functional is not None:
+        node.target = functional
 
 
 # Tensors made in the shape of another one, with what fills them (None: the argument after the shape).

@@ -5,6 +5,7 @@ Each is what PyTorch computes, in other words; NotImplemented leaves the operato
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -45,7 +46,7 @@ def _vdot(a: Tensor, b: Tensor) -> Any:
     return NotImplemented if a.is_complex() else aten.dot.default(a, b)
 
 
-def _rrelu(x: Tensor, noise: Tensor, lower: float, upper: float, training: bool = False, *_: Any) -> Any:
+def _rrelu(x: Tensor, noise: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, *_: Any) -> Any:
     """At inference the slope is fixed."""
     return NotImplemented if training else aten.leaky_relu.default(x, (lower + upper) / 2)
 
@@ -84,13 +85,70 @@ def _aminmax(x: Tensor, *, dim: int | None = None, keepdim: bool = False) -> tup
 
 
 def _std_mean(x: Tensor, dim: Any = None, *, correction: float | None = None, keepdim: bool = False) -> Any:
-    mean = x.mean(keepdim=keepdim) if dim is None else x.mean(dim, keepdim)
-    return torch.std(x, dim, correction=1 if correction is None else correction, keepdim=keepdim), mean
+    dims = list(range(x.dim())) if dim is None else dim
+    deviation = torch.std(x, dims, correction=1 if correction is None else correction, keepdim=keepdim)
+    return deviation, x.mean(dims, keepdim)
 
 
 def _cdist(a: Tensor, b: Tensor, p: float, compute_mode: int | None) -> Tensor:
     return torch.linalg.vector_norm(a.unsqueeze(-2) - b.unsqueeze(-3), p, -1)
 
+
+def _cdist_backward(grad: Tensor, a: Tensor, b: Tensor, p: float, distance: Tensor) -> Any:
+    if p not in (1, 2):
+        return NotImplemented
+    difference = a.unsqueeze(-2) - b.unsqueeze(-3)
+    if p == 1:
+        return (grad.unsqueeze(-1) * difference.sign()).sum(-2)
+    slope = (difference / distance.unsqueeze(-1)).masked_fill((distance == 0).unsqueeze(-1), 0.0)
+    return (grad.unsqueeze(-1) * slope).sum(-2)
+
+
+def _quantile(
+    x: Tensor, q: float | Tensor, dim: int | None = None, keepdim: bool = False, *, interpolation: str = "linear"
+) -> Tensor:
+    """Sorted values at fixed ranks; PyTorch's own looks for NaN first, which makes the ranks depend on the set."""
+    shape = [1] * x.dim() if dim is None else None
+    x, dim = (x.flatten(), 0) if dim is None else (x, dim % x.dim())
+    ranks = torch.as_tensor(q, dtype=x.dtype, device=x.device) * (x.shape[dim] - 1)
+    below, above = ranks.floor(), ranks.ceil()
+    if interpolation == "nearest":
+        below = above = ranks.round()
+    elif interpolation != "linear":
+        weight = {"lower": 0.0, "higher": 1.0, "midpoint": 0.5}[interpolation]
+        ranks = below + weight * (above - below)
+    rows = x.sort(dim).values
+    low, high = (rows.index_select(dim, place.long().reshape(-1)).movedim(dim, 0) for place in (below, above))
+    weight = (ranks - below).reshape(-1, *[1] * (x.dim() - 1))
+    out = torch.lerp(low, high, weight.expand_as(low))
+    out = out.masked_fill(x.isnan().any(dim), math.nan)
+    if shape is not None and keepdim:
+        out = out.reshape(-1, *shape)
+    elif keepdim:
+        out = out.unsqueeze(dim + 1)
+    return out if ranks.dim() else out.squeeze(0)
+
+
+def _cumprod(x: Tensor, dim: int, *, dtype: Any = None, out: Any = None) -> Tensor:
+    """Products of the last 2, 4, 8, … elements; PyTorch's own derivative looks for zeros first."""
+    x = x if dtype is None else x.to(dtype)
+    step, count = 1, x.shape[dim] if x.dim() else 1
+    while step < count:
+        product = x.narrow(dim, step, count - step) * x.narrow(dim, 0, count - step)
+        x = torch.cat((x.narrow(dim, 0, step), product), dim)
+        step *= 2
+    return x.clone()
+
+
+# Functions that PyTorch takes apart before the tracer sees them, in a way that rules cannot follow.
+REWRITTEN: dict[Callable, Callable[..., Tensor]] = {
+    torch.quantile: _quantile,
+    torch.nanquantile: _quantile,
+    Tensor.quantile: _quantile,
+    Tensor.nanquantile: _quantile,
+    torch.cumprod: _cumprod,
+    Tensor.cumprod: _cumprod,
+}
 
 DECOMPOSED: dict[torch._ops.OpOverload, Callable[..., Any]] = {
     aten._weight_norm_interface.default: _weight_norm,
@@ -108,6 +166,7 @@ DECOMPOSED: dict[torch._ops.OpOverload, Callable[..., Any]] = {
     aten.aminmax.default: _aminmax,
     aten.std_mean.correction: _std_mean,
     aten._cdist_forward.default: _cdist,
+    aten._cdist_backward.default: _cdist_backward,
     aten.deg2rad.default: lambda x: x * (torch.pi / 180),
     aten.rad2deg.default: lambda x: x * (180 / torch.pi),
     aten.ldexp.Tensor: lambda x, exponent: x * torch.pow(2.0, exponent),

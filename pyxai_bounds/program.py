@@ -42,6 +42,7 @@ from pyxai_bounds.rules.registry import (
     narrow,
     outward,
     use_product,
+    within,
 )
 from pyxai_bounds.watch import identity, is_dead, tensors_of, token, unwrap
 
@@ -403,7 +404,7 @@ class _Interpreter(fx.Interpreter):
     """Runs a captured graph on Intervals and points, collecting every operator that cannot be bounded."""
 
     def __init__(self, graph: fx.GraphModule, parameters: ParameterBox | None) -> None:
-        super().__init__(graph)
+        super().__init__(graph, garbage_collect_values=False)  # ``_counted_maxima`` looks back
         self.parameters = parameters
         self.boxed = {} if parameters is None else {id(p): name for name, p in parameters.parameters().items()}
         self.used: set[int] = set()  # which of them the graph reads
@@ -434,6 +435,10 @@ class _Interpreter(fx.Interpreter):
         return self.parameters.interval(value)
 
     def run_node(self, n: fx.Node) -> Any:
+        if n.op == "output":
+            for result in n.all_input_nodes:
+                if isinstance(self.env[result], Indices):
+                    self._cannot_bound(result, " (its result is a place that differs within a set: return the values)")
         if n.op != "call_function":
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
@@ -455,9 +460,37 @@ class _Interpreter(fx.Interpreter):
         elif rule is None:
             return self._cannot_bound(n, "")
         try:
-            return facts.carried(n.target, args, kwargs, _apply(rule, n, args, kwargs))
+            result = _apply(rule, n, args, kwargs)
+            counted = self._counted_maxima(n, result)
+            return facts.carried(n.target, args, kwargs, result) if counted is None else counted
         except UnsupportedArgumentsError as reason:
             return self._cannot_bound(n, f" ({reason})")
+
+    def _counted_maxima(self, n: fx.Node, result: Any) -> Interval | None:
+        """How many elements equal the greatest of them: at least one, where the greatest is a number.
+
+        Derivatives of maxima divide by that count.
+        """
+        equal = n.args[0] if n.target in _SUMS else None
+        if isinstance(equal, fx.Node) and equal.target is aten.logical_or.default:
+            equal = equal.args[0]
+        if not isinstance(equal, fx.Node) or equal.target is not aten.eq.Tensor:
+            return None
+        for x, shown in (equal.args[:2], equal.args[1::-1]):
+            extremum = shown
+            while isinstance(extremum, fx.Node) and extremum.target in (aten.unsqueeze.default, aten.view.default):
+                extremum = extremum.args[0]
+            if not isinstance(extremum, fx.Node) or extremum.target not in _EXTREMA or extremum.args[0] is not x:
+                continue
+            dims = [
+                {d % len(self.env[x].shape) for d in node.args[1]} if len(node.args) > 1 and node.args[1] else set()
+                for node in (extremum, n)
+            ]
+            value = self.env[shown]
+            if isinstance(value, Interval) and value.shape == result.shape and dims[0] == dims[1]:
+                at_least = torch.where(value.isfinite(), 1.0, -torch.inf).to(result.dtype)
+                return within(result, at_least, torch.full_like(at_least, torch.inf))
+        return None
 
     def _cannot_bound(self, node: fx.Node, reason: str) -> _Unknown:
         name = node.target.name() if isinstance(node.target, torch._ops.OpOverload) else str(node.target)
@@ -508,6 +541,12 @@ def _holds_numbers(leaves: list[Any]) -> bool:
     return len(dtypes) < 2 and all(rd.stored(x, dtype)[1] == 0 for x in numbers for dtype in dtypes)
 
 
+_SUMS = frozenset((aten.sum.default, aten.sum.dim_IntList))
+_EXTREMA = frozenset(
+    (aten.amax.default, aten.amin.default, aten.max.default, aten.min.default, aten.median.default,
+     aten.nanmedian.default)
+)  # fmt: skip
+
 # Operators without a rule that return numbers they are given, or numbers that a program may call constants.
 _MOVING = frozenset(
     (aten.detach.default, aten.alias.default, aten.clone.default, aten.lift_fresh_copy.default, aten.sort.default,
@@ -531,6 +570,8 @@ def _is_exact(node: fx.Node, rule: Rule | None, leaves: list[Any]) -> bool:
 def _enclosed(rule: Rule, args: tuple) -> tuple:
     """The arguments, one of them as a set of one point, so that the rule encloses what the operator rounds."""
     first = args[rule.set_first]
+    if not isinstance(first, Tensor):
+        raise UnsupportedArgumentsError("rounds at a point: sound=True bounds that for tensors alone")
     point = Interval.point(first if first.is_floating_point() else first.double())
     return (*args[: rule.set_first], point, *args[rule.set_first + 1 :])
 

@@ -347,7 +347,8 @@ def _log_of_sum(function: Callable[[Tensor, Tensor], Tensor], a: Value, b: Value
     return out
 
 
-@rule(aten.xlogy.Tensor, aten.xlogy.Scalar_Other, aten.xlogy.Scalar_Self, ulps=8)
+@rule(aten.xlogy.Tensor, aten.xlogy.Scalar_Other, ulps=8)
+@rule(aten.xlogy.Scalar_Self, ulps=8, set_first="other")
 def xlogy(x: Any, y: Any) -> Interval:
     """x·log y, and 0 where x is the point 0, whatever y is."""
     return _product_with_log(x, log(y) if isinstance(y, Interval) else torch.log(torch.as_tensor(y).double()), y)
@@ -427,7 +428,8 @@ def frac(x: Interval) -> Interval:
     return between(torch.where(same, at_lower, lower.clamp(-1, 0)), torch.where(same, at_upper, upper.clamp(0, 1)))
 
 
-@rule(aten.remainder.Tensor, aten.remainder.Scalar, aten.remainder.Scalar_Tensor, ulps=None)
+@rule(aten.remainder.Tensor, aten.remainder.Scalar, ulps=None)
+@rule(aten.remainder.Scalar_Tensor, ulps=None, set_first="other")
 def remainder(x: Any, y: Any) -> Interval:
     """x − y·floor(x/y), of the sign of y."""
     if isinstance(y, Interval):
@@ -514,7 +516,7 @@ def lerp(a: Value, b: Value, weight: Any) -> Interval:
     return within(plus(a, multiply(minus(_as_set(b), a), weight)), *ends(apart))
 
 
-@rule(aten.pow.Scalar, ulps=None)
+@rule(aten.pow.Scalar, ulps=None, set_first="exponent")
 def pow_scalar(base: float, x: Interval) -> Interval:
     """A positive number to the power of a set is monotone; of other bases only whole powers are numbers."""
     if not base > 0:

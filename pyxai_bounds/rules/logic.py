@@ -52,7 +52,9 @@ def ge(a: Any, b: Any) -> Interval:
 
 @rule(aten.eq.Tensor, aten.eq.Scalar, precision="exact")
 def eq(a: Any, b: Any) -> Interval:
-    """Only points are known to be equal."""
+    """Only points are known to be equal, and a number to itself."""
+    if a is b:
+        return _truth(a.isfinite(), torch.ones_like(a.isfinite()), a)
     (al, au), (bl, bu) = ends(a), ends(b)
     return _truth((al == bu) & (au == bl), ~((au < bl) | (al > bu)), a, b)
 

@@ -184,6 +184,13 @@ def _scatter_add(x: Value, dim: int, ranks: Ranks, source: Value) -> Interval:
     return plus(x, _scatter(torch.zeros_like(x.mid if isinstance(x, Interval) else x), dim, ranks, source))
 
 
+def _scatter_number(x: Value, dim: int, ranks: Ranks, value: float) -> Interval:
+    like = x.mid if isinstance(x, Interval) else x
+    if not like.is_floating_point():
+        raise UnsupportedArgumentsError(f"writes into a tensor of {like.dtype} at indices that differ within a set")
+    return _scatter(x, dim, ranks, torch.full_like(ranks.values().mid, value, dtype=like.dtype))
+
+
 def _check_shape(given: torch.Size, ranks: Ranks, dim: int) -> None:
     if given != ranks.found.shape or dim % len(given) != ranks.dim or not ranks.kept:
         raise UnsupportedArgumentsError("uses indices that differ within a set, and not on rows of their own")
@@ -201,4 +208,5 @@ def _with_places(op: OpOverload, by_ranks: Callable, ulps: float | None) -> None
 
 _with_places(aten.gather.default, _gather, 0)
 _with_places(aten.scatter.src, _scatter, 0)
+_with_places(aten.scatter.value, _scatter_number, 0)
 _with_places(aten.scatter_add.default, _scatter_add, 0)

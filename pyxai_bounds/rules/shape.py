@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch._ops import OpOverload
 
@@ -219,12 +220,87 @@ def _register_bicubic(forward: OpOverload, backward: OpOverload) -> None:
         return bound(lambda t: backward(t, size, input_size, align, *scales), grad, weights)
 
 
+def _register_sampler(forward: OpOverload, backward: OpOverload, dims: int) -> None:
+    """Values of an image between its elements, at the places of a grid: weights ≥ 0, unless it is bicubic."""
+
+    @rule(forward, ulps=None)
+    def sample(x: Value, grid: Value, mode: int, padding: int, align: bool) -> Interval:
+        _check_sampler(mode)
+        at, image = mid_of(grid), _as_set(x)
+        out = _sampled(lambda t: forward(t, at, mode, padding, align), image, image, at, dims)
+        if not isinstance(grid, Interval):
+            return out
+        if mode != _LINEAR:
+            raise UnsupportedArgumentsError("reads the nearest element at places in a set; use mode='bilinear'")
+        return settle(out.mid, out.rad + _moved(image, grid, padding, align), 0)
+
+    @rule(backward, ulps=None)
+    def sample_backward(
+        grad: Value, x: Value, grid: Value, mode: int, padding: int, align: bool, mask: list[bool]
+    ) -> tuple[Interval, None]:
+        """Of the image; the grid's gradient jumps at every element of it."""
+        _check_sampler(mode)
+        if mask[1] or isinstance(grid, Interval):
+            raise UnsupportedArgumentsError("is asked for a gradient through its grid; keep the grid a point, or detach it")
+        like = mid_of(x).to(grad.dtype)
+        return _sampled(
+            lambda t: backward(t, like, grid, mode, padding, align, mask)[0], _as_set(grad), _as_set(x), grid, dims
+        ), None
+
+
+_LINEAR, _NEAREST = 0, 1  # ATen's numbers for the modes of grid_sample
+
+
+def _check_sampler(mode: int) -> None:
+    if mode not in (_LINEAR, _NEAREST):
+        raise UnsupportedArgumentsError("has weights of both signs; use mode='bilinear'")
+    if mode == _NEAREST and outward():
+        raise UnsupportedArgumentsError("rounds places to the nearest element; use mode='bilinear', or sound=False")
+
+
+def _sampled(
+    function: Callable[[torch.Tensor], torch.Tensor], x: Interval, image: Interval, grid: torch.Tensor, dims: int
+) -> Interval:
+    """Linear in x. A place is computed from the grid's number g, and off by a few u times (1 + |g|)·size."""
+    terms = x.shape[-dims:].numel()
+    out = linear_map(function, x, terms)
+    if not outward():
+        return out
+    reach = (x.mid.abs() + x.rad).amax(tuple(range(-dims, 0)), keepdim=True)
+    far = 2 + grid.abs().amax()
+    return settle(out.mid, out.rad + reach * far * (16 * 2**dims * terms * max(image.shape[-dims:]) * rd.unit(x.dtype)))
+
+
+def _moved(image: Interval, grid: Interval, padding: int, align: bool) -> torch.Tensor:
+    """How much the value may change while the place moves: along each axis no faster than the greatest difference of
+    neighbours, among them the zeros around the image if these are its padding.
+    """
+    dims = len(grid.shape) - 2
+    moved: Any = 0.0
+    for axis in range(dims):  # the grid's numbers are in the order x, y, z; the image's dimensions in the opposite one
+        dim = -1 - axis
+        pad = [0] * (2 * axis) + [1, 1] if padding == 0 else []
+        mid, rad = (F.pad(part, pad) if pad else part for part in (image.mid, image.rad))
+        count = mid.shape[dim] - 1
+        near, far = ([part.narrow(dim, start, count) for part in (mid, rad)] for start in (0, 1))
+        step = (near[0] - far[0]).abs() + near[1] + far[1]
+        steepest = step.amax(tuple(range(-dims, 0))) if count else torch.zeros_like(mid.amax(tuple(range(-dims, 0))))
+        size = image.shape[dim] if not align else image.shape[dim] - 1
+        distance = grid.rad[..., axis] * (size / 2)
+        moved = moved + steepest.reshape(*steepest.shape, *[1] * dims) * distance.unsqueeze(1)
+    return moved * (1 + 64 * rd.unit(grid.dtype)) + rd.tiny(grid.dtype) * (moved > 0) if outward() else moved
+
+
+_register_sampler(aten.grid_sampler_2d.default, aten.grid_sampler_2d_backward.default, 2)
+_register_sampler(aten.grid_sampler_3d.default, aten.grid_sampler_3d_backward.default, 3)
 _register_bicubic(aten.upsample_bicubic2d.default, aten.upsample_bicubic2d_backward.default)
 _register_bicubic(aten._upsample_bicubic2d_aa.default, aten._upsample_bicubic2d_aa_backward.default)
 
 
 @rule(aten.scatter.value, precision="exact")
 def scatter_value(x: Interval, dim: int, index: torch.Tensor, value: float) -> Interval:
+    if isinstance(index, Interval):
+        raise UnsupportedArgumentsError("with an index that depends on the box")
     return Interval.of(aten.scatter(x.mid, dim, index, value), aten.scatter(x.rad, dim, index, 0))
 
 
