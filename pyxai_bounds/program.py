@@ -41,6 +41,7 @@ from pyxai_bounds.rules.registry import (
     in_float64,
     narrow,
     outward,
+    singleton,
     use_product,
     within,
 )
@@ -404,7 +405,7 @@ class _Interpreter(fx.Interpreter):
     """Runs a captured graph on Intervals and points, collecting every operator that cannot be bounded."""
 
     def __init__(self, graph: fx.GraphModule, parameters: ParameterBox | None) -> None:
-        super().__init__(graph, garbage_collect_values=False)  # ``_counted_maxima`` looks back
+        super().__init__(graph, garbage_collect_values=False)  # ``_maxima`` looks back
         self.parameters = parameters
         self.boxed = {} if parameters is None else {id(p): name for name, p in parameters.parameters().items()}
         self.used: set[int] = set()  # which of them the graph reads
@@ -461,18 +462,18 @@ class _Interpreter(fx.Interpreter):
             return self._cannot_bound(n, "")
         try:
             result = _apply(rule, n, args, kwargs)
-            counted = self._counted_maxima(n, result)
-            return facts.carried(n.target, args, kwargs, result) if counted is None else counted
+            maxima = self._maxima(n, result)
+            return facts.carried(n.target, args, kwargs, result) if maxima is None else maxima
         except UnsupportedArgumentsError as reason:
             return self._cannot_bound(n, f" ({reason})")
 
-    def _counted_maxima(self, n: fx.Node, result: Any) -> Interval | None:
-        """How many elements equal the greatest of them: at least one, where the greatest is a number.
+    def _maxima(self, n: fx.Node, result: Any) -> Interval | None:
+        """Which elements equal the greatest of them, and how many: at least one, where the greatest is a number.
 
-        Derivatives of maxima divide by that count.
+        Derivatives of maxima are divided among these.
         """
-        equal = n.args[0] if n.target in _SUMS else None
-        if isinstance(equal, fx.Node) and equal.target is aten.logical_or.default:
+        equal = n.args[0] if n.target in _SUMS else n
+        if equal is not n and isinstance(equal, fx.Node) and equal.target is aten.logical_or.default:
             equal = equal.args[0]
         if not isinstance(equal, fx.Node) or equal.target is not aten.eq.Tensor:
             return None
@@ -482,12 +483,16 @@ class _Interpreter(fx.Interpreter):
                 extremum = extremum.args[0]
             if not isinstance(extremum, fx.Node) or extremum.target not in _EXTREMA or extremum.args[0] is not x:
                 continue
-            dims = [
-                {d % len(self.env[x].shape) for d in node.args[1]} if len(node.args) > 1 and node.args[1] else set()
-                for node in (extremum, n)
-            ]
-            value = self.env[shown]
-            if isinstance(value, Interval) and value.shape == result.shape and dims[0] == dims[1]:
+            value, rows = self.env[shown], self.env[x].shape
+            dims = _dims(extremum, rows)
+            joined = [1 if d in dims else size for d, size in enumerate(rows)]
+            if not isinstance(value, Interval) or (value.shape and list(value.shape) != joined):
+                continue
+            if n is equal:
+                candidates = (result.mid + result.rad > 0).sum(list(dims), keepdim=True)
+                sure = (result.rad > 0) & (candidates == 1) & value.isfinite()
+                return Truth.of(torch.where(sure, 1.0, result.mid), torch.where(sure, 0.0, result.rad))
+            if _dims(n, rows) == dims and result.shape == value.shape:
                 at_least = torch.where(value.isfinite(), 1.0, -torch.inf).to(result.dtype)
                 return within(result, at_least, torch.full_like(at_least, torch.inf))
         return None
@@ -567,12 +572,18 @@ def _is_exact(node: fx.Node, rule: Rule | None, leaves: list[Any]) -> bool:
     return rule is None and not any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves)
 
 
+def _dims(node: fx.Node, shape: torch.Size) -> set[int]:
+    """Over which dimensions a reduction goes; all of them, if it names none."""
+    named: Any = node.args[1] if len(node.args) > 1 else None
+    return {d % len(shape) for d in named} if named else set(range(len(shape)))
+
+
 def _enclosed(rule: Rule, args: tuple) -> tuple:
     """The arguments, one of them as a set of one point, so that the rule encloses what the operator rounds."""
     first = args[rule.set_first]
     if not isinstance(first, Tensor):
         raise UnsupportedArgumentsError("rounds at a point: sound=True bounds that for tensors alone")
-    point = Interval.point(first if first.is_floating_point() else first.double())
+    point = singleton(first if first.is_floating_point() else first.double())
     return (*args[: rule.set_first], point, *args[rule.set_first + 1 :])
 
 

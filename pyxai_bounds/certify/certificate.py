@@ -134,6 +134,8 @@ class _Check:
         if not isinstance(x, Tensor) or not x.is_floating_point():
             kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"x must be a floating tensor [B, ...], got {kind}.")
+        if x.dim() == 0:
+            raise ValueError("x must be a batch [B, ...], got a tensor without dimensions; use x[None].")
         if target is not None and not isinstance(target, Tensor):
             raise TypeError(f"target must be an integer tensor [B] or None, got {type(target).__name__}.")
         if not hasattr(property, "margin") or isinstance(property, type):
@@ -198,7 +200,14 @@ class _Check:
 
     def _bounds(self, box: Interval, start: int) -> Interval:
         """One piece, filled up to the common size so that one compiled program serves all pieces."""
-        out = self.bounded(*self._arguments(box, start, self.size))
+        arguments = self._arguments(box, start, self.size)
+        out = self.bounded(*arguments)
+        if not isinstance(out, Interval) or out.mid.dim() == 0 or len(out) != len(arguments[0]):
+            given = list(out.shape) if isinstance(out, Interval) else type(out).__name__
+            raise ValueError(
+                f"certify needs a function that returns one explanation per sample, a tensor [{len(arguments[0])}, ...] "
+                f"for a batch of {len(arguments[0])}, but it returned {given}."
+            )
         return out[: min(self.size, len(self.x) - start)]
 
     def _arguments(self, box: Interval, start: int, size: int) -> tuple[Interval | Tensor, ...]:

@@ -31,6 +31,7 @@ from pyxai_bounds.rules.registry import (
     rad_of,
     range_of,
     rule,
+    singleton,
 )
 
 aten = torch.ops.aten
@@ -89,7 +90,7 @@ def leaky_relu_backward(grad: Value, x: Value, negative_slope: float, self_is_re
 def prelu(x: Value, weight: Value) -> Interval:
     """Below 0 the slope is ``weight``, of any sign; where that is a set, the two sides are summed: one of them is 0."""
     if isinstance(weight, Interval):
-        x = x if isinstance(x, Interval) else Interval.point(x)
+        x = x if isinstance(x, Interval) else singleton(x)
         return plus(relu(x), multiply(clamp_max(x, 0.0), weight))
     assert isinstance(x, Interval)
     return range_of(lambda t: aten._prelu_kernel(t, weight), x, [(0.0, 0.0)], ulps=1)
@@ -105,7 +106,7 @@ def prelu_backward(grad: Value, x: Value, weight: Value) -> tuple[Interval, Inte
         torch.where(above, one, torch.where(below, least, least.clamp(max=1))),
         torch.where(above, one, torch.where(below, greatest, greatest.clamp(min=1))),
     )
-    of_weight = clamp_max(x, 0.0) if isinstance(x, Interval) else Interval.point(x.clamp(max=0))
+    of_weight = clamp_max(x, 0.0) if isinstance(x, Interval) else singleton(x.clamp(max=0))
     return multiply(grad, slope), multiply(grad, of_weight)
 
 
@@ -266,7 +267,7 @@ def glu(x: Interval, dim: int = -1) -> Interval:
 @rule(aten.glu_backward.default, ulps=4)
 def glu_backward(grad: Value, x: Value, dim: int) -> Interval:
     """grad·σ(b), and grad·a·σ′(b)."""
-    a, b = _halves(x if isinstance(x, Interval) else Interval.point(x), dim)
+    a, b = _halves(x if isinstance(x, Interval) else singleton(x), dim)
     s = evaluated(sigmoid(b), 8)
     slope = _times_slope(a, s, lambda y: y * (1 - y), [(0.5, 0.25)], ulps=4, absolute=4)
     parts = multiply(grad, s), multiply(grad, slope)
@@ -403,7 +404,7 @@ def _times_slope(
     """The gradient times φ′, which is computed to within ``ulps`` u of itself plus ``absolute`` u plus ``height``."""
     if not outward():
         return multiply(grad, range_of(slope, x, critical, ulps=0) if isinstance(x, Interval) else slope(x))
-    x = x if isinstance(x, Interval) else Interval.point(x)
+    x = x if isinstance(x, Interval) else singleton(x)
     factor = range_of(slope, x, critical, ulps=ulps, absolute=absolute + height / rd.unit(x.dtype))
     float32 = rd.unit(torch.float32)
     return multiply(grad, evaluated(factor, min(ulps, 128), absolute + height / float32))

@@ -29,6 +29,7 @@ from pyxai_bounds.rules.registry import (
     range_of,
     rule,
     settle,
+    singleton,
     within,
 )
 
@@ -47,7 +48,7 @@ def _scaled(x: Any, factor: float) -> Any:
     if not outward():
         return x * factor
     if isinstance(x, Tensor):
-        return multiply(Interval.point(x if x.is_floating_point() else x.double()), factor)
+        return multiply(singleton(x if x.is_floating_point() else x.double()), factor)
     return Fraction(x) * Fraction(factor) if math.isfinite(x) and math.isfinite(factor) else x * factor
 
 
@@ -227,7 +228,7 @@ def addcdiv(x: Value, a: Value, b: Value, *, value: float = 1) -> Interval:
 
 
 def _as_set(x: Value) -> Interval:
-    return x if isinstance(x, Interval) else Interval.point(x)
+    return x if isinstance(x, Interval) else singleton(x)
 
 
 @rule(aten.erf.default, ulps=4)
@@ -473,7 +474,7 @@ def _modulo(
 
 
 def _numeric(x: Any, y: Interval) -> Interval:
-    return x if isinstance(x, Interval) else Interval.point(torch.as_tensor(x, dtype=y.dtype, device=y.device))
+    return x if isinstance(x, Interval) else singleton(torch.as_tensor(x, dtype=y.dtype, device=y.device))
 
 
 @rule(aten.div.Tensor_mode, aten.div.Scalar_mode, ulps=None)
@@ -509,7 +510,7 @@ def lerp(a: Value, b: Value, weight: Any) -> Interval:
     """a + w(b − a) = (1 − w)a + wb: the first uses w once, the second a and b."""
     if not isinstance(weight, Tensor | Interval):
         weight = torch.as_tensor(weight, dtype=a.dtype, device=a.device)
-    known = weight if isinstance(weight, Interval) or not outward() else Interval.point(weight)
+    known = weight if isinstance(weight, Interval) or not outward() else singleton(weight)
     apart = plus(multiply(_as_set(a), minus(1.0, known) if isinstance(known, Interval) else 1.0 - known), multiply(_as_set(b), known))
     if not isinstance(weight, Interval):
         return apart

@@ -25,6 +25,7 @@ from pyxai_bounds.rules.registry import (
     plus,
     rad_of,
     rule,
+    singleton,
     total,
     within,
 )
@@ -87,7 +88,7 @@ def trilinear(
     """Σ a·b·c, nn.Bilinear's and its gradients': products of points first, so that a set meets one coefficient."""
     factors = []
     for factor, dims in ((a, expand_a), (b, expand_b), (c, expand_c)):
-        box = factor if isinstance(factor, Interval) else Interval.point(factor)
+        box = factor if isinstance(factor, Interval) else singleton(factor)
         parts = [box.mid, box.rad]
         for dim in dims:
             parts = [part.unsqueeze(dim) for part in parts]
@@ -173,7 +174,7 @@ def _rows_in(product: Any, a: Value, b: Value) -> Interval:
         centre = mid_of(b).mean(-2, keepdim=True)
         shift = known.total * centre
         centred = (
-            minus(b if isinstance(b, Interval) or not outward() else Interval.point(b), centre)
+            minus(b if isinstance(b, Interval) or not outward() else singleton(b), centre)
             if isinstance(b, Interval) or outward()
             else b - centre
         )
@@ -248,7 +249,7 @@ def _add_product(bias: Value, a: Value, b: Value, product: Any, beta: float, alp
     if outward():
         bias = in_float64(bias)
         if not isinstance(a, Interval) and not isinstance(b, Interval):
-            a = Interval.point(a)
+            a = singleton(a)
     if isinstance(a, Interval) or isinstance(b, Interval):
         return plus(
             multiply(_product(product, a, b), alpha),
@@ -260,4 +261,4 @@ def _add_product(bias: Value, a: Value, b: Value, product: Any, beta: float, alp
 def _scaled(bias: Tensor, beta: float) -> Value:
     if beta == 1:
         return bias
-    return multiply(Interval.point(bias), beta) if outward() else bias * beta
+    return multiply(singleton(bias), beta) if outward() else bias * beta

@@ -28,6 +28,7 @@ from pyxai_bounds.rules.registry import (
     positive_linear,
     rad_of,
     rule,
+    singleton,
 )
 
 aten = torch.ops.aten
@@ -261,7 +262,7 @@ def _unpool(function: Callable[[Tensor], Tensor], x: Value, indices: Any, size: 
 
 
 def _as_set(x: Value) -> Interval:
-    return x if isinstance(x, Interval) else Interval.point(x)
+    return x if isinstance(x, Interval) else singleton(x)
 
 
 def _many(values: list[int] | int, dims: int) -> list[int]:

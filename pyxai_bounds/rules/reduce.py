@@ -24,6 +24,7 @@ from pyxai_bounds.rules.registry import (
     positive_linear,
     range_of,
     rule,
+    singleton,
     total,
 )
 
@@ -105,7 +106,7 @@ def prod(x: Interval, dim: int, keepdim: bool = False, *, dtype: Any = None) -> 
         out = Interval.of(torch.cat((product.mid, rest.mid), dim), torch.cat((product.rad, rest.rad), dim))
     if out.shape[dim] == 0:
         shape = [1 if d == dim % len(out.shape) else n for d, n in enumerate(out.shape)]
-        out = Interval.point(out.mid.new_ones(shape))
+        out = singleton(out.mid.new_ones(shape))
     return out if keepdim else Interval.of(out.mid.squeeze(dim), out.rad.squeeze(dim))
 
 
@@ -149,7 +150,7 @@ def scatter_reduce(
     def apply(a: Tensor, b: Tensor) -> Tensor:
         return torch.scatter_reduce(a, dim, index, b, reduce, include_self=include_self)
 
-    a, b = (v if isinstance(v, Interval) else Interval.point(v) for v in (x, source))
+    a, b = (v if isinstance(v, Interval) else singleton(v) for v in (x, source))
     if reduce in ("amax", "amin"):
         return between(*(apply(*pair) for pair in zip(ends(a), ends(b), strict=True)))
     if not outward():

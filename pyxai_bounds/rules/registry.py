@@ -149,6 +149,11 @@ class Indices(Interval):
 _RESHAPES = (torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default)
 
 
+def singleton(x: Tensor) -> Interval:
+    """The set of one point, unchecked: rules run on tensors without values."""
+    return Interval.of(x, torch.zeros_like(x))
+
+
 def mid_of(x: Any) -> Any:
     """The midpoint of a set; anything else as it is."""
     return x.mid if isinstance(x, Interval) else x
@@ -389,7 +394,7 @@ def _terms(a: Any, b: Any) -> list[tuple[Any, Any]]:
     parts: list[tuple[Any, Any]] = []
     for x in (a, b):
         if outward() and isinstance(x, Tensor | Interval) and x.dtype not in (dtype, torch.bool):
-            x = narrow(in_float64(x) if isinstance(x, Interval) else Interval.point(x.double()), dtype)
+            x = narrow(in_float64(x) if isinstance(x, Interval) else singleton(x.double()), dtype)
         if isinstance(x, Interval):
             parts.append((x.mid, x.rad))
         elif isinstance(x, Tensor) or not outward():

@@ -26,6 +26,7 @@ from pyxai_bounds.rules.registry import (
     rad_of,
     rule,
     settle,
+    singleton,
 )
 
 aten = torch.ops.aten
@@ -140,7 +141,7 @@ def index_add(x: Value, dim: int, index: torch.Tensor, source: Value, *, alpha: 
 
 
 def _as_set(x: Value) -> Interval:
-    return x if isinstance(x, Interval) else Interval.point(x)
+    return x if isinstance(x, Interval) else singleton(x)
 
 
 # --- resampling: fixed weighted sums, whose weights PyTorch computes -------------------------------------------
