@@ -16,7 +16,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -98,8 +98,8 @@ def capture(fn: Callable, spec: pytree.TreeSpec, leaves: list[Any], *, specialis
                 return _functional(graph), watch
             except (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException) as error:
                 raise CaptureError(
-                    "The function reads the value of a tensor into Python (a comparison in an if, .item(), float()), or "
-                    f"makes a tensor whose shape depends on values, at {_users_line_of(error)}. Bounds hold for one "
+                    "The function reads the value of a tensor into Python (a comparison in an if, .item(), float()), "
+                    f"or makes a tensor whose shape depends on values, at {_users_line_of(error)}. Bounds hold for one "
                     "fixed program: use torch.where, or pass the number in."
                 ) from error
             except Exception:
@@ -356,9 +356,13 @@ def _write_anew(node: fx.Node) -> None:
     op, target = node.target, node.args[0] if node.args else None
     if not isinstance(op, torch._ops.OpOverload) or not op._schema.is_mutable or not isinstance(target, fx.Node):
         return
-    fresh = isinstance(target.target, torch._ops.OpOverload) and all(r.alias_info is None for r in target.target._schema.returns)
+    fresh = isinstance(target.target, torch._ops.OpOverload) and all(
+        r.alias_info is None for r in target.target._schema.returns
+    )
     dtypes = {n.meta["val"].dtype for n in node.all_input_nodes}
-    functional = getattr(getattr(aten, op._schema.name.removeprefix("aten::").removesuffix("_")), op._overloadname, None)
+    functional = getattr(
+        getattr(aten, op._schema.name.removeprefix("aten::").removesuffix("_")), op._overloadname, None
+    )
     if fresh and len(target.users) == 1 and len(dtypes) == 1 and functional is not None:
         node.target = functional
 

@@ -46,7 +46,9 @@ def _vdot(a: Tensor, b: Tensor) -> Any:
     return NotImplemented if a.is_complex() else aten.dot.default(a, b)
 
 
-def _rrelu(x: Tensor, noise: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, *_: Any) -> Any:
+def _rrelu(
+    x: Tensor, noise: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, *_: Any
+) -> Any:
     """At inference the slope is fixed."""
     return NotImplemented if training else aten.leaky_relu.default(x, (lower + upper) / 2)
 

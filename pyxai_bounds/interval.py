@@ -139,7 +139,9 @@ class Interval:
         Raises TypeError if ``t`` is no tensor, ValueError if its shape does not broadcast with the set's.
         """
         if not isinstance(t, Tensor):
-            raise TypeError(f"Interval.contains takes a tensor, got {type(t).__name__}; convert with torch.tensor(...).")
+            raise TypeError(
+                f"Interval.contains takes a tensor, got {type(t).__name__}; convert with torch.tensor(...)."
+            )
         try:
             torch.broadcast_shapes(t.shape, self.shape)
         except RuntimeError:
@@ -218,8 +220,8 @@ def _radius(x: Tensor, eps: float | Tensor) -> Tensor:
         if rad.dim() == 1 < x.dim() and 1 < len(rad) == x.shape[0] == x.shape[-1]:
             raise ValueError(
                 f"Interval.linf: eps of shape {list(rad.shape)} may be one radius per sample or one per entry of the "
-                f"last dimension of x, of shape {list(x.shape)}. Write eps.reshape({[-1] + [1] * (x.dim() - 1)}) for one "
-                "per sample, eps[None] for one per entry."
+                f"last dimension of x, of shape {list(x.shape)}. Write eps.reshape({[-1] + [1] * (x.dim() - 1)}) for "
+                "one per sample, eps[None] for one per entry."
             )
         try:
             return rad.expand_as(x)

@@ -52,7 +52,9 @@ class ParameterBox:
         for name, patterns in (("include", include), ("exclude", exclude)):
             listed = [] if patterns is None or isinstance(patterns, str) else patterns
             if not isinstance(listed, Sequence) or not all(isinstance(pattern, str) for pattern in listed):
-                raise TypeError(f"parameter_box: {name} must be a pattern of names or a list of such, got {patterns!r}.")
+                raise TypeError(
+                    f"parameter_box: {name} must be a pattern of names or a list of such, got {patterns!r}."
+                )
         self._model = weakref.ref(model)  # captures are kept per model, and must not keep it alive
         hash(self._model)  # while it lives: a reference remembers its hash
         self.relative, self.absolute = float(relative), float(absolute)

@@ -492,7 +492,7 @@ class _Interpreter(fx.Interpreter):
                 candidates = (result.mid + result.rad > 0).sum(list(dims), keepdim=True)
                 sure = (result.rad > 0) & (candidates == 1) & value.isfinite()
                 return Truth.of(torch.where(sure, 1.0, result.mid), torch.where(sure, 0.0, result.rad))
-            if _dims(n, rows) == dims and result.shape == value.shape:
+            if _dims(n, rows) == dims and value.shape in (result.shape, ()):
                 at_least = torch.where(value.isfinite(), 1.0, -torch.inf).to(result.dtype)
                 return within(result, at_least, torch.full_like(at_least, torch.inf))
         return None

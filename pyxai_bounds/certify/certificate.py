@@ -205,8 +205,8 @@ class _Check:
         if not isinstance(out, Interval) or out.mid.dim() == 0 or len(out) != len(arguments[0]):
             given = list(out.shape) if isinstance(out, Interval) else type(out).__name__
             raise ValueError(
-                f"certify needs a function that returns one explanation per sample, a tensor [{len(arguments[0])}, ...] "
-                f"for a batch of {len(arguments[0])}, but it returned {given}."
+                "certify needs a function that returns one explanation per sample, a tensor "
+                f"[{len(arguments[0])}, ...] for a batch of {len(arguments[0])}, but it returned {given}."
             )
         return out[: min(self.size, len(self.x) - start)]
 

@@ -147,7 +147,9 @@ def softshrink(x: Interval, lambd: float = 0.5) -> Interval:
 
 def _shrunk(function: Callable[[Tensor, float], Tensor], x: Interval, lambd: float, ulps: float) -> Interval:
     lower, upper = ends(x)
-    values = [[torch.where(end.isnan(), end, function(end, bound)) for bound in ends(float(lambd))] for end in (lower, upper)]
+    values = [
+        [torch.where(end.isnan(), end, function(end, bound)) for bound in ends(float(lambd))] for end in (lower, upper)
+    ]
     least, greatest = torch.minimum(*values[0]), torch.maximum(*values[1])
     if not ulps:
         return between(least, greatest)

@@ -437,7 +437,9 @@ def remainder(x: Any, y: Any) -> Interval:
         return minus(x, multiply(floor(div(_numeric(x, y), y)), y))
     size = torch.as_tensor(y, dtype=x.dtype, device=x.device).abs()
     zero = torch.zeros_like(size)
-    least, greatest = (torch.where(torch.as_tensor(y, device=x.device) < 0, a, b) for a, b in ((-size, zero), (zero, size)))
+    least, greatest = (
+        torch.where(torch.as_tensor(y, device=x.device) < 0, a, b) for a, b in ((-size, zero), (zero, size))
+    )
     return _modulo(x, lambda t: torch.remainder(t, y), size, least, greatest)
 
 
@@ -488,7 +490,11 @@ def div_mode(a: Any, b: Any, *, rounding_mode: str | None) -> Interval:
     def whole(t: Tensor) -> Tensor:
         """Exact below 2⁵⁰: PyTorch's floor starts from the exact remainder, its trunc from a rounded quotient."""
         floored = torch.div(t, b, rounding_mode="floor")
-        return floored if rounding_mode == "floor" else torch.where(floored < 0, -torch.div(-t, b, rounding_mode="floor"), floored)
+        return (
+            floored
+            if rounding_mode == "floor"
+            else torch.where(floored < 0, -torch.div(-t, b, rounding_mode="floor"), floored)
+        )
 
     at_lower, at_upper = (whole(t) for t in ends(a))
     least, greatest = torch.minimum(at_lower, at_upper), torch.maximum(at_lower, at_upper)
@@ -511,7 +517,10 @@ def lerp(a: Value, b: Value, weight: Any) -> Interval:
     if not isinstance(weight, Tensor | Interval):
         weight = torch.as_tensor(weight, dtype=a.dtype, device=a.device)
     known = weight if isinstance(weight, Interval) or not outward() else singleton(weight)
-    apart = plus(multiply(_as_set(a), minus(1.0, known) if isinstance(known, Interval) else 1.0 - known), multiply(_as_set(b), known))
+    apart = plus(
+        multiply(_as_set(a), minus(1.0, known) if isinstance(known, Interval) else 1.0 - known),
+        multiply(_as_set(b), known),
+    )
     if not isinstance(weight, Interval):
         return apart
     return within(plus(a, multiply(minus(_as_set(b), a), weight)), *ends(apart))

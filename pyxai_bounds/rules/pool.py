@@ -102,7 +102,12 @@ class Places:
     """
 
     def __init__(
-        self, size: Sequence[int], first: Sequence[list[int]], last: Sequence[list[int]], step: Sequence[int], device: Any
+        self,
+        size: Sequence[int],
+        first: Sequence[list[int]],
+        last: Sequence[list[int]],
+        step: Sequence[int],
+        device: Any,
     ) -> None:
         self.size, self.out = list(size), [len(f) for f in first]
         self.whole = math.prod(size)
@@ -148,9 +153,7 @@ def _places(
 
     def make() -> Places:
         kernels, steps, pads, strides = (_many(v, dims) for v in (kernel, dilation, padding, stride or kernel))
-        first = [
-            [o * s - p for o in range(n)] for n, s, p in zip(out[-dims:], strides, pads, strict=True)
-        ]
+        first = [[o * s - p for o in range(n)] for n, s, p in zip(out[-dims:], strides, pads, strict=True)]
         last = [[b + d * (k - 1) + 1 for b in begins] for begins, k, d in zip(first, kernels, steps, strict=True)]
         return Places(x.shape[-dims:], first, last, steps, x.device)
 
@@ -244,7 +247,9 @@ def _unpool(function: Callable[[Tensor], Tensor], x: Value, indices: Any, size: 
         return Interval.of(function(x.mid), function(x.rad))
     found, places = indices.windows()
     if list(size) != places.size:
-        raise UnsupportedArgumentsError(f"spreads maxima over {list(size)} that were found in an image of {places.size}")
+        raise UnsupportedArgumentsError(
+            f"spreads maxima over {list(size)} that were found in an image of {places.size}"
+        )
     must, may = places.first_maximum(found)
     lower, upper = ends(_as_rows(x, places))
     shape = (*found.shape[: -len(places.size)], *places.size)

@@ -1,4 +1,4 @@
-"""Order statistics with their places: maxima along a dimension, sorted values, and what is selected by their indices."""
+"""Order statistics and their places: maxima along a dimension, sorted values, what is selected by their indices."""
 
 from __future__ import annotations
 

@@ -113,7 +113,9 @@ class Indices(Interval):
 
     ranks: Ranks | None
 
-    def __init__(self, *, windows: tuple[Interval, Callable[[], Any]] | None = None, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self, *, windows: tuple[Interval, Callable[[], Any]] | None = None, ranks: Ranks | None = None
+    ) -> None:
         self._windows, self.ranks = windows, ranks
         self.facts = self.state = None
 

@@ -242,7 +242,9 @@ def _register_sampler(forward: OpOverload, backward: OpOverload, dims: int) -> N
         """Of the image; the grid's gradient jumps at every element of it."""
         _check_sampler(mode)
         if mask[1] or isinstance(grid, Interval):
-            raise UnsupportedArgumentsError("is asked for a gradient through its grid; keep the grid a point, or detach it")
+            raise UnsupportedArgumentsError(
+                "is asked for a gradient through its grid; keep the grid a point, or detach it"
+            )
         like = mid_of(x).to(grad.dtype)
         return _sampled(
             lambda t: backward(t, like, grid, mode, padding, align, mask)[0], _as_set(grad), _as_set(x), grid, dims
@@ -312,9 +314,7 @@ def index_fill(x: Interval, dim: int, index: torch.Tensor, value: float) -> Inte
 
 @rule(aten.index_fill.int_Tensor, precision="exact")
 def index_fill_tensor(x: Value, dim: int, index: torch.Tensor, value: Value) -> Interval:
-    return Interval.of(
-        mid_of(x).index_fill(dim, index, mid_of(value)), rad_of(x).index_fill(dim, index, rad_of(value))
-    )
+    return Interval.of(mid_of(x).index_fill(dim, index, mid_of(value)), rad_of(x).index_fill(dim, index, rad_of(value)))
 
 
 @rule(aten.view.default, aten.reshape.default, aten._unsafe_view.default, precision="exact")

@@ -7,7 +7,19 @@ import importlib
 from pyxai_bounds.rules import RULES
 from tests.rules.cases import operators_on_sets
 
-MODULES = ("linear", "conv", "activation", "pool", "norm", "elementwise", "logic", "ranks", "reduce", "shape", "softmax")
+MODULES = (
+    "linear",
+    "conv",
+    "activation",
+    "pool",
+    "norm",
+    "elementwise",
+    "logic",
+    "ranks",
+    "reduce",
+    "shape",
+    "softmax",
+)
 
 
 def test_every_rule_has_a_case() -> None:

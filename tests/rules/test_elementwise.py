@@ -112,8 +112,14 @@ CASES = [
     Case("clamp, set as limit", lambda x: torch.clamp(OTHER, x, x + 1), X),
     Case("clamp_min", lambda x: aten.clamp_min.default(x, 0.0), X),
     Case("clamp_max", lambda x: aten.clamp_max.default(x, 1.0), X),
-    *(Case(name, getattr(torch, name), X) for name in ("erfc", "sinh", "cosh", "asinh", "floor", "ceil", "round", "trunc")),
-    *(Case(name, getattr(torch, name), X.tanh() * 0.5, eps=0.2, kinks=False) for name in ("asin", "acos", "atanh", "erfinv")),
+    *(
+        Case(name, getattr(torch, name), X)
+        for name in ("erfc", "sinh", "cosh", "asinh", "floor", "ceil", "round", "trunc")
+    ),
+    *(
+        Case(name, getattr(torch, name), X.tanh() * 0.5, eps=0.2, kinks=False)
+        for name in ("asin", "acos", "atanh", "erfinv")
+    ),
     Case("tan", torch.tan, X.tanh() * 0.8),
     Case("tan over a pole", torch.tan, X, eps=1.0, kinks=False, finite=False),
     Case("acosh", torch.acosh, X.abs() + 1.5, kinks=False),
@@ -150,7 +156,9 @@ CASES = [
     Case("lerp, tensors", lambda x: torch.lerp(x, x.flip(0), OTHER), X),
     Case("number to a power", lambda x: torch.pow(0.3, x) + torch.pow(2.5, x), X),
     on_positive("power, sets", lambda x: torch.pow(x, x.flip(0))),
-    Case("power, whole numbers in a tensor", lambda x: torch.pow(x, torch.tensor([2.0, 3.0, 1.0, 4.0])), X, kinks=False),
+    Case(
+        "power, whole numbers in a tensor", lambda x: torch.pow(x, torch.tensor([2.0, 3.0, 1.0, 4.0])), X, kinks=False
+    ),
     Case("nan_to_num", lambda x: torch.nan_to_num(x) * 2, X),
     Case("heaviside", lambda x: torch.heaviside(x, OTHER) + x, X, gradient=False),
     Case("fmax", lambda x: torch.fmax(x, OTHER), X),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
@@ -35,10 +33,15 @@ CASES = [
     Case("1-norm", lambda x: torch.linalg.vector_norm(x, 1, dim=1), X),
     Case("∞-norm", lambda x: torch.linalg.vector_norm(x, float("inf"), dim=0), X, finite=False),
     Case("∞-norm of everything", lambda x: torch.linalg.vector_norm(x, float("inf")), X, finite=False),
-    *(Case(f"{p}-norm", lambda x, p=p: torch.linalg.vector_norm(x, p, dim=1), X.abs() + 0.5) for p in (3, 2.5, 0.5, -1)),
+    *(
+        Case(f"{p}-norm", lambda x, p=p: torch.linalg.vector_norm(x, p, dim=1), X.abs() + 0.5)
+        for p in (3, 2.5, 0.5, -1)
+    ),
     Case("3-norm near 0", lambda x: torch.linalg.vector_norm(x, 3, dim=1), X, finite=False, kinks=False),
     Case("least size", lambda x: torch.linalg.vector_norm(x, float("-inf"), dim=1), X, finite=False, gradient=False),
-    Case("count of numbers that are not 0", lambda x: torch.linalg.vector_norm(x, 0, dim=1) + x[:, 0], X, gradient=False),
+    Case(
+        "count of numbers that are not 0", lambda x: torch.linalg.vector_norm(x, 0, dim=1) + x[:, 0], X, gradient=False
+    ),
     Case("count_nonzero", lambda x: torch.count_nonzero(x, 1) * x[:, 0], X, finite=False),
     Case("norm of a dimension", lambda x: aten.norm.ScalarOpt_dim(x, 2, [1]), X + 3, kinks=False),
     Case("prod", lambda x: x.prod(), X, eps=0.1),
@@ -52,7 +55,9 @@ CASES = [
     Case("scatter_reduce, mean", lambda x: x.scatter_reduce(0, ROWS, X, "mean"), X),
     Case("scatter_reduce, amax", lambda x: x.scatter_reduce(0, ROWS, x, "amax"), X, gradient=False),
     Case("aminmax", lambda x: torch.aminmax(x, dim=1)[0] - torch.aminmax(x, dim=1)[1], X, gradient=False),
-    Case("deviation and mean", lambda x: torch.std_mean(x, 1)[0] + torch.std_mean(x, 1)[1], 3 * X, eps=0.05, kinks=False),
+    Case(
+        "deviation and mean", lambda x: torch.std_mean(x, 1)[0] + torch.std_mean(x, 1)[1], 3 * X, eps=0.05, kinks=False
+    ),
     Case("distances", lambda x: torch.cdist(x, X.flip(0) + 3), X, kinks=False),
     Case("distance", lambda x: (x - X.flip(0)).norm(dim=1), X, finite=False, kinks=False),
 ]

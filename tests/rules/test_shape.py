@@ -142,11 +142,20 @@ CASES = [
     Case("masked_scatter", lambda x: OTHER.masked_scatter(KEEP, x), X),
     Case("index_fill", lambda x: x.index_fill(0, ROWS[:2], -1.5), X),
     Case("index_fill by a set", lambda x: x.index_fill(1, ROWS[:2], x[0, 0]), X),
-    *(Case(f"grid_sample, {padding}", lambda x, padding=padding: F.grid_sample(
-        x, GRID, padding_mode=padding, align_corners=padding == "border"), IMAGE)
-      for padding in ("zeros", "border", "reflection")),
+    *(
+        Case(
+            f"grid_sample, {padding}",
+            lambda x, padding=padding: F.grid_sample(x, GRID, padding_mode=padding, align_corners=padding == "border"),
+            IMAGE,
+        )
+        for padding in ("zeros", "border", "reflection")
+    ),
     Case("grid_sample, nearest", lambda x: F.grid_sample(x, GRID, "nearest", align_corners=False), IMAGE),
-    Case("grid_sample 3d", lambda x: F.grid_sample(x, GRID.new_tensor([[[[[0.3, -0.2, 0.9]]]]]), align_corners=True), VOLUME),
+    Case(
+        "grid_sample 3d",
+        lambda x: F.grid_sample(x, GRID.new_tensor([[[[[0.3, -0.2, 0.9]]]]]), align_corners=True),
+        VOLUME,
+    ),
     Case("affine_grid", lambda x: F.affine_grid(x, (2, 1, 3, 4), align_corners=False), rand(2, 2, 3)),
     Case("im2col", lambda x: F.unfold(x, (2, 3), padding=1), IMAGE),
     Case("col2im", lambda x: F.fold(x, (3, 4), (2, 2)), rand(1, 8, 6)),
