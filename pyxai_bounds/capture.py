@@ -183,18 +183,14 @@ def _clean_modes() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_fused_layers() -> Iterator[None]:
-    """Attention, encoder and recurrent layers in their parts: matrix products, softmax, norms, for which there are
-    rules.
-    """
-    fast, onednn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
+    """Attention and encoder layers in their parts: matrix products, softmax, norms, for which there are rules."""
+    fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    torch._C._set_mkldnn_enabled(False)  # it has LSTMs of its own, forward and backward in one operator each
     try:
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        torch._C._set_mkldnn_enabled(onednn)
 
 
 class _Record(TorchDispatchMode):

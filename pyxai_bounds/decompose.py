@@ -133,7 +133,8 @@ def _quantile(
 
 def _cumprod(x: Tensor, dim: int, *, dtype: Any = None, out: Any = None) -> Tensor:
     """Products of the last 2, 4, 8, … elements; PyTorch's own derivative looks for zeros first."""
-    x = x if dtype is None else x.to(dtype)
+    if dtype is not None or not x.is_floating_point():
+        x = x.to(torch.int64 if dtype is None else dtype)
     step, count = 1, x.shape[dim] if x.dim() else 1
     while step < count:
         product = x.narrow(dim, step, count - step) * x.narrow(dim, 0, count - step)
@@ -142,12 +143,23 @@ def _cumprod(x: Tensor, dim: int, *, dtype: Any = None, out: Any = None) -> Tens
     return x.clone()
 
 
+def _lstm(*args: Any) -> Any:
+    """Step by step: oneDNN has an operator of its own for a layer, and one for its backward pass."""
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        return torch.lstm(*args)
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
+
+
 # Functions that PyTorch takes apart before the tracer sees them, in a way that rules cannot follow.
 REWRITTEN: dict[Callable, Callable[..., Tensor]] = {
     torch.quantile: _quantile,
     torch.nanquantile: _quantile,
     Tensor.quantile: _quantile,
     Tensor.nanquantile: _quantile,
+    torch.lstm: _lstm,
     torch.cumprod: _cumprod,
     Tensor.cumprod: _cumprod,
 }

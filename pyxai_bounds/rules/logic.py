@@ -54,7 +54,8 @@ def ge(a: Any, b: Any) -> Interval:
 def eq(a: Any, b: Any) -> Interval:
     """Only points are known to be equal, and a number to itself."""
     if a is b:
-        return _truth(a.isfinite(), torch.ones_like(a.isfinite()), a)
+        known = ~a.mid.isnan() & a.rad.isfinite()
+        return _truth(known, torch.ones_like(known), a)
     (al, au), (bl, bu) = ends(a), ends(b)
     return _truth((al == bu) & (au == bl), ~((au < bl) | (al > bu)), a, b)
 
