@@ -385,7 +385,8 @@ def logit_backward(grad: Value, x: Value, eps: float | None = None) -> Interval:
     inside = x if eps is None else clamp(x, eps, 1 - eps)
     slope = reciprocal(range_of(lambda t: t * (1 - t), inside, [(0.5, 0.25)], ulps=4, absolute=4))
     if eps is None:
-        return multiply(grad, slope)
+        outside = (x.mid - x.rad < 0) | (x.mid + x.rad > 1)
+        return multiply(grad, Interval.of(torch.where(outside, torch.nan, slope.mid), slope.rad))
     kept = logical_and(ge(x, eps), le(x, 1 - eps))
     return multiply(grad, where(kept, slope, torch.zeros_like(x.mid)))
 

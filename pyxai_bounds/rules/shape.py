@@ -297,7 +297,6 @@ def _moved(image: Interval, grid: Interval, padding: int, align: bool) -> torch.
 _register_sampler(aten.grid_sampler_2d.default, aten.grid_sampler_2d_backward.default, 2)
 _register_sampler(aten.grid_sampler_3d.default, aten.grid_sampler_3d_backward.default, 3)
 _register_bicubic(aten.upsample_bicubic2d.default, aten.upsample_bicubic2d_backward.default)
-_register_bicubic(aten._upsample_bicubic2d_aa.default, aten._upsample_bicubic2d_aa_backward.default)
 
 
 @rule(aten.scatter.value, precision="exact")

@@ -127,7 +127,6 @@ CASES = [
     Case("bicubic, aligned", resized(scale_factor=1.5, mode="bicubic", align_corners=True), IMAGE),
     Case("bicubic, scaled", resized(scale_factor=(1.7, 0.6), mode="bicubic"), IMAGE),
     Case("bilinear, antialiased", resized(size=(2, 3), mode="bilinear", antialias=True), IMAGE),
-    Case("bicubic, antialiased", resized(size=(2, 3), mode="bicubic", antialias=True), IMAGE),
     Case("take", lambda x: x.take(INDEX), X),
     Case("put", lambda x: OTHER.put(torch.tensor([3, 1, 7]), x[0, :3]), X),
     Case("put, added", lambda x: x.put(torch.tensor([3, 3, 7]), OTHER[0, :3], accumulate=True), X),
