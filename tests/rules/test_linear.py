@@ -18,6 +18,7 @@ B = rand(4, seed=2)
 M = rand(3, 4, seed=3)  # a bias in the shape of the result
 LEFT = rand(5, 3, seed=4)
 PAIRS = rand(2, 6, 4, seed=9)
+ROWS = rand(3, 6, seed=10)
 BATCH = rand(2, 4, 3, seed=5)
 OFFSET = rand(2, 5, 3, seed=8)
 
@@ -64,8 +65,8 @@ CASES = [
     Case("addr, everything a set", lambda x: torch.addr(x, x[:, 0], x[0]), rand(3, 4), eps=0.1),
     Case("addbmm", lambda x: torch.addbmm(OFFSET[0], x, BATCH, beta=-2, alpha=0.5), rand(2, 5, 4)),
     Case("bilinear", lambda x: F.bilinear(x, M, PAIRS, B[:2]), rand(3, 6)),
-    Case("bilinear, the other argument", lambda x: F.bilinear(rand(3, 6), x, PAIRS), rand(3, 4)),
-    Case("bilinear, set as weight", lambda x: F.bilinear(rand(3, 6), M, x), rand(2, 6, 4)),
+    Case("bilinear, the other argument", lambda x: F.bilinear(ROWS, x, PAIRS), rand(3, 4)),
+    Case("bilinear, set as weight", lambda x: F.bilinear(ROWS, M, x), rand(2, 6, 4)),
     Case("bilinear, both", lambda x: F.bilinear(x[:, :6], x[:, 6:], PAIRS), rand(3, 10), eps=0.1),
     Case("cross", lambda x: torch.linalg.cross(x, LEFT, dim=1), rand(5, 3)),
     Case("cross of two sets", lambda x: torch.linalg.cross(x, x.flip(0), dim=-1), rand(5, 3), eps=0.1),
