@@ -40,6 +40,7 @@ CASES = [
     Case("all of all", lambda x: (x > -1).all() * x, X),
     Case("all of dimensions", lambda x: torch.all(x > -9, (0, 1)) * x, X),
     Case("xor", lambda x: ((x > 0) ^ (x > 0.5)) * x, X),
+    Case("logical xor", lambda x: torch.logical_xor(x > 0, x > 0.5) * x, X),
     Case("products and sums of truth values", lambda x: ((x > 0) * (x < 1) + (x > 2)) * x, X),
     Case("a number is itself", lambda x: torch.where(x == x, x, -x), X),
     Case("infinite", lambda x: x.masked_fill(x.isinf() | ~x.isfinite(), 1.0), X),

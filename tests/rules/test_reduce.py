@@ -43,6 +43,7 @@ CASES = [
         "count of numbers that are not 0", lambda x: torch.linalg.vector_norm(x, 0, dim=1) + x[:, 0], X, gradient=False
     ),
     Case("count_nonzero", lambda x: torch.count_nonzero(x, 1) * x[:, 0], X, finite=False),
+    Case("count_nonzero of all", lambda x: torch.count_nonzero(x, (0, 1)) * x, X, finite=False),
     Case("norm of a dimension", lambda x: aten.norm.ScalarOpt_dim(x, 2, [1]), X + 3, kinks=False),
     Case("prod", lambda x: x.prod(), X, eps=0.1),
     Case("prod over a dimension", lambda x: x.prod(1), X, eps=0.1),

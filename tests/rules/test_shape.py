@@ -169,6 +169,7 @@ def assigned(x: Tensor) -> Tensor:
 
 BOX = xb.Interval.linf(X, 0.3)
 DIRECT = [
+    Direct(aten.embedding_dense_backward.default, (BOX, ROWS, 3, -1, False)),
     Direct(aten.fill.Tensor, (OTHER, BOX[0, 0])),
     Direct(aten.copy.default, (OTHER, BOX)),
     Direct(aten.reshape.default, (BOX, [2, 6])),
