@@ -197,6 +197,6 @@ def test_what_contains_cannot_compare() -> None:
 
 def test_functions_of_tensors_say_how_to_bound_them() -> None:
     box = xb.Interval.linf(torch.zeros(4, 6), 0.1)
-    for call in (lambda: torch.relu(box), lambda: torch.nn.Linear(6, 2)(box), lambda: torch.zeros(6) + box):
+    for call in (lambda: torch.relu(box), lambda: torch.nn.Linear(6, 2)(box)):
         with pytest.raises(TypeError, match=r"given an Interval.*xb.bound\(fn\)\(box\)"):
             call()  # type: ignore[arg-type]

@@ -246,13 +246,13 @@ def _unpool(function: Callable[[Tensor], Tensor], x: Value, indices: Any, size: 
         assert isinstance(x, Interval)
         return Interval.of(function(x.mid), function(x.rad))
     found, places = indices.windows()
-    if list(size) != places.size:
+    if [n for n in size if n > 1] != [n for n in places.size if n > 1]:  # in one dimension PyTorch adds another
         raise UnsupportedArgumentsError(
             f"spreads maxima over {list(size)} that were found in an image of {places.size}"
         )
     must, may = places.first_maximum(found)
     lower, upper = ends(_as_rows(x, places))
-    shape = (*found.shape[: -len(places.size)], *places.size)
+    shape = (*found.shape[: -len(size)], *size)
     index = places.index.flatten().expand(len(may), -1)
 
     def hull(value: Tensor, worst: float, reduce: str) -> Tensor:
@@ -260,7 +260,7 @@ def _unpool(function: Callable[[Tensor], Tensor], x: Value, indices: Any, size: 
         chosen = torch.where(may, value, worst).flatten(1)
         reached = torch.zeros(len(may), places.whole + 1, dtype=value.dtype, device=value.device)
         sure = reached.scatter_reduce(1, index, must.to(value.dtype).flatten(1), "amax")
-        start = torch.where(sure > 0, worst, 0.0)
+        start = torch.where(sure > 0, worst, 0.0).to(value.dtype)
         return start.scatter_reduce(1, index, chosen, reduce)[:, : places.whole].reshape(shape)
 
     return between(hull(lower, math.inf, "amin"), hull(upper, -math.inf, "amax"))

@@ -173,7 +173,7 @@ def _scatter(x: Value, dim: int, ranks: Ranks, source: Value) -> Interval:
     (before, at_most), (lower, upper) = (
         [end.movedim(dim, -1) for end in ends(x)], [end.movedim(dim, -1).unsqueeze(-2) for end in ends(source)]
     )  # fmt: skip
-    sure = must.any(-1)
+    sure = must.any(-1) if may.shape[-1] < may.shape[-2] else torch.ones_like(must[..., 0])  # all places are given
     least, greatest = torch.where(may, lower, math.inf).amin(-1), torch.where(may, upper, -math.inf).amax(-1)
     least = torch.where(sure, least, torch.minimum(least, before))
     greatest = torch.where(sure, greatest, torch.maximum(greatest, at_most))

@@ -509,6 +509,8 @@ def positive_linear(
 
             if isinstance(args[0], Indices):
                 return args[0].reshaped(_op, *args[1:])
+            if any(isinstance(place, Indices) for place in places):
+                raise UnsupportedArgumentsError("uses indices that differ within a set")
             leaves = pytree.tree_leaves(args)
             mids, rads = part(mid_of), part(radius_part)
             kind = Interval
