@@ -16,20 +16,20 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pyxai_bounds.decompose import DECOMPOSED, REWRITTEN
 from pyxai_bounds.errors import CaptureError
 from pyxai_bounds.rounding import without_autocast
 from pyxai_bounds.watch import ModuleWatch, preserved
@@ -96,11 +96,11 @@ def capture(fn: Callable, spec: pytree.TreeSpec, leaves: list[Any], *, specialis
                 graph = _trace(program, tensors)
                 _refuse_randomness(graph)
                 return _functional(graph), watch
-            except (GuardOnDataDependentSymNode, DataDependentOutputException) as error:
+            except (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException) as error:
                 raise CaptureError(
-                    "The function reads the value of a tensor into Python (a comparison in an if, .item(), float()) "
-                    f"at {_users_line_of(error)}. Bounds hold for one fixed program: use torch.where, or pass the "
-                    "number in."
+                    "The function reads the value of a tensor into Python (a comparison in an if, .item(), float()), "
+                    f"or makes a tensor whose shape depends on values, at {_users_line_of(error)}. Bounds hold for one "
+                    "fixed program: use torch.where, or pass the number in."
                 ) from error
             except Exception:
                 # A function that calls .backward() would add to gradients that are real: try it without them.
@@ -135,7 +135,7 @@ def source_of(node: fx.Node) -> str:
 
 def _trace(program: Callable, tensors: list[Tensor]) -> fx.GraphModule:
     # make_fx looks at the signature of what it is given; a lambda hides it.
-    tracer = make_fx(lambda *args: program(*args), _DECOMPOSED, tracing_mode="fake", _allow_non_fake_inputs=True)
+    tracer = make_fx(lambda *args: program(*args), DECOMPOSED, tracing_mode="fake", _allow_non_fake_inputs=True)
     with fx.traceback.preserve_node_meta():
         return tracer(*[t.clone() if t.is_inference() else t.detach() for t in tensors])
 
@@ -193,60 +193,6 @@ def _no_fused_layers() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def _lstm(
-    x: Tensor, w_input: Tensor, w_hidden: Tensor, b_input: Tensor, b_hidden: Tensor, h: Tensor, c: Tensor,
-    reverse: bool, batch_sizes: Any, mode: int, hidden_size: int, num_layers: int, has_biases: bool, *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The one layer that PyTorch gives to oneDNN, x [T, B, N], h and c [B, H], step by step."""
-    outputs = []
-    gates = F.linear(x, w_input, b_input if has_biases else None)
-    for gate in gates.flip(0) if reverse else gates:
-        i, f, g, o = (gate + F.linear(h, w_hidden, b_hidden if has_biases else None)).chunk(4, 1)
-        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        h = o.sigmoid() * c.tanh()
-        outputs.append(h)
-    return torch.stack(outputs[::-1] if reverse else outputs), h, c, x.new_empty(0)
-
-
-def _adaptive_max_pool2d(x: Tensor, size: list[int]) -> Any:
-    """Windows of equal size, as for global max pooling, are those of an ordinary pool."""
-    window = _equal_windows(x, size)
-    return NotImplemented if window is None else aten.max_pool2d_with_indices.default(x, window, window)
-
-
-def _adaptive_max_pool2d_backward(grad: Tensor, x: Tensor, indices: Tensor) -> Any:
-    window = _equal_windows(x, grad.shape[-2:])
-    if window is None:
-        return NotImplemented
-    return aten.max_pool2d_with_indices_backward.default(grad, x, window, window, [0, 0], [1, 1], False, indices)
-
-
-def _equal_windows(x: Tensor, size: Sequence[int]) -> list[int] | None:
-    if not all(size) or any(n % m for n, m in zip(x.shape[-2:], size, strict=True)):
-        return None
-    return [n // m for n, m in zip(x.shape[-2:], size, strict=True)]
-
-
-def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
-    """The parametrization's norm over all dimensions but one, in operators that have rules."""
-    norm = v.square().sum([i for i in range(v.dim()) if i != dim], keepdim=True).sqrt()
-    return v * (g / norm), norm
-
-
-def _vdot(a: Tensor, b: Tensor) -> Any:
-    """Spectral norm's."""
-    return NotImplemented if a.is_complex() else aten.dot.default(a, b)
-
-
-_DECOMPOSED: dict[torch._ops.OpOverload, Callable[..., Any]] = {
-    aten._weight_norm_interface.default: _weight_norm,
-    aten.vdot.default: _vdot,
-    aten.mkldnn_rnn_layer.default: _lstm,
-    aten.adaptive_max_pool2d.default: _adaptive_max_pool2d,
-    aten.adaptive_max_pool2d_backward.default: _adaptive_max_pool2d_backward,
-}
-
-
 class _Record(TorchDispatchMode):
     """Note the user's line of every operator and what is written in place; refuse to bake values into the graph."""
 
@@ -291,7 +237,9 @@ class _Record(TorchDispatchMode):
 
 
 class _RefuseConversions(TorchFunctionMode):
-    """The same for conversions of a whole tensor, which read its memory without passing through an operator."""
+    """The same for conversions of a whole tensor, which read its memory without passing through an operator; and
+    rewritten functions are put in the place of PyTorch's.
+    """
 
     def __init__(self, record: _Record) -> None:
         super().__init__()
@@ -305,7 +253,7 @@ class _RefuseConversions(TorchFunctionMode):
                 f"The function leaves PyTorch for NumPy at {_users_line()}. Bounds follow PyTorch's operators alone: "
                 "compute with torch functions there."
             )
-        return func(*args, **(kwargs or {}))
+        return REWRITTEN.get(func, func)(*args, **(kwargs or {}))
 
 
 def _refuse_read() -> NoReturn:
@@ -381,6 +329,7 @@ def _simplify(graph: fx.GraphModule) -> None:
     for node in list(graph.graph.nodes):
         if node.op != "call_function":
             continue
+        _write_anew(node)
         name = node.target.name() if isinstance(node.target, torch._ops.OpOverload) else ""
         base = name.split(".")[0]
         if base in _IDENTITIES or (base == "aten::_to_copy" and _same_kind(node)):
@@ -396,6 +345,25 @@ def _simplify(graph: fx.GraphModule) -> None:
         elif name in _CONSTANT_LIKE:
             _make_constant(graph.graph, node)
     remove_unused(graph)
+
+
+def _write_anew(node: fx.Node) -> None:
+    """The functional form of an in-place operator that writes into a tensor which nothing else reads.
+
+    PyTorch leaves such operators in the graph where derivatives compute with nothing but constants.
+    """
+    op, target = node.target, node.args[0] if node.args else None
+    if not isinstance(op, torch._ops.OpOverload) or not op._schema.is_mutable or not isinstance(target, fx.Node):
+        return
+    fresh = isinstance(target.target, torch._ops.OpOverload) and all(
+        r.alias_info is None for r in target.target._schema.returns
+    )
+    dtypes = {n.meta["val"].dtype for n in node.all_input_nodes}
+    functional = getattr(
+        getattr(aten, op._schema.name.removeprefix("aten::").removesuffix("_")), op._overloadname, None
+    )
+    if fresh and len(target.users) == 1 and len(dtypes) == 1 and functional is not None:
+        node.target = functional
 
 
 # Tensors made in the shape of another one, with what fills them (None: the argument after the shape).

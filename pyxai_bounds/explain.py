@@ -30,6 +30,8 @@ class _Explanation:
     def __post_init__(self) -> None:
         if self.of not in ("logit", "probability", "loss"):
             raise ValueError(f"of={self.of!r} is unknown; choose 'logit', 'probability' or 'loss'.")
+        if not callable(self.model):
+            raise TypeError(f"model must be a module or a function of x, got {type(self.model).__name__}.")
         object.__setattr__(self, "model", unwrap(self.model))
 
     def __bound_key__(self) -> tuple[Any, Any]:
@@ -41,6 +43,9 @@ class _Explanation:
 
     def gradient(self, x: Tensor, target: Tensor | None) -> Tensor:
         """∂ score[target] / ∂x at every sample."""
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() == 0:
+            given = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"x must be a floating tensor [B, ...], got {given}; to bound an explanation use xb.bound.")
         differentiable = torch.is_grad_enabled()
         with torch.enable_grad():
             if not x.requires_grad:
@@ -111,6 +116,8 @@ class IntegratedGradients(_Explanation):
 
     def __call__(self, x: Tensor, target: Tensor | None = None, baseline: Tensor | None = None) -> Tensor:
         start = self.baseline if baseline is None else baseline
+        if isinstance(start, Tensor) and not _broadcasts(start, x):
+            raise ValueError(f"baseline of shape {list(start.shape)} does not broadcast to x of shape {list(x.shape)}.")
         difference = x - start
         fractions = torch.arange(1, self.steps + 1, dtype=x.dtype, device=x.device) / self.steps
         path = start + fractions.reshape(-1, 1, *[1] * (x.dim() - 1)) * difference
@@ -186,6 +193,11 @@ def smoothgrad(model: Callable[[Tensor], Tensor], of: Of = "logit") -> SmoothGra
     Source: Smilkov et al., arXiv 1706.03825.
     """
     return SmoothGrad(model, of)
+
+
+def _broadcasts(t: Tensor, x: Tensor) -> bool:
+    sizes = zip(reversed(t.shape), reversed(x.shape), strict=False)
+    return t.dim() <= x.dim() and all(n in (1, m) for n, m in sizes)
 
 
 def _score(output: Tensor, target: Tensor | None, of: Of) -> Tensor:

@@ -61,8 +61,9 @@ class Interval:
 
     @classmethod
     def point(cls, x: Tensor) -> Interval:
-        """The set that holds ``x`` alone."""
+        """The set that holds ``x`` alone, whose numbers must be finite: a NaN lies in no set."""
         _check_floating("x", x)
+        _check_finite("x", x)
         return cls.of(x, torch.zeros_like(x))
 
     @classmethod
@@ -70,10 +71,11 @@ class Interval:
         """All tensors within ``eps`` of ``x`` in every component, and inside ``clip`` if given.
 
         Shapes: x [B, ...]; eps a float, or a tensor that broadcasts to x (one radius per sample:
-        shape [B, 1, ...]; one per feature: [D]); clip (low, high) in the units of x, two numbers, or two tensors
-        that broadcast to a sample, x.shape[1:]. A float eps that the dtype cannot represent is rounded up, so the box
-        never shrinks.
-        Raises ValueError if eps is negative, NaN or infinite, or if x leaves ``clip``.
+        shape [B, 1, ...]; one per feature: [D] or [1, D]); clip (low, high) in the units of x, two numbers, or two
+        tensors that broadcast to a sample, x.shape[1:]. A float eps that the dtype cannot represent is rounded up, so
+        the box never shrinks.
+        Raises ValueError if eps is negative, NaN or infinite, if x leaves ``clip``, or if eps [N] could be one radius
+        per sample as well as one per entry of the last dimension, because both are N.
         """
         _check_floating("x", x)
         _check_finite("x", x)
@@ -121,6 +123,14 @@ class Interval:
     def device(self) -> torch.device:
         return self.mid.device
 
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", str(func))
+        raise TypeError(
+            f"torch's {name} takes tensors, but was given an Interval. Put what you compute into a function and bound "
+            "it: xb.bound(fn)(box)."
+        )
+
     def __len__(self) -> int:
         return len(self.mid)
 
@@ -128,7 +138,23 @@ class Interval:
         return Interval.of(self.mid[index], self.rad[index])
 
     def contains(self, t: Tensor) -> Tensor:
-        """Elementwise: does ``t`` lie in the set? Bool, of the broadcast shape. NaN lies nowhere."""
+        """Elementwise: does ``t`` lie in the set? Bool, of the broadcast shape. NaN lies nowhere.
+
+        Raises TypeError if ``t`` is no tensor, ValueError if its shape does not broadcast with the set's.
+        """
+        if not isinstance(t, Tensor):
+            raise TypeError(
+                f"Interval.contains takes a tensor, got {type(t).__name__}; convert with torch.tensor(...)."
+            )
+        try:
+            torch.broadcast_shapes(t.shape, self.shape)
+        except RuntimeError:
+            raise ValueError(
+                f"Interval.contains: a tensor of shape {list(t.shape)} cannot be compared with a set of shape "
+                f"{list(self.shape)}; give it that shape, or one that broadcasts to it."
+            ) from None
+        if t.device != self.device and t.dim() > 0:
+            raise ValueError(f"Interval.contains: the tensor is on {t.device} but the set on {self.device}; move one.")
         return (self.lower <= t) & (t <= self.upper)
 
     def isfinite(self) -> Tensor:
@@ -215,6 +241,12 @@ def _radius(x: Tensor, eps: float | Tensor) -> Tensor:
             exact, rad = rad, rad.to(x.dtype)
             inf = torch.full_like(rad, torch.inf)
             rad = torch.where(rad.to(torch.float64) < exact.to(torch.float64), torch.nextafter(rad, inf), rad)
+        if rad.dim() == 1 < x.dim() and 1 < len(rad) == x.shape[0] == x.shape[-1]:
+            raise ValueError(
+                f"Interval.linf: eps of shape {list(rad.shape)} may be one radius per sample or one per entry of the "
+                f"last dimension of x, of shape {list(x.shape)}. Write eps.reshape({[-1] + [1] * (x.dim() - 1)}) for "
+                "one per sample, eps[None] for one per entry."
+            )
         try:
             return rad.expand_as(x)
         except RuntimeError:
@@ -222,7 +254,7 @@ def _radius(x: Tensor, eps: float | Tensor) -> Tensor:
                 f"Interval.linf: eps of shape {tuple(eps.shape)} does not broadcast to x of shape "
                 f"{tuple(x.shape)}; for one radius per sample give it shape [B, 1, ...]."
             ) from None
-    if not isinstance(eps, (int, float)):
+    if not isinstance(eps, (int, float)) or isinstance(eps, bool):
         raise TypeError(
             f"Interval.linf: eps must be a number or a tensor, got {type(eps).__name__}; torch.as_tensor converts it."
         )

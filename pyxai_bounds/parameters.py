@@ -49,6 +49,12 @@ class ParameterBox:
                 raise TypeError(f"parameter_box: {name} must be a number, got {type(value).__name__}.")
             if not 0 <= value < math.inf:
                 raise ValueError(f"parameter_box: {name} must be finite and ≥ 0, got {value}.")
+        for name, patterns in (("include", include), ("exclude", exclude)):
+            listed = [] if patterns is None or isinstance(patterns, str) else patterns
+            if not isinstance(listed, Sequence) or not all(isinstance(pattern, str) for pattern in listed):
+                raise TypeError(
+                    f"parameter_box: {name} must be a pattern of names or a list of such, got {patterns!r}."
+                )
         self._model = weakref.ref(model)  # captures are kept per model, and must not keep it alive
         hash(self._model)  # while it lives: a reference remembers its hash
         self.relative, self.absolute = float(relative), float(absolute)

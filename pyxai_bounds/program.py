@@ -33,7 +33,7 @@ from pyxai_bounds.recompute import checkpointed, direct
 from pyxai_bounds.rounding import Semantics
 from pyxai_bounds.rules import RULES, UnsupportedArgumentsError, facts
 from pyxai_bounds.rules.registry import (
-    NO_VALUE,
+    Indices,
     Product,
     Rule,
     Truth,
@@ -41,7 +41,9 @@ from pyxai_bounds.rules.registry import (
     in_float64,
     narrow,
     outward,
+    singleton,
     use_product,
+    within,
 )
 from pyxai_bounds.watch import identity, is_dead, tensors_of, token, unwrap
 
@@ -407,7 +409,7 @@ class _Interpreter(fx.Interpreter):
     """Runs a captured graph on Intervals and points, collecting every operator that cannot be bounded."""
 
     def __init__(self, graph: fx.GraphModule, parameters: ParameterBox | None) -> None:
-        super().__init__(graph)
+        super().__init__(graph, garbage_collect_values=False)  # ``_maxima`` looks back
         self.parameters = parameters
         self.boxed = {} if parameters is None else {id(p): name for name, p in parameters.parameters().items()}
         self.used: set[int] = set()  # which of them the graph reads
@@ -438,6 +440,10 @@ class _Interpreter(fx.Interpreter):
         return self.parameters.interval(value)
 
     def run_node(self, n: fx.Node) -> Any:
+        if n.op == "output":
+            for result in n.all_input_nodes:
+                if isinstance(self.env[result], Indices):
+                    self._cannot_bound(result, " (its result is a place that differs within a set: return the values)")
         if n.op != "call_function":
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
@@ -459,9 +465,42 @@ class _Interpreter(fx.Interpreter):
         elif rule is None:
             return self._cannot_bound(n, "")
         try:
-            return facts.carried(n.target, args, kwargs, _apply(rule, n, args, kwargs))
+            result = _apply(rule, n, args, kwargs)
+            maxima = self._maxima(n, result)
+            return facts.carried(n.target, args, kwargs, result) if maxima is None else maxima
         except UnsupportedArgumentsError as reason:
             return self._cannot_bound(n, f" ({reason})")
+
+    def _maxima(self, n: fx.Node, result: Any) -> Interval | None:
+        """Which elements equal the greatest of them, and how many: at least one, where the greatest is a number.
+
+        Derivatives of maxima are divided among these.
+        """
+        equal = n.args[0] if n.target in _SUMS else n
+        if equal is not n and isinstance(equal, fx.Node) and equal.target is aten.logical_or.default:
+            equal = equal.args[0]
+        if not isinstance(equal, fx.Node) or equal.target is not aten.eq.Tensor:
+            return None
+        for x, shown in (equal.args[:2], equal.args[1::-1]):
+            extremum = shown
+            while isinstance(extremum, fx.Node) and extremum.target in (aten.unsqueeze.default, aten.view.default):
+                extremum = extremum.args[0]
+            if not isinstance(extremum, fx.Node) or extremum.target not in _EXTREMA or extremum.args[0] is not x:
+                continue
+            assert isinstance(x, fx.Node) and isinstance(shown, fx.Node)
+            value, rows = self.env[shown], self.env[x].shape
+            dims = _dims(extremum, rows)
+            joined = [1 if d in dims else size for d, size in enumerate(rows)]
+            if not isinstance(value, Interval) or (value.shape and list(value.shape) != joined):
+                continue
+            if n is equal:
+                candidates = (result.mid + result.rad > 0).sum(list(dims), keepdim=True)
+                sure = (result.rad > 0) & (candidates == 1) & value.isfinite()
+                return Truth.of(torch.where(sure, 1.0, result.mid), torch.where(sure, 0.0, result.rad))
+            if _dims(n, rows) == dims and value.shape in (result.shape, ()):
+                at_least = torch.where(value.isfinite(), 1.0, -torch.inf).to(result.dtype)
+                return within(result, at_least, torch.full_like(at_least, torch.inf))
+        return None
 
     def _cannot_bound(self, node: fx.Node, reason: str) -> _Unknown:
         name = node.target.name() if isinstance(node.target, torch._ops.OpOverload) else str(node.target)
@@ -484,13 +523,13 @@ def _apply(rule: Rule, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     result = rule.function(*args, **kwargs)
     if moves:
         return result
-    given = next(x.dtype for x in leaves if isinstance(x, Interval) and x is not NO_VALUE)
+    given = next((x.dtype for x in leaves if isinstance(x, Interval) and not isinstance(x, Indices)), torch.float64)
     if isinstance(result, Truth):
         return narrow(result, given)
     results = list(result) if isinstance(result, (tuple, list)) else [result]
     values = node.meta["val"] if isinstance(result, (tuple, list)) else [node.meta["val"]]
     for i, (part, value) in enumerate(zip(results, values, strict=True)):
-        if isinstance(part, Interval) and part is not NO_VALUE:
+        if isinstance(part, Interval) and not isinstance(part, Indices):
             dtype = value.dtype if value.dtype.is_floating_point else given  # truth values are counted by integers
             results[i] = narrow(evaluated(part, 1 if rule.precision == "exact" else rule.ulps), dtype)
     return results if isinstance(result, (tuple, list)) else results[0]
@@ -498,7 +537,7 @@ def _apply(rule: Rule, node: fx.Node, args: tuple, kwargs: dict) -> Any:
 
 def _empty_in_float64(x: Any) -> Any:
     """Of an argument of which the shape alone is used: that shape, in the dtype of the others."""
-    like = x.mid if isinstance(x, Interval) and x is not NO_VALUE else x
+    like = x.mid if isinstance(x, Interval) and not isinstance(x, Indices) else x
     return torch.empty_like(like, dtype=torch.float64) if isinstance(like, Tensor) and like.is_floating_point() else x
 
 
@@ -506,11 +545,17 @@ def _holds_numbers(leaves: list[Any]) -> bool:
     """Can an operator that moves or compares numbers hold all that it is given? Python numbers, and float64 tensors
     without dimensions, are rounded to the dtype of the others.
     """
-    tensors = [x for x in leaves if isinstance(x, (Interval, Tensor)) and x is not NO_VALUE]
+    tensors = [x for x in leaves if isinstance(x, (Interval, Tensor)) and not isinstance(x, Indices)]
     dtypes = {x.dtype for x in tensors if x.dtype.is_floating_point}
     numbers = [x for x in leaves if isinstance(x, float)]
     return len(dtypes) < 2 and all(rd.stored(x, dtype)[1] == 0 for x in numbers for dtype in dtypes)
 
+
+_SUMS = frozenset((aten.sum.default, aten.sum.dim_IntList))
+_EXTREMA = frozenset(
+    (aten.amax.default, aten.amin.default, aten.max.default, aten.min.default, aten.median.default,
+     aten.nanmedian.default)
+)  # fmt: skip
 
 # Operators without a rule that return numbers they are given, or numbers that a program may call constants.
 _MOVING = frozenset(
@@ -532,10 +577,18 @@ def _is_exact(node: fx.Node, rule: Rule | None, leaves: list[Any]) -> bool:
     return rule is None and not any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves)
 
 
+def _dims(node: fx.Node, shape: torch.Size) -> set[int]:
+    """Over which dimensions a reduction goes; all of them, if it names none."""
+    named: Any = node.args[1] if len(node.args) > 1 else None
+    return {d % len(shape) for d in named} if named else set(range(len(shape)))
+
+
 def _enclosed(rule: Rule, args: tuple) -> tuple:
     """The arguments, one of them as a set of one point, so that the rule encloses what the operator rounds."""
     first = args[rule.set_first]
-    point = Interval.point(first if first.is_floating_point() else first.double())
+    if not isinstance(first, Tensor):
+        raise UnsupportedArgumentsError("rounds at a point: sound=True bounds that for tensors alone")
+    point = singleton(first if first.is_floating_point() else first.double())
     return (*args[: rule.set_first], point, *args[rule.set_first + 1 :])
 
 

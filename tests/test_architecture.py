@@ -21,7 +21,7 @@ ORDER = [
     ["interval", "data", "models"],
     ["ops", "parameters"],
     ["rules"],
-    ["watch"],
+    ["watch", "decompose"],
     ["capture"],
     ["fuse", "recompute"],
     ["program"],

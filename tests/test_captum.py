@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from captum.attr import GuidedBackprop, InputXGradient, IntegratedGradients, LayerGradCam, Saliency
+from captum.attr import DeepLift, GuidedBackprop, InputXGradient, IntegratedGradients, LayerGradCam, Saliency
 from torch import Tensor
 
 import pyxai_bounds as xb
@@ -118,3 +118,27 @@ def test_the_documented_example_runs() -> None:
         exec(compile(block, "docs/captum.md", "exec"), session)
     attribution = session["method"].attribute(session["x"], target=session["target"]).detach()
     assert session["bounds"].contains(attribution.double()).all()
+
+
+@pytest.mark.filterwarnings("ignore:Setting forward, backward hooks")
+@pytest.mark.parametrize("stride", [2, 1])
+def test_deeplift_passes_max_pooling(stride: int) -> None:
+    """It sends what belongs to a window to the window's maximum; windows may share one."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 2, 3), torch.nn.ReLU(), torch.nn.MaxPool2d(2, stride), torch.nn.Flatten(),
+        torch.nn.Linear(2 * (2 if stride == 2 else 3) ** 2, 3),
+    ).double().eval()  # fmt: skip
+    method = DeepLift(model)
+    x, y = images(2, shape=(1, 6, 6)), torch.tensor([0, 2])
+
+    def explain(x: Tensor, y: Tensor) -> Tensor:
+        return method.attribute(x, target=y)
+
+    box = xb.Interval.linf(x, 1e-5)
+    bounds = xb.bound(explain)(box, y).detach()
+    assert bounds.isfinite().double().mean() > 0.5
+    for seed in range(50):
+        assert_encloses(bounds, explain(sample(box, seed, corners=seed % 2 == 0), y))
+    point = xb.bound(explain)(xb.Interval.point(x), y).detach()
+    assert ((point.mid - explain(x, y)).abs() <= 1e-9 + point.rad).all()

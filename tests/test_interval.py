@@ -166,3 +166,37 @@ def test_a_set_with_a_history_can_be_printed() -> None:
     assert "widest 0.2" in repr(
         xb.Interval.linf(torch.rand(2, 3, requires_grad=True), torch.tensor(0.1, requires_grad=True))
     )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_point_that_is_no_number_is_refused(value: float) -> None:
+    with pytest.raises(ValueError, match=r"NaN or infinite at 1 of 2 elements, first at index \(1,\)"):
+        xb.Interval.point(torch.tensor([0.0, value]))
+
+
+def test_radii_that_could_be_meant_in_two_ways_are_refused() -> None:
+    eps = torch.tensor([0.1, 0.2, 0.3])
+    with pytest.raises(ValueError, match=r"eps.reshape\(\[-1, 1\]\) for one per sample, eps\[None\]"):
+        xb.Interval.linf(torch.zeros(3, 3), eps)
+    with pytest.raises(ValueError, match=r"eps.reshape\(\[-1, 1, 1, 1\]\)"):
+        xb.Interval.linf(torch.zeros(3, 1, 2, 3), eps)
+    assert torch.equal(xb.Interval.linf(torch.zeros(3, 3), eps.reshape(-1, 1)).rad[:, 0], eps)
+    assert torch.equal(xb.Interval.linf(torch.zeros(3, 3), eps[None]).rad[0], eps)
+    assert torch.equal(xb.Interval.linf(torch.zeros(2, 3), eps).rad[1], eps)  # per entry is all that it can be
+    assert torch.equal(xb.Interval.linf(torch.zeros(3), eps).rad, eps)
+
+
+def test_what_contains_cannot_compare() -> None:
+    box = xb.Interval.linf(torch.zeros(4, 6), 0.1)
+    with pytest.raises(ValueError, match=r"\[4, 5\] cannot be compared with a set of shape \[4, 6\]"):
+        box.contains(torch.zeros(4, 5))
+    with pytest.raises(TypeError, match="takes a tensor, got list"):
+        box.contains([0.0])  # type: ignore[arg-type]
+    assert box.contains(torch.zeros(6)).shape == (4, 6)
+
+
+def test_functions_of_tensors_say_how_to_bound_them() -> None:
+    box = xb.Interval.linf(torch.zeros(4, 6), 0.1)
+    for call in (lambda: torch.relu(box), lambda: torch.nn.Linear(6, 2)(box)):
+        with pytest.raises(TypeError, match=r"given an Interval.*xb.bound\(fn\)\(box\)"):
+            call()  # type: ignore[arg-type]

@@ -203,3 +203,18 @@ def test_a_recurrent_layer_goes_on_from_its_states(two_layers: bool) -> None:
     for bound, value in zip(bounds, twice(x.double()), strict=True):
         assert bound.shape == value.shape
         assert ((bound.lower.double() <= value) & (value <= bound.upper.double())).all()
+
+
+def test_the_gradient_of_an_lstm_in_float32() -> None:
+    """There oneDNN has an operator of its own for the backward pass of a layer."""
+    layer = nn.LSTM(4, 3, batch_first=True)
+
+    def gradient(x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(layer(x)[0].tanh().sum(), x)[0]
+
+    box = xb.Interval.linf(torch.rand(2, 3, 4), 1e-3)
+    bounds = xb.bound(gradient, sound=True)(box)
+    assert torch._C._get_mkldnn_enabled()
+    for seed in range(5):
+        assert bounds.contains(gradient(sample(box, seed, corners=True))).all()

@@ -152,6 +152,8 @@ class _Check:
             raise TypeError(
                 f"x must be a floating tensor [B, ...], got {kind}; torch.as_tensor or .float() converts it."
             )
+        if x.dim() == 0:
+            raise ValueError("x must be a batch [B, ...], got a tensor without dimensions; use x[None].")
         if target is not None and not isinstance(target, Tensor):
             mend = "for one class for all torch.full((len(x),), c)" if isinstance(target, int) else "torch.as_tensor"
             raise TypeError(
@@ -224,7 +226,14 @@ class _Check:
 
     def _bounds(self, box: Interval, start: int) -> Interval:
         """One piece, filled up to the common size so that one compiled program serves all pieces."""
-        out = self.bounded(*self._arguments(box, start, self.size))
+        arguments = self._arguments(box, start, self.size)
+        out = self.bounded(*arguments)
+        if not isinstance(out, Interval) or out.mid.dim() == 0 or len(out) != len(arguments[0]):
+            given = list(out.shape) if isinstance(out, Interval) else type(out).__name__
+            raise ValueError(
+                "certify needs a function that returns one explanation per sample, a tensor "
+                f"[{len(arguments[0])}, ...] for a batch of {len(arguments[0])}, but it returned {given}."
+            )
         return out[: min(self.size, len(self.x) - start)]
 
     def _arguments(self, box: Interval, start: int, size: int) -> tuple[Interval | Tensor, ...]:

@@ -38,6 +38,24 @@ def flat(t: Tensor) -> Tensor:
     return t.reshape(len(t), t.shape[1:].numel())
 
 
+def check_shapes(property: Property, nominal: Tensor, bounds: Interval) -> None:
+    """Raise where the explanation and its bounds do not belong together."""
+    name = type(property).__name__
+    if not isinstance(nominal, Tensor) or not isinstance(bounds, Interval):
+        given = f"{type(nominal).__name__} and {type(bounds).__name__}"
+        raise TypeError(f"{name}.margin takes an explanation (a tensor) and its bounds (an Interval), got {given}.")
+    if nominal.shape != bounds.shape or nominal.dim() == 0:
+        raise ValueError(
+            f"{name}.margin takes an explanation and its bounds of one shape [B, ...], got {list(nominal.shape)} and "
+            f"{list(bounds.shape)}; of a single sample use nominal[None] and bounds[None]."
+        )
+
+
+def check_number(property: Property, name: str, value: float) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{type(property).__name__}: {name} must be a number, got {value!r}.")
+
+
 def _check_count(name: str, k: int) -> None:
     if not isinstance(k, int) or isinstance(k, bool):
         raise TypeError(f"{name}: k must be a whole number of entries, got {k!r}.")
@@ -84,12 +102,13 @@ class TopK:
 
     def top(self, nominal: Tensor) -> Tensor:
         """The k top entries of each explanation, bool [B, D]."""
-        score = self.scores(Interval.point(nominal))[0]
+        score = self.scores(Interval.of(nominal, torch.zeros_like(nominal)))[0]
         if self.k >= score.shape[1]:
             return torch.ones_like(score, dtype=torch.bool)
         return torch.zeros_like(score, dtype=torch.bool).scatter(1, score.topk(self.k, 1).indices, True)
 
     def margin(self, nominal: Tensor, bounds: Interval) -> Tensor:
+        check_shapes(self, nominal, bounds)
         lower, upper = self.scores(bounds)
         if self.k >= lower.shape[1]:
             return torch.full_like(lower[:, 0], torch.inf)
@@ -112,6 +131,7 @@ class Sign:
             _check_count("Sign", self.k)
 
     def margin(self, nominal: Tensor, bounds: Interval) -> Tensor:
+        check_shapes(self, nominal, bounds)
         distance = flat(torch.where(nominal > 0, bounds.lower, -bounds.upper))
         # A nominal zero keeps no sign, whatever the bounds.
         distance = distance.masked_fill(flat(nominal) == 0, 0.0).minimum(distance)
@@ -128,6 +148,7 @@ class _Deviation:
     strict = False
 
     def __post_init__(self) -> None:
+        check_number(self, "tau", self.tau)
         if not self.tau >= 0:
             raise ValueError(f"{type(self).__name__}: tau must be ≥ 0, got {self.tau}.")
 
@@ -135,6 +156,7 @@ class _Deviation:
         raise NotImplementedError
 
     def margin(self, nominal: Tensor, bounds: Interval) -> Tensor:
+        check_shapes(self, nominal, bounds)
         size = self.size(flat(deviation(nominal, bounds)))
         return self.tau - size * (1 + rounding_loss(nominal[0].numel() if len(nominal) else 0))
 
@@ -179,10 +201,12 @@ class Cosine:
     strict = False
 
     def __post_init__(self) -> None:
+        check_number(self, "least", self.least)
         if not -1 <= self.least <= 1:
             raise ValueError(f"Cosine: least must lie in [-1, 1], got {self.least}.")
 
     def margin(self, nominal: Tensor, bounds: Interval) -> Tensor:
+        check_shapes(self, nominal, bounds)
         v, d = flat(nominal).double(), flat(deviation(nominal, bounds))
         lost = rounding_loss(v.shape[1])
         norm = torch.linalg.vector_norm(v, dim=1)

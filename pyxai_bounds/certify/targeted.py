@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyxai_bounds.certify.properties import flat, magnitude, rounding_loss
+from pyxai_bounds.certify.properties import check_number, flat, magnitude, rounding_loss
 from pyxai_bounds.interval import Interval
 
 
@@ -24,6 +24,9 @@ class Unlike:
     strict = True
 
     def __post_init__(self) -> None:
+        check_number(self, "tau", self.tau)
+        if not isinstance(self.targets, Tensor):
+            raise TypeError(f"Unlike: targets must be a tensor [T, ...], got {type(self.targets).__name__}.")
         if not self.tau >= 0:
             raise ValueError(f"Unlike: tau must be ≥ 0, got {self.tau}.")
         if self.targets.dim() < 1 or len(self.targets) == 0:
@@ -56,6 +59,9 @@ class Excluded:
     strict = True
 
     def __post_init__(self) -> None:
+        whole = isinstance(self.features, tuple | list) and all(isinstance(f, int) for f in self.features)
+        if not whole or not isinstance(self.k, int):
+            raise TypeError(f"Excluded: features is a tuple of flat indices and k a number of them, got {self}.")
         if not self.features or min(self.features) < 0 or self.k < 1:
             raise ValueError(f"Excluded: name flat feature indices ≥ 0 and k ≥ 1, got {self.features} and k={self.k}.")
 

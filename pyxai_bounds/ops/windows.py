@@ -45,17 +45,21 @@ class Windows:
         return F.pad(image, [-p for p in self.pad]).reshape(self.shape)
 
     def first_maximum(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-        """Of every element of every window: must it be the window's first maximum in row order, and may it be?
-
-        Element i must be iff l_i > u_j for all j before i and l_i ≥ u_j for all j after; it may be iff u_i > l_j before
-        and u_i ≥ l_j after.
-        """
+        """Of every element of every window: must it be the window's first maximum in row order, and may it be?"""
         # An element of −∞ can be the maximum of its window, which the padding cannot.
         least = torch.finfo(lower.dtype).min
-        lower, upper = (self.unfold(end.clamp(min=least)) for end in (lower, upper))
-        must = (lower > _before(upper)) & (lower >= _after(upper))
-        may = ~((upper <= _before(lower)) | (upper < _after(lower)))  # true for a NaN
-        return must, may
+        return first_of_greatest(*(self.unfold(end.clamp(min=least)) for end in (lower, upper)))
+
+
+def first_of_greatest(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every position along the third dimension: must it hold the first of the greatest values, and may it?
+
+    Element i must be iff l_i > u_j for all j before i and l_i ≥ u_j for all j after; it may be iff u_i > l_j before and
+    u_i ≥ l_j after.
+    """
+    must = (lower > _before(upper)) & (lower >= _after(upper))
+    may = ~((upper <= _before(lower)) | (upper < _after(lower)))  # true for a NaN
+    return must, may
 
 
 def _before(x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from pyxai_bounds.rules import (  # noqa: F401
     logic,
     norm,
     pool,
+    ranks,
     reduce,
     shape,
     softmax,

@@ -15,10 +15,12 @@ from pyxai_bounds import rounding as rd
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.ops.layout import pack
 from pyxai_bounds.ops.smooth import root, smooth, softplus_jump
-from pyxai_bounds.rules.elementwise import clamp_max
+from pyxai_bounds.rules.elementwise import clamp, clamp_max
+from pyxai_bounds.rules.logic import gt, where
 from pyxai_bounds.rules.registry import (
     Value,
     between,
+    enclose,
     ends,
     evaluated,
     mid_of,
@@ -29,6 +31,7 @@ from pyxai_bounds.rules.registry import (
     rad_of,
     range_of,
     rule,
+    singleton,
 )
 
 aten = torch.ops.aten
@@ -87,7 +90,7 @@ def leaky_relu_backward(grad: Value, x: Value, negative_slope: float, self_is_re
 def prelu(x: Value, weight: Value) -> Interval:
     """Below 0 the slope is ``weight``, of any sign; where that is a set, the two sides are summed: one of them is 0."""
     if isinstance(weight, Interval):
-        x = x if isinstance(x, Interval) else Interval.point(x)
+        x = x if isinstance(x, Interval) else singleton(x)
         return plus(relu(x), multiply(clamp_max(x, 0.0), weight))
     assert isinstance(x, Interval)
     return range_of(lambda t: aten._prelu_kernel(t, weight), x, [(0.0, 0.0)], ulps=1)
@@ -103,7 +106,7 @@ def prelu_backward(grad: Value, x: Value, weight: Value) -> tuple[Interval, Inte
         torch.where(above, one, torch.where(below, least, least.clamp(max=1))),
         torch.where(above, one, torch.where(below, greatest, greatest.clamp(min=1))),
     )
-    of_weight = clamp_max(x, 0.0) if isinstance(x, Interval) else Interval.point(x.clamp(max=0))
+    of_weight = clamp_max(x, 0.0) if isinstance(x, Interval) else singleton(x.clamp(max=0))
     return multiply(grad, slope), multiply(grad, of_weight)
 
 
@@ -119,6 +122,48 @@ def hardtanh_backward(grad: Value, x: Value, min_val: float, max_val: float) -> 
     (min_least, min_greatest), (max_least, max_greatest) = ends(float(min_val)), ends(float(max_val))
     must = (lower > min_greatest) & (upper < max_least)
     may = ~((upper <= min_least) | (lower >= max_greatest))  # true for a NaN
+    if not isinstance(x, Interval) and not outward():
+        return multiply(grad, may.to(lower.dtype))
+    return multiply(grad, between(must.to(lower.dtype), may.to(lower.dtype)))
+
+
+@rule(aten.threshold.default, precision="exact")
+def threshold(x: Interval, threshold: float, value: float) -> Interval:
+    """x above the threshold, ``value`` at and below it."""
+    return where(gt(x, float(threshold)), clamp(x, float(threshold)), torch.full_like(x.mid, value))
+
+
+@rule(aten.hardshrink.default, ulps=0)
+def hardshrink(x: Interval, lambd: float = 0.5) -> Interval:
+    """x outside of [−λ, λ], 0 inside: non-decreasing in x; in λ it falls above 0 and rises below."""
+    return _shrunk(aten.hardshrink, x, lambd, ulps=0)
+
+
+@rule(aten.softshrink.default, ulps=1)
+def softshrink(x: Interval, lambd: float = 0.5) -> Interval:
+    """x moved towards 0 by λ."""
+    return _shrunk(aten.softshrink, x, lambd, ulps=1)
+
+
+def _shrunk(function: Callable[[Tensor, float], Tensor], x: Interval, lambd: float, ulps: float) -> Interval:
+    lower, upper = ends(x)
+    values = [
+        [torch.where(end.isnan(), end, function(end, bound)) for bound in ends(float(lambd))] for end in (lower, upper)
+    ]
+    least, greatest = torch.minimum(*values[0]), torch.maximum(*values[1])
+    if not ulps:
+        return between(least, greatest)
+    out = enclose(least, greatest, ulps)
+    zero = (least == 0) & (greatest == 0)
+    return Interval.of(torch.where(zero, 0.0, out.mid), torch.where(zero, 0.0, out.rad))
+
+
+@rule(aten.hardshrink_backward.default, aten.softshrink_backward.default, ulps=0)
+def shrink_backward(grad: Value, x: Value, lambd: float) -> Interval:
+    """φ′ is 0 on [−λ, λ] and 1 outside."""
+    (lower, upper), (least, greatest) = ends(x), ends(float(lambd))
+    must = (lower > greatest) | (upper < -greatest)
+    may = ~((lower >= -least) & (upper <= least))  # true for a NaN
     if not isinstance(x, Interval) and not outward():
         return multiply(grad, may.to(lower.dtype))
     return multiply(grad, between(must.to(lower.dtype), may.to(lower.dtype)))
@@ -224,7 +269,7 @@ def glu(x: Interval, dim: int = -1) -> Interval:
 @rule(aten.glu_backward.default, ulps=4)
 def glu_backward(grad: Value, x: Value, dim: int) -> Interval:
     """grad·σ(b), and grad·a·σ′(b)."""
-    a, b = _halves(x if isinstance(x, Interval) else Interval.point(x), dim)
+    a, b = _halves(x if isinstance(x, Interval) else singleton(x), dim)
     s = evaluated(sigmoid(b), 8)
     slope = _times_slope(a, s, lambda y: y * (1 - y), [(0.5, 0.25)], ulps=4, absolute=4)
     parts = multiply(grad, s), multiply(grad, slope)
@@ -361,7 +406,7 @@ def _times_slope(
     """The gradient times φ′, which is computed to within ``ulps`` u of itself plus ``absolute`` u plus ``height``."""
     if not outward():
         return multiply(grad, range_of(slope, x, critical, ulps=0) if isinstance(x, Interval) else slope(x))
-    x = x if isinstance(x, Interval) else Interval.point(x)
+    x = x if isinstance(x, Interval) else singleton(x)
     factor = range_of(slope, x, critical, ulps=ulps, absolute=absolute + height / rd.unit(x.dtype))
     float32 = rd.unit(torch.float32)
     return multiply(grad, evaluated(factor, min(ulps, 128), absolute + height / float32))

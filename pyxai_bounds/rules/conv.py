@@ -22,6 +22,7 @@ from pyxai_bounds.rules.registry import (
     outward,
     plus,
     rule,
+    singleton,
     total,
 )
 
@@ -57,7 +58,7 @@ def convolution(
         product, x, weight, _terms(weight, transposed, groups), exact if _is_square(weight, transposed) else None
     )
     if not isinstance(out, Interval):
-        out = Interval.point(out)
+        out = singleton(out)
     if bias is None:
         return out
     per_channel = [1, -1] + [1] * (out.mid.dim() - 2)
@@ -114,7 +115,7 @@ def convolution_backward(
     if output_mask[2]:
         over = [0, *range(2, len(grad.shape))]
         if outward():
-            results[2] = total(in_float64(grad) if isinstance(grad, Interval) else Interval.point(grad.double()), over)
+            results[2] = total(in_float64(grad) if isinstance(grad, Interval) else singleton(grad.double()), over)
         else:
             results[2] = total(grad, over) if isinstance(grad, Interval) else grad.sum(over)
     return results
@@ -137,7 +138,7 @@ def _product(product: Any, a: Value, b: Value, terms: int, exact: Any) -> Value:
     if outward():
         a, b = in_float64(a), in_float64(b)
         if isinstance(a, Tensor) and isinstance(b, Tensor):
-            a = Interval.point(a)  # a product of points rounds, too
+            a = singleton(a)  # a product of points rounds, too
     if exact is not None and exact_product() and isinstance(a, Interval) and isinstance(b, Interval):
         return exact_bilinear(exact, product, a, b, terms)
     if isinstance(a, Interval) or isinstance(b, Interval):

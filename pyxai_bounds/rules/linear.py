@@ -25,6 +25,8 @@ from pyxai_bounds.rules.registry import (
     plus,
     rad_of,
     rule,
+    singleton,
+    total,
     within,
 )
 
@@ -68,9 +70,33 @@ def mv(a: Value, b: Value) -> Interval:
     return _product(torch.mv, a, b)
 
 
+@rule(aten.addmv.default, ulps=0, set_first="mat")
+def addmv(bias: Value, a: Value, b: Value, *, beta: float = 1, alpha: float = 1) -> Interval:
+    return _add_product(bias, a, b, torch.mv, beta, alpha)
+
+
 @rule(aten.dot.default, ulps=0)
 def dot(a: Value, b: Value) -> Interval:
     return _product(torch.dot, a, b)
+
+
+@rule(aten._trilinear.default, ulps=2)
+def trilinear(
+    a: Value, b: Value, c: Value, expand_a: list[int], expand_b: list[int], expand_c: list[int], summed: list[int],
+    unroll_dim: int = 1,
+) -> Interval:  # fmt: skip
+    """Σ a·b·c, nn.Bilinear's and its gradients': products of points first, so that a set meets one coefficient."""
+    factors = []
+    for factor, dims in ((a, expand_a), (b, expand_b), (c, expand_c)):
+        box = factor if isinstance(factor, Interval) else singleton(factor)
+        parts = [box.mid, box.rad]
+        for dim in dims:
+            parts = [part.unsqueeze(dim) for part in parts]
+        factors.append(Interval.of(*parts) if isinstance(factor, Interval) or outward() else parts[0])
+    factors.sort(key=lambda factor: isinstance(factor, Interval))
+    first, second, third = factors
+    pair = first * second if isinstance(first, Tensor) and isinstance(second, Tensor) else multiply(first, second)
+    return total(multiply(pair, third), summed)
 
 
 def _product(product: Any, a: Value, b: Value) -> Interval:
@@ -148,7 +174,7 @@ def _rows_in(product: Any, a: Value, b: Value) -> Interval:
         centre = mid_of(b).mean(-2, keepdim=True)
         shift = known.total * centre
         centred = (
-            minus(b if isinstance(b, Interval) or not outward() else Interval.point(b), centre)
+            minus(b if isinstance(b, Interval) or not outward() else singleton(b), centre)
             if isinstance(b, Interval) or outward()
             else b - centre
         )
@@ -223,7 +249,7 @@ def _add_product(bias: Value, a: Value, b: Value, product: Any, beta: float, alp
     if outward():
         bias = in_float64(bias)
         if not isinstance(a, Interval) and not isinstance(b, Interval):
-            a = Interval.point(a)
+            a = singleton(a)
     if isinstance(a, Interval) or isinstance(b, Interval):
         return plus(
             multiply(_product(product, a, b), alpha),
@@ -235,4 +261,4 @@ def _add_product(bias: Value, a: Value, b: Value, product: Any, beta: float, alp
 def _scaled(bias: Tensor, beta: float) -> Value:
     if beta == 1:
         return bias
-    return multiply(Interval.point(bias), beta) if outward() else bias * beta
+    return multiply(singleton(bias), beta) if outward() else bias * beta

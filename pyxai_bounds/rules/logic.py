@@ -52,7 +52,10 @@ def ge(a: Any, b: Any) -> Interval:
 
 @rule(aten.eq.Tensor, aten.eq.Scalar, precision="exact")
 def eq(a: Any, b: Any) -> Interval:
-    """Only points are known to be equal."""
+    """Only points are known to be equal, and a number to itself."""
+    if a is b:
+        known = ~a.mid.isnan() & a.rad.isfinite()
+        return _truth(known, torch.ones_like(known), a)
     (al, au), (bl, bu) = ends(a), ends(b)
     return _truth((al == bu) & (au == bl), ~((au < bl) | (al > bu)), a, b)
 
@@ -62,9 +65,9 @@ def ne(a: Any, b: Any) -> Interval:
     return logical_not(eq(a, b))
 
 
-@rule(aten.isnan.default, precision="exact")
+@rule(aten.isnan.default, aten.isinf.default, precision="exact")
 def isnan(x: Interval) -> Interval:
-    """Only where nothing finite is known may there be a NaN."""
+    """Only where nothing finite is known may there be a NaN or an infinity."""
     may = ~x.isfinite()
     return _truth(torch.zeros_like(may), may, x)
 
@@ -85,6 +88,24 @@ def logical_and(a: Value, b: Value) -> Interval:
 def logical_or(a: Value, b: Value) -> Interval:
     (must, may), (b_must, b_may) = _must_and_may(a), _must_and_may(b)
     return _truth(must | b_must, may | b_may, a, b)
+
+
+@rule(aten.logical_xor.default, aten.bitwise_xor.Tensor, precision="exact")
+def logical_xor(a: Value, b: Value) -> Interval:
+    (must, may), (b_must, b_may) = _must_and_may(a), _must_and_may(b)
+    return _truth((must & ~b_may) | (~may & b_must), ~((must & b_must) | (~may & ~b_may)), a, b)
+
+
+@rule(aten.any.default, aten.any.dim, aten.any.dims, precision="exact")
+def any_(x: Interval, *args: Any, **kwargs: Any) -> Interval:
+    must, may = _must_and_may(x)
+    return _truth(torch.any(must, *args, **kwargs), torch.any(may, *args, **kwargs), x)
+
+
+@rule(aten.all.default, aten.all.dim, aten.all.dims, precision="exact")
+def all_(x: Interval, *args: Any, **kwargs: Any) -> Interval:
+    must, may = _must_and_may(x)
+    return _truth(torch.all(must, *args, **kwargs), torch.all(may, *args, **kwargs), x)
 
 
 @rule(aten.where.self, precision="exact")

@@ -26,6 +26,7 @@ from pyxai_bounds.rules.registry import (
     outward,
     plus,
     rule,
+    singleton,
     total,
 )
 from pyxai_bounds.rules.standardise import BATCH_STATISTICS, instance_norm, instance_norm_backward
@@ -79,7 +80,7 @@ def native_batch_norm(
     if mean is None or variance is None:
         raise UnsupportedArgumentsError(BATCH_STATISTICS)
     if not isinstance(x, Interval):
-        x = Interval.point(x)
+        x = singleton(x)
     inverse = _inverse(variance, eps)
     exact: Callable[[Any], Any] = in_float64 if outward() else lambda t: t
     offset = _times(inverse, exact(mean))  # mean / √(variance + eps)
@@ -90,7 +91,7 @@ def native_batch_norm(
         normal = _scale_shift(x, inverse, minus(0.0, offset) if isinstance(offset, Interval) else -offset)
         out = multiply(normal, _per_channel(weight, len(x.shape)))
         if bias is not None:
-            box = bias if isinstance(bias, Interval) else Interval.point(bias)
+            box = bias if isinstance(bias, Interval) else singleton(bias)
             out = plus(out, _per_channel(box, len(x.shape)))
     else:
         scale, offset = _times(inverse, exact(weight)), _times(offset, exact(weight))
@@ -129,7 +130,7 @@ def native_batch_norm_backward(
     if output_mask[1]:
         raise UnsupportedArgumentsError("is asked for the gradient of its weight")
     if not isinstance(grad, Interval):
-        grad = Interval.point(grad)
+        grad = singleton(grad)
     bias_grad = total(grad, [0, *range(2, len(grad.shape))]) if output_mask[2] else None
     inverse = _inverse(variance, eps)
     if isinstance(weight, Interval):

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from torch._ops import OpOverload
 
 from pyxai_bounds import ops
 from pyxai_bounds.interval import Interval
-from pyxai_bounds.ops.windows import MOST, Windows
+from pyxai_bounds.ops.windows import MOST, Windows, first_of_greatest
 from pyxai_bounds.rules.registry import (
-    NO_VALUE,
+    Indices,
+    UnsupportedArgumentsError,
     Value,
     between,
     ends,
@@ -24,6 +28,7 @@ from pyxai_bounds.rules.registry import (
     positive_linear,
     rad_of,
     rule,
+    singleton,
 )
 
 aten = torch.ops.aten
@@ -36,8 +41,10 @@ def max_pool2d(x: Interval, *geometry: Any) -> tuple[Interval, object]:
         defaults: list[Any] = [None, [], 0, 1, False]
         kernel, stride, padding, dilation, ceil_mode = [*geometry, *defaults[len(geometry) :]]
         pairs = (_pair(v) for v in (kernel, stride or kernel, padding, dilation))
-        return Interval.of(*ops.interval_max_pool2d(x.mid, x.rad, *pairs, ceil_mode)), NO_VALUE
-    return monotone(lambda t: aten.max_pool2d_with_indices(t, *geometry)[0], x, ulps=0), NO_VALUE
+        out = Interval.of(*ops.interval_max_pool2d(x.mid, x.rad, *pairs, ceil_mode))
+    else:
+        out = monotone(lambda t: aten.max_pool2d_with_indices(t, *geometry)[0], x, ulps=0)
+    return out, Indices(windows=(x, _places(x, out.shape, 2, *geometry)))
 
 
 @rule(aten.max_pool2d_with_indices_backward.default, shape_only=("indices",), precision="own", ulps=0)
@@ -81,8 +88,191 @@ def _is_fused(x: Interval, kernel: list[int]) -> bool:
 
 
 def _pair(values: list[int] | int) -> list[int]:
+    return _many(values, 2)
+
+
+# --- windows of any number of dimensions and of unequal sizes --------------------------------------------------
+
+
+class Places:
+    """The windows of a pool as places in the flattened image: [positions, windows], and one past the end outside of it.
+
+    ``first`` and ``last`` say for each dimension where its windows begin and end (exclusively), ``step`` how far apart
+    their places are. Places are in row order, which is the order in which PyTorch looks for the first maximum.
+    """
+
+    def __init__(
+        self,
+        size: Sequence[int],
+        first: Sequence[list[int]],
+        last: Sequence[list[int]],
+        step: Sequence[int],
+        device: Any,
+    ) -> None:
+        self.size, self.out = list(size), [len(f) for f in first]
+        self.whole = math.prod(size)
+        dims = len(size)
+        place = torch.zeros([1] * (2 * dims), dtype=torch.int64, device=device)
+        outside = torch.zeros([1] * (2 * dims), dtype=torch.bool, device=device)
+        for d, (n, begins, ends_, s) in enumerate(zip(size, first, last, step, strict=True)):
+            most = max(-(-(e - b) // s) for b, e in zip(begins, ends_, strict=True))
+            rows = [
+                [b + k * s if b + k * s < e and 0 <= b + k * s < n else -1 for b, e in zip(begins, ends_, strict=True)]
+                for k in range(most)
+            ]
+            shape = [1] * (2 * dims)
+            shape[d], shape[dims + d] = most, len(begins)
+            at = torch.tensor(rows, dtype=torch.int64, device=device).reshape(shape)
+            place, outside = place * n + at, outside | (at < 0)
+        self.index = torch.where(outside, self.whole, place).flatten(dims).flatten(0, dims - 1)
+
+    def unfold(self, x: Tensor, outside: float) -> Tensor:
+        """The elements of every window, [rows, positions, windows]."""
+        rows = F.pad(x.reshape(-1, self.whole), (0, 1), value=outside)
+        return rows.index_select(1, self.index.flatten()).reshape(-1, *self.index.shape)
+
+    def fold(self, columns: Tensor) -> Tensor:
+        """The sum of what the windows hold for every element of the image, [rows, elements]."""
+        rows = columns.new_zeros(len(columns), self.whole + 1)
+        return rows.index_add(1, self.index.flatten(), columns.flatten(1))[:, : self.whole]
+
+    def first_maximum(self, x: Interval) -> tuple[Tensor, Tensor]:
+        """Must an element be the first maximum of its window, and may it be? As ``Windows.first_maximum``."""
+        # An element of −∞ can be the maximum of its window, which the padding cannot.
+        least = torch.finfo(x.dtype).min
+        lower, upper = (self.unfold(end.clamp(min=least), -math.inf).unsqueeze(1) for end in ends(x))
+        must, may = first_of_greatest(lower, upper)
+        return must.squeeze(1), may.squeeze(1)
+
+
+def _places(
+    x: Value, out: Sequence[int], dims: int, kernel: list[int], stride: Any = None, padding: Any = 0, dilation: Any = 1,
+    ceil_mode: bool = False,
+) -> Callable[[], Places]:  # fmt: skip
+    """The windows of an ordinary pool, made when they are asked for."""
+
+    def make() -> Places:
+        kernels, steps, pads, strides = (_many(v, dims) for v in (kernel, dilation, padding, stride or kernel))
+        first = [[o * s - p for o in range(n)] for n, s, p in zip(out[-dims:], strides, pads, strict=True)]
+        last = [[b + d * (k - 1) + 1 for b in begins] for begins, k, d in zip(first, kernels, steps, strict=True)]
+        return Places(x.shape[-dims:], first, last, steps, x.device)
+
+    return make
+
+
+def _adaptive_places(x: Value, out: Sequence[int]) -> Places:
+    """Window o of m over n elements reaches from ⌊on/m⌋ to ⌈(o + 1)n/m⌉."""
+    dims = len(out)
+    size = x.shape[-dims:]
+    first = [[o * n // m for o in range(m)] for n, m in zip(size, out, strict=True)]
+    last = [[-(-(o + 1) * n // m) for o in range(m)] for n, m in zip(size, out, strict=True)]
+    return Places(size, first, last, [1] * dims, x.device)
+
+
+@rule(aten.max_pool3d_with_indices.default, precision="exact")
+def max_pool3d(x: Interval, *geometry: Any) -> tuple[Interval, object]:
+    out = monotone(lambda t: aten.max_pool3d_with_indices(t, *geometry)[0], x, ulps=0)
+    return out, Indices(windows=(x, _places(x, out.shape, 3, *geometry)))
+
+
+@rule(aten.max_pool3d_with_indices_backward.default, shape_only=("indices",), ulps=0)
+def max_pool3d_backward(grad: Value, x: Value, *geometry: Any) -> Interval:
+    *geometry, indices = geometry  # type: ignore[assignment]
+    if not isinstance(x, Interval):
+        backward = aten.max_pool3d_with_indices_backward
+        return linear_map(lambda t: backward(t, x, *geometry, indices), _as_set(grad), math.prod(_many(geometry[0], 3)))
+    return _to_first_maxima(grad, x, _places(x, grad.shape, 3, *geometry)())
+
+
+@rule(aten.adaptive_max_pool2d.default, precision="exact")
+def adaptive_max_pool2d(x: Interval, size: list[int]) -> tuple[Interval, object]:
+    out = monotone(lambda t: aten.adaptive_max_pool2d(t, size)[0], x, ulps=0)
+    return out, Indices(windows=(x, lambda: _adaptive_places(x, size)))
+
+
+@rule(aten.adaptive_max_pool3d.default, precision="exact")
+def adaptive_max_pool3d(x: Interval, size: list[int]) -> tuple[Interval, object]:
+    out = monotone(lambda t: aten.adaptive_max_pool3d(t, size)[0], x, ulps=0)
+    return out, Indices(windows=(x, lambda: _adaptive_places(x, size)))
+
+
+@rule(aten.adaptive_max_pool2d_backward.default, shape_only=("indices",), ulps=0)
+def adaptive_max_pool2d_backward(grad: Value, x: Value, indices: Any) -> Interval:
+    return _adaptive_backward(aten.adaptive_max_pool2d_backward, grad, x, indices, 2)
+
+
+@rule(aten.adaptive_max_pool3d_backward.default, shape_only=("indices",), ulps=0)
+def adaptive_max_pool3d_backward(grad: Value, x: Value, indices: Any) -> Interval:
+    return _adaptive_backward(aten.adaptive_max_pool3d_backward, grad, x, indices, 3)
+
+
+def _adaptive_backward(backward: Any, grad: Value, x: Value, indices: Any, dims: int) -> Interval:
+    if not isinstance(x, Interval):
+        return linear_map(lambda t: backward(t, x, indices), _as_set(grad), grad.shape[-dims:].numel())
+    return _to_first_maxima(grad, x, _adaptive_places(x, grad.shape[-dims:]))
+
+
+def _to_first_maxima(grad: Value, x: Interval, places: Places) -> Interval:
+    must, may = places.first_maximum(x)
+    rows = _as_rows(grad, places)
+    parts = multiply(rows, between(must.to(x.dtype), may.to(x.dtype)))
+    out = linear_map(places.fold, parts, len(places.index))
+    return Interval.of(out.mid.reshape(x.shape), out.rad.reshape(x.shape))
+
+
+def _as_rows(x: Value, places: Places) -> Value:
+    """One number per window, to meet all of the window's elements: [rows, 1, windows]."""
+    shape = (-1, 1, places.index.shape[1])
+    return Interval.of(x.mid.reshape(shape), x.rad.reshape(shape)) if isinstance(x, Interval) else x.reshape(shape)
+
+
+@rule(aten.max_unpool2d.default, precision="exact")
+def max_unpool2d(x: Value, indices: Any, size: list[int]) -> Interval:
+    return _unpool(lambda t: aten.max_unpool2d(t, indices, size), x, indices, size)
+
+
+@rule(aten.max_unpool3d.default, precision="exact")
+def max_unpool3d(x: Value, indices: Any, size: list[int], stride: list[int], padding: list[int]) -> Interval:
+    return _unpool(lambda t: aten.max_unpool3d(t, indices, size, stride, padding), x, indices, size)
+
+
+def _unpool(function: Callable[[Tensor], Tensor], x: Value, indices: Any, size: list[int]) -> Interval:
+    """Each number goes to where its window has its first maximum, the rest is 0.
+
+    Where an element may be the maximum of several windows, one of their numbers stands there in the end: which one,
+    PyTorch leaves open.
+    """
+    if not isinstance(indices, Indices):
+        assert isinstance(x, Interval)
+        return Interval.of(function(x.mid), function(x.rad))
+    found, places = indices.windows()
+    if [n for n in size if n > 1] != [n for n in places.size if n > 1]:  # in one dimension PyTorch adds another
+        raise UnsupportedArgumentsError(
+            f"spreads maxima over {list(size)} that were found in an image of {places.size}"
+        )
+    must, may = places.first_maximum(found)
+    lower, upper = ends(_as_rows(x, places))
+    shape = (*found.shape[: -len(size)], *size)
+    index = places.index.flatten().expand(len(may), -1)
+
+    def hull(value: Tensor, worst: float, reduce: str) -> Tensor:
+        """The extreme of what may come to an element; of 0, too, unless something must."""
+        chosen = torch.where(may, value, worst).flatten(1)
+        reached = torch.zeros(len(may), places.whole + 1, dtype=value.dtype, device=value.device)
+        sure = reached.scatter_reduce(1, index, must.to(value.dtype).flatten(1), "amax")
+        start = torch.where(sure > 0, worst, 0.0).to(value.dtype)
+        return start.scatter_reduce(1, index, chosen, reduce)[:, : places.whole].reshape(shape)
+
+    return between(hull(lower, math.inf, "amin"), hull(upper, -math.inf, "amax"))
+
+
+def _as_set(x: Value) -> Interval:
+    return x if isinstance(x, Interval) else singleton(x)
+
+
+def _many(values: list[int] | int, dims: int) -> list[int]:
     values = [values] if isinstance(values, int) else list(values)
-    return values * (2 // len(values))
+    return values * (dims // len(values))
 
 
 positive_linear(

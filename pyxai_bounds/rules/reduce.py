@@ -7,18 +7,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
+from pyxai_bounds import rounding as rd
 from pyxai_bounds.interval import Interval
-from pyxai_bounds.rules.elementwise import square
+from pyxai_bounds.rules.elementwise import pow_, reciprocal, square
+from pyxai_bounds.rules.logic import ne
 from pyxai_bounds.rules.registry import (
-    NO_VALUE,
     UnsupportedArgumentsError,
+    Value,
+    between,
+    ends,
     evaluated,
     monotone,
+    multiply,
+    outward,
     positive_linear,
     range_of,
     rule,
+    singleton,
     total,
 )
 
@@ -62,39 +68,102 @@ def min_of_all(x: Interval) -> Interval:
     return monotone(torch.min, x, ulps=0)
 
 
-@rule(aten.max.dim, precision="exact")
-def max_dim(x: Interval, *args: Any) -> tuple[Interval, object]:
-    return monotone(lambda t: torch.max(t, *args).values, x, ulps=0), NO_VALUE
+@rule(aten.nansum.default, ulps=0)
+def nansum(x: Interval, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Interval:
+    """As ``sum``: a NaN is not passed over, for in a set it may be anything."""
+    if dtype not in (None, x.dtype):
+        raise UnsupportedArgumentsError(f"sums in {dtype}; convert the argument")
+    return total(x, list(range(len(x.shape))) if dim in (None, []) else [dim] if isinstance(dim, int) else dim, keepdim)
 
 
-@rule(aten.min.dim, precision="exact")
-def min_dim(x: Interval, *args: Any) -> tuple[Interval, object]:
-    return monotone(lambda t: torch.min(t, *args).values, x, ulps=0), NO_VALUE
+# --- products: of disjoint elements, so that the exact product of two sets has their exact range ------------------
 
 
-def _register_ranked(op: OpOverload) -> None:
-    """Order statistics: the k-th largest of many grows with each of them; which one it is has no single value."""
-    names = [argument.name for argument in op._schema.arguments]
-
-    @rule(op, precision="exact")
-    def ranked(x: Interval, *args: Any, **kwargs: Any) -> tuple[Interval, object]:
-        given = dict(zip(names[1:], args, strict=False)) | kwargs
-        dim = given.get("dim", -1)
-        if not given.get("sorted", True):
-            raise UnsupportedArgumentsError("returns its values in no order (sorted=False), so that none has a place")
-
-        def values(t: Tensor) -> Tensor:
-            found = op(t, *args, **kwargs)[0]
-            unknown = t.isnan().any(dim, keepdim=found.dim() == t.dim())  # PyTorch would rank a NaN above all numbers
-            return torch.where(unknown, torch.nan, found)
-
-        return monotone(values, x, ulps=0), NO_VALUE
+@rule(aten.cumprod.default, ulps=None)
+def cumprod(x: Interval, dim: int, *, dtype: Any = None) -> Interval:
+    """Products of the last 2, 4, 8, … elements, each of two disjoint halves."""
+    out = _in_dtype(x, dtype)
+    step, count = 1, x.shape[dim] if x.shape else 1
+    while step < count:
+        head, tail, before = (
+            _narrow(out, dim, start, length) for start, length in ((0, step), (step, count - step), (0, count - step))
+        )
+        product = multiply(tail, before)
+        out = Interval.of(torch.cat((head.mid, product.mid), dim), torch.cat((head.rad, product.rad), dim))
+        step *= 2
+    return out
 
 
-for _op in (
-    aten.topk.default, aten.sort.default, aten.sort.stable, aten.kthvalue.default, aten.median.dim
-):  # fmt: skip
-    _register_ranked(_op)
+@rule(aten.prod.dim_int, ulps=None)
+def prod(x: Interval, dim: int, keepdim: bool = False, *, dtype: Any = None) -> Interval:
+    out = _in_dtype(x, dtype)
+    if not x.shape:
+        return out
+    while (count := out.shape[dim]) > 1:
+        half = count // 2
+        product = multiply(_narrow(out, dim, 0, half), _narrow(out, dim, half, half))
+        rest = _narrow(out, dim, 2 * half, count - 2 * half)
+        out = Interval.of(torch.cat((product.mid, rest.mid), dim), torch.cat((product.rad, rest.rad), dim))
+    if out.shape[dim] == 0:
+        shape = [1 if d == dim % len(out.shape) else n for d, n in enumerate(out.shape)]
+        out = singleton(out.mid.new_ones(shape))
+    return out if keepdim else Interval.of(out.mid.squeeze(dim), out.rad.squeeze(dim))
+
+
+@rule(aten.prod.default, ulps=None)
+def prod_of_all(x: Interval, *, dtype: Any = None) -> Interval:
+    return prod(Interval.of(x.mid.reshape(-1), x.rad.reshape(-1)), 0, dtype=dtype)
+
+
+def _narrow(x: Interval, dim: int, start: int, length: int) -> Interval:
+    return Interval.of(x.mid.narrow(dim, start, length), x.rad.narrow(dim, start, length))
+
+
+def _in_dtype(x: Interval, dtype: Any) -> Interval:
+    if dtype in (None, x.dtype):
+        return x
+    raise UnsupportedArgumentsError(f"multiplies in {dtype}; convert the argument")
+
+
+@rule(aten.logcumsumexp.default, ulps=0)
+def logcumsumexp(x: Interval, dim: int) -> Interval:
+    """As logsumexp, but the maximum grows along the way: each step loses a few u of 1 + the greatest |x|."""
+    lower, upper = (torch.logcumsumexp(end, dim) for end in ends(x))
+    count = x.shape[dim] if x.shape else 1
+    size = (x.mid.detach().abs() + x.rad.detach()).clamp(max=1e300) + math.log(count)
+    most = size.amax(dim, keepdim=True) if x.shape else size
+    lost = (8 * count + 32) * (1 + most)
+    if outward():
+        lower, upper = lower - lost * rd.unit(x.dtype), upper + lost * rd.unit(x.dtype)
+    out = between(lower, upper)
+    return evaluated(out, 4, lost) if rd.mode() == rd.Rounding.EVALUATED else out
+
+
+@rule(aten.scatter_reduce.two, ulps=0)
+def scatter_reduce(
+    x: Value, dim: int, index: Tensor, source: Value, reduce: str, *, include_self: bool = True
+) -> Interval:
+    """Sums and means are linear, extrema grow with everything; products are refused."""
+    if isinstance(index, Interval) or reduce == "prod":
+        raise UnsupportedArgumentsError("multiplies what it gathers" if reduce == "prod" else "uses an index in a set")
+
+    def apply(a: Tensor, b: Tensor) -> Tensor:
+        return torch.scatter_reduce(a, dim, index, b, reduce, include_self=include_self)
+
+    a, b = (v if isinstance(v, Interval) else singleton(v) for v in (x, source))
+    if reduce in ("amax", "amin"):
+        return between(*(apply(*pair) for pair in zip(ends(a), ends(b), strict=True)))
+    if not outward():
+        return Interval.of(apply(a.mid, b.mid), apply(a.rad, b.rad))
+    lost = rd.errors(index.numel() + 2, a.dtype)
+    return Interval.of(apply(a.mid, b.mid), apply(*(rd.widen(v.mid, v.rad, lost) for v in (a, b))))
+
+
+@rule(aten.count_nonzero.default, aten.count_nonzero.dim_IntList, ulps=0)
+def count_nonzero(x: Interval, dim: Any = None) -> Interval:
+    """How many must be other than 0, and how many may be."""
+    differs = ne(x, 0.0)
+    return total(differs, list(range(len(x.shape))) if dim is None else [dim] if isinstance(dim, int) else dim)
 
 
 @rule(aten.logsumexp.default, ulps=0)
@@ -116,4 +185,20 @@ def vector_norm(x: Interval, ord: float = 2, dim: Any = None, keepdim: bool = Fa
         count = _summed(x.mid, dims) if ord == 1 else 0  # the greatest one is selected, not computed
         norm = monotone(lambda t: aten.linalg_vector_norm(t, ord, dim, keepdim, **kwargs), magnitude, ulps=count)
         return evaluated(norm, count)
-    raise UnsupportedArgumentsError(f"is a norm of order {ord}; 1, 2 and inf are supported")
+    if ord == 0:
+        differs = ne(x, 0.0)
+        return total(Interval.of(differs.mid, differs.rad), dims, keepdim)
+    magnitude = range_of(torch.abs, x, [(0.0, 0.0)], ulps=0)
+    if ord == -float("inf"):
+        return monotone(lambda t: aten.linalg_vector_norm(t, ord, dim, keepdim, **kwargs), magnitude, ulps=0)
+    if rd.mode() == rd.Rounding.EVALUATED:
+        raise UnsupportedArgumentsError(f"is a norm of order {ord}; with semantics='float32' 0, 1, 2, inf and -inf are")
+    # Of a row that may hold 0 the norms of negative order have 0 as their bound, and so has this.
+    return _root(total(pow_(magnitude, ord), dims, keepdim), ord)
+
+
+def _root(x: Interval, ord: float) -> Interval:
+    """x^(1/ord), of x ≥ 0; 1/ord is rounded, which costs log x roundings of the result, at most 745."""
+    if ord > 0:
+        return monotone(lambda t: aten.pow(t.clamp(min=0), 1 / ord), x, ulps=1024)
+    return reciprocal(monotone(lambda t: aten.pow(t.clamp(min=0), -1 / ord), x, ulps=1024))

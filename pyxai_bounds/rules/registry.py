@@ -12,7 +12,7 @@ import contextlib
 import contextvars
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -89,10 +89,57 @@ class Truth(Interval):
     __slots__ = ()
 
 
-class _Indices(Interval):
-    """The places of a set's maxima, which have no single value: whatever is computed from them is refused."""
+@dataclass(frozen=True)
+class Ranks:
+    """Which elements of rows stand at which places of them in sorted order; a maximum is the one that stands first.
 
-    __slots__ = ()
+    chosen: makes (must, may), [..., elements, places] with ``dim`` moved to the end, of the rows in ``found``;
+    kept: have the indices the dimension too? values: what stands at these places, with the dimension.
+    """
+
+    found: Interval
+    dim: int
+    kept: bool
+    chosen: Callable[[], tuple[Tensor, Tensor]]
+    values: Callable[[], Interval]
+
+
+class Indices(Interval):
+    """The places of a set's maxima, which have no single value: what is computed from them is refused, but for rules
+    that know what to make of the set in which they were found.
+    """
+
+    __slots__ = ("_windows", "ranks")
+
+    ranks: Ranks | None
+
+    def __init__(
+        self, *, windows: tuple[Interval, Callable[[], Any]] | None = None, ranks: Ranks | None = None
+    ) -> None:
+        self._windows, self.ranks = windows, ranks
+        self.facts = self.state = None
+
+    def windows(self) -> tuple[Interval, Any]:
+        """The set in which a pool found these places, and its windows."""
+        if self._windows is None:
+            raise UnsupportedArgumentsError("uses indices that differ within a set")
+        x, places = self._windows
+        return x, places()
+
+    def reshaped(self, op: OpOverload, *args: Any) -> Indices:
+        """The same places with a dimension more or less, where that is known to be the one along which they lie."""
+        if self._windows is not None and op in (torch.ops.aten.unsqueeze.default, torch.ops.aten.squeeze.dim):
+            return self
+        if self.ranks is not None:
+            rows = self.ranks.found.shape
+            whole = [1 if d == self.ranks.dim else n for d, n in enumerate(rows)]
+            unsqueezed = op is torch.ops.aten.unsqueeze.default and args[0] % len(rows) == self.ranks.dim
+            if (unsqueezed and not self.ranks.kept) or (op in _RESHAPES and list(args[0]) == whole):
+                return Indices(ranks=replace(self.ranks, kept=True))
+            squeezed = op is torch.ops.aten.squeeze.dim and args[0] % len(rows) == self.ranks.dim
+            if squeezed and self.ranks.kept and self.ranks.values().shape[self.ranks.dim] == 1:
+                return Indices(ranks=replace(self.ranks, kept=False))
+        raise UnsupportedArgumentsError("uses indices that differ within a set")
 
     @property
     def mid(self) -> Tensor:  # type: ignore[override]
@@ -101,8 +148,12 @@ class _Indices(Interval):
     rad = mid
 
 
-NO_VALUE = _Indices.__new__(_Indices)
-NO_VALUE.facts = None
+_RESHAPES = (torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default)
+
+
+def singleton(x: Tensor) -> Interval:
+    """The set of one point, unchecked: rules run on tensors without values."""
+    return Interval.of(x, torch.zeros_like(x))
 
 
 def mid_of(x: Any) -> Any:
@@ -345,7 +396,7 @@ def _terms(a: Any, b: Any) -> list[tuple[Any, Any]]:
     parts: list[tuple[Any, Any]] = []
     for x in (a, b):
         if outward() and isinstance(x, Tensor | Interval) and x.dtype not in (dtype, torch.bool):
-            x = narrow(in_float64(x) if isinstance(x, Interval) else Interval.point(x.double()), dtype)
+            x = narrow(in_float64(x) if isinstance(x, Interval) else singleton(x.double()), dtype)
         if isinstance(x, Interval):
             parts.append((x.mid, x.rad))
         elif isinstance(x, Tensor) or not outward():
@@ -359,6 +410,8 @@ def _terms(a: Any, b: Any) -> list[tuple[Any, Any]]:
 def in_float64(x: Any) -> Any:
     """Floating tensors and sets converted to float64, which is exact; anything else as it is."""
     if isinstance(x, Interval):
+        if isinstance(x, Indices):
+            return x
         return x if x.dtype == torch.float64 else facts.kept(type(x).of(x.mid.double(), x.rad.double()), x)
     return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
@@ -430,14 +483,14 @@ def positive_linear(
     for op in operators:
         names = [argument.name for argument in op._schema.arguments]
         ignored = {names.index(name) for name in shape_only if name in names}
-        chosen = {i for i, name in enumerate(names) if name in ("index", "indices", "condition")}
+        chosen = {i for i, name in enumerate(names) if name in ("index", "indices", "condition", "mask")}
         ignored |= chosen
 
         def apply(
             *args: Any, _op: OpOverload = op, _ignored: set[int] = ignored, _chosen: set[int] = chosen, **kwargs: Any
         ) -> Any:
             places = pytree.tree_leaves([args[i] for i in _chosen if i < len(args)])
-            if any(isinstance(place, Interval) and place is not NO_VALUE for place in places):
+            if any(isinstance(place, Interval) and not isinstance(place, Indices) for place in places):
                 raise UnsupportedArgumentsError("with an index or mask that depends on the box")
 
             def part(pick: Callable[[Any], Any]) -> Any:
@@ -454,6 +507,10 @@ def positive_linear(
                         return x
                     return rd.widen(mid_of(x).to(dtype), x.rad if isinstance(x, Interval) else None, lost)
 
+            if isinstance(args[0], Indices):
+                return args[0].reshaped(_op, *args[1:])
+            if any(isinstance(place, Indices) for place in places):
+                raise UnsupportedArgumentsError("uses indices that differ within a set")
             leaves = pytree.tree_leaves(args)
             mids, rads = part(mid_of), part(radius_part)
             kind = Interval

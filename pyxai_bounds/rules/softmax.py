@@ -29,6 +29,7 @@ from pyxai_bounds.rules.registry import (
     range_of,
     rule,
     settle,
+    singleton,
     total,
     within,
 )
@@ -128,7 +129,7 @@ def softmax_backward(grad: Value, output: Value, dim: int, input_dtype: torch.dt
         weights = output.mid / output.mid.sum(dim, keepdim=True).clamp(min=0.5)
         centre = (mid_of(grad) * weights).sum(dim, keepdim=True)
         grad = (
-            minus(Interval.point(grad) if outward() and not isinstance(grad, Interval) else grad, centre)
+            minus(singleton(grad) if outward() and not isinstance(grad, Interval) else grad, centre)
             if isinstance(grad, Interval) or outward()
             else grad - centre
         )
@@ -175,7 +176,7 @@ def log_softmax_backward(grad: Value, output: Value, dim: int, input_dtype: torc
         probability = torch.exp(output)
     summed = total(grad, [dim], keepdim=True) if isinstance(grad, Interval) else grad.sum(dim, keepdim=True)
     if outward() and not isinstance(summed, Interval):
-        summed = total(Interval.point(mid_of(grad)), [dim], keepdim=True)
+        summed = total(singleton(mid_of(grad)), [dim], keepdim=True)
     return minus(grad, multiply(probability, summed))
 
 

@@ -43,6 +43,7 @@ from pyxai_bounds.rules.registry import (
     plus,
     rad_of,
     rule,
+    singleton,
     total,
     within,
 )
@@ -277,7 +278,7 @@ def _norm_of_backward(grad: Interval, normal: Interval, inverse: Value, mid: Ten
 
 def _set(x: Value) -> Interval:
     x = in_float64(x) if outward() else x
-    return x if isinstance(x, Interval) else Interval.point(x)
+    return x if isinstance(x, Interval) else singleton(x)
 
 
 def _exact(x: Value | None) -> Any:

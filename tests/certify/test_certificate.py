@@ -177,3 +177,42 @@ def test_limits_and_units_of_each_feature() -> None:
         xb.Interval.linf(X + 1, 0.1, (low, high))
     with pytest.raises(ValueError, match="A batch comes first"):
         xb.certify(fn, X[0], TARGET[0], eps=0.1, property=xb.TopK(2))
+
+
+def test_a_sample_alone_is_no_batch() -> None:
+    fn = xb.explain.gradient(mlp())
+    for call in (
+        lambda: xb.certify(fn, X[0, 0], TARGET, eps=0.1, property=xb.TopK(2)),
+        lambda: xb.certified_radius(fn, X[0, 0], TARGET, max_eps=0.1, property=xb.TopK(2)),
+    ):
+        with pytest.raises(ValueError, match=r"x must be a batch \[B, ...\].*use x\[None\]"):
+            call()
+
+
+@pytest.mark.parametrize("fn", [lambda x: (x, x), lambda x: x.sum(), lambda x: None, lambda x: x[:1]])
+def test_what_is_no_explanation_of_a_batch(fn) -> None:
+    with pytest.raises(ValueError, match="one explanation per sample"):
+        xb.certify(fn, X, eps=0.1, property=xb.Linf(1.0), sound=False)
+
+
+@pytest.mark.parametrize("property", [xb.TopK(2), xb.Sign(), xb.L1(1.0), xb.Cosine(0.5)])
+def test_an_explanation_and_bounds_of_something_else(property) -> None:
+    with pytest.raises(ValueError, match=r"one shape \[B, ...\], got \[7, 5\] and \[7, 6\]"):
+        property.margin(X[:, :5], xb.Interval.linf(X, 0.1))
+    with pytest.raises(TypeError, match="got Tensor and Tensor"):
+        property.margin(X, X)
+
+
+def test_explanations_that_are_no_numbers_are_never_certified() -> None:
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        return x / (x - x)
+
+    for property in (xb.TopK(2), xb.Sign(), xb.Linf(1e9), xb.Cosine(-1.0)):
+        certificate = xb.certify(fn, X, eps=0.0, property=property)
+        assert not certificate.holds.any() and (certificate.margin == -torch.inf).all()
+
+
+@pytest.mark.parametrize("make", [lambda: xb.Linf("1"), lambda: xb.Cosine("1"), lambda: xb.MeanSquare(None)])
+def test_properties_take_numbers(make) -> None:
+    with pytest.raises(TypeError, match="must be a number"):
+        make()

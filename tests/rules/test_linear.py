@@ -17,6 +17,8 @@ W = rand(4, 6, seed=1)
 B = rand(4, seed=2)
 M = rand(3, 4, seed=3)  # a bias in the shape of the result
 LEFT = rand(5, 3, seed=4)
+PAIRS = rand(2, 6, 4, seed=9)
+ROWS = rand(3, 6, seed=10)
 BATCH = rand(2, 4, 3, seed=5)
 OFFSET = rand(2, 5, 3, seed=8)
 
@@ -56,6 +58,18 @@ CASES = [
     Case("mv", lambda x: x @ B, rand(3, 4)),
     Case("mv, set as vector", lambda x: M @ x, rand(4)),
     Case("mv of two sets", lambda x: x @ x[0], rand(4, 4), eps=0.1),
+    Case("addmv", lambda x: torch.addmv(B[:3], x, B, beta=-0.5, alpha=2), rand(3, 4)),
+    Case("addmv, everything a set", lambda x: torch.addmv(x[0], x, x[:, 1]), rand(3, 3), eps=0.05),
+    Case("addmv, set as bias", lambda x: torch.addmv(x, M, B), rand(3)),
+    Case("addr", lambda x: torch.addr(M, x, B, beta=0.5, alpha=-2), rand(3)),
+    Case("addr, everything a set", lambda x: torch.addr(x, x[:, 0], x[0]), rand(3, 4), eps=0.1),
+    Case("addbmm", lambda x: torch.addbmm(OFFSET[0], x, BATCH, beta=-2, alpha=0.5), rand(2, 5, 4)),
+    Case("bilinear", lambda x: F.bilinear(x, M, PAIRS, B[:2]), rand(3, 6)),
+    Case("bilinear, the other argument", lambda x: F.bilinear(ROWS, x, PAIRS), rand(3, 4)),
+    Case("bilinear, set as weight", lambda x: F.bilinear(ROWS, M, x), rand(2, 6, 4)),
+    Case("bilinear, both", lambda x: F.bilinear(x[:, :6], x[:, 6:], PAIRS), rand(3, 10), eps=0.1),
+    Case("cross", lambda x: torch.linalg.cross(x, LEFT, dim=1), rand(5, 3)),
+    Case("cross of two sets", lambda x: torch.linalg.cross(x, x.flip(0), dim=-1), rand(5, 3), eps=0.1),
     Case("dot", lambda x: torch.dot(x, B), rand(4)),
     Case("dot of two sets", lambda x: torch.dot(x, x.flip(0)), rand(4), eps=0.1),
     Case("einsum", lambda x: torch.einsum("bik,bjk->bij", x, x), rand(2, 3, 4), eps=0.1),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import pyxai_bounds as xb
+from tests.networks import sample
 from tests.rules.cases import Case, Direct, case_id, check, rand
 
 aten = torch.ops.aten
@@ -32,6 +33,17 @@ def selected(condition: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor
 
 
 CASES = [
+    Case("any", lambda x: (x > 0.1).any(1) * x[:, 0], X),
+    Case("any of all", lambda x: (x > 3).any() * x, X),
+    Case("any of dimensions", lambda x: torch.any(x > 3, (0, 1)) * x, X),
+    Case("all", lambda x: (x > -1).all(0, keepdim=True) * x, X),
+    Case("all of all", lambda x: (x > -1).all() * x, X),
+    Case("all of dimensions", lambda x: torch.all(x > -9, (0, 1)) * x, X),
+    Case("xor", lambda x: ((x > 0) ^ (x > 0.5)) * x, X),
+    Case("logical xor", lambda x: torch.logical_xor(x > 0, x > 0.5) * x, X),
+    Case("products and sums of truth values", lambda x: ((x > 0) * (x < 1) + (x > 2)) * x, X),
+    Case("a number is itself", lambda x: torch.where(x == x, x, -x), X),
+    Case("infinite", lambda x: x.masked_fill(x.isinf() | ~x.isfinite(), 1.0), X),
     *(Case(f"{name} a number", selected(lambda x, fn=fn: fn(x, 0.0)), X) for name, (fn, _) in COMPARISONS.items()),
     *(Case(f"{name} a point", selected(lambda x, fn=fn: fn(x, OTHER)), X) for name, (fn, _) in COMPARISONS.items()),
     *(
@@ -92,14 +104,16 @@ def test_nan_is_neither_certainly_true_nor_certainly_false(name: str) -> None:
     assert bounds.lower == 0 and bounds.upper == 1
 
 
-def test_sums_and_products_of_truth_values_are_refused() -> None:
+def test_sums_and_products_of_truth_values_are_truth_values() -> None:
     for fn in (
         lambda x: (x > 0) + (x > 1),
         lambda x: (x > 0) * KEEP,
         lambda x: (x > 0).view(4, 3) + (x < 1).view(4, 3),
     ):
-        with pytest.raises(xb.UnsupportedOperatorError, match="truth values"):
-            xb.bound(fn)(A)
+        bounds = xb.bound(fn)(A)
+        assert bounds.lower.min() >= 0 and bounds.upper.max() <= 1
+        for seed in range(10):
+            assert bounds.contains(fn(sample(A, seed, corners=seed % 2 == 0)).double()).all()
 
 
 @pytest.mark.parametrize("case", DIRECT, ids=case_id)

@@ -12,10 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pyxai_bounds as xb
+from tests.networks import sample
 from tests.rules.cases import Case, case_id, check, rand
 
 IMAGE = rand(2, 3, 7, 6)
 LAST = IMAGE.contiguous(memory_format=torch.channels_last)
+
+
+VOLUME = rand(1, 2, 3, 4, 3)
+PLACES = F.max_pool2d(IMAGE, 2, return_indices=True)[1]
+DEEP_PLACES = F.max_pool3d(VOLUME, 2, return_indices=True)[1]
 
 
 def max_pool(*args: Any, **kwargs: Any) -> Callable[[Tensor], Tensor]:
@@ -46,6 +52,41 @@ CASES = [
     Case("max after ReLU", lambda x: F.max_pool2d(F.relu(x), 3, 2, 1), IMAGE),
     Case("max of max", lambda x: F.max_pool2d(F.max_pool2d(x, 2, 1), 2, 1), IMAGE),
     Case("max 1d", lambda x: F.max_pool1d(x, 3, 2, 1), rand(2, 3, 9)),
+    Case("max 3d", lambda x: F.max_pool3d(x, 2, 1, 1), VOLUME),
+    Case("max 3d, dilation", lambda x: F.max_pool3d(x, (1, 2, 2), (2, 1, 1), dilation=(1, 2, 1)), VOLUME),
+    Case("max 3d, ceil mode", lambda x: F.max_pool3d(x, 2, ceil_mode=True), VOLUME),
+    Case("max 3d, unbatched", lambda x: F.max_pool3d(x, 2), VOLUME[0]),
+    Case("adaptive max", lambda x: F.adaptive_max_pool2d(x, (3, 4)), IMAGE),
+    Case("adaptive max, equal windows", lambda x: F.adaptive_max_pool2d(x, (7, 2)), IMAGE),
+    Case("adaptive max, larger than the image", lambda x: F.adaptive_max_pool2d(x, (9, 4)), IMAGE),
+    Case("adaptive max 1d", lambda x: F.adaptive_max_pool1d(x, 4), rand(2, 3, 9)),
+    Case("adaptive max 3d", lambda x: F.adaptive_max_pool3d(x, (2, 3, 2)), VOLUME),
+    Case(
+        "max unpool, points for places", lambda x: F.max_unpool2d(x, PLACES, 2, output_size=(7, 6)), IMAGE[..., :3, :3]
+    ),
+    Case(
+        "max unpool 3d, points for places",
+        lambda x: F.max_unpool3d(x, DEEP_PLACES, 2, output_size=(3, 4, 3)),
+        VOLUME[..., :1, :2, :1],
+    ),
+    Case(
+        "max unpool of a pool",
+        lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2, output_size=(7, 6)),
+        IMAGE,
+        gradient=False,
+    ),
+    Case(
+        "max unpool 1d of a pool",
+        lambda x: F.max_unpool1d(*F.max_pool1d(x, 2, return_indices=True), 2, output_size=(9,)),
+        rand(2, 3, 9),
+        gradient=False,
+    ),
+    Case(
+        "max unpool 3d of a pool",
+        lambda x: F.max_unpool3d(*F.max_pool3d(x, 2, return_indices=True), 2, output_size=(3, 4, 3)),
+        VOLUME,
+        gradient=False,
+    ),
     Case("average", avg_pool(2), IMAGE),
     Case("average, padding", avg_pool(3, 2, 1), IMAGE),
     Case("average, padding not counted", avg_pool(3, 2, 1, count_include_pad=False), IMAGE),
@@ -142,3 +183,34 @@ def test_the_indices_of_a_set_cannot_be_used() -> None:
 
     with pytest.raises(xb.UnsupportedOperatorError, match="indices that differ"):
         xb.bound(fn)(xb.Interval.linf(x, 0.1))
+
+
+@pytest.mark.parametrize("geometry", [(2, 2, 0), (3, 2, 1)])
+def test_numbers_that_are_spread_over_the_maxima_of_a_set(geometry: tuple[int, int, int]) -> None:
+    """Captum's DeepLift: what belongs to a window goes to its first maximum; windows may share one."""
+    kernel, stride, padding = geometry
+    box = xb.Interval.linf(IMAGE, 0.4)
+    numbers = F.max_pool2d(rand(2, 3, 7, 6, seed=1), kernel, stride, padding)
+    spread = xb.Interval.linf(numbers, 0.1)
+
+    def unpooled(x: Tensor, v: Tensor) -> Tensor:
+        _, places = F.max_pool2d(x, kernel, stride, padding, return_indices=True)
+        return F.max_unpool2d(v, places, kernel, stride, padding, output_size=x.shape[-2:])
+
+    bounds = xb.bound(unpooled)(box, spread)
+    for seed in range(40):
+        corners = seed % 2 == 0
+        value = unpooled(sample(box, seed, corners=corners), sample(spread, seed + 1000, corners=corners))
+        assert bounds.contains(value).all()
+    point = xb.bound(unpooled)(xb.Interval.point(IMAGE), numbers)
+    assert point.contains(unpooled(IMAGE, numbers)).all()
+    if stride == kernel:  # no element belongs to two windows
+        assert torch.equal(point.mid, unpooled(IMAGE, numbers)) and point.rad.max() == 0
+
+
+def test_maxima_are_not_spread_over_an_image_of_another_size() -> None:
+    def fn(x: Tensor) -> Tensor:
+        return F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2, output_size=(7, 7))
+
+    with pytest.raises(xb.UnsupportedOperatorError, match="spreads maxima"):
+        xb.bound(fn)(xb.Interval.linf(IMAGE, 0.1))

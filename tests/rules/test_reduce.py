@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +11,7 @@ from tests.rules.cases import Case, case_id, check, rand
 
 aten = torch.ops.aten
 X = rand(3, 4)
+ROWS = torch.tensor([[0, 2, 0, 1], [2, 2, 1, 1], [0, 0, 0, 2]])
 
 CASES = [
     Case("sum", lambda x: x.sum(), X),
@@ -25,23 +24,42 @@ CASES = [
     Case("amax over all", lambda x: x.amax(), X, finite=False),
     Case("amin, kept", lambda x: x.amin(0, keepdim=True), X, finite=False),
     Case("amax over two", lambda x: x.amax((0, 1)), X, finite=False),
-    Case("max over a dimension", lambda x: x.max(1).values, X, gradient=False),
-    Case("min over a dimension", lambda x: x.min(0, keepdim=True).values, X, gradient=False),
     Case("max over all", lambda x: x.max(), X, finite=False),
     Case("min over all", lambda x: x.min(), X, finite=False),
     Case("logsumexp", lambda x: x.logsumexp(1), X),
     Case("logsumexp, kept", lambda x: x.logsumexp((0, 1), keepdim=True), X),
-    Case("topk", lambda x: x.topk(2, 1).values, X, gradient=False),
-    Case("least of a column", lambda x: x.topk(1, 0, largest=False).values, X, gradient=False),
-    Case("sort", lambda x: x.sort(1, descending=True).values, X, gradient=False),
-    Case("stable sort", lambda x: x.sort(dim=0, stable=True).values, X, gradient=False),
-    Case("kthvalue", lambda x: x.kthvalue(2, 1).values, X, gradient=False),
-    Case("median", lambda x: x.median(1).values, X, gradient=False),
     Case("2-norm", lambda x: torch.linalg.vector_norm(x), X, finite=False),
     Case("2-norm over a dimension", lambda x: torch.linalg.vector_norm(x, dim=1, keepdim=True), X + 3, finite=False),
     Case("1-norm", lambda x: torch.linalg.vector_norm(x, 1, dim=1), X),
     Case("∞-norm", lambda x: torch.linalg.vector_norm(x, float("inf"), dim=0), X, finite=False),
     Case("∞-norm of everything", lambda x: torch.linalg.vector_norm(x, float("inf")), X, finite=False),
+    *(
+        Case(f"{p}-norm", lambda x, p=p: torch.linalg.vector_norm(x, p, dim=1), X.abs() + 0.5, kinks=False)
+        for p in (3, 2.5, 0.5, -1)
+    ),
+    Case("3-norm near 0", lambda x: torch.linalg.vector_norm(x, 3, dim=1), X, finite=False, kinks=False),
+    Case("least size", lambda x: torch.linalg.vector_norm(x, float("-inf"), dim=1), X, finite=False, gradient=False),
+    Case(
+        "count of numbers that are not 0", lambda x: torch.linalg.vector_norm(x, 0, dim=1) + x[:, 0], X, gradient=False
+    ),
+    Case("count_nonzero", lambda x: torch.count_nonzero(x, 1) * x[:, 0], X, finite=False),
+    Case("count_nonzero of all", lambda x: torch.count_nonzero(x, (0, 1)) * x, X, finite=False),
+    Case("norm of a dimension", lambda x: aten.norm.ScalarOpt_dim(x, 2, [1]), X + 3, kinks=False),
+    Case("prod", lambda x: x.prod(), X, eps=0.1),
+    Case("prod over a dimension", lambda x: x.prod(1), X, eps=0.1),
+    Case("prod, kept", lambda x: x.prod(0, keepdim=True), X, eps=0.1),
+    Case("cumprod", lambda x: x.cumprod(1), X, eps=0.1),
+    Case("cumprod, operator", lambda x: aten.cumprod.default(x, 0), X, gradient=False),
+    Case("logcumsumexp", lambda x: x.logcumsumexp(1), X, gradient=False),
+    Case("nansum", lambda x: x.nansum(1), X),
+    Case("scatter_reduce", lambda x: X.scatter_reduce(0, ROWS, x, "sum"), X),
+    Case("scatter_reduce, mean", lambda x: x.scatter_reduce(0, ROWS, X, "mean"), X),
+    Case("scatter_reduce, amax", lambda x: x.scatter_reduce(0, ROWS, x, "amax"), X, gradient=False),
+    Case("aminmax", lambda x: torch.aminmax(x, dim=1)[0] - torch.aminmax(x, dim=1)[1], X, gradient=False),
+    Case(
+        "deviation and mean", lambda x: torch.std_mean(x, 1)[0] + torch.std_mean(x, 1)[1], 3 * X, eps=0.05, kinks=False
+    ),
+    Case("distances", lambda x: torch.cdist(x, X.flip(0) + 3), X, kinks=False),
     Case("distance", lambda x: (x - X.flip(0)).norm(dim=1), X, finite=False, kinks=False),
 ]
 
@@ -75,29 +93,14 @@ def test_bounds_are_attained_at_the_ends(name: str) -> None:
     assert torch.allclose(bounds.upper, fn(box.upper), atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("order", [0, 3, -1, float("-inf")])
-def test_other_norms_are_refused(order: float) -> None:
-    with pytest.raises(xb.UnsupportedOperatorError, match="norm of order"):
-        xb.bound(lambda x: torch.linalg.vector_norm(x, order))(xb.Interval.linf(X, 0.1))
-
-
-def test_the_gradient_of_max_over_a_dimension_is_refused_where_the_place_of_the_maximum_is_needed() -> None:
-    def gradient(x: Tensor) -> Tensor:
-        x = x.detach().requires_grad_()
-        return torch.autograd.grad(x.max(1).values.sum(), x)[0]
-
-    with pytest.raises(xb.UnsupportedOperatorError, match="indices that differ"):
-        xb.bound(gradient)(xb.Interval.linf(X, 0.1))
-
-
-@pytest.mark.parametrize("fn", [lambda x: x.topk(2, 1), lambda x: x.sort(1), lambda x: x.kthvalue(3, 1)])
-def test_order_statistics_are_exact_and_their_places_are_refused(fn: Callable) -> None:
-    box = xb.Interval.linf(X, 0.7)
-    bounds = xb.bound(lambda x: fn(x)[0])(box)
-    assert (bounds.lower - fn(box.lower)[0]).abs().max() < 1e-15
-    assert (bounds.upper - fn(box.upper)[0]).abs().max() < 1e-15
-    with pytest.raises(xb.UnsupportedOperatorError, match="indices that differ"):
-        xb.bound(lambda x: x.gather(1, fn(x)[1].reshape(3, -1)))(box)
+def test_the_norm_of_any_order_is_exact() -> None:
+    box = xb.Interval.linf(X, 0.6)
+    nearest, farthest = (box.mid.abs() + sign * box.rad for sign in (-1, 1))
+    for order in (3, 0.5):
+        bounds = xb.bound(lambda x, order=order: torch.linalg.vector_norm(x, order, dim=1))(box)
+        least = torch.linalg.vector_norm(nearest.clamp(min=0), order, dim=1)
+        assert torch.allclose(bounds.lower, least, atol=1e-12, rtol=0)
+        assert torch.allclose(bounds.upper, torch.linalg.vector_norm(farthest, order, dim=1), atol=1e-12, rtol=0)
 
 
 def test_the_largest_in_no_order_have_no_places() -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pyxai_bounds as xb
+from tests.networks import sample
 from tests.rules.cases import Case, Direct, case_id, check, check_direct, rand
 
 aten = torch.ops.aten
@@ -26,6 +27,9 @@ KEEP = torch.tensor([[True, False, True, True]] * 3)
 SQUARE = rand(2, 4, 4, 4).contiguous(memory_format=torch.channels_last)
 GREY = rand(2, 4, 4, 1).permute(0, 3, 1, 2)  # in either order, by its strides
 LAST = IMAGE.contiguous(memory_format=torch.channels_last)
+
+
+GRID = 1.2 * rand(2, 3, 5, 2, seed=3).tanh()
 
 
 def resized(**options: object) -> Callable[[Tensor], Tensor]:
@@ -112,6 +116,46 @@ CASES = [
     Case("pixel unshuffle of ReLU, channels-last", lambda x: F.pixel_unshuffle(F.relu(x), 2), SQUARE),
     Case("ReLU of a pixel shuffle, channels-last", lambda x: F.relu(F.pixel_shuffle(F.relu(x), 2)), LAST),
     Case("reflection pad of ReLU, channels-last", lambda x: F.pad(F.relu(x), (1, 2, 0, 3), mode="reflect"), LAST),
+    Case("nearest 1d", resized(size=9), CUBE),
+    Case("nearest 3d", resized(scale_factor=2), VOLUME),
+    Case("nearest, exact 1d", resized(size=7, mode="nearest-exact"), CUBE),
+    Case("nearest, exact", resized(size=(3, 7), mode="nearest-exact"), IMAGE),
+    Case("nearest, exact 3d", resized(size=(3, 2, 4), mode="nearest-exact"), VOLUME),
+    Case("linear", resized(size=7, mode="linear"), CUBE),
+    Case("trilinear", resized(scale_factor=1.5, mode="trilinear", align_corners=True), VOLUME),
+    Case("bicubic", resized(size=(7, 3), mode="bicubic"), IMAGE),
+    Case("bicubic, aligned", resized(scale_factor=1.5, mode="bicubic", align_corners=True), IMAGE),
+    Case("bicubic, scaled", resized(scale_factor=(1.7, 0.6), mode="bicubic"), IMAGE),
+    Case("bilinear, antialiased", resized(size=(2, 3), mode="bilinear", antialias=True), IMAGE),
+    Case("take", lambda x: x.take(INDEX), X),
+    Case("put", lambda x: OTHER.put(torch.tensor([3, 1, 7]), x[0, :3]), X),
+    Case("put, added", lambda x: x.put(torch.tensor([3, 3, 7]), OTHER[0, :3], accumulate=True), X),
+    Case("diagonal of a vector", lambda x: x[0].diag(1), X),
+    Case("diag_embed", lambda x: x.diag_embed(-1), X),
+    Case("diag", lambda x: x.diag(), X),
+    Case("diagonal_scatter", lambda x: torch.diagonal_scatter(OTHER, x[:, 0]), X),
+    Case("trace", lambda x: x.trace(), X),
+    Case("rot90", lambda x: x.rot90(), X),
+    Case("block_diag", lambda x: torch.block_diag(x, OTHER), X),
+    Case("channel shuffle", lambda x: F.channel_shuffle(x, 2), IMAGE),
+    Case("masked_scatter", lambda x: OTHER.masked_scatter(KEEP, x), X),
+    Case("index_fill", lambda x: x.index_fill(0, ROWS[:2], -1.5), X),
+    Case("index_fill by a set", lambda x: x.index_fill(1, ROWS[:2], x[0, 0]), X),
+    *(
+        Case(
+            f"grid_sample, {padding}",
+            lambda x, padding=padding: F.grid_sample(x, GRID, padding_mode=padding, align_corners=padding == "border"),
+            IMAGE,
+        )
+        for padding in ("zeros", "border", "reflection")
+    ),
+    Case("grid_sample, nearest", lambda x: F.grid_sample(x, GRID, "nearest", align_corners=False), IMAGE),
+    Case(
+        "grid_sample 3d",
+        lambda x: F.grid_sample(x, GRID.new_tensor([[[[[0.3, -0.2, 0.9]]]]]), align_corners=True),
+        VOLUME,
+    ),
+    Case("affine_grid", lambda x: F.affine_grid(x, (2, 1, 3, 4), align_corners=False), rand(2, 2, 3)),
     Case("im2col", lambda x: F.unfold(x, (2, 3), padding=1), IMAGE),
     Case("col2im", lambda x: F.fold(x, (3, 4), (2, 2)), rand(1, 8, 6)),
 ]
@@ -125,6 +169,7 @@ def assigned(x: Tensor) -> Tensor:
 
 BOX = xb.Interval.linf(X, 0.3)
 DIRECT = [
+    Direct(aten.embedding_dense_backward.default, (BOX, ROWS, 3, -1, False)),
     Direct(aten.fill.Tensor, (OTHER, BOX[0, 0])),
     Direct(aten.copy.default, (OTHER, BOX)),
     Direct(aten.reshape.default, (BOX, [2, 6])),
@@ -165,6 +210,48 @@ def test_linear_rearrangements_are_exact(case: Case) -> None:
         (signs,) = torch.autograd.grad(value[element], x, retain_graph=True, allow_unused=True, materialize_grads=True)
         corner = case.fn(case.x + case.eps * signs.sign()).flatten()[element]
         assert abs(corner - bounds.upper.flatten()[element]) < 1e-10
+
+
+@pytest.mark.parametrize("padding", ["zeros", "border", "reflection"])
+@pytest.mark.parametrize("align", [False, True])
+def test_a_grid_in_a_box(padding: str, align: bool) -> None:
+    """A spatial transformer: the image is read at places that move with the box."""
+    theta = torch.tensor([[[0.8, 0.1, 0.1], [-0.2, 0.9, -0.1]]] * 2, dtype=torch.float64)
+
+    def transformed(image: Tensor, theta: Tensor) -> Tensor:
+        grid = F.affine_grid(theta, (2, 4, 3, 3), align_corners=align)
+        return F.grid_sample(image, grid, padding_mode=padding, align_corners=align)
+
+    previous = None
+    for eps in (0.0, 1e-3, 0.05):
+        boxes = xb.Interval.linf(IMAGE, eps), xb.Interval.linf(theta, eps)
+        bounds = xb.bound(transformed)(*boxes)
+        for seed in range(20):
+            value = transformed(*(sample(box, seed, corners=seed % 2 == 0) for box in boxes))
+            assert ((bounds.lower - 1e-12 <= value) & (value <= bounds.upper + 1e-12)).all()
+        assert eps or bounds.rad.max() < 1e-12
+        assert previous is None or (bounds.rad > previous).all()
+        previous = bounds.rad
+    with pytest.raises(xb.UnsupportedOperatorError, match="gradient through its grid"):
+        xb.bound(lambda t: torch.autograd.grad(transformed(IMAGE, t.requires_grad_()).sum(), t)[0])(boxes[1])
+
+
+@pytest.mark.parametrize(("mode", "sound"), [("bicubic", False), ("nearest", True)])
+def test_sampling_that_is_refused(mode: str, sound: bool) -> None:
+    with pytest.raises(xb.UnsupportedOperatorError, match="use mode='bilinear'"):
+        xb.bound(lambda x: F.grid_sample(x, GRID, mode, align_corners=False), sound=sound)(xb.Interval.linf(IMAGE, 0.1))
+
+
+def test_embeddings_in_a_box_have_gradients() -> None:
+    def gradient(table: Tensor) -> Tensor:
+        table = table.detach().requires_grad_()
+        return torch.autograd.grad(F.embedding(ROWS, table).tanh().sum(), table)[0]
+
+    box = xb.Interval.linf(X, 0.1)
+    bounds = xb.bound(gradient)(box)
+    for seed in range(10):
+        value = gradient(sample(box, seed, corners=True))
+        assert ((bounds.lower - 1e-12 <= value) & (value <= bounds.upper + 1e-12)).all()
 
 
 def test_conversions_to_another_precision() -> None:

@@ -22,13 +22,33 @@ from tests.soundness.programs import Twins, outside, twins
 
 aten = torch.ops.aten
 
-MODULES = ("linear", "conv", "activation", "pool", "norm", "elementwise", "logic", "reduce", "shape", "softmax")
+MODULES = (
+    "linear",
+    "conv",
+    "activation",
+    "pool",
+    "norm",
+    "elementwise",
+    "logic",
+    "ranks",
+    "reduce",
+    "shape",
+    "softmax",
+)
 COLUMNS = ["rule", "eps", "components", "violations_sound", "violations_nearest"]
 SCALES = (1.0, 1.0, 1.0, 0.03, 30.0, 1e-12, 1e-20, 1e9)
 LARGE = 4096  # elements of the arguments of an elementwise operator
 
 # The indices, or what else the forward side kept, belong to the very input that they came from: no pair to take apart.
-_TOGETHER = {aten.max_pool2d_with_indices_backward.default, aten.log_sigmoid_backward.default}
+_TOGETHER = {
+    aten.max_pool2d_with_indices_backward.default,
+    aten.max_pool3d_with_indices_backward.default,
+    aten.adaptive_max_pool2d_backward.default,
+    aten.adaptive_max_pool3d_backward.default,
+    aten.max_unpool2d.default,
+    aten.max_unpool3d.default,
+    aten.log_sigmoid_backward.default,
+}
 _NO_VALUES = {aten.empty_like.default, aten.new_empty.default, aten.new_empty_strided.default}
 
 

@@ -70,7 +70,7 @@ def topk_hinge(
         box = bounded(explanation, model, gamma)(Interval.linf(x, eps, clip), y)
         nominal = explanation(x, y)
     least, most = magnitude_ends(box, k, channels)
-    size, _ = magnitude_ends(Interval.point(nominal.detach()), k, channels)
+    size, _ = magnitude_ends(Interval.of(nominal.detach(), torch.zeros_like(nominal)), k, channels)
     unit = norms(nominal).clamp(min=torch.finfo(x.dtype).tiny ** 0.5).unsqueeze(1)
     order = size.argsort(1, descending=True)
     top, rest = (least / unit).gather(1, order[:, :k]), (most / unit).gather(1, order[:, k:])

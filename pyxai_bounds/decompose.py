@@ -1,0 +1,187 @@
+"""Operators that are captured in their parts, for which there are rules: what the tracer puts in their place.
+
+Each is what PyTorch computes, in other words; NotImplemented leaves the operator as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._decomp import get_decompositions
+
+aten = torch.ops.aten
+
+
+def _adaptive_max_pool2d(x: Tensor, size: list[int]) -> Any:
+    """Windows of equal size, as for global max pooling, are those of an ordinary pool."""
+    window = _equal_windows(x, size)
+    return NotImplemented if window is None else aten.max_pool2d_with_indices.default(x, window, window)
+
+
+def _adaptive_max_pool2d_backward(grad: Tensor, x: Tensor, indices: Tensor) -> Any:
+    window = _equal_windows(x, grad.shape[-2:])
+    if window is None:
+        return NotImplemented
+    return aten.max_pool2d_with_indices_backward.default(grad, x, window, window, [0, 0], [1, 1], False, indices)
+
+
+def _equal_windows(x: Tensor, size: Sequence[int]) -> list[int] | None:
+    if not all(size) or any(n % m for n, m in zip(x.shape[-2:], size, strict=True)):
+        return None
+    return [n // m for n, m in zip(x.shape[-2:], size, strict=True)]
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
+    """The parametrization's norm over all dimensions but one, in operators that have rules."""
+    norm = v.square().sum([i for i in range(v.dim()) if i != dim], keepdim=True).sqrt()
+    return v * (g / norm), norm
+
+
+def _vdot(a: Tensor, b: Tensor) -> Any:
+    """Spectral norm's."""
+    return NotImplemented if a.is_complex() else aten.dot.default(a, b)
+
+
+def _rrelu(
+    x: Tensor, noise: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, *_: Any
+) -> Any:
+    """At inference the slope is fixed."""
+    return NotImplemented if training else aten.leaky_relu.default(x, (lower + upper) / 2)
+
+
+def _rrelu_backward(
+    grad: Tensor, x: Tensor, noise: Tensor, lower: float, upper: float, training: bool, is_result: bool
+) -> Any:
+    return NotImplemented if training else aten.leaky_relu_backward.default(grad, x, (lower + upper) / 2, is_result)
+
+
+def _addr(x: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    outer = a.unsqueeze(1) * b
+    outer = outer if alpha == 1 else outer * alpha
+    return outer.clone() if beta == 0 else x * beta + outer
+
+
+def _addbmm(x: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """The sum over the batch is one long product."""
+    product = a.transpose(0, 1).flatten(1) @ b.flatten(0, 1)
+    product = product if alpha == 1 else product * alpha
+    return product if beta == 0 else x * beta + product
+
+
+def _cross(a: Tensor, b: Tensor, *, dim: int = -1) -> Tensor:
+    a, b = torch.broadcast_tensors(a, b)
+    return a.roll(-1, dim) * b.roll(-2, dim) - a.roll(-2, dim) * b.roll(-1, dim)
+
+
+def _norm(x: Tensor, p: float | None = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
+    return torch.linalg.vector_norm(x, 2 if p is None else p, dim or None, keepdim, dtype=dtype)
+
+
+def _aminmax(x: Tensor, *, dim: int | None = None, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    dims = list(range(x.dim())) if dim is None else [dim]
+    return x.amin(dims, keepdim), x.amax(dims, keepdim)
+
+
+def _std_mean(x: Tensor, dim: Any = None, *, correction: float | None = None, keepdim: bool = False) -> Any:
+    dims = list(range(x.dim())) if dim is None else dim
+    deviation = torch.std(x, dims, correction=1 if correction is None else correction, keepdim=keepdim)
+    return deviation, x.mean(dims, keepdim)
+
+
+def _cdist(a: Tensor, b: Tensor, p: float, compute_mode: int | None) -> Tensor:
+    return torch.linalg.vector_norm(a.unsqueeze(-2) - b.unsqueeze(-3), p, -1)
+
+
+def _cdist_backward(grad: Tensor, a: Tensor, b: Tensor, p: float, distance: Tensor) -> Any:
+    if p not in (1, 2):
+        return NotImplemented
+    difference = a.unsqueeze(-2) - b.unsqueeze(-3)
+    if p == 1:
+        return (grad.unsqueeze(-1) * difference.sign()).sum(-2)
+    slope = (difference / distance.unsqueeze(-1)).masked_fill((distance == 0).unsqueeze(-1), 0.0)
+    return (grad.unsqueeze(-1) * slope).sum(-2)
+
+
+def _quantile(
+    x: Tensor, q: float | Tensor, dim: int | None = None, keepdim: bool = False, *, interpolation: str = "linear"
+) -> Tensor:
+    """Sorted values at fixed ranks; PyTorch's own looks for NaN first, which makes the ranks depend on the set."""
+    shape = [1] * x.dim() if dim is None else None
+    x, dim = (x.flatten(), 0) if dim is None else (x, dim % x.dim())
+    ranks = torch.as_tensor(q, dtype=x.dtype, device=x.device) * (x.shape[dim] - 1)
+    below, above = ranks.floor(), ranks.ceil()
+    if interpolation == "nearest":
+        below = above = ranks.round()
+    elif interpolation != "linear":
+        ranks = below + {"lower": 0.0, "higher": 1.0, "midpoint": 0.5}[interpolation] * (above - below)
+    rows = x.sort(dim).values
+    low, high = (rows.index_select(dim, place.long().reshape(-1)).movedim(dim, 0) for place in (below, above))
+    weight = (ranks - below).reshape(-1, *[1] * (x.dim() - 1))
+    out = torch.lerp(low, high, weight.expand_as(low))
+    out = out.masked_fill(x.isnan().any(dim), math.nan)
+    if shape is not None and keepdim:
+        out = out.reshape(-1, *shape)
+    elif keepdim:
+        out = out.unsqueeze(dim + 1)
+    return out if ranks.dim() else out.squeeze(0)
+
+
+def _cumprod(x: Tensor, dim: int, *, dtype: Any = None, out: Any = None) -> Tensor:
+    """Products of the last 2, 4, 8, … elements; PyTorch's own derivative looks for zeros first."""
+    if dtype is not None or not x.is_floating_point():
+        x = x.to(torch.int64 if dtype is None else dtype)
+    step, count = 1, x.shape[dim] if x.dim() else 1
+    while step < count:
+        product = x.narrow(dim, step, count - step) * x.narrow(dim, 0, count - step)
+        x = torch.cat((x.narrow(dim, 0, step), product), dim)
+        step *= 2
+    return x.clone()
+
+
+def _lstm(*args: Any) -> Any:
+    """Step by step: oneDNN has an operator of its own for a layer, and one for its backward pass."""
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        return torch.lstm(*args)
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
+
+
+# Functions that PyTorch takes apart before the tracer sees them, in a way that rules cannot follow.
+REWRITTEN: dict[Callable, Callable[..., Tensor]] = {
+    torch.quantile: _quantile,
+    torch.nanquantile: _quantile,
+    Tensor.quantile: _quantile,
+    Tensor.nanquantile: _quantile,
+    torch.lstm: _lstm,
+    torch.cumprod: _cumprod,
+    Tensor.cumprod: _cumprod,
+}
+
+DECOMPOSED: dict[Any, Callable[..., Any]] = {
+    aten._weight_norm_interface.default: _weight_norm,
+    aten.vdot.default: _vdot,
+    aten.adaptive_max_pool2d.default: _adaptive_max_pool2d,
+    aten.adaptive_max_pool2d_backward.default: _adaptive_max_pool2d_backward,
+    aten.rrelu_with_noise.default: _rrelu,
+    aten.rrelu_with_noise_backward.default: _rrelu_backward,
+    aten.addr.default: _addr,
+    aten.addbmm.default: _addbmm,
+    aten.linalg_cross.default: _cross,
+    aten.norm.Scalar: _norm,
+    aten.norm.ScalarOpt_dim: _norm,
+    aten.dist.default: lambda a, b, p=2: torch.linalg.vector_norm(a - b, p),
+    aten.aminmax.default: _aminmax,
+    aten.std_mean.correction: _std_mean,
+    aten._cdist_forward.default: _cdist,
+    aten._cdist_backward.default: _cdist_backward,
+    aten.deg2rad.default: lambda x: x * (torch.pi / 180),
+    aten.rad2deg.default: lambda x: x * (180 / torch.pi),
+    aten.ldexp.Tensor: lambda x, exponent: x * torch.pow(2.0, exponent),
+    **get_decompositions([aten.affine_grid_generator]),
+}
