@@ -149,7 +149,7 @@ class BoundFunction:
 
     def _plain_key(self, args: tuple) -> tuple | None:
         """What tells the programs of calls with nothing but tensors and sets apart; None for other calls."""
-        key: list[Any] = [self.options]
+        key: list[Any] = [self.options, torch.get_default_dtype()]
         for argument in args:
             if type(argument) is Interval:
                 key += (_leaf_key(argument.mid), argument.rad.stride())
@@ -207,7 +207,7 @@ def _captured(fn: Callable, leaves: list[Any], spec: pytree.TreeSpec) -> Capture
     """The captured graph for arguments of this kind, from the cache where it is there and still true."""
     points = [leaf.mid if isinstance(leaf, Interval) else leaf for leaf in leaves]
     captures = _captures_of(fn)
-    key: tuple[Any, ...] = (spec, tuple(_leaf_key(leaf) for leaf in points))
+    key: tuple[Any, ...] = (spec, (torch.get_default_dtype(), *(_leaf_key(leaf) for leaf in points)))
     found = captures.get(key)
     if found is _READS_INTEGERS:
         key = (*key, tuple(leaf.item() for leaf in points if is_one_integer(leaf)))

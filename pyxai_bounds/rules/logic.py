@@ -75,16 +75,33 @@ def logical_not(x: Interval) -> Interval:
     return _truth(~may, ~must, x)
 
 
-@rule(aten.logical_and.default, aten.bitwise_and.Tensor, precision="exact")
+@rule(aten.logical_and.default, precision="exact")
 def logical_and(a: Value, b: Value) -> Interval:
     (must, may), (b_must, b_may) = _must_and_may(a), _must_and_may(b)
     return _truth(must & b_must, may & b_may, a, b)
 
 
-@rule(aten.logical_or.default, aten.bitwise_or.Tensor, precision="exact")
+@rule(aten.logical_or.default, precision="exact")
 def logical_or(a: Value, b: Value) -> Interval:
     (must, may), (b_must, b_may) = _must_and_may(a), _must_and_may(b)
     return _truth(must | b_must, may | b_may, a, b)
+
+
+@rule(aten.bitwise_and.Tensor, precision="exact")
+def bitwise_and(a: Value, b: Value) -> Interval:
+    return logical_and(_only_truth(a), _only_truth(b))
+
+
+@rule(aten.bitwise_or.Tensor, precision="exact")
+def bitwise_or(a: Value, b: Value) -> Interval:
+    return logical_or(_only_truth(a), _only_truth(b))
+
+
+def _only_truth(x: Value) -> Value:
+    """A truth value and an integer have bits in common, or not: 2 & True is 0."""
+    if isinstance(x, Tensor) and x.dtype != torch.bool:
+        raise UnsupportedArgumentsError(f"combines truth values with the bits of {x.dtype}; compare these with 0 first")
+    return x
 
 
 @rule(aten.where.self, precision="exact")
