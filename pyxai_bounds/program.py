@@ -82,6 +82,8 @@ def bound(
     A function is captured once for each kind of arguments. Each call looks whether what it refers to is still what was
     captured: closures, globals and options of the function; mode, attributes, children, hooks and tensors of modules.
     Values of tensors may change freely; what else may change unnoticed is said at :meth:`BoundFunction.recapture`.
+    Arguments are independent of one another: a function that writes into one of them must not be given two that share
+    memory.
 
     Raises UnsupportedOperatorError, listing every operator without a rule; CaptureError (a ValueError) if the
     function is no fixed program; ValueError for options that do not exist, or a parameter box that the function does
