@@ -84,6 +84,8 @@ def bound(
     A function is captured once for each kind of arguments. Each call looks whether what it refers to is still what was
     captured: closures, globals and options of the function; mode, attributes, children, hooks and tensors of modules.
     Values of tensors may change freely; what else may change unnoticed is said at :meth:`BoundFunction.recapture`.
+    Arguments are independent of one another: a function that writes into one of them must not be given two that share
+    memory.
 
     Raises UnsupportedOperatorError, listing every operator without a rule; CaptureError (a ValueError) if the
     function is no fixed program; ValueError for options that do not exist, or a parameter box that the function does
@@ -151,7 +153,7 @@ class BoundFunction:
 
     def _plain_key(self, args: tuple) -> tuple | None:
         """What tells the programs of calls with nothing but tensors and sets apart; None for other calls."""
-        key: list[Any] = [self.options]
+        key: list[Any] = [self.options, torch.get_default_dtype()]
         for argument in args:
             if type(argument) is Interval:
                 key += (_leaf_key(argument.mid), argument.rad.stride())
@@ -209,7 +211,7 @@ def _captured(fn: Callable, leaves: list[Any], spec: pytree.TreeSpec) -> Capture
     """The captured graph for arguments of this kind, from the cache where it is there and still true."""
     points = [leaf.mid if isinstance(leaf, Interval) else leaf for leaf in leaves]
     captures = _captures_of(fn)
-    key: tuple[Any, ...] = (spec, tuple(_leaf_key(leaf) for leaf in points))
+    key: tuple[Any, ...] = (spec, (torch.get_default_dtype(), *(_leaf_key(leaf) for leaf in points)))
     found = captures.get(key)
     if found is _READS_INTEGERS:
         key = (*key, tuple(leaf.item() for leaf in points if is_one_integer(leaf)))

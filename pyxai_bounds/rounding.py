@@ -19,6 +19,7 @@ import contextvars
 import functools
 import math
 import os
+import threading
 from collections.abc import Iterator
 from enum import IntEnum
 from fractions import Fraction
@@ -299,18 +300,44 @@ def ieee_arithmetic() -> Iterator[None]:
     for name in ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"):  # oneDNN reads either
         if os.environ.get(name, "STRICT").upper() != "STRICT":
             raise RuntimeError(f"sound=True needs full float32 products, but {name} allows narrower ones: unset it.")
-    before = [getattr(owner, name) for owner, name, _ in _PRECISION]
-    nnpack = torch._C._get_nnpack_enabled()
+    _exact.enter()
     try:
-        torch._C._set_nnpack_enabled(False)  # it convolves by Winograd's method wherever oneDNN is switched off
-        for owner, name, exact in _PRECISION:
-            setattr(owner, name, exact)
         yield
     finally:
-        for (owner, name, _), value in zip(_PRECISION, before, strict=True):
-            setattr(owner, name, value)
-        torch._C._set_nnpack_enabled(nnpack)
+        _exact.leave()
 
+
+class _Exact:
+    """The settings belong to the process: the first thread that needs exact ones keeps the user's, the last one puts
+    them back.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._before: list[Any] = []
+        self._nnpack = True
+
+    def enter(self) -> None:
+        with self._lock:
+            if self._users == 0:
+                self._before = [getattr(owner, name) for owner, name, _ in _PRECISION]
+                self._nnpack = torch._C._get_nnpack_enabled()
+            self._users += 1
+            torch._C._set_nnpack_enabled(False)  # it convolves by Winograd's method wherever oneDNN is switched off
+            for owner, name, exact in _PRECISION:
+                setattr(owner, name, exact)
+
+    def leave(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                torch._C._set_nnpack_enabled(self._nnpack)
+                for (owner, name, _), value in zip(_PRECISION, self._before, strict=True):
+                    setattr(owner, name, value)
+
+
+_exact = _Exact()
 
 # (owner, setting, its exact value). The oneDNN settings exist in newer versions of PyTorch only.
 _PRECISION: list[tuple[Any, str, Any]] = [

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -198,7 +199,11 @@ def token(
         return type(value), repr(value) if isinstance(value, (float, complex)) else value  # 0.0 is not -0.0
     if isinstance(value, slice):
         return slice, token((value.start, value.stop, value.step))
-    if depth == 0 or not budget or isinstance(value, (nn.Module, Tensor)):  # modules have their own watch
+    if isinstance(value, Tensor):
+        return _Same(value), *_layout_of(value)
+    if isinstance(value, np.ndarray) and value.size <= _MANY:
+        return _Same(value), value.dtype, value.shape, value.tobytes()
+    if depth == 0 or not budget or isinstance(value, nn.Module):  # modules have their own watch
         return _Same(value)
     budget.pop()
     referents = _referents(value)
@@ -245,6 +250,7 @@ class ModuleWatch:
 
     def __init__(self) -> None:
         self._seen: dict[int, _Watched] = {}
+        self._global_hooks = _global_hooks()
         self._glance: _Glance | None = None
 
     def add(self, module: nn.Module, hooks: bool) -> None:
@@ -265,6 +271,8 @@ class ModuleWatch:
 
     def unchanged(self) -> bool:
         """Is every module what it was? What has been compared once is recognised by a look at its identities."""
+        if _global_hooks() != self._global_hooks:
+            return False
         glance = self._glance
         if glance is not None and glance.holds():
             return True
@@ -324,7 +332,7 @@ class _Watched:
         self._containers = {
             name: token(value, 2)
             for name, value in attributes.items()
-            if isinstance(value, (dict, *_CONTAINERS)) and not _is_internal(name)
+            if (isinstance(value, (dict, *_CONTAINERS)) and not _is_internal(name)) or isinstance(value, np.ndarray)
         }
         self._children = _children(module)
         self._layout = _layout(module)
@@ -403,10 +411,21 @@ def _layout(module: nn.Module) -> list[tuple]:
 
 
 def _layout_of(t: Tensor) -> tuple:
-    return *_of_tensor(t), t.stride()
+    return *_of_tensor(t), t.stride() if t.layout is torch.strided else None
 
 
 _of_tensor = operator.attrgetter("dtype", "device", "shape", "requires_grad")
+
+
+_GLOBAL_HOOKS = [getattr(nn.modules.module, f"_global{name}") for name in _HOOKS]
+
+
+def _global_hooks() -> list[_Same]:
+    """The hooks of all modules, but for the one that ``preserved`` sets."""
+    if not any(_GLOBAL_HOOKS):
+        return []
+    hooks = [hook for known in _GLOBAL_HOOKS for hook in known.copy().values()]
+    return [_Same(hook) for hook in hooks if getattr(hook, "__module__", None) != __name__]
 
 
 def _hooks(module: nn.Module) -> list[_Same]:

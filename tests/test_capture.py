@@ -11,6 +11,7 @@ import types
 import weakref
 from collections import OrderedDict
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -266,6 +267,53 @@ def test_a_hook_in_the_place_of_another_is_noticed() -> None:
         hook.remove()
         hook = scale(factor)
     assert torch.allclose(bounded(xb.Interval.point(X6)).mid, model(X6))
+
+
+@pytest.mark.parametrize("through", ["module", "explanation"])
+def test_a_hook_of_all_modules_is_noticed(through: str) -> None:
+    model = Bent().double()
+    fn = model if through == "module" else lambda x: xb.explain.gradient(model)(x, torch.tensor([0, 1, 2]))
+    hooks = []
+
+    def change() -> None:
+        hooks.append(nn.modules.module.register_module_forward_hook(lambda module, args, out: out * 2))
+
+    try:
+        check_follows(fn, change, X6)
+        with_hook = xb.bound(fn)(xb.Interval.point(X6)).mid
+    finally:
+        hooks[0].remove()
+    check = fn(X6)
+    assert torch.allclose(xb.bound(fn)(xb.Interval.point(X6)).mid, check) and not torch.allclose(with_hook, check)
+
+
+def test_another_default_dtype_is_noticed() -> None:
+    """torch.full then makes another tenth."""
+    x = torch.ones(4, dtype=torch.float64)
+    bounded = xb.bound(lambda x: x + torch.full((4,), 0.1))
+    assert bounded(xb.Interval.point(x)).mid[0] != 1.1
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert bounded(xb.Interval.point(x)).mid[0] == 1.1
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("through", ["closure", "attribute"])
+def test_numbers_read_from_an_array_are_noticed(through: str) -> None:
+    array = np.ones(3)
+    layer = nn.Identity()
+    layer.scale = array  # type: ignore[assignment]
+    fn = {
+        "closure": lambda x: x * float(array[0]),
+        "attribute": lambda x: layer(x) * torch.as_tensor(layer.scale.tolist()[0]),  # type: ignore[operator]
+    }[through]
+    check_follows(fn, lambda: array.__setitem__(0, 3.0), X6)
+
+
+def test_what_a_tensor_of_the_closure_is_like_is_noticed() -> None:
+    weight = nn.Parameter(torch.ones(6, dtype=torch.float64))
+    check_follows(lambda x: x * (2 if weight.requires_grad else 3), lambda: weight.requires_grad_(False), X6)
 
 
 @pytest.mark.skipif(not native.available(), reason="no native module")
@@ -743,8 +791,12 @@ def test_results_that_cannot_be_seen_are_refused() -> None:
 
 
 def test_a_layer_inside_a_sequential_is_named() -> None:
-    model = nn.Sequential(nn.Conv1d(1, 2, 3), nn.AdaptiveMaxPool1d(3), nn.Flatten())
-    with pytest.raises(xb.UnsupportedOperatorError, match=r"\(in AdaptiveMaxPool1d\(output_size=3\)\)"):
+    class LogGamma(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.lgamma(x)
+
+    model = nn.Sequential(nn.Conv1d(1, 2, 3), LogGamma(), nn.Flatten())
+    with pytest.raises(xb.UnsupportedOperatorError, match=r"\(in LogGamma\(\)\)"):
         xb.bound(model)(xb.Interval.linf(torch.rand(2, 1, 12), 0.01))
 
 

@@ -156,7 +156,7 @@ def test_bad_input_says_what_where_and_how_to_mend_it() -> None:
             call()
 
 
-@pytest.mark.parametrize("clip", [(0.0, 1.0, 2.0), (0.0, None), (torch.zeros(3), torch.ones(3)), 1.0])
+@pytest.mark.parametrize("clip", [(0.0, 1.0, 2.0), (0.0, None), (torch.zeros(3), None), 1.0])
 def test_a_clip_that_is_no_pair_of_numbers(clip) -> None:
     with pytest.raises(TypeError, match=r"clip must be two numbers \(low, high\)"):
         xb.Interval.linf(torch.rand(2, 3), 0.1, clip)

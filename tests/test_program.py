@@ -56,7 +56,7 @@ def test_every_unsupported_operator_is_listed_with_its_line() -> None:
 
     def fn(x: Tensor) -> Tensor:
         y = torch.lgamma(model(x))
-        z = y.cumprod(1)
+        z = y.logcumsumexp(1).digamma()
         return torch.special.i0(z) + y
 
     with pytest.raises(xb.UnsupportedOperatorError) as caught:
@@ -64,7 +64,7 @@ def test_every_unsupported_operator_is_listed_with_its_line() -> None:
     message = str(caught.value)
     for name, line in (
         ("lgamma", "torch.lgamma(model(x))"),
-        ("cumprod", "y.cumprod(1)"),
+        ("digamma", "y.logcumsumexp(1).digamma()"),
         ("i0", "torch.special.i0(z)"),
     ):
         assert name in message and line in message
@@ -520,7 +520,7 @@ def test_one_weight_in_several_steps_of_a_chain() -> None:
 
 @pytest.mark.skipif(not ops.native.available(), reason="no native module")
 def test_a_chain_reads_only_what_its_kernels_can_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A constant that no module holds is not watched: it may become something else between two calls."""
+    """A weight that lies in memory in another order is captured anew, and is then no part of a chain."""
     weight = torch.rand(9, 6, dtype=torch.float64)
     weights = [weight, torch.rand(7, 9, dtype=torch.float64)]
     bounded = xb.bound(lambda x: F.linear(F.linear(x, weights[0]).relu(), weights[1]))
@@ -529,7 +529,7 @@ def test_a_chain_reads_only_what_its_kernels_can_read(monkeypatch: pytest.Monkey
         before = bounded(box)
         weight.set_(weight.t().contiguous().t())  # the same numbers in the other order
         after = bounded(box)
-    assert calls == [True, False]
+    assert calls == [True]
     assert torch.allclose(before.mid, after.mid) and torch.allclose(before.rad, after.rad)
 
 

@@ -157,8 +157,10 @@ class _Deviation:
 
     def margin(self, nominal: Tensor, bounds: Interval) -> Tensor:
         check_shapes(self, nominal, bounds)
-        size = self.size(flat(deviation(nominal, bounds)))
-        return self.tau - size * (1 + rounding_loss(nominal[0].numel() if len(nominal) else 0))
+        moved = flat(deviation(nominal, bounds))
+        size = self.size(moved) * (1 + rounding_loss(moved.shape[1]))
+        # Squares of numbers below 1e-154 underflow: their root is off by no more than this.
+        return self.tau - (size + (moved != 0).any(1).double() * (moved.shape[1] * rounding.floor(torch.float64)))
 
 
 class L1(_Deviation):

@@ -93,11 +93,15 @@ def moved(x: Interval, before: Interval) -> Interval:
 
 
 def length(t: Tensor, dims: Sequence[int]) -> Tensor:
-    """‖t‖₂ over these dimensions, which are kept; divided by the greatest entry, so that squares do not underflow."""
+    """‖t‖₂ over these dimensions, which are kept; divided by the greatest entry, so that squares do not underflow.
+
+    Of 0 all derivatives are 0: in its place stand ones, since of a norm of 0 the second derivative is NaN.
+    """
     if not dims:
         return t.abs()
     top = t.detach().abs().amax(list(dims), keepdim=True)
-    norm = torch.linalg.vector_norm(t / torch.where(top > 0, top, 1.0), dim=list(dims), keepdim=True) * top
+    scaled = torch.where(top > 0, t / torch.where(top > 0, top, 1.0), 1.0)
+    norm = torch.linalg.vector_norm(scaled, dim=list(dims), keepdim=True) * top
     if rd.mode() != rd.Rounding.OUTWARD:
         return norm
     count = math.prod(t.shape[d] for d in dims)

@@ -78,19 +78,19 @@ def logical_not(x: Interval) -> Interval:
     return _truth(~may, ~must, x)
 
 
-@rule(aten.logical_and.default, aten.bitwise_and.Tensor, precision="exact")
+@rule(aten.logical_and.default, precision="exact")
 def logical_and(a: Value, b: Value) -> Interval:
     (must, may), (b_must, b_may) = _must_and_may(a), _must_and_may(b)
     return _truth(must & b_must, may & b_may, a, b)
 
 
-@rule(aten.logical_or.default, aten.bitwise_or.Tensor, precision="exact")
+@rule(aten.logical_or.default, precision="exact")
 def logical_or(a: Value, b: Value) -> Interval:
     (must, may), (b_must, b_may) = _must_and_may(a), _must_and_may(b)
     return _truth(must | b_must, may | b_may, a, b)
 
 
-@rule(aten.logical_xor.default, aten.bitwise_xor.Tensor, precision="exact")
+@rule(aten.logical_xor.default, precision="exact")
 def logical_xor(a: Value, b: Value) -> Interval:
     (must, may), (b_must, b_may) = _must_and_may(a), _must_and_may(b)
     return _truth((must & ~b_may) | (~may & b_must), ~((must & b_must) | (~may & ~b_may)), a, b)
@@ -106,6 +106,28 @@ def any_(x: Interval, *args: Any, **kwargs: Any) -> Interval:
 def all_(x: Interval, *args: Any, **kwargs: Any) -> Interval:
     must, may = _must_and_may(x)
     return _truth(torch.all(must, *args, **kwargs), torch.all(may, *args, **kwargs), x)
+
+
+@rule(aten.bitwise_and.Tensor, precision="exact")
+def bitwise_and(a: Value, b: Value) -> Interval:
+    return logical_and(_only_truth(a), _only_truth(b))
+
+
+@rule(aten.bitwise_or.Tensor, precision="exact")
+def bitwise_or(a: Value, b: Value) -> Interval:
+    return logical_or(_only_truth(a), _only_truth(b))
+
+
+@rule(aten.bitwise_xor.Tensor, precision="exact")
+def bitwise_xor(a: Value, b: Value) -> Interval:
+    return logical_xor(_only_truth(a), _only_truth(b))
+
+
+def _only_truth(x: Value) -> Value:
+    """A truth value and an integer have bits in common, or not: 2 & True is 0."""
+    if isinstance(x, Tensor) and x.dtype != torch.bool:
+        raise UnsupportedArgumentsError(f"combines truth values with the bits of {x.dtype}; compare these with 0 first")
+    return x
 
 
 @rule(aten.where.self, precision="exact")

@@ -171,7 +171,8 @@ def _adaptive_places(x: Value, out: Sequence[int]) -> Places:
 
 @rule(aten.max_pool3d_with_indices.default, precision="exact")
 def max_pool3d(x: Interval, *geometry: Any) -> tuple[Interval, object]:
-    out = monotone(lambda t: aten.max_pool3d_with_indices(t, *geometry)[0], x, ulps=0)
+    # [C, D, H, W] may lie channels-last, which this operator refuses.
+    out = monotone(lambda t: aten.max_pool3d_with_indices(t.contiguous(), *geometry)[0], x, ulps=0)
     return out, Indices(windows=(x, _places(x, out.shape, 3, *geometry)))
 
 
@@ -192,7 +193,7 @@ def adaptive_max_pool2d(x: Interval, size: list[int]) -> tuple[Interval, object]
 
 @rule(aten.adaptive_max_pool3d.default, precision="exact")
 def adaptive_max_pool3d(x: Interval, size: list[int]) -> tuple[Interval, object]:
-    out = monotone(lambda t: aten.adaptive_max_pool3d(t, size)[0], x, ulps=0)
+    out = monotone(lambda t: aten.adaptive_max_pool3d(t.contiguous(), size)[0], x, ulps=0)
     return out, Indices(windows=(x, lambda: _adaptive_places(x, size)))
 
 
@@ -233,7 +234,7 @@ def max_unpool2d(x: Value, indices: Any, size: list[int]) -> Interval:
 
 @rule(aten.max_unpool3d.default, precision="exact")
 def max_unpool3d(x: Value, indices: Any, size: list[int], stride: list[int], padding: list[int]) -> Interval:
-    return _unpool(lambda t: aten.max_unpool3d(t, indices, size, stride, padding), x, indices, size)
+    return _unpool(lambda t: aten.max_unpool3d(t.contiguous(), indices, size, stride, padding), x, indices, size)
 
 
 def _unpool(function: Callable[[Tensor], Tensor], x: Value, indices: Any, size: list[int]) -> Interval:

@@ -346,6 +346,11 @@ def multiply(a: Any, b: Any) -> Interval:
         return Interval.of(a.mid * b, a.rad * 1)
     if outward() and not isinstance(b, Tensor) and not _is_normal(b, a.dtype):
         return multiply(a, number(b, a.mid))
+    if outward() and isinstance(b, Tensor) and b.is_floating_point():
+        # PyTorch rounds a float64 factor without dimensions to float32, where it may be subnormal.
+        dtype = torch.result_type(a.mid, b)
+        if dtype != torch.promote_types(a.dtype, b.dtype):
+            return multiply(narrow(a, dtype), narrow(Interval.point(b), dtype))
     product = settle(a.mid * b, a.rad * abs(b), 2)  # a number is rounded to the dtype first
     if not outward():
         return product

@@ -95,3 +95,12 @@ def test_bad_options_are_refused() -> None:
     flat = torch.ones(2, 3)
     with pytest.raises(ValueError, match=r"shape \[B, C, \.\.\.\]"):
         xb.TopK(1, channels="sum").margin(flat, point(flat))
+
+
+@pytest.mark.parametrize("kind", [xb.L1, xb.L2, xb.Linf, xb.MeanSquare])
+def test_deviations_whose_squares_underflow_are_no_zeros(kind: type) -> None:
+    still, moved = (
+        xb.Interval.of(torch.zeros(1, 3).double(), torch.full((1, 3), rad, dtype=torch.float64))
+        for rad in (0.0, 1e-170)
+    )
+    assert kind(0.0).margin(still.mid, still) == 0 and kind(0.0).margin(moved.mid, moved) < 0

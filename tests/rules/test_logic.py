@@ -116,6 +116,16 @@ def test_sums_and_products_of_truth_values_are_truth_values() -> None:
             assert bounds.contains(fn(sample(A, seed, corners=seed % 2 == 0)).double()).all()
 
 
+@pytest.mark.parametrize("operator", [torch.bitwise_and, torch.bitwise_or])
+def test_truth_values_are_not_combined_with_the_bits_of_integers(operator: Callable[..., Tensor]) -> None:
+    """2 & True is 0, which is not the truth of both; logical operators take integers as truth values."""
+    number = torch.full((3, 4), 2)
+    with pytest.raises(xb.UnsupportedOperatorError, match="compare these with 0 first"):
+        xb.bound(lambda x: x * operator(x > 0, number))(A)
+    both = xb.bound(lambda x: x * torch.logical_and(x > 0, number))(A)
+    assert both.contains(A.mid * torch.logical_and(A.mid > 0, number)).all()
+
+
 @pytest.mark.parametrize("case", DIRECT, ids=case_id)
 def test_scalar_overloads(case: Direct) -> None:
     bounds = xb.rules.RULES[case.op].function(*case.args)

@@ -224,3 +224,27 @@ def test_statistics_of_a_sample_as_float32_computes_them_are_refused() -> None:
     bounded = xb.bound(F.instance_norm, sound=True, semantics="float32")
     with pytest.raises(xb.UnsupportedOperatorError, match="float32 evaluations"):
         bounded(xb.Interval.point(torch.rand(1, 4, 5, 5)))
+
+
+def test_second_derivatives_of_a_layer_norms_bounds() -> None:
+    """A midpoint that is the centre's own lies 0 away from it: of a norm of 0 PyTorch's second derivative is NaN."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.LayerNorm(6), nn.Linear(6, 3)).double()
+    box = xb.Interval.linf(torch.randn(2, 4, dtype=torch.float64), 0.02)
+    bounded = xb.bound(xb.explain.gradient(model))
+    weight = model[0].weight
+    direction = torch.randn_like(weight)
+
+    def slope() -> torch.Tensor:
+        bounds = bounded(box, torch.tensor([0, 2]))
+        (first,) = torch.autograd.grad((bounds.mid + bounds.rad).square().sum(), weight, create_graph=True)
+        return first.square().sum()
+
+    (second,) = torch.autograd.grad(slope(), weight)
+    values = []
+    for step in (1e-6, -2e-6):
+        with torch.no_grad():
+            weight += step * direction
+        values.append(slope().item())
+    difference = (values[0] - values[1]) / 2e-6
+    assert (second * direction).sum().item() == pytest.approx(difference, rel=1e-4)

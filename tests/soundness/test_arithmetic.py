@@ -39,6 +39,23 @@ def test_winograd_is_switched_off_and_nnpack_restored() -> None:
     assert torch._C._get_nnpack_enabled() == before
 
 
+def test_arithmetic_stays_exact_until_the_last_thread_needs_it_no_more() -> None:
+    """The settings belong to all threads: one that is done must not give the others its user's bfloat16 products."""
+    owner = torch.backends.mkldnn.matmul
+    before = owner.fp32_precision
+    first, second = xb.rounding.ieee_arithmetic(), xb.rounding.ieee_arithmetic()
+    try:
+        owner.fp32_precision = "bf16"
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert owner.fp32_precision == "ieee"
+        second.__exit__(None, None, None)
+        assert owner.fp32_precision == "bf16"
+    finally:
+        owner.fp32_precision = before
+
+
 def test_flushed_subnormal_numbers_are_refused() -> None:
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor does not flush")

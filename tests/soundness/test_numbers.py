@@ -16,6 +16,7 @@ from tests.soundness.programs import outside
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TENTH = torch.tensor(0.1, dtype=torch.float64)
+SUBNORMAL = torch.tensor(1.3e-42, dtype=torch.float64)
 WHOLE = torch.tensor([16777217, 16777219, 3])
 KEEP = torch.tensor([True, False, True])
 TWO = torch.tensor([[0.1, 0.7, 0.3]])
@@ -28,6 +29,7 @@ def t(*values: float) -> Tensor:
 # A function, and a float32 point at which rounding one of its constants to float32 shows.
 CONSTANTS: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
     "times a number that is subnormal in float32": (lambda x: x * 1.3e-42, t(1e10, 1e20, 3.0)),
+    "times a tensor that is subnormal in float32": (lambda x: x * SUBNORMAL, t(1e10, 1e20, 3.0)),
     "times a number that float32 calls 0": (lambda x: x * 1e-46, t(1e10, 1e20, 3.0)),
     "plus an integer beyond 2²⁴": (lambda x: x + 16777217, t(-16777216.0, 1.0, 0.0)),
     "plus a whole number beyond 2²⁴": (lambda x: x + 16777217.0, t(-16777216.0, 1.0, 0.0)),
