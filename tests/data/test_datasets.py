@@ -71,7 +71,7 @@ def test_an_unknown_name_lists_the_known_ones():
         data.load("mnst")
 
 
-@pytest.mark.parametrize("name", data.DATASETS.keys() - data.EMBEDDED.keys())
+@pytest.mark.parametrize("name", sorted(data.DATASETS.keys() - data.EMBEDDED.keys()))
 def test_a_missing_data_set_says_where_it_was_looked_for_and_how_to_get_it(name, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     message = rf"{name} is not here: looked for .* in {tmp_path}.*To get it: .+--data-root FOLDER.*PYXAI_BOUNDS_DATA"
