@@ -458,13 +458,14 @@ class Chain {
         std::vector<Address>& grads;
 
         Address target(int64_t value) const { return value < given ? wanted[value] : block + places[value]; }
-        // The part of `count` elements is where it belongs if it is the first, or is added there.
+        // The part of `count` elements is where it belongs, or is brought there: to what came before, if anything did.
         void add(int64_t value, Address part, int64_t count) {
             const Address to = target(value);
             if (part != to)
                 typed(element_size, [=, before = grads[value]](const auto& stages) {
                     using T = decltype(element_type(stages));
-                    for (int64_t i = 0; i < count; ++i) at<T>(to)[i] = at<T>(before)[i] + at<T>(part)[i];
+                    const T *const sum = at<T>(before), *const more = at<T>(part);
+                    for (int64_t i = 0; i < count; ++i) at<T>(to)[i] = sum ? sum[i] + more[i] : more[i];
                 });
             grads[value] = to;
         }
@@ -490,8 +491,8 @@ class Chain {
         const bool box = needed[s.mid] || needed[s.rad], has_mid = mid_grad || gate >= 0;
         const bool has_rad = sums.grads[s.out_rad] || gate >= 0;
         // What is not the first part of a gradient, or not needed, is computed apart.
-        const bool mid_apart = !needed[s.mid] || sums.grads[s.mid];
-        const bool rad_apart = !needed[s.rad] || sums.grads[s.rad] || s.rad == s.mid;
+        const bool mid_apart = !needed[s.mid] || sums.grads[s.mid] || s.mid == s.weight;
+        const bool rad_apart = !needed[s.rad] || sums.grads[s.rad] || s.rad == s.weight || s.rad == s.mid;
         const Address to_mid = mid_apart ? other.start() : sums.target(s.mid);
         const Address to_rad = rad_apart ? other.start() + size * element_size_ : sums.target(s.rad);
         const Address to_weight = sums.wanted[s.weight], state = gate < 0 ? 0 : values[gate];

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyxai_bounds as xb
-from pyxai_bounds import fuse, ops, program
+from pyxai_bounds import fuse, ops, program, recompute
 from tests.networks import assert_encloses, assert_encloses_samples, images, mlp, residual
 
 TARGET = torch.tensor([1, 3])
@@ -516,6 +516,38 @@ def test_one_weight_in_several_steps_of_a_chain() -> None:
     for results in (flat(bounded(box)), bounded.graph(box)(box.mid, box.rad)):
         outcomes.append(torch.autograd.grad(sum(r.sin().sum() for r in results), [weight, bias]))
     assert all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(*outcomes, strict=True))
+
+
+@pytest.mark.skipif(not ops.native.available(), reason="no native module")
+@pytest.mark.parametrize("wanted", [(0,), (1,), (0, 1)])
+@pytest.mark.parametrize("box", [(0, 0, 1), (0, 2, 0), (2, 0, 0)])
+def test_a_value_that_a_chain_reads_twice_in_one_step(box: tuple[int, int, int], wanted: tuple[int, ...]) -> None:
+    """Its gradient is a sum of parts, of which one may be missing: where midpoints have none, or are the weight."""
+    torch.manual_seed(0)
+    given = [torch.rand(4, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    step = ops.native.Step(False, True, *box, None, 3, 4, None)
+    chain = ops.Chain([step], [((4, 4), torch.float64)] * 5, 3, [3, 4])
+    used = [given[number] for number in sorted(set(box))]
+    found = []
+    for run in (recompute._recorded_chain(chain), chain.with_gradients):
+        results = run(*given)
+        found.append(torch.autograd.grad(sum(results[n].sin().sum() for n in wanted), used, materialize_grads=True))
+    assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.skipif(not ops.native.available(), reason="no native module")
+def test_a_chain_reads_saved_tensors_as_hooks_give_them_back() -> None:
+    torch.manual_seed(0)
+    given = [torch.rand(4, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    chain = ops.Chain(
+        [ops.native.Step(False, True, 0, 1, 2, None, 3, 4, None)], [((4, 4), torch.float64)] * 5, 3, [3, 4]
+    )
+    found = []
+    for unpack in (lambda t: t, lambda t: t.t().contiguous().t() if t.dim() == 2 else t):  # in the other order
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+            results = recompute._recorded_chain(chain)(*given)
+        found.append(torch.autograd.grad(sum(r.sum() for r in results), given))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.skipif(not ops.native.available(), reason="no native module")

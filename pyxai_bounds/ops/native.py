@@ -300,6 +300,7 @@ def _are_boxes(mid: Tensor, rad: Tensor, weight: Tensor, dim: int) -> bool:
     return (
         len(shape) == 2 == weight.dim()
         and shape[1] == weight.shape[dim]
+        and weight.numel() > 0  # an empty tensor has no address, which would mean that there is none
         and rad.shape == shape
         and rad.dtype is dtype is weight.dtype
         and mid.is_cpu
@@ -381,7 +382,9 @@ class Chain:
         """
         count = len(self._kinds)
         addresses, given_grads, wanted = [0] * count, [0] * count, [0] * len(self._given)
-        for number, t in known.items():
+        # What hooks on saved tensors give back may lie otherwise in memory.
+        read = {number: t.contiguous() for number, t in known.items()}
+        for number, t in read.items():
             addresses[number] = t.data_ptr()
         dense = [None if grad is None else grad.contiguous() for grad in grads]
         for number, grad in zip(self._taken, dense, strict=True):

@@ -285,6 +285,30 @@ def test_a_nan_in_the_weight_is_not_hidden_by_dead_units():
 
 
 @needs_native
+@pytest.mark.parametrize("inputs, outputs", [(0, 3), (3, 0), (0, 16)])
+@pytest.mark.parametrize("relu", [False, True])
+def test_layers_without_inputs_or_outputs(inputs, outputs, relu, monkeypatch):
+    """An empty tensor has no address, and must not be taken for one that is absent: nothing would be written."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    mid, rad, weight, bias, grad, state = problem(2, inputs, outputs)
+    results = {}
+    torch.use_deterministic_algorithms(True)  # what nobody writes is NaN
+    try:
+        for backend in ("reference", "native"):
+            given = [t.clone().requires_grad_() for t in (mid, rad, weight, bias, *grad)]
+            with ops.backend(backend):
+                forward = ops.interval_linear(*given[:4], relu)[:2]
+                backward = ops.interval_linear_backward(*given[4:], given[2], state if relu else None)
+                both = [*forward, *backward]
+                grads = torch.autograd.grad(sum(t.sum() for t in both), given, materialize_grads=True)
+            results[backend] = [*both, *grads]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for ours, wanted in zip(results["native"], results["reference"], strict=True):
+        assert torch.equal(ours, wanted)
+
+
+@needs_native
 def test_native_takes_strided_inputs():
     mid, rad, weight, bias, grad, state = problem(FEW + 1)
     results = {}
