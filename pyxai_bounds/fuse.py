@@ -319,7 +319,7 @@ def _few_in_a_row(graph: fx.Graph) -> list[tuple[list[fx.Node], list[fx.Node]]]:
     for node in graph.nodes:
         needs = any(n in waiting for n in node.all_input_nodes)
         if _is_few(node):
-            if needs:
+            if needs or node.args[2] in parts:  # a weight is given to a chain
                 found.append((chain, late[:between]))
                 chain, late, parts, waiting = [], [], set(), set()
             chain.append(node)

@@ -1,8 +1,8 @@
 // The blocks that wait for the next call. Compiled once, unlike the kernels: all levels share them.
 #include "pyxai_bounds/memory.h"
 
-#include <algorithm>
 #include <deque>
+#include <iterator>
 #include <mutex>
 #include <new>
 
@@ -16,6 +16,7 @@ struct Block {
     std::size_t bytes;
 };
 
+// Nobody waits for another: who finds them busy does without. So does a process that was forked while they were.
 struct Kept {
     std::mutex mutex;
     std::deque<Block> blocks;  // the oldest first
@@ -44,16 +45,16 @@ void* take_memory(std::size_t bytes) {
     const std::size_t wanted = rounded(bytes);
     if (keeps(bytes)) {
         Kept& all = kept();
-        const std::lock_guard<std::mutex> lock(all.mutex);
+        const std::unique_lock<std::mutex> lock(all.mutex, std::try_to_lock);
         // The newest of this size: most of it may still be in a cache.
-        const auto found = std::find_if(all.blocks.rbegin(), all.blocks.rend(),
-                                        [&](const Block& block) { return block.bytes == wanted; });
-        if (found != all.blocks.rend()) {
-            void* const data = found->data;
-            all.bytes -= wanted;
-            all.blocks.erase(std::next(found).base());
-            return data;
-        }
+        if (lock)
+            for (auto block = all.blocks.rbegin(); block != all.blocks.rend(); ++block)
+                if (block->bytes == wanted) {
+                    void* const data = block->data;
+                    all.bytes -= wanted;
+                    all.blocks.erase(std::next(block).base());
+                    return data;
+                }
     }
     return ::operator new(wanted, line);
 }
@@ -63,7 +64,8 @@ void give_memory(void* data, std::size_t bytes) noexcept {
     std::size_t unwanted = 0;
     const Block block{data, rounded(bytes)};
     Kept& all = kept();
-    const std::lock_guard<std::mutex> lock(all.mutex);
+    const std::unique_lock<std::mutex> lock(all.mutex, std::try_to_lock);
+    if (!lock) return ::operator delete(data, line);
     try {
         all.blocks.push_back(block);
     } catch (...) {
