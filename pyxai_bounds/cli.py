@@ -529,16 +529,16 @@ def _print_table(rows: list[dict[str, Any]], title: str) -> None:
 
 def _print_measurements(settings: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """Settings; each number with what it means, its radii side by side; the attacks, a line each."""
+    rows, radii = list(glossary.rows(found)), [at["eps"] for at in found["at"]]
     console = rich.console.Console()
+    console.width = max(console.width, 60 + 10 * len(radii))  # the definitions keep a readable column
     head = rich.table.Table.grid(padding=(0, 2))
     for name, value in settings.items():
         head.add_row(name, str(value))
     console.print(head, highlight=False)
-    rows, radii = list(glossary.rows(found)), [at["eps"] for at in found["at"]]
     console.print(_grid("", [""], [row for row in rows if row.eps is None]), highlight=False)
-    console.print(
-        _grid("at eps", radii, [row for row in rows if row.eps is not None and not row.attack]), highlight=False
-    )
+    at_eps = [row for row in rows if row.eps is not None and not row.attack]
+    console.print(_grid("at eps", radii, at_eps), highlight=False)
     attacks = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     attacks.add_column("attack", no_wrap=True)
     attacks.add_column("at eps", justify="right")

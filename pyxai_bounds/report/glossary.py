@@ -50,7 +50,7 @@ _DIRECTION = {"higher": "higher is better", "lower": "lower is better", "neither
 
 
 def _setting(definition: str, unit: str, explained: bool = True) -> Metric:
-    return Metric(definition, unit, "neither", "setting", OURS, explained)
+    return Metric(definition, unit, "neither", "setting", "–", explained)
 
 
 METRICS: dict[str, Metric] = {
@@ -59,8 +59,8 @@ METRICS: dict[str, Metric] = {
     "rounding": _setting("How bounds are rounded; outward makes a certificate a proof", "–"),
     "NA": Metric("Accuracy without attack", "share", "higher", "empirical", RAR, explained=False),
     "unstable relus": Metric(
-        "ReLUs whose input may have either sign in the box; only they let a gradient move (bounds rounded to nearest)",
-        "share", "lower", "empirical", STABILITY, explained=False,
+        "ReLUs whose input may have either sign in the box, by bounds that round to nearest", "share",
+        "lower", "empirical", STABILITY, explained=False,
     ),
     "unstable relus at eps": _setting("Radius of that box", "units of the data", explained=False),
     "same class cosine": Metric(
@@ -73,11 +73,16 @@ METRICS: dict[str, Metric] = {
         "certified", OURS,
     ),
     "certified radius lower quartile": Metric(
-        "Lower quartile of that radius", "units of the data", "higher", "certified", OURS
+        "Lower quartile over samples of the radius up to which the top k are certified", "units of the data", "higher",
+        "certified", OURS,
     ),
-    "certified radius median": Metric("Median of that radius", "units of the data", "higher", "certified", OURS),
+    "certified radius median": Metric(
+        "Median over samples of the radius up to which the top k are certified", "units of the data", "higher",
+        "certified", OURS,
+    ),
     "certified radius upper quartile": Metric(
-        "Upper quartile of that radius", "units of the data", "higher", "certified", OURS
+        "Upper quartile over samples of the radius up to which the top k are certified", "units of the data", "higher",
+        "certified", OURS,
     ),
     "AA": Metric(
         "Accuracy under attack: samples still classified correctly after a PGD attack on the loss", "share", "higher",
@@ -98,8 +103,8 @@ METRICS: dict[str, Metric] = {
         "Mean share of the top k features that provably stay among the top k", "share", "higher", "certified", OURS
     ),
     "certified cosine": Metric(
-        "Samples whose explanation provably keeps a cosine of at least certified cosine least to the nominal one", "share",
-        "higher", "certified", OURS,
+        "Samples whose explanation provably keeps a cosine of at least certified cosine least to the nominal one",
+        "share", "higher", "certified", OURS,
     ),
     "certified cosine least": _setting("The cosine that is asked for", "−1 … 1"),
     "certified mean square": Metric(
@@ -160,7 +165,7 @@ COMPARISONS: dict[str, Metric] = {
     "spearman": Metric(
         "Mean Spearman rank correlation of the two saliency maps", "−1 … 1", "higher", "empirical", GHORBANI
     ),
-    "pearson": Metric("Mean Pearson correlation of the two saliency maps", "−1 … 1", "higher", "empirical", OURS),
+    "pearson": Metric("Mean Pearson correlation of the two saliency maps", "−1 … 1", "higher", "empirical", "–"),
     "mse": Metric(
         "Mean square difference of the two explanations", "(unit of the explanation)²", "lower", "empirical", REC
     ),
@@ -246,21 +251,23 @@ def markdown() -> str:
 
 
 def _rows(metrics: dict[str, Metric]) -> str:
-    return "".join(
-        f"| `{name}` | {m.definition} | {m.unit} | {m.better if m.kind != 'setting' else ''} | {m.kind} | {m.source} |\n"
-        for name, m in metrics.items()
+    cells = (
+        (m.definition, m.unit, "" if m.kind == "setting" else m.better, m.kind, m.source) for m in metrics.values()
     )
+    return "".join(f"| `{name}` | {' | '.join(row)} |\n" for name, row in zip(metrics, cells, strict=True))
 
 
 _PAGE = """# What an evaluation measures
 
     pyxai-bounds evaluate runs/mine --eps 0.01 0.02 --csv mine.csv
 
-prints these rows, keeps them in `evaluation.json` (with `_` for spaces) and, with `--csv FILE`, writes each as a line with its settings.
-*Certified* is a proof for every input within eps, rounded outward; *empirical* was measured or found by a search, and a better search may find worse. Where the two
-stand side by side the truth lies between them. *Saliency* is |explanation|, summed over the channels of an image. A share is a number from 0 to 1.
+prints these rows, keeps them in `evaluation.json` (with `_` for spaces) and, with `--csv FILE`, writes each as a line
+with its settings. *Certified* is a proof for every input within eps, rounded outward; *empirical* was measured or
+found by a search, and a better search may find worse. Where the two stand side by side the truth lies between them.
+*Saliency* is |explanation|, summed over the channels of an image. A share is a number from 0 to 1.
 
-A linear model is perfect in most rows, because it explains every input alike: read them beside `NA` and `same class cosine`.
+With the default explanation a linear model is perfect in most rows, because it explains every input alike: read them
+beside `NA` and `same class cosine`.
 
 ## The rows
 
@@ -273,16 +280,19 @@ Each stays within eps, keeps the label and leaves the numbers of the next table.
 {comparisons}
 ## Another explanation
 
-`--explanation` chooses what is bounded and attacked: `gradient` (the default), `saliency` (its magnitude), `gradient-x-input`, `integrated-gradients`
-(baseline 0) and `smoothgrad`, with `--of logit`, `probability` or `loss`. `--points` is the number of steps of integrated gradients or of noisy copies of
-SmoothGrad, `--noise` the standard deviation of these, drawn once from `--seed` and the same for all samples. Both take `--points` times the work and memory of
-the gradient. `NA`, `AA`, `certified accuracy`, `unstable relus` and the two `ig norm` rows do not depend on it. In Python, `evaluate_all` of
-`pyxai_bounds.report` takes any function `(x, y)` that returns one number per entry of x; it refuses others, as there is no saliency to rank.
+`--explanation` chooses what is bounded and attacked: `gradient` (the default), `saliency` (its magnitude),
+`gradient-x-input`, `integrated-gradients` (baseline 0) and `smoothgrad`, with `--of logit`, `probability` or `loss`.
+`--points` is the number of steps of integrated gradients or of noisy copies of SmoothGrad, `--noise` the standard
+deviation of these, drawn once from `--seed` and the same for all samples. Both bound the gradient at
+`--points` inputs per sample. `NA`, `AA`, `certified accuracy`, `unstable relus` and the two `ig norm` rows do not
+depend on the explanation. In Python, `evaluate_all` of `pyxai_bounds.report` takes any function `(x, y)` that returns
+one number per entry of x; it refuses others, because the metrics add up the channels themselves.
 
 ## The CSV
 
-One line per number: `run, data, model, explanation, samples, k, seed, rounding, eps, attack, metric, value, kind, better, unit`. `explanation` is empty
-where the number does not depend on it, `eps` where it belongs to no radius, `value` where the number does not exist (a network without ReLUs has none that are unstable).
+One line per number: `run, data, model, explanation, samples, k, seed, rounding, eps, attack, metric, value, kind,
+better, unit`. `explanation` is empty where the number does not depend on it, `eps` where it belongs to no radius,
+`value` where the number does not exist (a network without ReLUs has none that are unstable).
 """
 
 if __name__ == "__main__":

@@ -39,10 +39,10 @@ def evaluate_all(
 ) -> dict[str, Any]:
     """Accuracy, robustness under every attack, and certificates of one network; every certificate beside its attack.
 
-    Shapes: x [N, ...] in ``clip`` if given, y [N] integer. eps: the radii, in the units of x; k: the features
-    that count as top; explanation: ``fn(x, y)`` in the shape of x, by default the gradient of the label's logit; tau: of REC's
-    mean-square certificate; m: steps of the integrated gradients whose L1 norm is bounded and attacked; neighbours:
-    per sample, for the thickness.
+    Shapes: x [N, ...] in ``clip`` if given, y [N] integer. eps: the radii, in the units of x; k: the features that
+    count as top; explanation: ``fn(x, y)`` in the shape of x, by default the gradient of the label's logit; tau: of
+    REC's mean-square certificate; m: steps of the integrated gradients whose L1 norm is bounded and attacked;
+    neighbours: per sample, for the thickness.
     The statements about explanations under attack (IN, CO, ...) are about the samples that the network classifies
     correctly, and the attacks keep the label; those about certificates are about all samples.
 
