@@ -28,6 +28,7 @@ from pyxai_bounds.train import Options, Progress, Recipe, TrainingDivergedError,
 from pyxai_bounds.train.checkpoint import write_file
 from pyxai_bounds.train.loop import stored_recipe
 from pyxai_bounds.train.objectives import OBJECTIVES
+from pyxai_bounds.train.objectives.options import described
 from pyxai_bounds.train.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -295,9 +296,15 @@ class Report:
 
 @dataclass
 class Info:
-    """Versions, devices, and which backends run here, or why not."""
+    """Versions, devices, and which backends run here, or why not; or what an objective and its options mean."""
+
+    objective: str = ""
+    """explain this objective, or term of a sum, instead"""
 
     def __call__(self) -> None:
+        if self.objective:
+            print(described(self.objective))
+            return
         lines = {
             "pyxai_bounds": __version__,
             "torch": torch.__version__,

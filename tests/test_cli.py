@@ -176,9 +176,16 @@ def test_info(capsys):
         assert word in out
 
 
+def test_info_explains_an_objective(capsys):
+    code, out, err = call(capsys, "info", "--objective", "rec")
+    assert code == 0 and err == "" and "2212.08507" in out and "\nalpha=0.1: weight of" in out and "\nof=logit: " in out
+    assert "It has no options." in call(capsys, "info", "--objective", "natural")[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["info", "--objective", "rce"], "no objective 'rce'; choose from natural, rec"),
         (["train", "--out", "OUT", "--data", "mnst"], "no data set 'mnst'; choose one of digits"),
         (
             ["train", "rec-mnist-cnn", "--out", "OUT", "--data-root", "OUT"],
