@@ -40,10 +40,14 @@ class Metric:
         return {"higher": "↑", "lower": "↓", "neither": "·"}[self.better]
 
     @property
+    def details(self) -> str:
+        direction = "" if self.kind == "setting" else f"; {_DIRECTION[self.better]}; {self.kind}"
+        return f"Unit: {self.unit}{direction}. Source: {self.source}."
+
+    @property
     def line(self) -> str:
         """Everything in one line, for a title attribute."""
-        direction = "" if self.kind == "setting" else f"; {_DIRECTION[self.better]}; {self.kind}"
-        return f"{self.definition}. Unit: {self.unit}{direction}. Source: {self.source}."
+        return f"{self.definition}. {self.details}"
 
 
 _DIRECTION = {"higher": "higher is better", "lower": "lower is better", "neither": "neither end is better"}

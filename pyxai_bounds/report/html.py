@@ -147,9 +147,15 @@ _REMARKS = (
     ),
     ("Same-class cosine", "same class cosine", "1 means that all samples of a class share one explanation."),
 )  # fmt: skip
-_TERMS = "\n".join(
-    f"<dt>{label}</dt><dd>{escape(entry(metric).line)} {escape(remark)}</dd>" for label, metric, remark in _REMARKS
-)
+
+
+def _term(label: str, metric: str, remark: str) -> str:
+    known = entry(metric)
+    text, details = escape(f"{known.definition}. {remark}"), escape(known.details)
+    return f"<dt>{label}</dt><dd>{text}<br><small>{details}</small></dd>"
+
+
+_TERMS = "\n".join(_term(*row) for row in _REMARKS)
 
 _GUIDE = f"""<section>
 <h2>How to read this page</h2>
