@@ -14,20 +14,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pyxai_bounds import __version__, data, explain, models, ops
 from pyxai_bounds.certify import TopK, certify
 from pyxai_bounds.certify.metrics import accuracy
 from pyxai_bounds.errors import UnsupportedOperatorError
-from pyxai_bounds.report import evaluate_all
+from pyxai_bounds.report import evaluate_all, glossary
 from pyxai_bounds.train import Options, Progress, Recipe, TrainingDivergedError, load, read_description, run
 from pyxai_bounds.train.checkpoint import write_file
 from pyxai_bounds.train.loop import stored_recipe
 from pyxai_bounds.train.objectives import OBJECTIVES
+from pyxai_bounds.train.objectives.options import described
 from pyxai_bounds.train.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ else:
     _missing = None
 
 PRESET_HELP = f"flags' defaults by the name of a set-up: {', '.join(PRESETS)}"
+Explained = Literal["gradient", "saliency", "gradient-x-input", "integrated-gradients", "smoothgrad"]
 USER_ERRORS = (ValueError, TypeError, OSError, ModuleNotFoundError, TrainingDivergedError, UnsupportedOperatorError)
 
 
@@ -179,6 +181,16 @@ class Evaluate:
     """of the attacks"""
     data_root: Path | None = None
     """folder of the data sets' files; else $PYXAI_BOUNDS_DATA, else ~/.cache/pyxai_bounds"""
+    explanation: Explained = "gradient"
+    """what is bounded and attacked; docs/metrics.md says which rows depend on it"""
+    of: explain.Of = "logit"
+    """what is explained"""
+    points: int = 10
+    """steps of integrated-gradients, noisy copies of smoothgrad"""
+    noise: float = 0.1
+    """standard deviation of smoothgrad's noise, in the units of the data"""
+    csv: Path | None = None
+    """write every number with its settings into this file, a line each"""
     json: bool = False
     """print JSON instead of text"""
 
@@ -190,20 +202,55 @@ class Evaluate:
         dataset = replace(dataset, test_x=dataset.test_x[: self.samples], test_y=dataset.test_y[: self.samples])
         with _progress() as bar:
             found = _measure(model, dataset, self, lambda done: bar.move("certifying and attacking", done))
-        result = {"run": str(self.run), **found, "data": dataset.name, "model": recipe["model"]}
+        settings = {"run": str(self.run), "data": dataset.name, "model": recipe["model"], "seed": self.seed}
+        settings["explanation"] = _explanation_text(self)
+        result = settings | found
+        if self.csv is not None:
+            self.csv.parent.mkdir(parents=True, exist_ok=True)
+            write_file(self.csv, glossary.csv_text(settings, found).encode())
         text = json.dumps(result, indent=2)
         write_file(self.run / "evaluation.json", (text + "\n").encode())
         if self.json:
             print(text)
         else:
-            _print_measurements(result)
+            _print_measurements(settings, found)
 
 
 def _measure(model: nn.Module, dataset: data.Dataset, how: Evaluate, tick: Callable[[float], None]) -> dict[str, Any]:
     return evaluate_all(
         model, dataset.test_x, dataset.test_y,
-        eps=how.eps, k=how.k, clip=dataset.clip, seed=how.seed, on_progress=tick,
+        eps=how.eps, k=how.k, clip=dataset.clip, explanation=_explanation(model, dataset.input_shape, how),
+        seed=how.seed, on_progress=tick,
     )  # fmt: skip
+
+
+def _explanation(model: nn.Module, shape: tuple[int, ...], how: Evaluate) -> Callable[..., Tensor]:
+    """The function (x, y) that was chosen. Every result has the shape of x: the metrics add up channels themselves."""
+    if how.explanation == "integrated-gradients":
+        return explain.integrated_gradients(model, how.of, how.points)
+    if how.explanation == "smoothgrad":
+        return _smoothgrad(model, shape, how)
+    if how.explanation == "saliency":
+        return explain.saliency(model, how.of, channels="none")
+    return {"gradient": explain.gradient, "gradient-x-input": explain.gradient_x_input}[how.explanation](model, how.of)
+
+
+def _smoothgrad(model: nn.Module, shape: tuple[int, ...], how: Evaluate) -> Callable[..., Tensor]:
+    """One noise for all samples: bounds and attacks are then about one program, in whatever pieces they run."""
+    if how.points < 1 or not 0 < how.noise < math.inf:
+        raise ValueError(f"smoothgrad needs --points ≥ 1 and --noise > 0, got {how.points} and {how.noise:g}.")
+    generator = torch.Generator().manual_seed(how.seed)
+    noise = how.noise * torch.randn((how.points, 1, *shape), generator=generator)
+    smooth = explain.smoothgrad(model, how.of)
+    return lambda x, y: smooth(x, y, noise.to(x).expand(how.points, *x.shape))
+
+
+def _explanation_text(how: Evaluate) -> str:
+    details = {
+        "integrated-gradients": f", {how.points} steps from 0",
+        "smoothgrad": f", {how.points} copies, noise {how.noise:g}",
+    }
+    return f"{how.explanation} of {how.of}{details.get(how.explanation, '')}"
 
 
 @dataclass
@@ -249,9 +296,15 @@ class Report:
 
 @dataclass
 class Info:
-    """Versions, devices, and which backends run here, or why not."""
+    """Versions, devices, and which backends run here, or why not; or what an objective and its options mean."""
+
+    objective: str = ""
+    """explain this objective, or term of a sum, instead"""
 
     def __call__(self) -> None:
+        if self.objective:
+            print(described(self.objective))
+            return
         lines = {
             "pyxai_bounds": __version__,
             "torch": torch.__version__,
@@ -481,36 +534,52 @@ def _print_table(rows: list[dict[str, Any]], title: str) -> None:
     )
 
 
-def _print_measurements(result: dict[str, Any]) -> None:
-    """Numbers one below the other, and those of each radius in a column of its own."""
-    grid = rich.table.Table.grid(padding=(0, 2))
-    for name, value in result.items():
-        if not isinstance(value, list):
-            grid.add_row(name.replace("_", " "), *_flat(value))
-    console = _console()
-    console.print(grid, highlight=False)
-    radii = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
-    columns = [dict(_leaves(row)) for row in result["at"]]
-    radii.add_column("at eps")
-    for row in columns:
-        radii.add_column(f"{row.pop('eps'):g}", justify="right")
-    for name in dict.fromkeys(name for row in columns for name in row):
-        radii.add_row(name.replace("_", " "), *(_text(row.get(name)) for row in columns))
-    console.print(radii, highlight=False)
+def _print_measurements(settings: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Settings; each number with what it means, its radii side by side; the attacks, a line each."""
+    rows, radii = list(glossary.rows(found)), [at["eps"] for at in found["at"]]
+    console = rich.console.Console()
+    console.width = max(console.width, 60 + 10 * len(radii))  # the definitions keep a readable column
+    head = rich.table.Table.grid(padding=(0, 2))
+    for name, value in settings.items():
+        head.add_row(name, str(value))
+    console.print(head, highlight=False)
+    console.print(_grid("", [""], [row for row in rows if row.eps is None]), highlight=False)
+    at_eps = [row for row in rows if row.eps is not None and not row.attack]
+    console.print(_grid("at eps", radii, at_eps), highlight=False)
+    attacks = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    attacks.add_column("attack", no_wrap=True)
+    attacks.add_column("at eps", justify="right")
+    for name, metric in glossary.COMPARISONS.items():
+        attacks.add_column(f"{name} {metric.arrow}", justify="right")
+    for name in found["at"][0]["attacks"]:
+        for at in found["at"]:
+            cells = (_text(at["attacks"][name][metric]) for metric in glossary.COMPARISONS)
+            attacks.add_row(name if at is found["at"][0] else "", f"{at['eps']:g}", *cells)
+    console.print(attacks, highlight=False)
+    console.print(
+        "↑ higher is better, ↓ lower is better. proof: certified for every input within eps; the others are empirical. "
+        "Attacks, units and sources: docs/metrics.md.",
+        style="dim",
+        highlight=False,
+    )
 
 
-def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name} ")
-        else:
-            yield prefix + name, value
-
-
-def _flat(value: Any) -> list[str]:
-    if isinstance(value, dict):
-        return [", ".join(f"{name.replace('_', ' ')} {_text(leaf)}" for name, leaf in _leaves(value))]
-    return [_text(value)]
+def _grid(title: str, columns: Sequence[Any], rows: Sequence[glossary.Row]) -> rich.table.Table:
+    grid = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_header=bool(title))
+    grid.add_column(title, no_wrap=True)
+    for value in columns:
+        grid.add_column(f"{value}", justify="right", no_wrap=True)
+    grid.add_column()
+    grid.add_column("what it is", style="dim")
+    values: dict[str, list[str]] = {}
+    for row in rows:
+        values.setdefault(row.metric, []).append(_text(row.value))
+    for name, cells in values.items():
+        metric = glossary.entry(name)
+        proof = " proof" if metric.kind == "certified" else ""
+        mark = "" if metric.kind == "setting" else metric.arrow + proof
+        grid.add_row(name, *cells, mark, metric.definition)
+    return grid
 
 
 def _text(value: Any) -> str:

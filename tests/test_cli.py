@@ -1,5 +1,6 @@
 """The command line: exit codes, messages of one line, JSON that is JSON."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import sys
 import pytest
 
 from pyxai_bounds import cli
-from pyxai_bounds.report import demo
+from pyxai_bounds.report import demo, glossary
 from pyxai_bounds.train import Recipe, presets
 
 
@@ -115,7 +116,35 @@ def test_evaluate_prints_text_or_json_and_keeps_it(capsys, runs):
     assert (result["data"], result["model"], result["samples"]) == ("wine", "fc-128", 20)
     assert [row["eps"] for row in result["at"]] == [0.05, 0.1]
     code, out, err = call(capsys, "evaluate", runs / "fc-128", "--eps", 0.05, "--k", 3, "--samples", 20)
-    assert code == 0 and err == "" and "fc-128" in out and "0.05" in out and "certified" in out
+    assert code == 0 and err == "" and "fc-128" in out and "0.05" in out and "↑ proof" in out
+    words = " ".join(out.split())
+    for row in glossary.rows(result):
+        assert row.attack in out
+        if row.metric in glossary.METRICS:
+            assert row.metric in out and row.entry.definition.split()[0] in words
+
+
+@pytest.mark.parametrize(
+    ("chosen", "told"),
+    [
+        (["saliency", "--of", "loss"], "saliency of loss"),
+        (["gradient-x-input"], "gradient-x-input of logit"),
+        (["integrated-gradients", "--points", "2"], "integrated-gradients of logit, 2 steps from 0"),
+        (["smoothgrad", "--points", "2", "--noise", "0.5"], "smoothgrad of logit, 2 copies, noise 0.5"),
+    ],
+)
+def test_evaluate_takes_other_explanations_and_writes_csv(capsys, runs, tmp_path, chosen, told):
+    short = ("--eps", 0.05, "--k", 3, "--samples", 6, "--json")
+    gradient = json.loads(call(capsys, "evaluate", runs / "fc-128", *short)[1])
+    table = tmp_path / "new" / "numbers.csv"
+    code, out, err = call(capsys, "evaluate", runs / "fc-128", *short, "--csv", table, "--explanation", *chosen)
+    found = json.loads(out)
+    assert code == 0 and err == "" and found["explanation"] == told
+    assert found["at"][0]["AA"] == gradient["at"][0]["AA"] and found["at"][0]["attacks"] != gradient["at"][0]["attacks"]
+    lines = list(csv.DictReader(table.read_text(encoding="utf-8").splitlines()))
+    assert {line["explanation"] for line in lines} == {"", told} and {line["data"] for line in lines} == {"wine"}
+    (certified,) = [line for line in lines if line["metric"] == "certified topk"]
+    assert float(certified["value"]) == found["at"][0]["certified_topk"] and certified["eps"] == "0.05"
 
 
 def test_certify_prints_text_or_json(capsys, runs):
@@ -147,9 +176,16 @@ def test_info(capsys):
         assert word in out
 
 
+def test_info_explains_an_objective(capsys):
+    code, out, err = call(capsys, "info", "--objective", "rec")
+    assert code == 0 and err == "" and "2212.08507" in out and "\nalpha=0.1: weight of" in out and "\nof=logit: " in out
+    assert "It has no options." in call(capsys, "info", "--objective", "natural")[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["info", "--objective", "rce"], "no objective 'rce'; choose from natural, rec"),
         (["train", "--out", "OUT", "--data", "mnst"], "no data set 'mnst'; choose one of digits"),
         (
             ["train", "rec-mnist-cnn", "--out", "OUT", "--data-root", "OUT"],
@@ -164,6 +200,8 @@ def test_info(capsys):
         (["evaluate", "OUT"], "is not a run"),
         (["evaluate", "RUN", "--eps", "0"], "all of them positive"),
         (["evaluate", "RUN", "--samples", "0"], "at least one sample"),
+        (["evaluate", "RUN", "--explanation", "smoothgrad", "--noise", "0"], "--noise > 0, got 10 and 0"),
+        (["evaluate", "RUN", "--explanation", "integrated-gradients", "--points", "0"], "at least one step"),
         (["train", "--out", "OUT", "--model", "resnet"], "no model 'resnet'; choose one of linear"),
         (["train", "--out", "OUT", "--data", "wine", "--model", "cnn7"], "cnn7 takes images"),
         (["train", "--out", "OUT", "--model", "no_such_module:f"], "cannot be imported"),
@@ -186,7 +224,14 @@ def test_a_user_error_is_one_line_and_exit_code_2(capsys, runs, tmp_path, argume
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["fly"], ["train"], ["certify", "x", "--k", "many"], ["train", "--out", "x", "--options", "alpha"]],
+    [
+        [],
+        ["fly"],
+        ["train"],
+        ["evaluate", "x", "--explanation", "lime"],
+        ["certify", "x", "--k", "many"],
+        ["train", "--out", "x", "--options", "alpha"],
+    ],
 )
 def test_a_command_that_cannot_be_read_exits_with_2(capsys, arguments):
     code, _, err = call(capsys, *arguments)

@@ -10,6 +10,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from pyxai_bounds.report.evaluate import Evaluation, rounded_down
+from pyxai_bounds.report.glossary import entry
 from pyxai_bounds.report.plots import encode, plot_curves, plot_samples
 
 
@@ -61,17 +62,23 @@ and the upper bound of a row share one scale.</p>
 def _table(group: list[Evaluation]) -> str:
     first = group[0]
     radii = "".join(f'<th colspan="2" class="over">top {first.property.k} kept at {row.eps:g}</th>' for row in first.at)
-    kinds = "<th>certified</th><th>survived</th>" * len(first.at)
+    kinds = (_head("certified", "certified topk") + _head("survived", "survived topk")) * len(first.at)
     rows = "\n".join(_table_row(evaluation) for evaluation in group)
     return f"""<div class="scroll"><table>
 <thead>
-<tr><th rowspan="2">network</th><th rowspan="2">accuracy</th>{radii}<th rowspan="2">median<br>radius</th>
-<th rowspan="2">unstable ReLUs<br>at {first.at[0].eps:g}</th><th rowspan="2">same-class<br>cosine</th></tr>
+<tr><th rowspan="2">network</th>{_head("accuracy", "NA", 2)}{radii}
+{_head("median<br>radius", "certified radius median", 2)}
+{_head(f"unstable ReLUs<br>at {first.at[0].eps:g}", "unstable relus", 2)}
+{_head("same-class<br>cosine", "same class cosine", 2)}</tr>
 <tr>{kinds}</tr>
 </thead>
 <tbody>
 {rows}
 </tbody></table></div>"""
+
+
+def _head(label: str, metric: str, rows: int = 1) -> str:
+    return f'<th rowspan="{rows}" title="{escape(entry(metric).line)}">{label}</th>'
 
 
 def _table_row(evaluation: Evaluation) -> str:
@@ -122,17 +129,38 @@ def _picture(figure: Figure, alt: str) -> str:
     return f'<img alt="{escape(alt)}" src="{encode(figure)}">'
 
 
-_GUIDE = """<section>
+_REMARKS = (
+    ("Accuracy", "NA", ""),
+    (
+        "Certified", "certified topk",
+        "Not an estimate: no input in the box can contradict it. Bounds are rounded outward, so that this holds for "
+        "the function in real arithmetic.",
+    ),
+    (
+        "Survived", "survived topk",
+        "The true share lies between the two columns. A report in which certified exceeds survived is refused.",
+    ),
+    ("Median radius", "certified radius median", "A radius after ≥ is the largest that was tried."),
+    (
+        "Unstable ReLUs", "unstable relus",
+        "Explanations can only move, and bounds only widen, where a ReLU is unstable.",
+    ),
+    ("Same-class cosine", "same class cosine", "1 means that all samples of a class share one explanation."),
+)  # fmt: skip
+
+
+def _term(label: str, metric: str, remark: str) -> str:
+    known = entry(metric)
+    text, details = escape(f"{known.definition}. {remark}"), escape(known.details)
+    return f"<dt>{label}</dt><dd>{text}<br><small>{details}</small></dd>"
+
+
+_TERMS = "\n".join(_term(*row) for row in _REMARKS)
+
+_GUIDE = f"""<section>
 <h2>How to read this page</h2>
 <dl>
-<dt>Certified</dt><dd>The share of samples for which interval bounds prove that the top features cannot change, whatever
-happens to the input inside the box. Not an estimate: no input in the box can contradict it. Bounds are rounded outward,
-so that this holds for the function in real arithmetic.</dd>
-<dt>Survived</dt><dd>The share of samples for which a gradient attack found no input in the box with other top
-features. The true share lies between the two columns. A report in which certified exceeds survived is refused.</dd>
-<dt>Unstable ReLUs</dt><dd>The share of units whose input may have either sign in the box. Explanations can only move,
-and bounds only widen, where a ReLU is unstable.</dd>
-<dt>Same-class cosine</dt><dd>How alike the explanations of one class are: 1 means that all samples share one.</dd>
+{_TERMS}
 </dl>
 <h3>Beware of the linear model</h3>
 <p>A linear network explains every input in the same way. It is certified at every radius, and says nothing about any
@@ -155,8 +183,8 @@ h2 { font-size: 1.4rem; margin: 2.6rem 0 .5rem; border-top: 1px solid var(--line
 h3 { font-size: 1.05rem; margin: 2rem 0 .4rem; }
 p, dd, figcaption { max-width: 46rem; }
 .lead, figcaption, small, dd { color: var(--soft); }
-figure { margin: .8rem 0 2rem; } figcaption { font-size: .88rem; margin-top: .3rem; }
-img { display: block; max-width: 100%; height: auto; width: 50rem; }
+figure { margin: .8rem 0 2rem; overflow-x: auto; } figcaption { font-size: .88rem; margin-top: .3rem; }
+img { display: block; max-width: 100%; min-width: 36rem; height: auto; width: 50rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; margin: 1rem 0; width: 100%; }
 th, td { padding: .42rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }

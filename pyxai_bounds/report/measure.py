@@ -39,17 +39,18 @@ def evaluate_all(
 ) -> dict[str, Any]:
     """Accuracy, robustness under every attack, and certificates of one network; every certificate beside its attack.
 
-    Shapes: x [N, ...] in ``clip`` if given, y [N] integer. eps: the radii, in the units of x; k: the features
-    that count as top; explanation: ``fn(x, y)``, by default the gradient of the label's logit; tau: of REC's
-    mean-square certificate; m: steps of the integrated gradients whose L1 norm is bounded and attacked; neighbours:
-    per sample, for the thickness.
+    Shapes: x [N, ...] in ``clip`` if given, y [N] integer. eps: the radii, in the units of x; k: the features that
+    count as top; explanation: ``fn(x, y)`` in the shape of x, by default the gradient of the label's logit; tau: of
+    REC's mean-square certificate; m: steps of the integrated gradients whose L1 norm is bounded and attacked;
+    neighbours: per sample, for the thickness.
     The statements about explanations under attack (IN, CO, ...) are about the samples that the network classifies
     correctly, and the attacks keep the label; those about certificates are about all samples.
 
     Returns numbers, strings, None (where a number does not exist), lists and dicts of them; ``at`` has one entry per
-    radius.
+    radius. ``report.glossary`` says what each number means.
     The model is put in evaluation mode. ``on_progress`` gets the fraction done.
-    Raises ValueError without positive radii or samples, SoundnessError if an attack breaks a certificate.
+    Raises ValueError without positive radii or samples and for an explanation in another shape, SoundnessError if an
+    attack breaks a certificate.
     """
     if not eps or min(eps) <= 0 or not all(map(math.isfinite, eps)):
         raise ValueError(f"eps={list(eps)} must hold at least one radius, all of them positive and finite.")
@@ -60,6 +61,13 @@ def evaluate_all(
         model, x, y, k, clip, explanation or explain.gradient(model), tau, cosine, attack_steps, m, neighbours, seed,
         batch_size,
     )  # fmt: skip
+    shape = explained.shape if isinstance(explained := measure.fn(x[:1], y[:1]), Tensor) else None
+    if shape != x[:1].shape:
+        raise ValueError(
+            f"The explanation of inputs {list(x[:1].shape)} must have their shape, but has "
+            f"{None if shape is None else list(shape)}: metrics rank the features and add up the channels themselves. "
+            "Of a saliency map take explain.saliency(model, channels='none')."
+        )
     done, total = 0, 1 + PARTS * len(eps)
 
     def tick() -> None:

@@ -35,7 +35,7 @@ class Recipe:
     objective: str = "rec"
     """what is minimised after the natural epochs (pyxai-bounds info lists them)"""
     options: Mapping[str, Any] = field(default_factory=Options)
-    """options of the objective, such as alpha=0.1 width=log"""
+    """options of the objective, such as alpha=0.1 width=log; pyxai-bounds info --objective NAME explains them"""
     start_from: str = ""
     """a run's folder to take the initial weights from"""
     seed: int = 0

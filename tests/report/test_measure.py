@@ -11,7 +11,7 @@ from torch import nn
 
 import pyxai_bounds as xb
 from pyxai_bounds import data, models
-from pyxai_bounds.report import SoundnessError, evaluate_all
+from pyxai_bounds.report import SoundnessError, evaluate_all, glossary
 from pyxai_bounds.report import measure as module
 from pyxai_bounds.train import fit
 
@@ -49,6 +49,9 @@ def test_all_numbers_of_a_network_on_images(digits) -> None:
         }  # fmt: skip
         for attacked in row["attacks"].values():
             assert attacked.keys() == {"intersection", "kendall", "spearman", "pearson", "mse"}
+    named = [(row.attack, row.metric) for row in glossary.rows(found) if row.entry.definition]
+    attacked = [(attack, metric) for attack in glossary.ATTACKS for metric in glossary.COMPARISONS]
+    assert set(named) == {("", metric) for metric in glossary.METRICS} | set(attacked), "one entry each, and none more"
     first, second = found["at"]
     assert second["certified_topk"] <= first["certified_topk"] and second["IN"] <= first["IN"]
     again = evaluate_all(*digits, eps=(0.01, 0.001), clip=(0.0, 1.0), **SHORT)
@@ -103,6 +106,11 @@ def test_bad_arguments(digits) -> None:
         (lambda: evaluate_all(model, x, y, eps=(0.0,)), "positive"),
         (lambda: evaluate_all(model, x[:0], y[:0]), "at least one; got 0"),
         (lambda: evaluate_all(model, x, y[:3]), "got 40 and 3"),
+        (
+            lambda: evaluate_all(model, x, y, explanation=xb.explain.saliency(model)),
+            r"must have their shape, but has \[",
+        ),
+        (lambda: evaluate_all(model, x, y, explanation=lambda x, y: [x]), "but has None"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

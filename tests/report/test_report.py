@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import itertools
 import json
+from html import escape
 from html.parser import HTMLParser
 
 import pytest
@@ -17,6 +18,7 @@ from pyxai_bounds.certify.metrics import accuracy, certain_members, same_class_c
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.report import SoundnessError, evaluate
 from pyxai_bounds.report.evaluate import rounded_down
+from pyxai_bounds.report.glossary import entry
 from pyxai_bounds.report.html import page, write_page
 from pyxai_bounds.report.plots import plot_curves, plot_overview, plot_samples
 from pyxai_bounds.train import fit
@@ -215,6 +217,9 @@ def test_the_page_is_self_contained_and_holds_the_pictures(evaluations, tmp_path
     for evaluation in evaluations:
         assert evaluation.label in shown and f"{evaluation.accuracy:.3f}" in shown
         assert all(f"{row.certified:.3f}" in shown and f"{row.survived:.3f}" in shown for row in evaluation.at)
+    for metric in ("NA", "certified topk", "survived topk", "certified radius median", "unstable relus"):
+        assert f'title="{escape(entry(metric).line)}"' in text, "over its column"
+        assert entry(metric).definition in shown and entry(metric).details in shown, "in the guide"
     assert "Beware of the linear model" in shown and [p.name for p in path.parent.iterdir()] == ["page.html"]
 
 
