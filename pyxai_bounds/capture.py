@@ -95,6 +95,8 @@ def capture(fn: Callable, spec: pytree.TreeSpec, leaves: list[Any], *, specialis
             try:
                 graph = _trace(program, tensors)
                 _refuse_randomness(graph)
+                for node in graph.graph.nodes:
+                    _write_anew(node)  # what is computed from constants alone no functional form could replace later
                 return _functional(graph), watch
             except (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException) as error:
                 raise CaptureError(

@@ -350,7 +350,7 @@ def multiply(a: Any, b: Any) -> Interval:
         # PyTorch rounds a float64 factor without dimensions to float32, where it may be subnormal.
         dtype = torch.result_type(a.mid, b)
         if dtype != torch.promote_types(a.dtype, b.dtype):
-            return multiply(narrow(a, dtype), narrow(Interval.point(b), dtype))
+            return multiply(narrow(a, dtype), narrow(singleton(b), dtype))
     product = settle(a.mid * b, a.rad * abs(b), 2)  # a number is rounded to the dtype first
     if not outward():
         return product
