@@ -361,11 +361,22 @@ def _write_anew(node: fx.Node) -> None:
         r.alias_info is None for r in target.target._schema.returns
     )
     dtypes = {n.meta["val"].dtype for n in node.all_input_nodes}
-    functional = getattr(
-        getattr(aten, op._schema.name.removeprefix("aten::").removesuffix("_")), op._overloadname, None
-    )
+    functional = _functional_form(op)
     if fresh and len(target.users) == 1 and len(dtypes) == 1 and functional is not None:
         node.target = functional
+
+
+def _functional_form(op: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
+    """The overload that takes what ``op`` takes; names of overloads alone mislead: pow_.Scalar is pow.Tensor_Scalar."""
+
+    def takes(overload: torch._ops.OpOverload) -> list[tuple[str, str]]:
+        return [(argument.name, str(argument.type)) for argument in overload._schema.arguments]
+
+    packet = getattr(aten, op._schema.name.removeprefix("aten::").removesuffix("_"), None)
+    if packet is None:
+        return None
+    overloads = (getattr(packet, name) for name in packet.overloads())
+    return next((o for o in overloads if not o._schema.is_mutable and takes(o) == takes(op)), None)
 
 
 # Tensors made in the shape of another one, with what fills them (None: the argument after the shape).
