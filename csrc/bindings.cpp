@@ -253,8 +253,7 @@ void linear_backward_product(const Stages<T>& stages, bool many, int64_t batch, 
 
 // The derivative of `linear`, of a layer [m, n]: `state` is that of the ReLU after it, if there is one. `mid_grad` may
 // be absent, for zeros; outputs may be, where nobody wants them, and `out_mid` is only written where there is
-// `mid_grad` or a state. `add_…`: to what
-// is there.
+// `mid_grad` or a state. `add_…`: to what is there.
 void linear_adjoint(int element_size, bool many, int64_t batch, int64_t n, int64_t m, Address mid, Address rad,
                     Address weight, Address state, Address mid_grad, Address rad_grad, Address out_mid, Address out_rad,
                     Address out_weight, bool add_weight, Address out_bias, bool add_bias) {
@@ -379,6 +378,21 @@ void matmul_backward(int element_size, int64_t batch, int64_t m, int64_t k, int6
     });
 }
 
+// Memory, as a buffer for Python; its owner gives it back.
+class Memory {
+  public:
+    explicit Memory(int64_t bytes) : bytes_(static_cast<std::size_t>(bytes)), data_(take_memory(bytes_)) {}
+    Memory(const Memory&) = delete;
+    Memory& operator=(const Memory&) = delete;
+    ~Memory() { give_memory(data_, bytes_); }
+    Address start() const { return reinterpret_cast<Address>(data_); }
+    py::buffer_info buffer() { return {static_cast<uint8_t*>(data_), static_cast<py::ssize_t>(bytes_)}; }
+
+  private:
+    std::size_t bytes_;
+    void* data_;
+};
+
 // Linear layers and their backward passes on a few boxes, one after the other, and the derivative of them all. Values
 // are numbered, first those that are given; each has its place in a block of memory, unless it comes with an address.
 class Chain {
@@ -403,7 +417,7 @@ class Chain {
 
     // One address per value, 0 for what stays in the block at `kept`, or if that is 0, nowhere.
     void run(std::vector<Address> values, Address kept) const {
-        const Block own(kept ? 0 : size_);
+        const Memory own(kept ? 0 : size_);
         place(values, kept ? kept : own.start());
         for (const Step& s : steps_) {
             const auto value = [&](int64_t number) { return number < 0 ? Address(0) : values[number]; };
@@ -428,7 +442,7 @@ class Chain {
             if (s.differentiable)
                 needed[s.out_mid] = needed[s.out_rad] = needed[s.mid] || needed[s.rad] || needed[s.weight] ||
                                                         (!s.backward && s.third >= 0 && needed[s.third]);
-        const Block block(size_);
+        const Memory block(size_);
         Sums sums{element_size_, given_, block.start(), places_, wanted, grads};
         for (auto step = steps_.rbegin(); step != steps_.rend(); ++step)
             if (step->differentiable && needed[step->out_mid]) differentiate(*step, values, needed, sums);
@@ -438,16 +452,6 @@ class Chain {
     }
 
   private:
-    // Cache-line aligned memory, as Python allocates it.
-    class Block {
-      public:
-        explicit Block(int64_t size) : own_(size ? new char[size + 64] : nullptr) {}
-        Address start() const { return (reinterpret_cast<Address>(own_.get()) + 63) / 64 * 64; }
-
-      private:
-        const std::unique_ptr<char[]> own_;
-    };
-
     // The gradients so far; those of the given values are summed up where Python wants them.
     struct Sums {
         int element_size;
@@ -482,7 +486,7 @@ class Chain {
         Address rad_grad = sums.grads[s.out_rad];
         if (!mid_grad && !rad_grad) return;
         const int64_t size = s.batch * s.n;
-        const Block zeros(rad_grad ? 0 : s.batch * s.m * element_size_), other(2 * size * element_size_);
+        const Memory zeros(rad_grad ? 0 : s.batch * s.m * element_size_), other(2 * size * element_size_);
         if (!rad_grad) {
             rad_grad = zeros.start();
             std::fill_n(at<char>(rad_grad), s.batch * s.m * element_size_, 0);
@@ -599,20 +603,6 @@ struct Checked<kernel> {
     }
 };
 #endif
-
-// Memory of a result, as a buffer; its owner gives it back.
-class Memory {
-  public:
-    explicit Memory(int64_t bytes) : bytes_(static_cast<std::size_t>(bytes)), data_(take_memory(bytes_)) {}
-    Memory(const Memory&) = delete;
-    Memory& operator=(const Memory&) = delete;
-    ~Memory() { give_memory(data_, bytes_); }
-    py::buffer_info buffer() { return {static_cast<uint8_t*>(data_), static_cast<py::ssize_t>(bytes_)}; }
-
-  private:
-    std::size_t bytes_;
-    void* data_;
-};
 
 }  // namespace
 }  // namespace pyxai_bounds

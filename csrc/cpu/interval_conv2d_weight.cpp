@@ -8,6 +8,7 @@
 #include "pyxai_bounds/stages.h"
 #include "pyxai_bounds/transpose.h"
 #include "pyxai_bounds/vec.h"
+#include "pyxai_bounds/weight_gradient.h"
 
 namespace pyxai_bounds::PYXAI_BOUNDS_LEVEL {
 namespace {
@@ -55,17 +56,7 @@ __attribute__((noinline)) void add_pixels(Pixels p, const T* grad, const T* sour
         for (V& v : of_channel) v = V::fill(T(0));
     for (int64_t y = 0; y < p.rows; ++y) {
         const T *g = grad + y * p.grad_row, *s = source + y * p.source_row;
-        for (int64_t x = 0; x < p.columns; ++x, g += p.grad_column, s += p.source_column) {
-            V at[vectors];
-#pragma GCC unroll 4
-            for (int v = 0; v < vectors; ++v) at[v] = V::load(g + v * V::lanes);
-#pragma GCC unroll 24
-            for (int c = 0; c < channels; ++c) {
-                const V number = V::fill(s[c]);
-#pragma GCC unroll 4
-                for (int v = 0; v < vectors; ++v) sum[c][v] = V::multiply_add(at[v], number, sum[c][v]);
-            }
-        }
+        for (int64_t x = 0; x < p.columns; ++x, g += p.grad_column, s += p.source_column) add_outer_product(s, g, sum);
     }
     for (int c = 0; c < channels; ++c)
         for (int v = 0; v < vectors; ++v) {
@@ -236,9 +227,8 @@ struct WeightGradient {
             for (int64_t j = 0; j < L; ++j)
                 for (int i = 0; i < some; ++i) {
                     const int64_t at = (vector * L + j) * row() + n + i;
-                    const T of = dense ? weight[at] : weight[place(at)];
-                    const T sign = static_cast<T>((of > T(0)) - (of < T(0)));
-                    out[at] = grad[1] ? to_mid[j][i] + sign * to_rad[j][i] : to_mid[j][i];
+                    const Scalar<T> of{weight[dense ? at : place(at)]}, rad{to_rad[j][i]};
+                    out[at] = grad[1] ? to_mid[j][i] + with_sign(of, rad).value : to_mid[j][i];
                 }
         }
     }

@@ -6,6 +6,7 @@
 #include "pyxai_bounds/scratch.h"
 #include "pyxai_bounds/stages.h"
 #include "pyxai_bounds/vec.h"
+#include "pyxai_bounds/weight_gradient.h"
 
 namespace pyxai_bounds::PYXAI_BOUNDS_LEVEL {
 namespace {
@@ -17,13 +18,6 @@ inline constexpr int64_t grain_of_sums = 1 << 16;
 // Up to so many samples, the weight and its gradient are walked along as they lie in memory; beyond, panels of columns
 // are, whose part of the boxes stays in the first cache for all rows.
 inline constexpr int64_t few_samples = 8;
-
-// sign(weight)·x; the sign of 0 and of NaN is 0, as PyTorch has it.
-template <class V, class T>
-V with_sign(const T* weight, V x) {
-    const V w = V::load(weight), zero = V::fill(T(0));
-    return V::select(V::less(zero, w), V::fill(T(1)), V::select(V::less(w, zero), V::fill(T(-1)), zero)) * x;
-}
 
 // One of the two products: of `rows` [batch, m] and `columns` [batch, n], both null where there is none.
 template <class T>
@@ -47,32 +41,19 @@ struct Gradient {
         for (int i = 0; i < rows; ++i)
             for (int k = 0; k < vectors; ++k) of_mid[i][k] = of_rad[i][k] = V::fill(T(0));
         for (int64_t s = 0; s < batch; ++s) {
-            if constexpr (has_mid) add_sample(mid.rows + s * m + row, mid.columns + s * n + column, of_mid);
-            if constexpr (has_rad) add_sample(rad.rows + s * m + row, rad.columns + s * n + column, of_rad);
+            if constexpr (has_mid) add_outer_product(mid.rows + s * m + row, mid.columns + s * n + column, of_mid);
+            if constexpr (has_rad) add_outer_product(rad.rows + s * m + row, rad.columns + s * n + column, of_rad);
         }
         for (int i = 0; i < rows; ++i) {
             for (int k = 0; k < vectors; ++k) {
                 const int64_t at = (row + i) * n + column + k * V::lanes;
                 V sum = of_mid[i][k];
                 if constexpr (has_rad) {
-                    const V part = with_sign(weight + at, of_rad[i][k]);
+                    const V part = with_sign(V::load(weight + at), of_rad[i][k]);
                     sum = has_mid ? sum + part : part;
                 }
                 (add ? V::load(out + at) + sum : sum).store(out + at);
             }
-        }
-    }
-
-    template <int rows, int vectors, class V>
-    static void add_sample(const T* row, const T* column, V (&sums)[rows][vectors]) {
-        V columns[vectors];
-#pragma GCC unroll 4
-        for (int k = 0; k < vectors; ++k) columns[k] = V::load(column + k * V::lanes);
-#pragma GCC unroll 8
-        for (int i = 0; i < rows; ++i) {
-            const V factor = V::fill(row[i]);
-#pragma GCC unroll 4
-            for (int k = 0; k < vectors; ++k) sums[i][k] = V::multiply_add(factor, columns[k], sums[i][k]);
         }
     }
 
@@ -123,7 +104,7 @@ template <class T>
 void signed_sum(int64_t n, const T* a, const T* b, const T* weight, T* out) {
     const auto step = [=](auto lanes, int64_t i) {
         using V = decltype(lanes);
-        const V part = with_sign(weight + i, V::load(b + i));
+        const V part = with_sign(V::load(weight + i), V::load(b + i));
         (a ? V::load(a + i) + part : part).store(out + i);
     };
     parallel_ranges(n, [=](int64_t begin, int64_t end) {

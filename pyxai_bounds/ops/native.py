@@ -611,8 +611,7 @@ def interval_linear_weight(
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    rows, columns = a.shape[0], b.shape[1]
-    return torch.mm(a, b, out=_empty(rows * columns, (rows, columns), (columns, 1), a.dtype))
+    return torch.mm(a, b, out=_contiguous((a.shape[0], b.shape[1]), a.dtype))
 
 
 def interval_conv2d_weight(
@@ -626,22 +625,27 @@ def interval_conv2d_weight(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    pairs = [pair for pair in ((grad_mid, mid), (grad_rad, rad)) if pair[0] is not None and pair[1] is not None]
-    if pairs:
-        (grads, boxes) = zip(*pairs, strict=True)
-        geometry = _geometry(boxes[0], boxes[-1], weight, boxes[0].shape, stride, padding, dilation, groups, False)
-        of_grads = _geometry(grads[0], grads[-1], weight, boxes[0].shape, stride, padding, dilation, groups, True)
+    if grad_mid is None or mid is None:
+        grad_mid = mid = None
+    if grad_rad is None or rad is None:
+        grad_rad = rad = None
+    box = [t for t in (mid, rad) if t is not None]
+    if box:
+        grads, size, args = (
+            [t for t in (grad_mid, grad_rad) if t is not None],
+            box[0].shape,
+            (stride, padding, dilation),
+        )
+        geometry = _geometry(box[0], box[-1], weight, size, *args, groups, False)
+        of_grads = _geometry(grads[0], grads[-1], weight, size, *args, groups, True)
         if geometry is not None and geometry == of_grads and _suits_weight(geometry, weight):
-            out = torch.empty(weight.shape, dtype=weight.dtype, device=_CPU)
-            has = [grad is not None and box is not None for grad, box in ((grad_mid, mid), (grad_rad, rad))]
-            addresses = (
-                t.data_ptr() if used and t is not None else 0
-                for t, used in zip((grad_mid, grad_rad, mid, rad), has * 2, strict=True)
-            )
-            _module().conv2d_weight(weight.element_size(), geometry, *addresses, weight.data_ptr(), out.data_ptr())
+            out = _contiguous(weight.shape, weight.dtype)
+            addresses = _addresses(grad_mid, grad_rad, mid, rad, weight, out)
+            _module().conv2d_weight(weight.element_size(), geometry, *addresses)
             return out.contiguous(memory_format=memory_format(weight))
-    args = (grad_mid, grad_rad, mid, rad, weight, stride, padding, dilation, groups)
-    return reference.interval_conv2d_weight(*args, signed_sum=signed_sum)
+    return reference.interval_conv2d_weight(
+        grad_mid, grad_rad, mid, rad, weight, stride, padding, dilation, groups, signed_sum=signed_sum
+    )
 
 
 def _suits_weight(geometry: tuple[int, ...], weight: Tensor) -> bool:

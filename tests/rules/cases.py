@@ -17,6 +17,20 @@ from pyxai_bounds.rules import RULES
 from tests.networks import SLACK, sample
 
 aten = torch.ops.aten
+# The files of rules: pyxai_bounds/rules/NAME.py with tests/rules/test_NAME.py, whose CASES use them.
+MODULES = (
+    "linear",
+    "conv",
+    "activation",
+    "pool",
+    "norm",
+    "elementwise",
+    "logic",
+    "ranks",
+    "reduce",
+    "shape",
+    "softmax",
+)
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:

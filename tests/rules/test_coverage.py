@@ -12,21 +12,7 @@ from torch import Tensor
 
 import pyxai_bounds as xb
 from pyxai_bounds.rules import RULES
-from tests.rules.cases import operators_on_sets, rand
-
-MODULES = (
-    "linear",
-    "conv",
-    "activation",
-    "pool",
-    "norm",
-    "elementwise",
-    "logic",
-    "ranks",
-    "reduce",
-    "shape",
-    "softmax",
-)
+from tests.rules.cases import MODULES, operators_on_sets, rand
 
 
 def test_every_rule_has_a_case() -> None:

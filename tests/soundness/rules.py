@@ -17,24 +17,11 @@ from torch import Tensor, fx, nn
 
 import pyxai_bounds as xb
 from pyxai_bounds.rules import RULES
-from tests.rules.cases import Case
+from tests.rules.cases import MODULES, Case
 from tests.soundness.programs import Twins, outside, twins
 
 aten = torch.ops.aten
 
-MODULES = (
-    "linear",
-    "conv",
-    "activation",
-    "pool",
-    "norm",
-    "elementwise",
-    "logic",
-    "ranks",
-    "reduce",
-    "shape",
-    "softmax",
-)
 COLUMNS = ["rule", "eps", "components", "violations_sound", "violations_nearest"]
 SCALES = (1.0, 1.0, 1.0, 0.03, 30.0, 1e-12, 1e-20, 1e9)
 LARGE = 4096  # elements of the arguments of an elementwise operator
