@@ -7,6 +7,7 @@ everything here does nothing.
 from __future__ import annotations
 
 import atexit
+import importlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -59,6 +60,9 @@ def world(device: str = "auto") -> World:
     if size == 1:
         return World(device=chosen)
     if not dist.is_initialized():
+        # Imported with a group at hand, the compiler's defaults hold it for good: its threads then run into the end of
+        # the interpreter, which sometimes aborts the process after all its work is done.
+        importlib.import_module("torch._dynamo")
         # Once for all runs of a program: connecting again under torchrun meets what the first time left, and may hang.
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         atexit.register(dist.destroy_process_group)

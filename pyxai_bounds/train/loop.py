@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,12 @@ OnCheckpoint = Callable[[int, dict[str, Tensor], dict[str, Any]], None]  # (step
 Saved = tuple[dict[str, Tensor], dict[str, Any]]  # what a checkpoint holds: tensors, and JSON
 
 PROGRESS_SECONDS = 0.25
+# What older versions of PyTorch call the same comes second.
+_SYNC_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in signature(DistributedDataParallel).parameters
+)
 RESIDENT_BYTES = 2 << 30  # training samples that a GPU keeps, rather than fetch each batch
 
 
@@ -478,7 +485,7 @@ def _parallel(step: _Step, processes: World) -> nn.Module:
     # Biases have no gradient where only the width of a logit gradient is minimised. Batch norm's statistics are
     # averaged over the processes after each step; DDP would overwrite them with the first one's.
     warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified.*")
-    return DistributedDataParallel(step, find_unused_parameters=True, broadcast_buffers=False)
+    return DistributedDataParallel(step, find_unused_parameters=True, **{_SYNC_BUFFERS: False})  # type: ignore[arg-type]
 
 
 def _optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

@@ -48,7 +48,9 @@ def folder(tmp_path, monkeypatch, one_thread):
 def torchrun(folder, *commands: list[str]) -> str:
     """Run commands of pyxai-bounds, one after the other, in two processes."""
     (folder / "driver.py").write_text(
-        "import json, sys\nfrom pyxai_bounds.cli import main\n"
+        "import atexit, json, os, sys\nfrom pyxai_bounds.cli import main\n"
+        "names = lambda: [open(f'/proc/self/task/{task}/comm').read() for task in os.listdir('/proc/self/task')]\n"
+        "atexit.register(lambda: print('left', [name for name in names() if 'gloo' in name]))\n"
         "sys.exit(max(main(command) for command in json.loads(sys.argv[1])))\n"
     )
     flags = ["train", "--data", "own_things:digits", *FLAGS]
@@ -68,6 +70,7 @@ def test_two_gloo_processes_equal_one_on_the_joint_batch(folder):
         ["--model", "own_things:normed", "--lr", "1e-12", "--out", "normed"],
     )
     assert out.count("test samples") == 2  # the first process alone speaks
+    assert out.count("left []") == 2  # a thread of the group that outlives it may abort the process
     one = run(replace(RECIPE, model="own_things:network"), folder / "one")
     two = load(folder / "network")
     torch.testing.assert_close(list(two.parameters()), list(one.parameters()), rtol=0, atol=1e-10)
