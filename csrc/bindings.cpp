@@ -11,6 +11,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -378,6 +379,14 @@ void matmul_backward(int element_size, int64_t batch, int64_t m, int64_t k, int6
     });
 }
 
+// Matrices [rows, columns], `batch` of them.
+void transpose(int element_size, int64_t batch, int64_t rows, int64_t columns, Address from, Address to) {
+    typed(element_size, [=](const auto& stages) {
+        using T = decltype(element_type(stages));
+        stages.transpose(batch, rows, columns, at<T>(from), at<T>(to));
+    });
+}
+
 // Memory, as a buffer for Python; its owner gives it back.
 class Memory {
   public:
@@ -393,40 +402,64 @@ class Memory {
     void* data_;
 };
 
-// Linear layers and their backward passes on a few boxes, one after the other, and the derivative of them all. Values
-// are numbered, first those that are given; each has its place in a block of memory, unless it comes with an address.
+// Layers and their backward passes, one after the other, and the derivative of them all where they are linear layers on
+// a few boxes. Values are numbered, first those that are given.
 class Chain {
   public:
+    enum class Kernel : int64_t { linear, linear_many, conv2d, transpose };
     // Of values their numbers, -1 for what is absent. `third` is a bias, or the state of ReLU'. What is not
-    // differentiable lets no gradient through.
+    // differentiable lets no gradient through. `shape` is a Conv2d's; else batch, and features in and out, or rows and
+    // columns of what is transposed.
     struct Step {
+        Kernel kernel;
         bool backward, differentiable;
-        int64_t batch, n, m;  // features in and out
-        int64_t mid, rad, weight, third, out_mid, out_rad, state;
+        int64_t mid, rad, weight, third, out_mid, out_rad, state, batch, n, m;
+        Geometry shape;
+        std::vector<int64_t> last;  // values that no later step reads
     };
-    using Numbers = std::array<int64_t, 12>;  // of a Step, in order
 
-    // `places`: of each value, in bytes from the beginning of a block of `size`.
-    Chain(int element_size, const std::vector<Numbers>& steps, std::vector<int64_t> places, int64_t size, int64_t given)
-        : element_size_(element_size), places_(std::move(places)), size_(size), given_(given) {
-        for (const auto& [backward, differentiable, batch, n, m, mid, rad, weight, third, out_mid, out_rad, state] :
-             steps)
-            steps_.push_back(
-                {backward != 0, differentiable != 0, batch, n, m, mid, rad, weight, third, out_mid, out_rad, state});
+    // `steps`: the members of each in order, the shape without what does not belong to it. `sizes`: bytes of each
+    // value.
+    Chain(int element_size, const std::vector<std::vector<int64_t>>& steps, std::vector<int64_t> sizes, int64_t given)
+        : element_size_(element_size), sizes_(std::move(sizes)), given_(given) {
+        for (const int64_t bytes : sizes_) {
+            places_.push_back(size_);
+            if (static_cast<int64_t>(places_.size()) > given) size_ += (bytes + 63) / 64 * 64;
+        }
+        for (const std::vector<int64_t>& s : steps) {
+            const auto kernel = static_cast<Kernel>(s.at(0));
+            Step step{kernel,  s.at(1) != 0, s.at(2) != 0, s.at(3),  s.at(4),  s.at(5), s.at(6), s.at(7),
+                      s.at(8), s.at(9),      s.at(10),     s.at(11), s.at(12), {},      {}};
+            if (kernel == Kernel::conv2d)
+                for (std::size_t i = 0; i < step.shape.size(); ++i) step.shape[i] = s.at(10 + i);
+            steps_.push_back(std::move(step));
+        }
+        std::vector<bool> read(sizes_.size());
+        for (auto step = steps_.rbegin(); step != steps_.rend(); ++step)
+            for (const int64_t value :
+                 {step->mid, step->rad, step->weight, step->third, step->out_mid, step->out_rad, step->state})
+                if (value >= given_ && !read[value]) {
+                    read[value] = true;
+                    step->last.push_back(value);
+                }
     }
+
+    // The places of values in a block that keeps them, and its size.
+    const std::vector<int64_t>& places() const { return places_; }
+    int64_t size() const { return size_; }
 
     // One address per value, 0 for what stays in the block at `kept`, or if that is 0, nowhere.
     void run(std::vector<Address> values, Address kept) const {
-        const Memory own(kept ? 0 : size_);
-        place(values, kept ? kept : own.start());
+        if (kept) place(values, kept);
+        std::vector<std::unique_ptr<Memory>> own(values.size());
         for (const Step& s : steps_) {
-            const auto value = [&](int64_t number) { return number < 0 ? Address(0) : values[number]; };
-            if (s.backward)
-                linear_backward(element_size_, s.batch, s.n, s.m, value(s.mid), value(s.rad), value(s.third),
-                                value(s.weight), value(s.out_mid), value(s.out_rad));
-            else
-                linear(element_size_, s.batch, s.n, s.m, value(s.mid), value(s.rad), value(s.weight), value(s.third),
-                       value(s.out_mid), value(s.out_rad), value(s.state));
+            for (const int64_t made : {s.out_mid, s.out_rad, s.state})
+                if (made >= 0 && values[made] == 0) {
+                    own[made] = std::make_unique<Memory>(sizes_[made]);
+                    values[made] = own[made]->start();
+                }
+            take(s, values);
+            for (const int64_t value : s.last) own[value].reset();
         }
     }
 
@@ -475,6 +508,64 @@ class Chain {
         }
     };
 
+    // Do the tiles read and write bits? By whole bytes for each register of outputs, as native.py has it.
+    static bool packs(int64_t outputs) {
+        return outputs % 16 == 0 && active.load()->name == std::string_view("avx512");
+    }
+
+    // Calls run(state), and ReLU after it where the kernel has none.
+    template <class F>
+    void rectified(int64_t size, int64_t outputs, Address out_mid, Address out_rad, Address state, F run) const {
+        const bool fused = packs(outputs);
+        run(fused ? state : 0);
+        if (state && !fused) relu(element_size_, size, out_mid, out_rad, out_mid, out_rad, state, false);
+    }
+
+    // Calls run(mid, rad, state), and ReLU' before it where the kernel has none.
+    template <class F>
+    void gated(int64_t size, int64_t outputs, Address mid, Address rad, Address state, F run) const {
+        if (!state || packs(outputs)) return run(mid, rad, state);
+        const Memory boxes(2 * size * element_size_);
+        const Address to_mid = boxes.start(), to_rad = to_mid + size * element_size_;
+        relu_backward(element_size_, size, mid, rad, state, to_mid, to_rad, 0, false);
+        run(to_mid, to_rad, Address(0));
+    }
+
+    void take(const Step& s, const std::vector<Address>& values) const {
+        const auto value = [&](int64_t number) { return number < 0 ? Address(0) : values[number]; };
+        const Address mid = value(s.mid), rad = value(s.rad), weight = value(s.weight), third = value(s.third);
+        const Address out_mid = value(s.out_mid), out_rad = value(s.out_rad), state = value(s.state);
+        switch (s.kernel) {
+            case Kernel::linear:
+                if (s.backward)
+                    return linear_backward(element_size_, s.batch, s.n, s.m, mid, rad, third, weight, out_mid, out_rad);
+                return linear(element_size_, s.batch, s.n, s.m, mid, rad, weight, third, out_mid, out_rad, state);
+            case Kernel::linear_many:
+                if (s.backward)
+                    return gated(s.batch * s.n, s.n, mid, rad, third,
+                                 [&](Address of_mid, Address of_rad, Address bits) {
+                                     linear_backward_many(element_size_, s.batch, s.n, s.m, {}, of_mid, of_rad, bits,
+                                                          weight, s.m, 1, out_mid, out_rad);
+                                 });
+                return rectified(s.batch * s.m, s.m, out_mid, out_rad, state, [&](Address bits) {
+                    linear_many(element_size_, s.batch, s.n, s.m, {}, mid, rad, weight, s.n, 1, third, out_mid, out_rad,
+                                bits);
+                });
+            case Kernel::conv2d: {
+                const int64_t outputs = s.shape[4], size = s.shape[0] * outputs * s.shape[5] * s.shape[6];
+                if (s.backward)
+                    return gated(size, outputs, mid, rad, third, [&](Address of_mid, Address of_rad, Address bits) {
+                        conv2d_backward(element_size_, s.shape, {}, of_mid, of_rad, bits, weight, out_mid, out_rad);
+                    });
+                return rectified(size, outputs, out_mid, out_rad, state, [&](Address bits) {
+                    conv2d(element_size_, s.shape, {}, mid, rad, weight, third, out_mid, out_rad, bits);
+                });
+            }
+            case Kernel::transpose:
+                transpose(element_size_, s.batch, s.n, s.m, mid, out_mid);
+        }
+    }
+
     void place(std::vector<Address>& values, Address block) const {
         for (std::size_t i = 0; i < values.size(); ++i)
             if (values[i] == 0) values[i] = block + places_[i];
@@ -519,8 +610,8 @@ class Chain {
 
     int element_size_;
     std::vector<Step> steps_;
-    std::vector<int64_t> places_;
-    int64_t size_, given_;
+    std::vector<int64_t> sizes_, places_;
+    int64_t size_ = 0, given_;
 };
 
 // What Python objects look like to somebody who compares by identity alone: their classes, their attributes, and what
@@ -634,7 +725,9 @@ PYBIND11_MODULE(_native, m) {
     m.def("matmul", &matmul, no_gil);
     m.def("matmul_backward", &matmul_backward, no_gil);
     py::class_<Chain>(m, "Chain")
-        .def(py::init<int, const std::vector<Chain::Numbers>&, std::vector<int64_t>, int64_t, int64_t>())
+        .def(py::init<int, const std::vector<std::vector<int64_t>>&, std::vector<int64_t>, int64_t>())
+        .def_property_readonly("places", &Chain::places)
+        .def_property_readonly("size", &Chain::size)
         .def("run", &Chain::run, no_gil)
         .def("adjoint", &Chain::adjoint, no_gil);
     py::class_<Memory>(m, "Memory", py::buffer_protocol())

@@ -14,8 +14,6 @@ from torch import fx
 
 from pyxai_bounds import ops
 from pyxai_bounds.capture import remove_unused
-from pyxai_bounds.ops import native
-from pyxai_bounds.ops.layout import state_size
 from pyxai_bounds.rounding import without_autocast
 
 aten = torch.ops.aten
@@ -45,21 +43,21 @@ def optimise(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
-def _is(node: Any, target: Any) -> bool:
+def is_call(node: Any, target: Any) -> bool:
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target is target
 
 
-def _parts(node: fx.Node) -> dict[int, fx.Node]:
+def parts(node: fx.Node) -> dict[int, fx.Node]:
     """The getitem nodes of a node with several results, by position."""
-    return {user.args[1]: user for user in node.users if _is(user, operator.getitem)}  # type: ignore[misc]
+    return {user.args[1]: user for user in node.users if is_call(user, operator.getitem)}  # type: ignore[misc]
 
 
 def _both_from(mid: Any, rad: Any, target: Any) -> fx.Node | None:
     """The one node of this target whose first two results are ``mid`` and ``rad``, if they are."""
-    if not (_is(mid, operator.getitem) and _is(rad, operator.getitem)):
+    if not (is_call(mid, operator.getitem) and is_call(rad, operator.getitem)):
         return None
     source = mid.args[0]
-    if source is not rad.args[0] or (mid.args[1], rad.args[1]) != (0, 1) or not _is(source, target):
+    if source is not rad.args[0] or (mid.args[1], rad.args[1]) != (0, 1) or not is_call(source, target):
         return None
     return source
 
@@ -140,12 +138,12 @@ def _select_rows(graph: fx.GraphModule) -> None:
     for node in _nodes(graph, aten.mm.default):
         seed: Any
         seed, weight = node.args
-        if not _is(seed, aten.scatter_add.default):
+        if not is_call(seed, aten.scatter_add.default):
             continue
         zeros, dim, index, ones = seed.args
         if (
             dim == 1
-            and _is(index, aten.unsqueeze.default)
+            and is_call(index, aten.unsqueeze.default)
             and index.args[1] in (1, -1)
             and index.meta["val"].dim() == 2
             and _is_constant(graph, zeros, 0)
@@ -174,7 +172,7 @@ def _is_aten(node: fx.Node) -> bool:
 def _cancel_transposes(graph: fx.GraphModule) -> None:
     for node in _nodes(graph, aten.t.default):
         inner = node.args[0]
-        if _is(inner, aten.t.default):
+        if is_call(inner, aten.t.default):
             node.replace_all_uses_with(inner.args[0])  # type: ignore[union-attr, arg-type]
 
 
@@ -217,7 +215,7 @@ def _freeze(value: Any) -> Any:
 
 
 _AFFINE = {ops.interval_linear: 4, ops.interval_conv2d: 8}  # operator → position of its relu flag
-_ROUNDING = {  # affine operator → position of its rounding
+ROUNDING = {  # affine operator → position of its rounding
     ops.interval_linear: 5,
     ops.interval_linear_backward: 4,
     ops.interval_conv2d: 9,
@@ -274,101 +272,6 @@ def _fold_scale_of_gradient_into_affine(graph: fx.GraphModule) -> None:
             node.args = (*scaling.args[:2], new_weight, None, *rest)
 
 
-def chain_few(graph: fx.Graph, grads: bool = False) -> None:
-    """Linear operators on a few boxes that need only one another become one call.
-
-    ``grads``: of a program with marks where it needs gradients, which is then marked anew. ``meta["val"]`` of all
-    inputs must be there.
-    """
-    chains = [(chain, late) for chain, late in _few_in_a_row(graph) if len(chain) > 1]
-    if not chains:
-        return
-    alive = _alive(graph) if grads else set()
-    for chain, late in chains:
-        _chain(graph, chain, late, alive)
-    if grads:
-        for mark in graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled):
-            graph.erase_node(mark)
-        mark_dead_gradients(graph)
-
-
-def _is_few(node: fx.Node) -> bool:
-    """Is it a linear operator that the native kernel for a few boxes takes?"""
-    if not (_is(node, ops.interval_linear) or _is(node, ops.interval_linear_backward)):
-        return False
-    forward = node.target is ops.interval_linear
-    if any(node.args[_ROUNDING[node.target] :]) or not isinstance(node.args[2], fx.Node):
-        return False  # with outward rounding, it is another operator
-    mid, rad, weight, *third = (n.meta["val"] for n in node.args[:4] if isinstance(n, fx.Node))
-    third_like = (weight.shape[:1], mid.dtype) if forward else (state_size(mid), torch.uint8)
-    return (
-        native.supports(mid)
-        and native.few(mid, rad, weight, int(forward))
-        and all((t.shape, t.dtype) == third_like for t in third)
-    )
-
-
-def _few_in_a_row(graph: fx.Graph) -> list[tuple[list[fx.Node], list[fx.Node]]]:
-    """Runs of such operators, each with the nodes between them that can wait until all have run."""
-    found: list[tuple[list[fx.Node], list[fx.Node]]] = []
-    chain: list[fx.Node] = []
-    late: list[fx.Node] = []  # what needs a result of the chain, in order
-    between = 0  # how many of them stand before the chain's last operator
-    parts: set[fx.Node] = set()  # the chain's results
-    waiting: set[fx.Node] = set()  # what computes something else with them
-    for node in graph.nodes:
-        needs = any(n in waiting for n in node.all_input_nodes)
-        if _is_few(node):
-            if needs or node.args[2] in parts:  # a weight is given to a chain
-                found.append((chain, late[:between]))
-                chain, late, parts, waiting = [], [], set(), set()
-            chain.append(node)
-            between = len(late)
-        elif _is(node, operator.getitem) and node.args[0] in chain:
-            parts.add(node)
-            late.append(node)
-        elif needs or any(n in parts for n in node.all_input_nodes):
-            waiting.add(node)
-            late.append(node)
-    return [*found, (chain, late[:between])]
-
-
-def _chain(graph: fx.Graph, chain: list[fx.Node], late: list[fx.Node], alive: set[fx.Node]) -> None:
-    last = chain[-1]
-    for node in late:
-        last.append(node)
-        last = node
-    results = {part: (node, position) for node in chain for position, part in _parts(node).items()}
-    given = list(dict.fromkeys(n for node in chain for n in node.all_input_nodes if n not in results))
-    values = [given_node.meta["val"] for given_node in given]
-    numbers: dict[Any, int] = {node: number for number, node in enumerate(given)}
-    steps = []
-    for node in chain:
-        backward = node.target is ops.interval_linear_backward
-        outputs: list[int | None] = [None] * 3
-        for position, value in enumerate(node.meta["val"][: 3 if not backward and node.args[4] else 2]):
-            outputs[position] = numbers[node, position] = len(values)
-            values.append(value)
-        inputs = [n if n is None else numbers[results.get(n, n)] for n in node.args[:4]]  # type: ignore[arg-type]
-        steps.append(native.Step(backward, node in alive, *inputs, *outputs))  # type: ignore[arg-type]
-    taken = [part for part in results if any(user not in chain for user in part.users)]
-    kinds = [(tuple(value.shape), value.dtype) for value in values]
-    run = ops.Chain(steps, kinds, len(given), [numbers[results[part]] for part in taken])
-    with graph.inserting_after(chain[-1]):
-        call = graph.call_function(run, tuple(given))
-    call.meta["val"] = [values[numbers[results[part]]] for part in taken]
-    call.meta["differentiable"] = [given[number] for number in sorted(set().union(*run.sources))]
-    for position, part in enumerate(taken):
-        with graph.inserting_after(call):
-            result = graph.call_function(operator.getitem, (call, position))
-        result.meta = part.meta
-        part.replace_all_uses_with(result)
-    for node in reversed(chain):
-        for part in list(node.users):
-            graph.erase_node(part)
-        graph.erase_node(node)
-
-
 def _fuse_relu_into_affine(graph: fx.GraphModule) -> None:
     for node in _nodes(graph, ops.interval_relu):
         box = list(node.args[:2])
@@ -388,7 +291,7 @@ def _fuse_relu_backward_into_affine_backward(graph: fx.GraphModule) -> None:
         if relu_backward is None or bias is not None or relu or not _only_used_by([mid, rad], node):  # type: ignore[list-item]
             continue
         with graph.graph.inserting_before(node):
-            if _is(weight, aten.t.default):
+            if is_call(weight, aten.t.default):
                 plain = weight.args[0]  # type: ignore[union-attr]
             else:
                 plain = graph.graph.call_function(aten.t.default, (weight,))
@@ -401,7 +304,7 @@ def _fuse_relu_backward_into_affine_backward(graph: fx.GraphModule) -> None:
             relu_backward = _both_from(mid, rad, ops.interval_relu_backward)
             if relu_backward is None or state is not None or not _only_used_by([mid, rad], node):  # type: ignore[list-item]
                 continue
-            gate = _parts(relu_backward).get(2)
+            gate = parts(relu_backward).get(2)
             if gate is None or not gate.users:
                 node.args = (*relu_backward.args[:2], weight, relu_backward.args[2], *rest)
 
@@ -422,7 +325,7 @@ def mark_dead_gradients(graph: fx.Graph) -> None:
     A value reaches the results differentiably only along floating-point values. Packed states, masks and indices end
     the path, so for the logit gradient of a piecewise linear network the whole interval forward pass is dead.
     """
-    alive = _alive(graph)
+    alive = with_gradients(graph)
     enabled = True
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target is operator.getitem:
@@ -433,7 +336,8 @@ def mark_dead_gradients(graph: fx.Graph) -> None:
                 graph.call_function(torch._C._set_grad_enabled, (enabled,))
 
 
-def _alive(graph: fx.Graph) -> set[fx.Node]:
+def with_gradients(graph: fx.Graph) -> set[fx.Node]:
+    """What the results depend on differentiably."""
     alive: set[fx.Node] = set()
     pending = list(graph.output_node().all_input_nodes)
     while pending:
@@ -471,9 +375,9 @@ def peak_bytes(graph: fx.Graph) -> int:
     for node in graph.nodes:
         read = [storage for n in node.all_input_nodes for storage in held[n]]
         source = node.all_input_nodes[0] if node.all_input_nodes else node
-        if _is(node, operator.getitem) and not _is_view(source):
+        if is_call(node, operator.getitem) and not _is_view(source):
             held[node] = [held[source][node.args[1]]]
-        elif _is(node, operator.getitem) or _is_view(node):
+        elif is_call(node, operator.getitem) or _is_view(node):
             held[node] = held[source]
         elif node.op == "call_function" and "val" in node.meta:
             values = node.meta["val"] if isinstance(node.meta["val"], (tuple, list)) else [node.meta["val"]]
@@ -515,7 +419,7 @@ def _inner_bytes(node: fx.Node) -> int:
     if node.target in (ops.interval_mul, ops.interval_scale_shift) and any(node.args[4:]):
         result = node.meta["val"][0]
         return 0 if result.device.type == "cpu" and ops.native.available() else _TEMPORARIES * _bytes_of(result)
-    rounding_at = _ROUNDING.get(node.target)
+    rounding_at = ROUNDING.get(node.target)
     if rounding_at is None:
         return 0
     mid, rad, weight, third = (n.meta["val"] if isinstance(n, fx.Node) else None for n in node.args[:4])

@@ -25,6 +25,7 @@ from torch.nn import Parameter
 from pyxai_bounds import fuse, ops
 from pyxai_bounds import rounding as rd
 from pyxai_bounds.capture import Captured, capture, is_one_integer, retrace, source_of
+from pyxai_bounds.chain import chain
 from pyxai_bounds.errors import CaptureError, UnsupportedOperatorError
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.ops.replay import Recorder
@@ -359,7 +360,7 @@ class Program:
     @functools.cached_property
     def _undispatched(self) -> Callable:
         def make(graph: fx.Graph, _: list[fx.Node]) -> Callable:
-            fuse.chain_few(graph)
+            chain(graph)
             return direct(graph, grads=False)
 
         return _with_constants(self._inference_graph, make)
@@ -367,7 +368,7 @@ class Program:
     @functools.cached_property
     def _undispatched_with_grad(self) -> Callable:
         def make(graph: fx.Graph, _: list[fx.Node]) -> Callable:
-            fuse.chain_few(graph, grads=True)
+            chain(graph, grads=True)
             return direct(graph, grads=True)
 
         return _with_constants(self.graph, make)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from pyxai_bounds import ops
+from pyxai_bounds.chain import Chain
 from pyxai_bounds.rounding import without_autocast
 
 Circumstances = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -29,7 +30,7 @@ def direct(graph: fx.Graph, grads: bool) -> Callable[..., Any]:
             continue
         if node.target is torch._C._set_grad_enabled:
             grads = node.args[0]
-        elif isinstance(node.target, ops.Chain):
+        elif isinstance(node.target, Chain):
             node.target = _recorded_chain(node.target) if grads else node.target
         else:
             node.target = (ops.recorded if grads else ops.undispatched).get(node.target, node.target)
@@ -114,7 +115,7 @@ def _again(
     return [next(found) if need else None for need in needs]
 
 
-def _recorded_chain(chain: ops.Chain) -> Callable[..., Sequence[Tensor]]:
+def _recorded_chain(chain: Chain) -> Callable[..., Sequence[Tensor]]:
     """A chain as one node of autograd."""
 
     def run(*tensors: Tensor) -> Sequence[Tensor]:
@@ -130,7 +131,7 @@ class _Chained(torch.autograd.Function):
     """Its derivative is one native call, too; if a second one is asked for, the operators are recorded one by one."""
 
     @staticmethod
-    def forward(ctx: Any, chain: ops.Chain, addresses: list[int], *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, chain: Chain, addresses: list[int], *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.chain, ctx.backend = chain, ops.forced()
         results, block = chain.together.run_and_keep(addresses)

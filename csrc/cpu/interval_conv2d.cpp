@@ -267,7 +267,7 @@ struct Pass {
         // As few bands as keep one in the cache and leave no thread idle for long.
         const int64_t total = rows();
         int64_t bands = 1, height = total;
-        const auto idle = [&](int64_t units) { return 10 * ceil_div(units, threads) * threads > 11 * units; };
+        const auto idle = [&](int64_t units) { return threads > 1 && units < 8 * threads; };
         while (height > 1 && (band_size(height) * int64_t{sizeof(T)} > band_bytes || idle(source.batch * bands)))
             height = ceil_div(total, ++bands);
         bands = height > 0 ? ceil_div(total, height) : 0;
@@ -280,6 +280,7 @@ struct Pass {
         const Scratch<uint8_t> packed_bits(threads * bit_bytes);
         const Scratch<T*> places(threads * weight.taps());
         std::atomic<bool> fits{true}, finite{true};
+        Tickets tickets;
         parallel_team(threads, [&](int rank, int team) {
             pack_weights(weights.get(), places.get() + rank * weight.taps(), rank, team);
             team_barrier(team);
@@ -291,7 +292,7 @@ struct Pass {
             if (!fits) return;
             // 0 times infinity is NaN: of weights that are not finite nothing is left out.
             uint8_t* const alive = knows_dead() && finite ? packed_bits.get() + rank * bit_bytes : nullptr;
-            for (int64_t unit = units * rank / team; unit < units * (rank + 1) / team; ++unit) {
+            for (int64_t unit = tickets.next(); unit < units; unit = tickets.next()) {
                 const int64_t image = unit / bands, begin = unit % bands * height, end = smaller(begin + height, total);
                 const Window w = window(begin, end);
                 source.pack(image, w, band, alive);

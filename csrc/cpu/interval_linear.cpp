@@ -345,9 +345,11 @@ bool products(int64_t batch, const T* mid, const T* rad, const Packing<T>& packi
     // A panel for each thread. Made here: no exception may leave a parallel region.
     const int64_t panel_size = (depth + Vec<T>::lanes + terms_ahead) * width;
     const Scratch<T> packed_panels(threads * panel_size);
+    Tickets tickets;
     parallel_team(threads, [&](int rank, int team) {
         T* const panel = packed_panels.get() + rank * panel_size;
-        for (int64_t first = 0; first < batch; first += together) {
+        int64_t ticket = tickets.next();  // one that is drawn too early serves the next boxes
+        for (int64_t first = 0, before = 0; first < batch; first += together, before += panels) {
             const int64_t boxes = smaller(together, batch - first);
             for (int64_t box = first + boxes * rank / team; box < first + boxes * (rank + 1) / team; ++box) {
                 T* const out = packed.get() + 2 * (box - first) * terms;
@@ -358,7 +360,8 @@ bool products(int64_t batch, const T* mid, const T* rad, const Packing<T>& packi
                             widened.get()[(box - first) * terms + k] = {out[2 * k], out[2 * k + 1]};
             }
             team_barrier(team);
-            for (int64_t p = panels * rank / team; p < panels * (rank + 1) / team; ++p) {
+            for (; ticket < before + panels; ticket = tickets.next()) {
+                const int64_t p = ticket - before;
                 if constexpr (has_wide)
                     if (wide) {
                         weight.pack(p * width, 0, terms, 1, panel);

@@ -7,6 +7,7 @@ product of two boxes, for which ATen has nothing. This file allocates, checks wh
 
 from __future__ import annotations
 
+import enum
 import importlib
 import math
 import sys
@@ -311,37 +312,85 @@ def _are_boxes(mid: Tensor, rad: Tensor, weight: Tensor, dim: int) -> bool:
     )
 
 
-class Chain:
-    """Several linear layers and backward passes on a few boxes as one call, and their derivative as another.
+class Kernel(enum.IntEnum):
+    """What a step of a chain runs."""
 
-    Between two calls Python takes as long as the kernel of a small layer. ``steps`` name values by number; ``values``
-    has the shape and dtype of each, first of the ``given`` ones that a call passes; ``taken`` are those that it
-    returns.
+    LINEAR = 0  # on a few boxes; the others have no derivative here
+    LINEAR_MANY = 1
+    CONV2D = 2
+    TRANSPOSE = 3  # one memory order of images into the other
+    VIEW = 4  # another shape of the same memory, for which nothing runs
+
+
+class Step(NamedTuple):
+    """One operator of a chain. Values are given by number; ``third`` is a bias, or ReLU′'s state."""
+
+    kernel: Kernel
+    backward: bool
+    differentiable: bool
+    mid: int
+    rad: int | None
+    weight: int | None
+    third: int | None
+    out_mid: int
+    out_rad: int | None
+    state: int | None
+    shape: tuple[int, ...]  # ``Conv2d``'s numbers; else batch, and features in and out, or rows and columns
+    rest: tuple[Any, ...] = ()  # further arguments of the operator
+
+    def reads(self) -> list[int]:
+        return [number for number in (self.mid, self.rad, self.weight, self.third) if number is not None]
+
+
+class Kind(NamedTuple):
+    """What is known of a value of a chain: it is dense in this order."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    order: torch.memory_format
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def holds(self, t: Tensor) -> bool:
+        return (
+            t.shape == self.shape and t.dtype is self.dtype and t.is_cpu and t.is_contiguous(memory_format=self.order)
+        )
+
+    def empty(self) -> Tensor:
+        make = _channels_last if self.order is torch.channels_last else _contiguous
+        return make(self.shape, self.dtype)
+
+
+class Chain:
+    """Several layers and backward passes as one call; and their derivative, if they are linear layers on a few boxes.
+
+    Between two calls Python takes as long as the kernel of a small layer, and ten times as long when a large one has
+    filled the caches. ``steps`` name values by number; ``values`` says what each is, first of the ``given`` ones that
+    a call passes; ``taken`` are those that it returns.
     """
 
     def __init__(self, steps: list[Step], values: list[Kind], given: int, taken: list[int]) -> None:
         self._kinds, self._given, self._taken = values, values[:given], taken
         self._blank = [0] * (len(values) - given)
-        dtype = values[steps[0].mid][1]
+        same = list(range(len(values)))  # the value that is in the same memory
         rows = []
         for step in steps:
-            (batch, n), (_, m) = values[step.mid][0], values[step.out_mid][0]
-            numbers = (-1 if number is None else number for number in step[2:])
-            rows.append((step.backward, step.differentiable, batch, n, m, *numbers))
-        self._places, self._size = [0] * given, 0
-        for shape, kept_dtype in values[given:]:
-            self._places.append(self._size)
-            self._size += (math.prod(shape) * kept_dtype.itemsize + 63) // 64 * 64
-        self._chain = _module().Chain(dtype.itemsize, rows, self._places, self._size, given)
+            if step.kernel is Kernel.VIEW:
+                same[step.out_mid] = same[step.mid]
+            else:
+                numbers = (-1 if number is None else same[number] for number in step[3:10])
+                rows.append((step.kernel, step.backward, step.differentiable, *numbers, *step.shape))
+        itemsize = values[steps[0].mid].dtype.itemsize
+        self._chain = _module().Chain(itemsize, rows, [kind.bytes for kind in values], given)
+        self._places, self._size = self._chain.places, self._chain.size
 
     def addresses(self, tensors: Sequence[Tensor]) -> list[int] | None:
         """Where the given values lie; None if one is not what the kernels read."""
-        addresses = []
-        for t, (shape, dtype) in zip(tensors, self._given, strict=True):
-            if t.shape != shape or t.dtype is not dtype or not t.is_cpu or not t.is_contiguous():
-                return None
-            addresses.append(t.data_ptr())
-        return addresses
+        if all(kind.holds(t) for t, kind in zip(tensors, self._given, strict=True)):
+            return [t.data_ptr() for t in tensors]
+        return None
 
     def run(self, given: list[int]) -> list[Tensor]:
         """The values that are taken."""
@@ -359,19 +408,15 @@ class Chain:
         return results, block
 
     def _results(self, addresses: list[int]) -> list[Tensor]:
-        results = []
-        for number in self._taken:
-            shape, dtype = self._kinds[number]
-            result = torch.empty(shape, dtype=dtype, device=_CPU)
+        results = [self._kinds[number].empty() for number in self._taken]
+        for number, result in zip(self._taken, results, strict=True):
             addresses[number] = result.data_ptr()
-            results.append(result)
         return results
 
     def kept(self, block: Tensor, number: int) -> Tensor:
         """A value that is in the block."""
-        shape, dtype = self._kinds[number]
-        start = self._places[number]
-        return block[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+        kind, start = self._kinds[number], self._places[number]
+        return block[start : start + kind.bytes].view(kind.dtype).view(kind.shape)
 
     def adjoint(
         self, known: dict[int, Tensor], block: Tensor, grads: Sequence[Tensor | None], needs: Sequence[bool]
@@ -393,31 +438,37 @@ class Chain:
         found: list[Tensor | None] = [None] * len(needs)
         for number, needed in enumerate(needs):
             if needed:
-                shape, dtype = self._kinds[number]
-                found[number] = gradient = _contiguous(shape, dtype)
+                found[number] = gradient = self._kinds[number].empty()
                 wanted[number] = gradient.data_ptr()
         written = self._chain.adjoint(addresses, block.data_ptr(), given_grads, wanted)
         return [gradient if is_written else None for gradient, is_written in zip(found, written, strict=True)]
 
 
-class Step(NamedTuple):
-    """One operator of a chain. All but the first two are numbers of values; ``third`` is a bias, or ReLU′'s state."""
+def kernel_of(
+    mid: Tensor, rad: Tensor, weight: Tensor, third: Tensor | None, backward: bool, geometry: tuple[Any, ...]
+) -> tuple[Kernel, tuple[int, ...]] | None:
+    """Which kernel a chain runs for an affine operator without outward rounding, and its ``Step.shape``; None: none.
 
-    backward: bool
-    differentiable: bool
-    mid: int
-    rad: int
-    weight: int
-    third: int | None
-    out_mid: int
-    out_rad: int
-    state: int | None
-
-    def reads(self) -> list[int]:
-        return [number for number in (self.mid, self.rad, self.weight, self.third) if number is not None]
-
-
-Kind = tuple[tuple[int, ...], torch.dtype]
+    ``third``: a bias, or, backward, ReLU′'s state. ``geometry``: a convolution's input size, stride, padding, dilation
+    and groups; empty for a linear layer.
+    """
+    outputs = weight.shape[0]
+    if backward:
+        suits = third is None or (third.shape == state_size(mid) and third.dtype is torch.uint8)
+    else:
+        suits = third is None or _vector(third, mid, outputs)
+    if not suits or not supports(mid):
+        return None
+    if geometry:
+        size, stride, padding, dilation, groups = geometry
+        numbers = _geometry(mid, rad, weight, size, stride, padding, dilation, groups, backward)
+        return None if numbers is None else (Kernel.CONV2D, numbers)
+    summed = 0 if backward else 1
+    shape = (*mid.shape, weight.shape[1 - summed])
+    if few(mid, rad, weight, summed):
+        return Kernel.LINEAR, shape
+    many = weight.is_contiguous() and _several(mid, rad, weight, summed)
+    return (Kernel.LINEAR_MANY, shape) if many else None
 
 
 def _vector(t: Tensor, like: Tensor, size: int) -> bool:
@@ -439,7 +490,7 @@ def interval_conv2d(
     geometry = _geometry(mid, rad, weight, mid.shape, stride, padding, dilation, groups, False)
     if geometry is not None and (bias is None or _vector(bias, mid, weight.shape[0])):
         size = (geometry[0], geometry[4], geometry[5], geometry[6])
-        out_mid, out_rad = _channels_last(size, mid), _channels_last(size, mid)
+        out_mid, out_rad = _channels_last(size, mid.dtype), _channels_last(size, mid.dtype)
         fused = relu and _whole_bytes(geometry[4])
         state = _bits(out_mid) if fused else None
         widening = _widening(geometry, mid, rounding, False, bias)
@@ -475,7 +526,7 @@ def interval_conv2d_backward(
         mid, rad, state = *_relu_backward_into(mid, rad, state, None, rounding), None
     if geometry is not None:
         state = None if state is None else _bits_of(state, mid)
-        out_mid, out_rad = _channels_last(input_size, mid), _channels_last(input_size, mid)
+        out_mid, out_rad = _channels_last(input_size, mid.dtype), _channels_last(input_size, mid.dtype)
         widening = _widening(geometry, mid, rounding, True)
         done = _module().conv2d_backward(
             mid.element_size(), geometry, widening.numbers, mid.data_ptr(), rad.data_ptr(),
@@ -576,10 +627,10 @@ def _whole_bytes(channels: int) -> bool:
     return channels % 16 == 0 and _module().level() == "avx512"
 
 
-def _channels_last(size: Sequence[int], like: Tensor) -> Tensor:
+def _channels_last(size: Sequence[int], dtype: torch.dtype) -> Tensor:
     _, channels, height, width = size
     strides = (height * width * channels, 1, width * channels, channels)
-    return _empty(math.prod(size), size, strides, like.dtype)
+    return _empty(math.prod(size), size, strides, dtype)
 
 
 def _bits(mid: Tensor) -> Tensor:
@@ -831,7 +882,7 @@ def _module() -> ModuleType:
 
 def _like(mid: Tensor) -> Tensor:
     if memory_format(mid) is torch.channels_last:
-        return _channels_last(mid.shape, mid)
+        return _channels_last(mid.shape, mid.dtype)
     return torch.empty_like(mid, memory_format=memory_format(mid))
 
 

@@ -7,6 +7,7 @@
 // follow on every installation: torch.set_num_threads governs these kernels.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #ifdef _OPENMP
 #include <omp.h>
@@ -66,6 +67,16 @@ void parallel_team([[maybe_unused]] int threads, F f) {
 #endif
     f(0, 1);
 }
+
+// Hands out 0, 1, 2, … to a team, the next to whoever is free first: equal shares do not take equal times where others
+// run on the same cores. Who computes a unit must not matter to its result.
+class Tickets {
+  public:
+    std::int64_t next() { return next_.fetch_add(1, std::memory_order_relaxed); }
+
+  private:
+    std::atomic<std::int64_t> next_{0};
+};
 
 // Waits for the whole team of the parallel_team that the caller runs in.
 inline void team_barrier([[maybe_unused]] int team) {

@@ -44,6 +44,8 @@ struct Stages {
                           std::uint8_t* gate, bool outward);
     // `mid` may be null, for zeros.
     void (*gate)(std::int64_t n, const T* mid, const T* rad, const std::uint8_t* gate, T* out_mid, T* out_rad);
+    // Of `batch` matrices [rows, columns], one after the other: between the two memory orders of an image, for one.
+    void (*transpose)(std::int64_t batch, std::int64_t rows, std::int64_t columns, const T* from, T* to);
     // Element i belongs to channel (i / inner) % channels.
     void (*scale_shift)(std::int64_t n, std::int64_t channels, std::int64_t inner, const ScaleShift<T>& by,
                         const T* mid, const T* rad, T* out_mid, T* out_rad);
@@ -123,6 +125,8 @@ struct Stages {
     template <class T>                                  \
     void set_interval_matmul(Stages<T>& stages);        \
     template <class T>                                  \
+    void set_transpose(Stages<T>& stages);              \
+    template <class T>                                  \
     Stages<T> stages() {                                \
         Stages<T> table{};                              \
         set_interval_relu(table);                       \
@@ -134,6 +138,7 @@ struct Stages {
         set_interval_mul(table);                        \
         set_outward(table);                             \
         set_interval_matmul(table);                     \
+        set_transpose(table);                           \
         return table;                                   \
     }                                                   \
     }

@@ -1,0 +1,320 @@
+"""Affine operators of a bound program that follow one another, as one call of the native backend.
+
+Stands between ``fuse``, which makes these operators, and ``recompute``. Without gradients a chain takes linear layers,
+convolutions, their backward passes, and what flattens images between them; with gradients it takes linear layers on a
+few boxes, whose derivative is one call, too.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from pyxai_bounds import fuse, ops
+from pyxai_bounds.ops import native
+from pyxai_bounds.ops.layout import memory_format
+from pyxai_bounds.ops.native import Kernel, Kind, Step
+
+aten = torch.ops.aten
+
+_BACKWARD = {ops.interval_linear: False, ops.interval_linear_backward: True,
+             ops.interval_conv2d: False, ops.interval_conv2d_backward: True}  # fmt: skip
+_LINEAR = (ops.interval_linear, ops.interval_linear_backward)
+_RELU = {ops.interval_linear: 4, ops.interval_conv2d: 8}  # operator → position of its relu flag
+_VIEWS = (aten.clone.default, aten.reshape.default)
+
+
+class Chain:
+    """A function of the ``given`` tensors that returns the values ``taken``: see ``native.Chain``. Without gradients.
+
+    On another backend, or where a tensor is not as it was foreseen, each operator runs by itself.
+    """
+
+    __name__ = "chain"  # fx asks every function for its name
+
+    def __init__(self, steps: list[Step], values: list[Kind], given: int, taken: list[int]) -> None:
+        self.together = native.Chain(steps, values, given, taken)
+        self.steps, self.taken, self._kinds = steps, taken, values
+        alive = [step for step in steps if step.differentiable]
+        self.made = {number for step in alive for number in (step.out_mid, step.out_rad)}  # with a gradient
+        # What the derivative reads of the given values and of the results, and what it finds in the chain's own memory.
+        read = sorted({number for step in alive for number in (*step.reads(), step.state) if number is not None})
+        self.read_given = [number for number in read if number < given]
+        self.read_taken = [place for place, number in enumerate(taken) if number in read]
+        self.read_kept = [number for number in read if number >= given and number not in taken]
+        # Of each result, the given values that it depends on differentiably.
+        sources: dict[int | None, set[int]] = {number: {number} for number in range(given)}
+        for step in steps:
+            through = step.reads()[: 3 if step.backward else 4] if step.differentiable else []
+            for made in (step.out_mid, step.out_rad):
+                sources[made] = set().union(*(sources.get(number, set()) for number in through))
+        self.sources = [sources.get(number, set()) for number in taken]
+
+    def __call__(self, *tensors: Tensor) -> list[Tensor]:
+        addresses = self.addresses(tensors)
+        if addresses is not None:
+            return self.together.run(addresses)
+        values = dict(enumerate(tensors))
+        self.run_each(values, self.steps, ops.undispatched)
+        return [values[number] for number in self.taken]
+
+    def addresses(self, tensors: tuple[Tensor, ...]) -> list[int] | None:
+        """For ``together``, if it can run here; else None."""
+        return self.together.addresses(tensors) if ops.forced() in ("auto", "native") else None
+
+    def with_gradients(self, *tensors: Tensor) -> list[Tensor]:
+        """Each operator by itself, and recorded by autograd where it is differentiable."""
+        values = dict(enumerate(tensors))
+        for step in self.steps:
+            with torch.set_grad_enabled(step.differentiable):
+                self.run_each(values, [step], ops.recorded if step.differentiable else ops.undispatched)
+        return [values[number] for number in self.taken]
+
+    def run_each(self, values: dict[int, Tensor], steps: Iterable[Step], operators: dict[Any, Any]) -> None:
+        """Add the results of the steps to the values."""
+        for step in steps:
+            if step.kernel in (Kernel.TRANSPOSE, Kernel.VIEW):
+                values[step.out_mid] = values[step.mid].reshape(self._kinds[step.out_mid].shape)
+                continue
+            assert step.rad is not None and step.weight is not None and step.out_rad is not None
+            third = None if step.third is None else values[step.third]
+            box = values[step.mid], values[step.rad], values[step.weight], third
+            convolves = step.kernel is Kernel.CONV2D
+            if step.backward:
+                run = operators[ops.interval_conv2d_backward if convolves else ops.interval_linear_backward]
+                values[step.out_mid], values[step.out_rad] = run(*box, *step.rest)
+            else:
+                run = operators[ops.interval_conv2d if convolves else ops.interval_linear]
+                *out, state = run(*box, *step.rest, step.state is not None)
+                values[step.out_mid], values[step.out_rad] = out
+                if step.state is not None:
+                    values[step.state] = state
+
+
+def chain(graph: fx.Graph, grads: bool = False) -> None:
+    """Operators that need only one another, and what is given, become one call.
+
+    ``grads``: of a program with marks where it needs gradients, which is then marked anew. ``meta["val"]`` of all
+    inputs must be there.
+    """
+    alive = fuse.with_gradients(graph) if grads else set()
+    refused: set[fx.Node] = set()
+    while True:
+        runs = _runs(graph, alive, refused)
+        # A rearranged image has no layout that others could rely on.
+        seen = {node for run in runs for node in run.nodes if _is_view(node) and set(node.users) - run.nodes.keys()}
+        if not seen:
+            break
+        refused |= seen
+    runs = [run for run in runs if sum(not _is_view(node) for node in run.nodes) > 1]
+    if not runs:
+        return
+    for run in runs:
+        _replace(graph, run, alive)
+    if grads:
+        for mark in graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled):
+            graph.erase_node(mark)
+        fuse.mark_dead_gradients(graph)
+
+
+def _is_view(node: Any) -> bool:
+    return node.target in _VIEWS
+
+
+@dataclass
+class _Run:
+    """Operators in a row, and the nodes between them that can wait until all have run."""
+
+    nodes: dict[fx.Node, None] = field(default_factory=dict)
+    parts: set[fx.Node] = field(default_factory=set)  # their results
+    late: list[fx.Node] = field(default_factory=list)  # what needs one of them, in order
+    between: int = 0  # how many of these stand before the last operator
+    waiting: set[fx.Node] = field(default_factory=set)  # what computes something else with their results
+    keeps: bool | None = None  # for a derivative; None while it could do either
+
+    def takes(self, node: fx.Node, alive: set[fx.Node]) -> bool:
+        """May the node be the next?"""
+        if any(n in self.waiting for n in node.all_input_nodes):
+            return False
+        if _is_view(node):
+            return node.args[0] in self.parts and self.keeps is not True
+        keeps = _keeps(node, alive)
+        # A weight is given to a chain.
+        return node.args[2] not in self.parts and (keeps is None or self.keeps is None or keeps is self.keeps)
+
+    def add(self, node: fx.Node, alive: set[fx.Node]) -> None:
+        self.nodes[node] = None
+        self.between = len(self.late)
+        if _is_view(node):
+            self.parts.add(node)
+        if self.keeps is None:
+            self.keeps = False if _is_view(node) else _keeps(node, alive)
+
+
+def _keeps(node: fx.Node, alive: set[fx.Node]) -> bool | None:
+    if node in alive:
+        return True
+    taken = _kernel(node)
+    return None if taken is not None and taken[0] is Kernel.LINEAR else False
+
+
+def _runs(graph: fx.Graph, alive: set[fx.Node], refused: set[fx.Node]) -> list[_Run]:
+    runs = [_Run()]
+    for node in graph.nodes:
+        run = runs[-1]
+        if node not in refused and _suits(node, alive) and (run.takes(node, alive) or not _is_view(node)):
+            if not run.takes(node, alive):
+                run = _Run()
+                runs.append(run)
+            run.add(node, alive)
+        elif fuse.is_call(node, operator.getitem) and node.args[0] in run.nodes:
+            run.parts.add(node)
+            run.late.append(node)
+        elif any(n in run.waiting or n in run.parts for n in node.all_input_nodes):
+            run.waiting.add(node)
+            run.late.append(node)
+    return runs
+
+
+def _suits(node: fx.Node, alive: set[fx.Node]) -> bool:
+    """Is it an operator that a chain can take, or a rearrangement?"""
+    if node.op != "call_function":
+        return False
+    if _is_view(node):
+        dense = node.kwargs.get("memory_format", torch.contiguous_format) is torch.contiguous_format
+        return dense and node not in alive
+    if node.target not in _BACKWARD:
+        return False
+    kernel = _kernel(node)
+    return kernel is not None and (kernel[0] is Kernel.LINEAR or node not in alive)
+
+
+def _kernel(node: Any) -> tuple[Kernel, tuple[int, ...]] | None:
+    mid, rad, weight, third, *rest = node.args
+    backward = _BACKWARD[node.target]
+    if any(node.args[fuse.ROUNDING[node.target] :]) or not isinstance(weight, fx.Node):
+        return None  # with outward rounding, it is another operator
+    mid, rad, weight = (n.meta["val"] for n in (mid, rad, weight))
+    third = third.meta["val"] if isinstance(third, fx.Node) else None
+    if node.target in _LINEAR:
+        return native.kernel_of(mid, rad, weight, third, backward, ())
+    if not _is_dense(weight) or mid.dim() != 4:
+        return None
+    if _is_view(node.args[0]):  # a chain brings it into this order
+        mid, rad = (t.contiguous(memory_format=torch.channels_last) for t in (mid, rad))
+    geometry = rest[:5] if backward else (mid.shape, *rest[:4])
+    return native.kernel_of(mid, rad, weight, third, backward, tuple(geometry))
+
+
+def _is_dense(t: Tensor) -> bool:
+    return t.is_contiguous(memory_format=memory_format(t))
+
+
+def _replace(graph: fx.Graph, run: _Run, alive: set[fx.Node]) -> None:
+    """One call in place of a run."""
+    *_, last = run.nodes
+    after = last
+    for node in run.late[: run.between]:
+        after.append(node)
+        after = node
+    results = {part: (node, position) for node in run.nodes for position, part in _results(node).items()}
+    values = _Values(run, results)
+    for node in run.nodes:
+        values.add(node, node in alive)
+    taken = [part for part in results if any(user not in run.nodes for user in part.users)]
+    numbers = [values.numbers[part] for part in taken]
+    function = Chain(values.steps, values.kinds, len(values.given), numbers)
+    with graph.inserting_after(last):
+        call = graph.call_function(function, tuple(values.given))
+    call.meta["val"] = [part.meta["val"] for part in taken]
+    call.meta["differentiable"] = [values.given[number] for number in sorted(set().union(*function.sources))]
+    for position, part in enumerate(taken):
+        with graph.inserting_after(call):
+            result = graph.call_function(operator.getitem, (call, position))
+        result.meta = part.meta
+        part.replace_all_uses_with(result)
+    for node in reversed(run.nodes):
+        for part in list(node.users):
+            graph.erase_node(part)
+        graph.erase_node(node)
+
+
+def _results(node: fx.Node) -> dict[int, fx.Node]:
+    return {} if _is_view(node) else fuse.parts(node)
+
+
+class _Values:
+    """The values of a run, by number: what is given comes first."""
+
+    def __init__(self, run: _Run, results: dict[fx.Node, Any]) -> None:
+        inputs = (n for node in run.nodes for n in node.all_input_nodes)
+        self.given = list(dict.fromkeys(n for n in inputs if n not in results and n not in run.nodes))
+        self.kinds = [_kind(node.meta["val"]) for node in self.given]
+        self.numbers: dict[fx.Node, int] = {node: number for number, node in enumerate(self.given)}
+        self.steps: list[Step] = []
+        self._in_order: dict[tuple[int, torch.memory_format], int] = {}
+
+    def add(self, node: Any, differentiable: bool) -> None:
+        if _is_view(node):
+            source = self._ordered(self.numbers[node.args[0]], torch.contiguous_format)
+            self.numbers[node] = self._new(node.meta["val"].shape, self.kinds[source], torch.contiguous_format)
+            self._move(Kernel.VIEW, source, self.numbers[node], ())
+            return
+        taken = _kernel(node)
+        assert taken is not None
+        kernel, shape = taken
+        backward = _BACKWARD[node.target]
+        mid, rad, weight, third = (self.numbers[n] if isinstance(n, fx.Node) else None for n in node.args[:4])
+        assert mid is not None and rad is not None
+        order = torch.contiguous_format
+        if kernel is Kernel.CONV2D:
+            order = torch.channels_last
+            mid, rad = self._ordered(mid, order), self._ordered(rad, order)
+        outputs: list[int | None] = [None] * 3
+        made = node.meta["val"][: 3 if not backward and node.args[_RELU[node.target]] else 2]
+        for position, value in enumerate(made):
+            outputs[position] = len(self.kinds)
+            bits = (2, (made[0].numel() + 7) // 8, *((1,) if kernel is Kernel.CONV2D else ()))  # see ops/layout.py
+            if position < 2:
+                self.kinds.append(Kind(tuple(value.shape), value.dtype, order))
+            else:
+                self.kinds.append(Kind(bits, torch.uint8, torch.contiguous_format))
+        for position, part in _results(node).items():
+            if position < len(made):
+                self.numbers[part] = outputs[position]  # type: ignore[assignment]
+        rest = () if kernel is not Kernel.CONV2D else node.args[4 : 9 if backward else 8]
+        out_mid, out_rad, state = outputs
+        assert out_mid is not None
+        self.steps.append(
+            Step(kernel, backward, differentiable, mid, rad, weight, third, out_mid, out_rad, state, shape, rest)
+        )
+
+    def _ordered(self, number: int, order: torch.memory_format) -> int:
+        """The value of an image in a memory order."""
+        kind = self.kinds[number]
+        if kind.order is order:
+            return number
+        if (number, order) not in self._in_order:
+            batch, channels, height, width = kind.shape
+            sides = channels, height * width
+            self._in_order[number, order] = made = self._new(kind.shape, kind, order)
+            self._move(
+                Kernel.TRANSPOSE, number, made, (batch, *(sides if order is torch.channels_last else sides[::-1]))
+            )
+        return self._in_order[number, order]
+
+    def _new(self, shape: Iterable[int], like: Kind, order: torch.memory_format) -> int:
+        self.kinds.append(Kind(tuple(shape), like.dtype, order))
+        return len(self.kinds) - 1
+
+    def _move(self, kernel: Kernel, source: int, made: int, shape: tuple[int, ...]) -> None:
+        self.steps.append(Step(kernel, False, False, source, None, None, None, made, None, None, shape))
+
+
+def _kind(t: Tensor) -> Kind:
+    return Kind(tuple(t.shape), t.dtype, memory_format(t))

@@ -1,0 +1,281 @@
+"""Several operators as one native call give what they give one by one, and so do their derivatives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import pyxai_bounds as xb
+from pyxai_bounds import ops, recompute
+from pyxai_bounds.chain import Chain
+from pyxai_bounds.ops.native import Kernel, Kind, Step
+from tests.networks import images, mlp, residual
+
+pytestmark = pytest.mark.skipif(not ops.native.available(), reason="no native module")
+
+VECTORS = images(2, shape=(6,)) - 0.5
+
+
+class Hidden(nn.Module):
+    """Returns a hidden layer, too, and computes something that is not linear between its layers."""
+
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(a, b, bias) for a, b in ((6, 9), (9, 17), (17, 5), (5, 33), (33, 4)))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        a, b, c, d, e = self.layers
+        hidden = b(a(x).relu()).relu()
+        y = d(c(hidden).relu()).tanh()
+        return hidden, e(y), y.sum(1)
+
+
+NETWORKS = {
+    "logits": (mlp, 1),
+    "gradient": (lambda: xb.explain.gradient(mlp((6, 130, 70, 4))), 2),
+    "gradient of the loss": (lambda: xb.explain.gradient(mlp((6, 9, 7, 4)), of="loss"), 2),
+    "hidden": (Hidden, 1),
+    "hidden without bias": (lambda: Hidden(bias=False), 1),
+}
+
+
+def one_layer(mid: int, rad: int, weight: int) -> Chain:
+    """A linear layer [4, 4] on four boxes, of three given matrices."""
+    step = Step(Kernel.LINEAR, False, True, mid, rad, weight, None, 3, 4, None, (4, 4, 4))
+    return Chain([step], [Kind((4, 4), torch.float64, torch.contiguous_format)] * 5, 3, [3, 4])
+
+
+def chained_calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """A list that grows with every call of a chain: did the kernels take it?"""
+    calls: list[bool] = []
+    real = Chain.addresses
+
+    def counted(self: Chain, tensors: tuple[Tensor, ...]) -> list[int] | None:
+        found = real(self, tensors)
+        calls.append(found is not None)
+        return found
+
+    monkeypatch.setattr(Chain, "addresses", counted)
+    return calls
+
+
+def flat(results) -> list[Tensor]:
+    return [t for r in (results if isinstance(results, tuple) else (results,)) for t in (r.mid, r.rad)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("batch", [0, 1, 3, ops.native.FEW, ops.native.FEW + 1])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_chain_computes_what_its_operators_compute(
+    name: str, batch: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, arguments = NETWORKS[name]
+    fn = make()
+    (fn.model if arguments == 2 else fn).to(dtype)
+    target = torch.arange(batch) % 4
+    args = (xb.Interval.linf(images(batch, shape=(6,)).to(dtype) - 0.5, 0.1), target)[:arguments]
+    bounded, calls = xb.bound(fn), chained_calls(monkeypatch)
+    with torch.no_grad():
+        together = flat(bounded(*args))
+        by_operators = bounded.graph(*args)(args[0].mid, args[0].rad, *args[1:])
+    chains = len(calls)
+    with_gradients = flat(bounded(*args))
+    if batch <= ops.native.FEW:  # more boxes are chained without gradients alone, if their layers are large
+        assert chains and len(calls) == 2 * chains
+    assert all(calls)
+    assert all(torch.equal(a, b) for a, b in zip(together, by_operators, strict=True))
+    assert all(torch.equal(a, b.detach()) for a, b in zip(together, with_gradients, strict=True))
+    with torch.no_grad(), xb.backend("reference"):
+        plain = flat(bounded(*args))
+    tolerance = 1e-5 if dtype is torch.float32 else 1e-12
+    assert all(torch.allclose(a, b, tolerance, tolerance) for a, b in zip(plain, together, strict=True))
+
+
+@pytest.mark.parametrize("batch", [0, 1, 3])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_chain_differentiates_as_its_operators_do(name: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through every result by itself and through all, and once more: one node against one for each operator."""
+    make, arguments = NETWORKS[name]
+    fn = make()
+    model = (fn.model if arguments == 2 else fn).double()
+    box = xb.Interval.of(images(batch, shape=(6,)).sub(0.5).requires_grad_(), torch.full((batch, 6), 0.1).double())
+    args = (box, torch.arange(batch) % 4)[:arguments]
+    inputs = [box.mid, box.rad.requires_grad_(), *model.parameters()]
+    bounded, calls = xb.bound(fn), chained_calls(monkeypatch)
+    outcomes = []
+    for run in (lambda: flat(bounded(*args)), lambda: bounded.graph(*args)(box.mid, box.rad, *args[1:])):
+        found: list[Tensor | None] = []
+        count = len(run())
+        for chosen in (*([place] for place in range(count)), list(range(count))):
+            results = run()
+            total = sum(results[place].sin().sum() for place in chosen)
+            if not total.requires_grad:
+                continue
+            found += torch.autograd.grad(total, inputs, retain_graph=True, allow_unused=True)
+            first = torch.autograd.grad(total, inputs, create_graph=True, allow_unused=True)
+            found += first
+            penalty = sum(grad.square().sum() for grad in first if grad is not None)
+            if penalty.requires_grad:
+                found += torch.autograd.grad(penalty, inputs, allow_unused=True)
+        outcomes.append(found)
+    assert calls and all(calls) and len(outcomes[0]) == len(outcomes[1])
+    for a, b in zip(*outcomes, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or b is None or torch.allclose(a, b, rtol=1e-9, atol=1e-11, equal_nan=True)
+
+
+def test_one_weight_in_several_steps_of_a_chain() -> None:
+    """Its gradient, and that of a hidden layer that is returned as well, are sums of several parts."""
+    torch.manual_seed(0)
+    weight = torch.rand(6, 6, dtype=torch.float64, requires_grad=True)
+    bias = torch.rand(6, dtype=torch.float64, requires_grad=True)
+
+    def twice(x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = F.linear(x, weight, bias).relu()
+        return hidden, F.linear(F.linear(hidden, weight - 0.5, bias).relu(), weight - 0.5, bias)
+
+    box = xb.Interval.linf(VECTORS, 0.1)
+    bounded = xb.bound(twice)
+    outcomes = []
+    for results in (flat(bounded(box)), bounded.graph(box)(box.mid, box.rad)):
+        outcomes.append(torch.autograd.grad(sum(r.sin().sum() for r in results), [weight, bias]))
+    assert all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(*outcomes, strict=True))
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (0, 1)])
+@pytest.mark.parametrize("box", [(0, 0, 1), (0, 2, 0), (2, 0, 0)])
+def test_a_value_that_a_chain_reads_twice_in_one_step(box: tuple[int, int, int], wanted: tuple[int, ...]) -> None:
+    """Its gradient is a sum of parts, of which one may be missing: where midpoints have none, or are the weight."""
+    torch.manual_seed(0)
+    given = [torch.rand(4, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    chain = one_layer(*box)
+    used = [given[number] for number in sorted(set(box))]
+    found = []
+    for run in (recompute._recorded_chain(chain), chain.with_gradients):
+        results = run(*given)
+        found.append(torch.autograd.grad(sum(results[n].sin().sum() for n in wanted), used, materialize_grads=True))
+    assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(*found, strict=True))
+
+
+def test_a_chain_reads_saved_tensors_as_hooks_give_them_back() -> None:
+    torch.manual_seed(0)
+    given = [torch.rand(4, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    chain = one_layer(0, 1, 2)
+    found = []
+    for unpack in (lambda t: t, lambda t: t.t().contiguous().t() if t.dim() == 2 else t):  # in the other order
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+            results = recompute._recorded_chain(chain)(*given)
+        found.append(torch.autograd.grad(sum(r.sum() for r in results), given))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_chain_reads_only_what_its_kernels_can_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight that lies in memory in another order is captured anew, and is then no part of a chain."""
+    weight = torch.rand(9, 6, dtype=torch.float64)
+    weights = [weight, torch.rand(7, 9, dtype=torch.float64)]
+    bounded = xb.bound(lambda x: F.linear(F.linear(x, weights[0]).relu(), weights[1]))
+    box, calls = xb.Interval.linf(VECTORS, 0.1), chained_calls(monkeypatch)
+    with torch.no_grad():
+        before = bounded(box)
+        weight.set_(weight.t().contiguous().t())  # the same numbers in the other order
+        after = bounded(box)
+    assert calls == [True]
+    assert torch.allclose(before.mid, after.mid) and torch.allclose(before.rad, after.rad)
+
+
+# --- convolutions, without gradients --------------------------------------------------------------------------
+
+
+class Seen(nn.Module):
+    """Returns an image from between its convolutions, and one that is flattened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 32, 4, 2, 1), nn.Conv2d(32, 16, 3)
+        self.last = nn.Linear(64, 7)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        image = self.b(self.a(x).relu()).relu()
+        flat = self.c(image).relu().flatten(1)
+        return image, flat, self.last(flat)
+
+
+def convnet(channels: int = 16, pool: bool = False) -> nn.Sequential:
+    torch.manual_seed(0)
+    between = [nn.MaxPool2d(2), nn.Conv2d(channels, channels, 1)] if pool else [nn.Conv2d(channels, channels, 4, 2, 1)]
+    return nn.Sequential(
+        nn.Conv2d(3, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU(), *between, nn.ReLU(),
+        nn.Conv2d(channels, 32, 3, padding=1, bias=False), nn.ReLU(), nn.Flatten(),
+        nn.Linear(512, 48), nn.ReLU(), nn.Linear(48, 10),
+    ).eval()  # fmt: skip
+
+
+CONVNETS = {
+    "logits": lambda: convnet(),
+    "gradient": lambda: xb.explain.gradient(convnet()),
+    "few channels": lambda: xb.explain.gradient(convnet(channels=20)),
+    "pooled": lambda: xb.explain.gradient(convnet(pool=True)),
+    "residual": lambda: xb.explain.gradient(residual()),
+    "seen": Seen,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("batch", [0, 1, 3, 11])
+@pytest.mark.parametrize("name", CONVNETS)
+def test_a_chain_of_convolutions_computes_what_they_compute(
+    name: str, batch: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fn = CONVNETS[name]()
+    model = getattr(fn, "model", fn).to(dtype)
+    x = images(batch, shape=(3, 8, 8)).to(dtype).contiguous(memory_format=torch.channels_last)
+    args = (xb.Interval.linf(x, 0.02), *(() if fn is model else (torch.arange(batch) % 4,)))
+    bounded, calls = xb.bound(fn), chained_calls(monkeypatch)
+    with torch.no_grad():
+        together = flat(bounded(*args))
+        once_more = flat(bounded(*args))
+        by_operators = bounded.graph(*args)(args[0].mid, args[0].rad, *args[1:])
+    chains = len(calls) // 2
+    assert all(calls)
+    # The residual network has sums after each of its convolutions.
+    assert chains or batch == 0 or name == "residual" or not ops.native._has_tiles()
+    assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(together, by_operators, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(together, once_more, strict=True))
+    assert batch == 0 or not {t.data_ptr() for t in together} & {t.data_ptr() for t in once_more}
+    with_gradients = flat(bounded(*args))
+    assert all(calls)
+    assert all(torch.equal(a, b.detach()) for a, b in zip(together, with_gradients, strict=True))
+    with torch.no_grad(), xb.backend("reference"):
+        plain = flat(bounded(*args))
+    tolerance = 1e-5 if dtype is torch.float32 else 1e-12
+    assert all(torch.allclose(a, b, tolerance, tolerance) for a, b in zip(plain, together, strict=True))
+
+
+def test_what_is_certified_in_one_call_trains_as_its_operators_do() -> None:
+    """In training the forward pass alone is a chain; the bits that it leaves are read by operators with gradients."""
+    model = convnet().double()
+    x = images(3, shape=(3, 8, 8)).contiguous(memory_format=torch.channels_last)
+    args = (xb.Interval.linf(x, 0.02), torch.arange(3))
+    bounded = xb.bound(xb.explain.gradient(model))
+    gradients = []
+    for run in (lambda: bounded(*args).rad, lambda: bounded.graph(*args)(args[0].mid, args[0].rad, args[1])[1]):
+        gradients.append(torch.autograd.grad(run().square().sum(), list(model.parameters()), materialize_grads=True))
+    assert any(grad.abs().sum() > 0 for grad in gradients[0])
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(*gradients, strict=True))
+
+
+def test_images_in_another_order_run_by_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program is kept for one kind of argument, of which the order in memory is no part."""
+    x = images(3, shape=(3, 8, 8)).float()
+    bounded, target = xb.bound(xb.explain.gradient(convnet())), torch.arange(3)
+    results = []
+    with torch.no_grad():
+        for order in (torch.channels_last, torch.contiguous_format, torch.channels_last):
+            results.append(bounded(xb.Interval.linf(x.contiguous(memory_format=order), 0.02), target))
+    for other in results[1:]:
+        assert torch.allclose(other.mid, results[0].mid, atol=1e-6)
+        assert torch.allclose(other.rad, results[0].rad, atol=1e-6)
