@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from pyxai_bounds import fuse, ops
 from pyxai_bounds.ops import native
-from pyxai_bounds.ops.layout import memory_format
+from pyxai_bounds.ops.layout import memory_format, order_of
 from pyxai_bounds.ops.native import Kernel, Kind, Step
 
 aten = torch.ops.aten
@@ -205,7 +205,7 @@ def _kernel(node: Any) -> tuple[Kernel, tuple[int, ...]] | None:
         return native.kernel_of(mid, rad, weight, third, backward, ())
     if not _is_dense(weight) or mid.dim() != 4:
         return None
-    if _is_view(node.args[0]):  # a chain brings it into this order
+    if third is not None and backward and order_of(third) is torch.channels_last:  # which bits ask for
         mid, rad = (t.contiguous(memory_format=torch.channels_last) for t in (mid, rad))
     geometry = rest[:5] if backward else (mid.shape, *rest[:4])
     return native.kernel_of(mid, rad, weight, third, backward, tuple(geometry))

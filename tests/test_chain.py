@@ -220,6 +220,11 @@ CONVNETS = {
     "few channels": lambda: xb.explain.gradient(convnet(channels=20)),
     "pooled": lambda: xb.explain.gradient(convnet(pool=True)),
     "residual": lambda: xb.explain.gradient(residual()),
+    "flattened without ReLU": lambda: xb.explain.gradient(
+        nn.Sequential(
+            nn.ReLU(), nn.Conv2d(3, 16, 1, bias=False), nn.Flatten(), nn.Linear(1024, 5), nn.ReLU(), nn.Linear(5, 4)
+        )
+    ),
     "seen": Seen,
 }
 
