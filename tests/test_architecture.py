@@ -26,6 +26,7 @@ ORDER = [
     ["fuse"],
     ["chain"],
     ["recompute"],
+    ["interpreter"],
     ["program"],
     ["explain"],
     ["certify"],
