@@ -27,6 +27,7 @@ from pyxai_bounds import rounding as rd
 from pyxai_bounds.capture import Captured, capture, is_one_integer, retrace
 from pyxai_bounds.chain import chain
 from pyxai_bounds.errors import CaptureError
+from pyxai_bounds.identity import identity, is_dead, tensors_of, token, unwrap
 from pyxai_bounds.interpreter import SET, Interpreter
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.ops.replay import Recorder
@@ -34,7 +35,6 @@ from pyxai_bounds.parameters import ParameterBox
 from pyxai_bounds.recompute import checkpointed, direct
 from pyxai_bounds.rounding import Semantics
 from pyxai_bounds.rules.registry import Product, use_product
-from pyxai_bounds.watch import identity, is_dead, tensors_of, token, unwrap
 
 CACHE_SIZE = 128  # captures kept per function
 
