@@ -331,7 +331,6 @@ def _simplify(graph: fx.GraphModule) -> None:
     for node in list(graph.graph.nodes):
         if node.op != "call_function":
             continue
-        _write_anew(node)
         name = node.target.name() if isinstance(node.target, torch._ops.OpOverload) else ""
         base = name.split(".")[0]
         if base in _IDENTITIES or (base == "aten::_to_copy" and _same_kind(node)):
@@ -346,7 +345,8 @@ def _simplify(graph: fx.GraphModule) -> None:
             node.replace_all_uses_with(same)
         elif name in _CONSTANT_LIKE:
             _make_constant(graph.graph, node)
-    remove_unused(graph)
+    remove_unused(graph.graph)
+    graph.recompile()
 
 
 def _write_anew(node: fx.Node) -> None:
@@ -405,12 +405,11 @@ def _make_constant(graph: fx.Graph, node: fx.Node) -> None:
     node.replace_all_uses_with(constant)
 
 
-def remove_unused(graph: fx.GraphModule) -> None:
+def remove_unused(graph: fx.Graph) -> None:
     """Drop every node without users; a functional graph has no side effects to keep."""
-    for node in reversed(list(graph.graph.nodes)):
+    for node in reversed(list(graph.nodes)):
         if not node.users and node.op not in ("placeholder", "output"):
-            graph.graph.erase_node(node)
-    graph.recompile()
+            graph.erase_node(node)
 
 
 def _same_kind(node: fx.Node) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyxai_bounds import ops
-from pyxai_bounds.watch import unwrap
+from pyxai_bounds.identity import unwrap
 
 Of = Literal["logit", "probability", "loss"]
 

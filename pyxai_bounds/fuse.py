@@ -38,7 +38,7 @@ def optimise(graph: fx.GraphModule) -> None:
         _reshape_instead_of_view,
     ):
         simplify(graph)
-        remove_unused(graph)  # what a pass leaves behind would look like a second user to the next
+        remove_unused(graph.graph)  # what a pass leaves behind would look like a second user to the next
     mark_dead_gradients(graph.graph)
     graph.recompile()
 

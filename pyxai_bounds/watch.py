@@ -1,16 +1,13 @@
-"""What a function depends on besides its arguments: whether it is still what was captured, and how to put it back.
+"""The modules that a function calls: whether they are still what was captured, and how to put them back after tracing.
 
 A captured graph is true as long as the function, the objects it refers to and the modules it calls stay what they were,
-tensor *values* apart, which are live. ``capture`` uses this while tracing, ``program`` to key its cache.
+tensor *values* apart, which are live.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import functools
-import operator
-import os
 import threading
 import types
 import weakref
@@ -19,230 +16,26 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from pyxai_bounds.identity import (
+    CONTAINERS,
+    MANY,
+    PRIMITIVES,
+    Same,
+    held_tensors,
+    in_reach,
+    layout_of,
+    referents,
+    token,
+)
 from pyxai_bounds.ops import native
 
-_PRIMITIVES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout)
-_CONTAINERS = (list, tuple, set, frozenset, deque)
-# What has parts rather than attributes.
-_TRANSPARENT = (types.FunctionType, types.MethodType, functools.partial, dict, *_CONTAINERS)
-_LIBRARIES = (os.path.dirname(torch.__file__), os.path.dirname(__file__), os.path.dirname(os.__file__))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_MANY = 1000  # elements or objects that are looked at, at most: a closure over a data set must not cost seconds
-_DEPTH = 5
 
 
-def unwrap(fn: Callable) -> Callable:
-    """The function or module behind DataParallel, DistributedDataParallel and ``torch.compile``."""
-    while True:
-        if isinstance(fn, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            fn = fn.module
-        elif isinstance(fn, nn.Module) and "_orig_mod" in fn._modules:
-            fn = fn._modules["_orig_mod"]  # type: ignore[assignment]
-        elif hasattr(fn, "_torchdynamo_orig_callable"):
-            fn = fn._torchdynamo_orig_callable
-        else:
-            return fn
-
-
-# --- what a function refers to -------------------------------------------------------------------------------
-
-
-def _names(code: types.CodeType) -> Iterator[str]:
-    """The global names that a function uses, functions defined inside it included."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names(constant)
-
-
-def _referents(value: Any) -> list[tuple[Any, Any]]:
-    """The objects one step away, each with the name or position that it has there."""
-    if isinstance(value, (*_PRIMITIVES, Tensor, type, types.ModuleType, types.BuiltinFunctionType)):
-        return []
-    if isinstance(value, types.FunctionType):
-        found: list[tuple[Any, Any]] = [
-            (i, cell.cell_contents) for i, cell in enumerate(value.__closure__ or ()) if _is_set(cell)
-        ]
-        found += enumerate(value.__defaults__ or ())
-        found += (value.__kwdefaults__ or {}).items()
-        file = value.__code__.co_filename
-        if file.startswith(_LIBRARIES) or "site-packages" in file:
-            return found  # a library's globals are its own affair
-        scope = value.__globals__
-        return found + [(name, scope[name]) for name in dict.fromkeys(_names(value.__code__)) if name in scope]
-    if isinstance(value, types.MethodType):
-        return [("self", value.__self__), ("function", value.__func__)]
-    if isinstance(value, functools.partial):
-        return [("function", value.func), ("args", value.args), ("keywords", value.keywords)]
-    if isinstance(value, dict):
-        return list(value.items()) if len(value) <= _MANY else []
-    if isinstance(value, _CONTAINERS):
-        return list(enumerate(value)) if len(value) <= _MANY else []
-    return list(getattr(value, "__dict__", {}).items())
-
-
-def _is_set(cell: Any) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True
-
-
-def _in_reach(fn: Any) -> list[Any]:
-    """Everything that a function refers to, directly or through a few steps."""
-    seen: dict[int, Any] = {}
-    level = [fn]
-    for _ in range(_DEPTH):
-        level = [value for value in level if id(value) not in seen and not isinstance(value, _PRIMITIVES)]
-        seen.update((id(value), value) for value in level)
-        if len(seen) > _MANY:
-            break
-        level = [other for value in level for other in _neighbours(value)]
-    return list(seen.values())
-
-
-def _neighbours(value: Any) -> Iterable[Any]:
-    if isinstance(value, nn.Module):  # however deep it is
-        return [*value.modules(), *(other for other in value.__dict__.values() if not isinstance(other, dict))]
-    return [other for _, other in _referents(value)]
-
-
-def modules_of(fn: Any) -> list[nn.Module]:
-    """A module and all that it holds, or all modules that a function refers to."""
-    if isinstance(fn, nn.Module):
-        return list(fn.modules())
-    found = (module for value in _in_reach(fn) if isinstance(value, nn.Module) for module in value.modules())
-    return list(dict.fromkeys(found))
-
-
-def tensors_of(fn: Any) -> Iterator[Tensor]:
-    """The parameters and buffers of all modules that a function refers to."""
-    for value in _in_reach(fn):
-        if isinstance(value, nn.Module):
-            yield from _tensors(value)
-
-
-# --- is it the same function? --------------------------------------------------------------------------------
-
-
-class _Same:
-    """Compares an object by identity, without keeping it alive where that can be."""
-
-    __slots__ = ("_id", "_ref")
-
-    def __init__(self, value: Any) -> None:
-        self._id = id(value)
-        try:
-            self._ref: Callable[[], Any] = weakref.ref(value)
-        except TypeError:
-            self._ref = lambda: value
-
-    def __hash__(self) -> int:
-        return self._id
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self._id == other._id and self._ref() is other._ref() is not None
-
-    def is_dead(self) -> bool:
-        return self._ref() is None
-
-
-_names_in: weakref.WeakKeyDictionary[Any, dict[tuple, frozenset[str]]] = weakref.WeakKeyDictionary()
-
-
-def _names_used(fn: Any) -> frozenset[str]:
-    """Every name that the function's code mentions, or that of a function or method which it mentions.
-
-    Of an object only attributes with such a name can matter: a trainer's step counter does not change its model.
-    """
-    code = getattr(getattr(fn, "__func__", fn), "__code__", type(fn))
-    known = _names_in.setdefault(code, {})
-    kinds = tuple(type(value) for _, value in _referents(fn))  # one code may run on objects of several classes
-    if kinds not in known:
-        pending: list[types.CodeType] = []
-        methods: dict[str, list[types.CodeType]] = {}
-        for value in _in_reach(fn):
-            if isinstance(value, types.FunctionType):
-                pending.append(value.__code__)
-            elif not isinstance(value, (nn.Module, Tensor, type, types.ModuleType)):
-                for kind in type(value).__mro__:
-                    for name, member in vars(kind).items():
-                        member = getattr(member, "fget", getattr(member, "__func__", member))
-                        if isinstance(member, types.FunctionType):
-                            methods.setdefault(name, []).append(member.__code__)
-        names = {"__call__"}
-        pending += methods.get("__call__", [])
-        while pending:
-            for name in set(_names(pending.pop())) - names:
-                names.add(name)
-                pending += methods.get(name, [])
-        known[kinds] = frozenset(names)
-    return known[kinds]
-
-
-def token(
-    value: Any, depth: int = _DEPTH, budget: list[None] | None = None, names: frozenset[str] | None = None
-) -> Any:
-    """Equal for what computes the same: identity of tensors, modules and objects, value of everything plain.
-
-    Objects are followed for a few steps, so that an option changed in place, or a helper's global rebound, is noticed.
-    ``budget`` is a list that loses one element for every object followed; when it is empty identity has to do. With
-    ``names`` only attributes of these names count.
-    """
-    budget = [None] * _MANY if budget is None else budget
-    if isinstance(value, _PRIMITIVES):
-        return type(value), repr(value) if isinstance(value, (float, complex)) else value  # 0.0 is not -0.0
-    if isinstance(value, slice):
-        return slice, token((value.start, value.stop, value.step))
-    if isinstance(value, Tensor):
-        return _Same(value), *_layout_of(value)
-    if isinstance(value, np.ndarray) and value.size <= _MANY:
-        return _Same(value), value.dtype, value.shape, value.tobytes()
-    if depth == 0 or not budget or isinstance(value, nn.Module):  # modules have their own watch
-        return _Same(value)
-    budget.pop()
-    referents = _referents(value)
-    if names is not None and not isinstance(value, _TRANSPARENT):
-        referents = [(name, v) for name, v in referents if name in names]
-    parts = tuple((token(name, 1), token(v, depth - 1, budget, names)) for name, v in referents)
-    if isinstance(value, (dict, *_CONTAINERS)) and len(value) <= _MANY:
-        return type(value), parts
-    if isinstance(value, types.FunctionType):
-        return _Same(value.__code__), parts
-    if isinstance(value, (types.MethodType, functools.partial)):
-        return type(value), parts
-    return _Same(value), parts
-
-
-def is_dead(key: Any) -> bool:
-    """Does a token hold an object that is gone?"""
-    if isinstance(key, tuple):
-        return any(is_dead(part) for part in key)
-    return isinstance(key, _Same) and key.is_dead()
-
-
-def identity(fn: Any) -> tuple[Any, Any]:
-    """An object that lives about as long as the function, and what tells the function from others that share it."""
-    if hasattr(type(fn), "__bound_key__"):  # an explanation: its model and its options
-        model, options = fn.__bound_key__()
-        anchor, key = identity(model)
-        return anchor, (key, options)
-    if isinstance(fn, nn.Module):
-        return fn, None
-    key = token(fn, names=_names_used(fn))
-    if isinstance(fn, types.FunctionType):
-        return fn.__code__, key
-    if isinstance(fn, types.MethodType):
-        return fn.__self__, key
-    return fn, key
-
-
-# --- are the modules what they were? -------------------------------------------------------------------------
+# --- are the modules what they were? ------------------------------------------------------------------------
 
 
 class ModuleWatch:
@@ -267,7 +60,7 @@ class ModuleWatch:
         for watched in self._seen.values():
             module = watched.reference()
             if module is not None:
-                yield from _tensors(module)
+                yield from held_tensors(module)
 
     def unchanged(self) -> bool:
         """Is every module what it was? What has been compared once is recognised by a look at its identities."""
@@ -297,8 +90,8 @@ class _Glance:
         self._references = [one.reference for one in watched]
         modules = [reference() for reference in self._references]
         self._snapshot = native.snapshot(modules)
-        self._tensors = [t for module in modules if module is not None for t in _tensors(module)]
-        self._layouts = [_layout_of(t) for t in self._tensors]
+        self.held_tensors = [t for module in modules if module is not None for t in held_tensors(module)]
+        self._layouts = [layout_of(t) for t in self.held_tensors]
         self._others = [other for one in watched for other in one.others()]
         self._containers = [
             (one.reference, name, before) for one in watched for name, before in one.containers_to_compare()
@@ -307,7 +100,7 @@ class _Glance:
     def holds(self) -> bool:
         return (
             self._snapshot.holds([reference() for reference in self._references])
-            and [_layout_of(t) for t in self._tensors] == self._layouts
+            and [layout_of(t) for t in self.held_tensors] == self._layouts
             and not any(other.is_dead() for other in self._others)
             and all(token(vars(reference()).get(name), 2) == before for reference, name, before in self._containers)
         )
@@ -323,16 +116,16 @@ class _Watched:
         self._names = list(attributes)
         self._ids = list(map(id, attributes.values()))
         # An id is a proof of identity only while its object lives: plain values are kept, others are watched.
-        self._kept = [value for value in attributes.values() if isinstance(value, (*_PRIMITIVES, dict, *_CONTAINERS))]
+        self._kept = [value for value in attributes.values() if isinstance(value, (*PRIMITIVES, dict, *CONTAINERS))]
         self._others = {
-            name: _Same(value)
+            name: Same(value)
             for name, value in attributes.items()
-            if not isinstance(value, (*_PRIMITIVES, dict, *_CONTAINERS))
+            if not isinstance(value, (*PRIMITIVES, dict, *CONTAINERS))
         }
         self._containers = {
             name: token(value, 2)
             for name, value in attributes.items()
-            if (isinstance(value, (dict, *_CONTAINERS)) and not _is_internal(name)) or isinstance(value, np.ndarray)
+            if (isinstance(value, (dict, *CONTAINERS)) and not _is_internal(name)) or isinstance(value, np.ndarray)
         }
         self._children = _children(module)
         self._layout = _layout(module)
@@ -351,7 +144,7 @@ class _Watched:
             if name not in attributes or token(attributes[name], 2) != before:
                 del self._containers[name]
 
-    def others(self) -> Iterable[_Same]:
+    def others(self) -> Iterable[Same]:
         """The attributes that are neither plain values nor containers."""
         return self._others.values()
 
@@ -390,8 +183,8 @@ def _is_internal(name: str) -> bool:
 def _is_flat(value: Any) -> bool:
     """Is it a container that ``native.snapshot`` sees, of nothing but plain values?"""
     if type(value) is dict:
-        return all(type(v) in _PRIMITIVES for entry in value.items() for v in entry)
-    return type(value) in (tuple, list) and len(value) <= _MANY and all(type(v) in _PRIMITIVES for v in value)
+        return all(type(v) in PRIMITIVES for entry in value.items() for v in entry)
+    return type(value) in (tuple, list) and len(value) <= MANY and all(type(v) in PRIMITIVES for v in value)
 
 
 def _children(module: nn.Module) -> list[tuple[str, int]]:
@@ -400,40 +193,29 @@ def _children(module: nn.Module) -> list[tuple[str, int]]:
     return [(name, id(child)) for name, child in module._modules.items()]  # each is watched itself
 
 
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
-
-
 def _layout(module: nn.Module) -> list[tuple]:
     if not module._parameters and not module._buffers:
         return []
-    return [(id(t), *_layout_of(t)) for t in _tensors(module)]
-
-
-def _layout_of(t: Tensor) -> tuple:
-    return *_of_tensor(t), t.stride() if t.layout is torch.strided else None
-
-
-_of_tensor = operator.attrgetter("dtype", "device", "shape", "requires_grad")
+    return [(id(t), *layout_of(t)) for t in held_tensors(module)]
 
 
 _GLOBAL_HOOKS = [getattr(nn.modules.module, f"_global{name}") for name in _HOOKS]
 
 
-def _global_hooks() -> list[_Same]:
+def _global_hooks() -> list[Same]:
     """The hooks of all modules, but for the one that ``preserved`` sets."""
     if not any(_GLOBAL_HOOKS):
         return []
     hooks = [hook for known in _GLOBAL_HOOKS for hook in known.copy().values()]
-    return [_Same(hook) for hook in hooks if getattr(hook, "__module__", None) != __name__]
+    return [Same(hook) for hook in hooks if getattr(hook, "__module__", None) != __name__]
 
 
-def _hooks(module: nn.Module) -> list[_Same]:
+def _hooks(module: nn.Module) -> list[Same]:
     attributes = module.__dict__
     if not any(map(attributes.__getitem__, _HOOKS)):
         return []
     # Not ids alone: a hook that takes the place of another is, as a rule, made at its address.
-    return [_Same(hook) for name in _HOOKS for hook in attributes[name].values()]
+    return [Same(hook) for name in _HOOKS for hook in attributes[name].values()]
 
 
 # --- put back what tracing changed ---------------------------------------------------------------------------
@@ -452,7 +234,7 @@ class Saved:
         if isinstance(value, Tensor):
             self._save_grad(value)
         elif isinstance(value, nn.Module):
-            for tensor in _tensors(value):
+            for tensor in held_tensors(value):
                 self._save_grad(tensor)
             self._save_attributes(value)
         elif hasattr(value, "__dict__") and not isinstance(value, (type, types.ModuleType, types.FunctionType)):
@@ -495,16 +277,16 @@ def _holds_fake(value: Any, depth: int = 2) -> bool:
         return True
     return (
         depth > 0
-        and isinstance(value, (dict, *_CONTAINERS))
-        and any(_holds_fake(v, depth - 1) for _, v in _referents(value))
+        and isinstance(value, (dict, *CONTAINERS))
+        and any(_holds_fake(v, depth - 1) for _, v in referents(value))
     )
 
 
 def _elements(value: Any, depth: int = 2) -> Any:
     """A copy of a container that tracing may fill, and of the containers in it."""
-    if not isinstance(value, (list, dict, set, deque)) or len(value) > _MANY:
+    if not isinstance(value, (list, dict, set, deque)) or len(value) > MANY:
         return None
-    inner = [(v, _elements(v, depth - 1)) for _, v in _referents(value)] if depth else []
+    inner = [(v, _elements(v, depth - 1)) for _, v in referents(value)] if depth else []
     return copy.copy(value), inner
 
 
@@ -540,7 +322,7 @@ def preserved(
                 watch.add(part, hooks=False)
                 saved.save(part)
 
-    for value in _in_reach(fn):
+    for value in in_reach(fn):
         if isinstance(value, nn.Module):
             watch.add(value, hooks=True)
         saved.save(value)

@@ -88,22 +88,18 @@ class Unrolled(nn.Module):
         return self.head(h)
 
 
-class Attention(nn.Module):
-    """Self-attention, optionally causal, as it is written by hand around the fused function."""
+class CausalAttention(nn.Module):
+    """Self-attention as it is written by hand around the fused function."""
 
-    def __init__(self, causal: bool, width: int = 6, heads: int = 2) -> None:
+    def __init__(self, width: int = 6, heads: int = 2) -> None:
         super().__init__()
-        self.qkv, self.heads, self.causal = nn.Linear(width, 3 * width), heads, causal
+        self.qkv, self.heads = nn.Linear(width, 3 * width), heads
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
         q, k, v = self.qkv(x).reshape(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return out.transpose(1, 2).reshape(batch, length, width)
-
-
-def encoder(**options: object) -> nn.Module:
-    return Sequence(nn.TransformerEncoderLayer(6, 2, 10, batch_first=True, **options))  # type: ignore[arg-type]
 
 
 def on_images(*layers: nn.Module, features: int) -> nn.Module:
@@ -117,10 +113,8 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
     "instance norm": (lambda: on_images(nn.InstanceNorm2d(6, affine=True), nn.ReLU(), features=216), True),
     "PReLU and Mish": (lambda: on_images(nn.PReLU(6), nn.Conv2d(6, 3, 3), nn.Mish(), features=48), True),
     "gated linear unit": (lambda: on_images(nn.GLU(1), nn.LogSigmoid(), features=108), True),
-    "encoder layer": (encoder, False),
-    "encoder layer, norm first, GELU": (lambda: encoder(norm_first=True, activation="gelu"), False),
-    "multi-head attention": (lambda: Sequence(Attention(causal=False)), False),
-    "causal attention": (lambda: Sequence(Attention(causal=True)), False),
+    "encoder layer": (lambda: Sequence(nn.TransformerEncoderLayer(6, 2, 10, batch_first=True)), False),
+    "causal attention": (lambda: Sequence(CausalAttention()), False),
     "vision transformer": (VisionTransformer, True),
     "ConvNeXt": (ConvNeXt, True),
     "LSTM": (lambda: Sequence(nn.LSTM(6, 5, batch_first=True), 5), False),

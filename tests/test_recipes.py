@@ -14,8 +14,8 @@ from pyxai_bounds import data
 def few():
     whole = data.load("digits-parity")
     return dataclasses.replace(
-        whole, train_x=whole.train_x[:200], train_y=whole.train_y[:200],
-        test_x=whole.test_x[:60], test_y=whole.test_y[:60],
+        whole, train_x=whole.train_x[:100], train_y=whole.train_y[:100],
+        test_x=whole.test_x[:30], test_y=whole.test_y[:30],
     )  # fmt: skip
 
 
@@ -30,7 +30,7 @@ def test_a_short_run_measures_and_repeats(name, few, one_thread, tmp_path):
     assert found["accuracy"] == round(right.double().mean().item(), 4)
     assert 0 <= found["certified_02"] <= found["certified_01"] <= 1
     assert len(found["unstable_by_layer"]) == len(found["switching_by_layer"]) >= 6
-    assert 1 <= found["top_sets"] <= 60
+    assert 1 <= found["top_sets"] <= 30
     row = dict.fromkeys(recipes.COLUMNS, "") | found
     for _ in range(2):
         recipes.append(tmp_path / "recipes.csv", row)

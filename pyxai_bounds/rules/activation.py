@@ -19,10 +19,12 @@ from pyxai_bounds.rules.elementwise import clamp, clamp_max
 from pyxai_bounds.rules.logic import gt, where
 from pyxai_bounds.rules.registry import (
     Value,
+    as_set,
     between,
     enclose,
     ends,
     evaluated,
+    filled,
     mid_of,
     monotone,
     multiply,
@@ -90,7 +92,7 @@ def leaky_relu_backward(grad: Value, x: Value, negative_slope: float, self_is_re
 def prelu(x: Value, weight: Value) -> Interval:
     """Below 0 the slope is ``weight``, of any sign; where that is a set, the two sides are summed: one of them is 0."""
     if isinstance(weight, Interval):
-        x = x if isinstance(x, Interval) else singleton(x)
+        x = as_set(x)
         return plus(relu(x), multiply(clamp_max(x, 0.0), weight))
     assert isinstance(x, Interval)
     return range_of(lambda t: aten._prelu_kernel(t, weight), x, [(0.0, 0.0)], ulps=1)
@@ -153,9 +155,7 @@ def _shrunk(function: Callable[[Tensor, float], Tensor], x: Interval, lambd: flo
     least, greatest = torch.minimum(*values[0]), torch.maximum(*values[1])
     if not ulps:
         return between(least, greatest)
-    out = enclose(least, greatest, ulps)
-    zero = (least == 0) & (greatest == 0)
-    return Interval.of(torch.where(zero, 0.0, out.mid), torch.where(zero, 0.0, out.rad))
+    return filled(enclose(least, greatest, ulps), (least == 0) & (greatest == 0))
 
 
 @rule(aten.hardshrink_backward.default, aten.softshrink_backward.default, ulps=0)
@@ -269,7 +269,7 @@ def glu(x: Interval, dim: int = -1) -> Interval:
 @rule(aten.glu_backward.default, ulps=4)
 def glu_backward(grad: Value, x: Value, dim: int) -> Interval:
     """grad·σ(b), and grad·a·σ′(b)."""
-    a, b = _halves(x if isinstance(x, Interval) else singleton(x), dim)
+    a, b = _halves(as_set(x), dim)
     s = evaluated(sigmoid(b), 8)
     slope = _times_slope(a, s, lambda y: y * (1 - y), [(0.5, 0.25)], ulps=4, absolute=4)
     parts = multiply(grad, s), multiply(grad, slope)
@@ -406,7 +406,7 @@ def _times_slope(
     """The gradient times φ′, which is computed to within ``ulps`` u of itself plus ``absolute`` u plus ``height``."""
     if not outward():
         return multiply(grad, range_of(slope, x, critical, ulps=0) if isinstance(x, Interval) else slope(x))
-    x = x if isinstance(x, Interval) else singleton(x)
+    x = as_set(x)
     factor = range_of(slope, x, critical, ulps=ulps, absolute=absolute + height / rd.unit(x.dtype))
     float32 = rd.unit(torch.float32)
     return multiply(grad, evaluated(factor, min(ulps, 128), absolute + height / float32))

@@ -13,6 +13,7 @@ from pyxai_bounds.interval import Interval
 from pyxai_bounds.rules import facts
 from pyxai_bounds.rules.registry import (
     Value,
+    as_set,
     bilinear,
     ends,
     exact_bilinear,
@@ -88,7 +89,7 @@ def trilinear(
     """Σ a·b·c, nn.Bilinear's and its gradients': products of points first, so that a set meets one coefficient."""
     factors = []
     for factor, dims in ((a, expand_a), (b, expand_b), (c, expand_c)):
-        box = factor if isinstance(factor, Interval) else singleton(factor)
+        box = as_set(factor)
         parts = [box.mid, box.rad]
         for dim in dims:
             parts = [part.unsqueeze(dim) for part in parts]

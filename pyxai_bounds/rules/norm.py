@@ -16,6 +16,7 @@ from pyxai_bounds.rules.registry import (
     Rule,
     UnsupportedArgumentsError,
     Value,
+    as_set,
     enclose,
     evaluated,
     in_float64,
@@ -91,8 +92,7 @@ def native_batch_norm(
         normal = _scale_shift(x, inverse, minus(0.0, offset) if isinstance(offset, Interval) else -offset)
         out = multiply(normal, _per_channel(weight, len(x.shape)))
         if bias is not None:
-            box = bias if isinstance(bias, Interval) else singleton(bias)
-            out = plus(out, _per_channel(box, len(x.shape)))
+            out = plus(out, _per_channel(as_set(bias), len(x.shape)))
     else:
         scale, offset = _times(inverse, exact(weight)), _times(offset, exact(weight))
         if isinstance(offset, Interval) or isinstance(bias, Interval):

@@ -18,6 +18,7 @@ from pyxai_bounds.rules.registry import (
     Indices,
     UnsupportedArgumentsError,
     Value,
+    as_set,
     between,
     ends,
     linear_map,
@@ -28,7 +29,6 @@ from pyxai_bounds.rules.registry import (
     positive_linear,
     rad_of,
     rule,
-    singleton,
 )
 
 aten = torch.ops.aten
@@ -181,7 +181,7 @@ def max_pool3d_backward(grad: Value, x: Value, *geometry: Any) -> Interval:
     *geometry, indices = geometry  # type: ignore[assignment]
     if not isinstance(x, Interval):
         backward = aten.max_pool3d_with_indices_backward
-        return linear_map(lambda t: backward(t, x, *geometry, indices), _as_set(grad), math.prod(_many(geometry[0], 3)))
+        return linear_map(lambda t: backward(t, x, *geometry, indices), as_set(grad), math.prod(_many(geometry[0], 3)))
     return _to_first_maxima(grad, x, _places(x, grad.shape, 3, *geometry)())
 
 
@@ -209,7 +209,7 @@ def adaptive_max_pool3d_backward(grad: Value, x: Value, indices: Any) -> Interva
 
 def _adaptive_backward(backward: Any, grad: Value, x: Value, indices: Any, dims: int) -> Interval:
     if not isinstance(x, Interval):
-        return linear_map(lambda t: backward(t, x, indices), _as_set(grad), grad.shape[-dims:].numel())
+        return linear_map(lambda t: backward(t, x, indices), as_set(grad), grad.shape[-dims:].numel())
     return _to_first_maxima(grad, x, _adaptive_places(x, grad.shape[-dims:]))
 
 
@@ -265,10 +265,6 @@ def _unpool(function: Callable[[Tensor], Tensor], x: Value, indices: Any, size: 
         return start.scatter_reduce(1, index, chosen, reduce)[:, : places.whole].reshape(shape)
 
     return between(hull(lower, math.inf, "amin"), hull(upper, -math.inf, "amax"))
-
-
-def _as_set(x: Value) -> Interval:
-    return x if isinstance(x, Interval) else singleton(x)
 
 
 def _many(values: list[int] | int, dims: int) -> list[int]:

@@ -10,14 +10,17 @@ from torch import Tensor
 
 from pyxai_bounds import rounding as rd
 from pyxai_bounds.interval import Interval
-from pyxai_bounds.rules.elementwise import pow_, reciprocal, square
+from pyxai_bounds.rules.elementwise import reciprocal, square
+from pyxai_bounds.rules.functions import pow_
 from pyxai_bounds.rules.logic import ne
 from pyxai_bounds.rules.registry import (
     UnsupportedArgumentsError,
     Value,
+    as_set,
     between,
     ends,
     evaluated,
+    increasing,
     monotone,
     multiply,
     outward,
@@ -48,24 +51,8 @@ positive_linear(
 )
 
 
-@rule(aten.amax.default, precision="exact")
-def amax(x: Interval, *args: Any) -> Interval:
-    return monotone(lambda t: aten.amax(t, *args), x, ulps=0)
-
-
-@rule(aten.amin.default, precision="exact")
-def amin(x: Interval, *args: Any) -> Interval:
-    return monotone(lambda t: aten.amin(t, *args), x, ulps=0)
-
-
-@rule(aten.max.default, precision="exact")
-def max_of_all(x: Interval) -> Interval:
-    return monotone(torch.max, x, ulps=0)
-
-
-@rule(aten.min.default, precision="exact")
-def min_of_all(x: Interval) -> Interval:
-    return monotone(torch.min, x, ulps=0)
+for extremum in (aten.amax.default, aten.amin.default, aten.max.default, aten.min.default):
+    increasing(extremum)
 
 
 @rule(aten.nansum.default, ulps=0)
@@ -150,7 +137,7 @@ def scatter_reduce(
     def apply(a: Tensor, b: Tensor) -> Tensor:
         return torch.scatter_reduce(a, dim, index, b, reduce, include_self=include_self)
 
-    a, b = (v if isinstance(v, Interval) else singleton(v) for v in (x, source))
+    a, b = as_set(x), as_set(source)
     if reduce in ("amax", "amin"):
         return between(*(apply(*pair) for pair in zip(ends(a), ends(b), strict=True)))
     if not outward():

@@ -156,6 +156,11 @@ def singleton(x: Tensor) -> Interval:
     return Interval.of(x, torch.zeros_like(x))
 
 
+def as_set(x: Value) -> Interval:
+    """A point as the set of that point alone; a set as it is."""
+    return x if isinstance(x, Interval) else singleton(x)
+
+
 def mid_of(x: Any) -> Any:
     """The midpoint of a set; anything else as it is."""
     return x.mid if isinstance(x, Interval) else x
@@ -222,6 +227,11 @@ def within(x: Interval, lower: Tensor, upper: Tensor) -> Interval:
     cut = (least < lower) | (greatest > upper)
     common = between(torch.maximum(least, lower), torch.minimum(greatest, upper))
     return Interval.of(torch.where(cut, common.mid, x.mid), torch.where(cut, common.rad.clamp(min=0), x.rad))
+
+
+def filled(x: Interval, mask: Tensor, rad: float = 0.0) -> Interval:
+    """The set; where the mask is true, 0 ± ``rad``."""
+    return Interval.of(torch.where(mask, 0.0, x.mid), torch.where(mask, rad, x.rad))
 
 
 def settle(mid: Tensor, rad: Tensor, roundings: int = 1) -> Interval:
@@ -444,14 +454,22 @@ def monotone(function: Callable[[Tensor], Tensor], x: Interval, *, ulps: float, 
     return _zero_stays(enclose(at_lower, at_upper, ulps, absolute), x, at_lower)
 
 
+def increasing(op: OpOverload, *, ulps: float = 0) -> Callable[..., Interval]:
+    """Register a non-decreasing operator, whose rule applies it to both ends; see :func:`monotone`. Its rule."""
+
+    def apply(x: Interval, *args: Any) -> Interval:
+        return monotone(lambda t: op(t, *args), x, ulps=ulps)
+
+    return rule(op, precision="wide" if ulps else "exact", ulps=ulps)(apply)
+
+
 def _zero_stays(out: Interval, x: Interval, value: Tensor) -> Interval:
     """Where x is the point 0, and 0 was computed there, the value is 0 and not the result of rounding: black
     backgrounds and dead features stay exact.
     """
     if not outward() or value.shape != x.shape:  # a reduction
         return out
-    zero = (x.mid == 0) & (x.rad == 0) & (value == 0)
-    return Interval.of(torch.where(zero, 0.0, out.mid), torch.where(zero, 0.0, out.rad))
+    return filled(out, (x.mid == 0) & (x.rad == 0) & (value == 0))
 
 
 def range_of(

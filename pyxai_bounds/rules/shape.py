@@ -17,6 +17,7 @@ from pyxai_bounds.rules.registry import (
     Indices,
     UnsupportedArgumentsError,
     Value,
+    as_set,
     linear_map,
     mid_of,
     multiply,
@@ -26,7 +27,6 @@ from pyxai_bounds.rules.registry import (
     rad_of,
     rule,
     settle,
-    singleton,
 )
 
 aten = torch.ops.aten
@@ -131,17 +131,13 @@ positive_linear(
 
 @rule(aten.index_add.default, ulps=0)
 def index_add(x: Value, dim: int, index: torch.Tensor, source: Value, *, alpha: float = 1) -> Interval:
-    x, source = _as_set(x), _as_set(source)
+    x, source = as_set(x), as_set(source)
     source = source if alpha == 1 else multiply(source, alpha)
     if not outward():
         return Interval.of(aten.index_add(x.mid, dim, index, source.mid), aten.index_add(x.rad, dim, index, source.rad))
     lost = rd.errors(index.numel() + 1, x.dtype)
     rads = [rd.widen(part.mid, part.rad, lost) for part in (x, source)]
     return Interval.of(aten.index_add(x.mid, dim, index, source.mid), aten.index_add(rads[0], dim, index, rads[1]))
-
-
-def _as_set(x: Value) -> Interval:
-    return x if isinstance(x, Interval) else singleton(x)
 
 
 # --- resampling: fixed weighted sums, whose weights PyTorch computes -------------------------------------------
@@ -227,7 +223,7 @@ def _register_sampler(forward: OpOverload, backward: OpOverload, dims: int) -> N
     @rule(forward, ulps=None)
     def sample(x: Value, grid: Value, mode: int, padding: int, align: bool) -> Interval:
         _check_sampler(mode)
-        at, image = mid_of(grid), _as_set(x)
+        at, image = mid_of(grid), as_set(x)
         out = _sampled(lambda t: forward(t, at, mode, padding, align), image, image, at, dims)
         if not isinstance(grid, Interval):
             return out
@@ -247,7 +243,7 @@ def _register_sampler(forward: OpOverload, backward: OpOverload, dims: int) -> N
             )
         like = mid_of(x).to(grad.dtype)
         return _sampled(
-            lambda t: backward(t, like, grid, mode, padding, align, mask)[0], _as_set(grad), _as_set(x), grid, dims
+            lambda t: backward(t, like, grid, mode, padding, align, mask)[0], as_set(grad), as_set(x), grid, dims
         ), None
 
 

@@ -32,6 +32,7 @@ from pyxai_bounds.rules import facts
 from pyxai_bounds.rules.registry import (
     UnsupportedArgumentsError,
     Value,
+    as_set,
     enclose,
     ends,
     in_float64,
@@ -43,7 +44,6 @@ from pyxai_bounds.rules.registry import (
     plus,
     rad_of,
     rule,
-    singleton,
     total,
     within,
 )
@@ -277,8 +277,7 @@ def _norm_of_backward(grad: Interval, normal: Interval, inverse: Value, mid: Ten
 
 
 def _set(x: Value) -> Interval:
-    x = in_float64(x) if outward() else x
-    return x if isinstance(x, Interval) else singleton(x)
+    return as_set(in_float64(x) if outward() else x)
 
 
 def _exact(x: Value | None) -> Any:

@@ -25,6 +25,8 @@ MODULES = (
     "pool",
     "norm",
     "elementwise",
+    "functions",
+    "remainder",
     "logic",
     "ranks",
     "reduce",
@@ -62,6 +64,11 @@ class Case:
             value = self.fn(x)
             score = (weights(value.shape) * torch.tanh(value)).sum()
             return value, torch.autograd.grad(score, x)[0]
+
+
+def on_positive(name: str, fn: Callable[[Tensor], Tensor]) -> Case:
+    """A function that is defined on positive numbers alone."""
+    return Case(name, fn, rand(3, 4).abs() + 0.5, kinks=False)
 
 
 def weights(shape: Any) -> Tensor:

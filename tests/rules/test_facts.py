@@ -13,7 +13,8 @@ from torch import Tensor, fx
 import pyxai_bounds as xb
 from pyxai_bounds import rounding as rd
 from pyxai_bounds.fuse import VIEWS
-from pyxai_bounds.program import _Interpreter, captured_graph
+from pyxai_bounds.interpreter import Interpreter
+from pyxai_bounds.program import captured_graph
 from pyxai_bounds.rules import facts
 from tests.networks import sample
 from tests.rules.cases import Case, case_id, check, rand
@@ -54,7 +55,7 @@ def test_against_autograd(case: Case) -> None:
     check(case)
 
 
-class _Known(_Interpreter):
+class _Known(Interpreter):
     """Collects the sets that facts are known of."""
 
     def run(self, *args: object, **options: object) -> object:

@@ -9,10 +9,10 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from pyxai_bounds.identity import modules_of
 from pyxai_bounds.interval import Clip, Interval
 from pyxai_bounds.parameters import parameter_box
 from pyxai_bounds.program import BoundFunction, bound
-from pyxai_bounds.watch import modules_of
 
 Reduction = Literal["mean", "sum"]
 

@@ -1,0 +1,240 @@
+"""A captured graph, interpreted with the interval rules.
+
+Arguments are Intervals or points. ``program`` runs this while tracing, so that of the Intervals and of the rules only
+what they compute with tensors is left.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx
+
+from pyxai_bounds import rounding as rd
+from pyxai_bounds.capture import source_of
+from pyxai_bounds.errors import UnsupportedOperatorError
+from pyxai_bounds.fuse import VIEWS
+from pyxai_bounds.interval import Interval
+from pyxai_bounds.parameters import ParameterBox
+from pyxai_bounds.rules import RULES, UnsupportedArgumentsError, facts
+from pyxai_bounds.rules.registry import (
+    Indices,
+    Rule,
+    Truth,
+    evaluated,
+    in_float64,
+    narrow,
+    outward,
+    singleton,
+    within,
+)
+
+aten = torch.ops.aten
+
+SET = object()  # marks a result that is a set among results that are constants
+
+
+class _Unknown:
+    """The result of an operator that has no rule, so that the rest of the graph can still be checked."""
+
+
+class Interpreter(fx.Interpreter):
+    """Runs a captured graph on Intervals and points, collecting every operator that cannot be bounded."""
+
+    def __init__(self, graph: fx.GraphModule, parameters: ParameterBox | None) -> None:
+        super().__init__(graph, garbage_collect_values=False)  # ``_maxima`` looks back
+        self.parameters = parameters
+        self.boxed = {} if parameters is None else {id(p): name for name, p in parameters.parameters().items()}
+        self.used: set[int] = set()  # which of them the graph reads
+        self.extra_traceback = False  # the user's line is in our own messages, and nothing else helps
+        self.unsupported: list[tuple[str, str]] = []
+        self.results: list[Any] = []  # the structure: SET, or a constant
+
+    def run_flat(self, flat: tuple[Tensor, ...], kinds: list[bool]) -> list[Tensor]:
+        tensors = iter(flat)
+        arguments = [Interval.of(next(tensors), next(tensors)) if is_set else next(tensors) for is_set in kinds]
+        results = self.run(*arguments, enable_io_processing=False)
+        if self.unsupported:
+            raise UnsupportedOperatorError(list(dict.fromkeys(self.unsupported)))
+        if self.boxed and not self.used:
+            raise ValueError(
+                f"The function uses none of the parameters in the box ({', '.join(self.boxed.values())}): build the "
+                "box from the model that the function calls."
+            )
+        self.results = [SET if isinstance(r, (Interval, Tensor)) else r for r in results]
+        sets = [_floating_point(r) for r in results if isinstance(r, (Interval, Tensor))]
+        return [tensor for s in sets for tensor in (s.mid, s.rad)]
+
+    def get_attr(self, target: Any, args: tuple, kwargs: dict) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        if self.parameters is None or id(value) not in self.boxed:
+            return value
+        self.used.add(id(value))
+        return self.parameters.interval(value)
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "output":
+            for result in n.all_input_nodes:
+                if isinstance(self.env[result], Indices):
+                    self._cannot_bound(result, " (its result is a place that differs within a set: return the values)")
+        if n.op != "call_function":
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if n.target is operator.getitem:
+            return args[0] if isinstance(args[0], _Unknown) else args[0][args[1]]
+        rule = RULES.get(n.target)  # type: ignore[call-overload]
+        leaves = pytree.tree_leaves((args, kwargs))
+        if any(isinstance(leaf, _Unknown) for leaf in leaves):
+            return _Unknown() if rule is not None else self._cannot_bound(n, "")
+        if rule is not None and not rule.takes_sets(args, kwargs):
+            args, kwargs = pytree.tree_map_only(Interval, lambda x: x.mid, (args, kwargs))
+            leaves = pytree.tree_leaves((args, kwargs))
+        if not any(isinstance(leaf, Interval) for leaf in leaves):
+            if not outward() or _is_exact(n, rule, leaves):
+                return _at_point(n.target, args, kwargs)
+            if rule is None:
+                return self._cannot_bound(n, " (at a point: sound=True bounds its rounding)")
+            args = _enclosed(rule, args)
+        elif rule is None:
+            return self._cannot_bound(n, "")
+        try:
+            result = _apply(rule, n, args, kwargs)
+            maxima = self._maxima(n, result)
+            return facts.carried(n.target, args, kwargs, result) if maxima is None else maxima
+        except UnsupportedArgumentsError as reason:
+            return self._cannot_bound(n, f" ({reason})")
+
+    def _maxima(self, n: fx.Node, result: Any) -> Interval | None:
+        """Which elements equal the greatest of them, and how many: at least one, where the greatest is a number.
+
+        Derivatives of maxima are divided among these.
+        """
+        equal = n.args[0] if n.target in _SUMS else n
+        if equal is not n and isinstance(equal, fx.Node) and equal.target is aten.logical_or.default:
+            equal = equal.args[0]
+        if not isinstance(equal, fx.Node) or equal.target is not aten.eq.Tensor:
+            return None
+        for x, shown in (equal.args[:2], equal.args[1::-1]):
+            extremum = shown
+            while isinstance(extremum, fx.Node) and extremum.target in (aten.unsqueeze.default, aten.view.default):
+                extremum = extremum.args[0]
+            if not isinstance(extremum, fx.Node) or extremum.target not in _EXTREMA or extremum.args[0] is not x:
+                continue
+            assert isinstance(x, fx.Node) and isinstance(shown, fx.Node)
+            value, rows = self.env[shown], self.env[x].shape
+            dims = _dims(extremum, rows)
+            joined = [1 if d in dims else size for d, size in enumerate(rows)]
+            if not isinstance(value, Interval) or (value.shape and list(value.shape) != joined):
+                continue
+            if n is equal:
+                candidates = (result.mid + result.rad > 0).sum(list(dims), keepdim=True)
+                sure = (result.rad > 0) & (candidates == 1) & value.isfinite()
+                return Truth.of(torch.where(sure, 1.0, result.mid), torch.where(sure, 0.0, result.rad))
+            if _dims(n, rows) == dims and value.shape in (result.shape, ()):
+                at_least = torch.where(value.isfinite(), 1.0, -torch.inf).to(result.dtype)
+                return within(result, at_least, torch.full_like(at_least, torch.inf))
+        return None
+
+    def _cannot_bound(self, node: fx.Node, reason: str) -> _Unknown:
+        name = node.target.name() if isinstance(node.target, torch._ops.OpOverload) else str(node.target)
+        self.unsupported.append((name + reason, source_of(node)))
+        return _Unknown()
+
+
+def _apply(rule: Rule, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """The rule's result in the node's dtypes; where bounds are proofs, computed in float64 if the rule asks for it."""
+    if not outward():
+        return rule.function(*args, **kwargs)
+    leaves = pytree.tree_leaves((args, kwargs))
+    moves = rule.precision == "exact" and _holds_numbers(leaves)
+    if rule.precision == "wide" or (rule.precision == "exact" and not moves):
+        kept = rule.shape_only
+        args = tuple(pytree.tree_map(_empty_in_float64 if i in kept else in_float64, a) for i, a in enumerate(args))
+        kwargs = {
+            k: torch.float64 if isinstance(v, torch.dtype) and v.is_floating_point else v for k, v in kwargs.items()
+        }
+    result = rule.function(*args, **kwargs)
+    if moves:
+        return result
+    given = next((x.dtype for x in leaves if isinstance(x, Interval) and not isinstance(x, Indices)), torch.float64)
+    if isinstance(result, Truth):
+        return narrow(result, given)
+    results = list(result) if isinstance(result, (tuple, list)) else [result]
+    values = node.meta["val"] if isinstance(result, (tuple, list)) else [node.meta["val"]]
+    for i, (part, value) in enumerate(zip(results, values, strict=True)):
+        if isinstance(part, Interval) and not isinstance(part, Indices):
+            dtype = value.dtype if value.dtype.is_floating_point else given  # truth values are counted by integers
+            results[i] = narrow(evaluated(part, 1 if rule.precision == "exact" else rule.ulps), dtype)
+    return results if isinstance(result, (tuple, list)) else results[0]
+
+
+def _empty_in_float64(x: Any) -> Any:
+    """Of an argument of which the shape alone is used: that shape, in the dtype of the others."""
+    like = x.mid if isinstance(x, Interval) and not isinstance(x, Indices) else x
+    return torch.empty_like(like, dtype=torch.float64) if isinstance(like, Tensor) and like.is_floating_point() else x
+
+
+def _holds_numbers(leaves: list[Any]) -> bool:
+    """Can an operator that moves or compares numbers hold all that it is given? Python numbers, and float64 tensors
+    without dimensions, are rounded to the dtype of the others.
+    """
+    tensors = [x for x in leaves if isinstance(x, (Interval, Tensor)) and not isinstance(x, Indices)]
+    dtypes = {x.dtype for x in tensors if x.dtype.is_floating_point}
+    numbers = [x for x in leaves if isinstance(x, float)]
+    return len(dtypes) < 2 and all(rd.stored(x, dtype)[1] == 0 for x in numbers for dtype in dtypes)
+
+
+_SUMS = frozenset((aten.sum.default, aten.sum.dim_IntList))
+_EXTREMA = frozenset(
+    (aten.amax.default, aten.amin.default, aten.max.default, aten.min.default, aten.median.default,
+     aten.nanmedian.default)
+)  # fmt: skip
+
+# Operators without a rule that return numbers they are given, or numbers that a program may call constants.
+_MOVING = frozenset(
+    (aten.detach.default, aten.alias.default, aten.clone.default, aten.lift_fresh_copy.default, aten.sort.default,
+     aten.topk.default, aten.nan_to_num.default)
+)  # fmt: skip
+
+
+def _is_exact(node: fx.Node, rule: Rule | None, leaves: list[Any]) -> bool:
+    """Are results for points exact: moved or selected numbers, truth values, integers, constants?"""
+    if node.target in _MOVING:
+        return True
+    if rule is not None and rule.precision == "exact":
+        # What a program writes into a tensor of its own is a constant, which holds what its dtype can.
+        return bool(rule.shape_only) or _holds_numbers([x for x in leaves if isinstance(x, (float, Tensor))])
+    values = node.meta["val"] if isinstance(node.meta["val"], (tuple, list)) else [node.meta["val"]]
+    if not any(isinstance(v, Tensor) and v.is_floating_point() for v in values):
+        return True
+    return rule is None and not any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves)
+
+
+def _dims(node: fx.Node, shape: torch.Size) -> set[int]:
+    """Over which dimensions a reduction goes; all of them, if it names none."""
+    named: Any = node.args[1] if len(node.args) > 1 else None
+    return {d % len(shape) for d in named} if named else set(range(len(shape)))
+
+
+def _enclosed(rule: Rule, args: tuple) -> tuple:
+    """The arguments, one of them as a set of one point, so that the rule encloses what the operator rounds."""
+    first = args[rule.set_first]
+    if not isinstance(first, Tensor):
+        raise UnsupportedArgumentsError("rounds at a point: sound=True bounds that for tensors alone")
+    point = singleton(first if first.is_floating_point() else first.double())
+    return (*args[: rule.set_first], point, *args[rule.set_first + 1 :])
+
+
+def _at_point(target: Any, args: tuple, kwargs: dict) -> Any:
+    """The plain operator; ``view`` becomes ``reshape``, since the layout may not be the one it was captured with."""
+    return (aten.reshape.default if target in VIEWS else target)(*args, **kwargs)
+
+
+def _floating_point(result: Interval | Tensor) -> Interval:
+    """A result as a set; a tensor that depends on no set is a point."""
+    if isinstance(result, Interval):
+        return result
+    return Interval.of(result, torch.zeros_like(result))
