@@ -40,8 +40,8 @@ struct Gradient {
         V of_mid[rows][vectors], of_rad[rows][vectors];
         for (int i = 0; i < rows; ++i)
             for (int k = 0; k < vectors; ++k) of_mid[i][k] = of_rad[i][k] = V::fill(T(0));
-        // Each tile reads and writes a few lines of rows that are far apart, which come while it sums: 1.1 times as fast for
-        // a weight [256, 4096] and 32 samples.
+        // Each tile reads and writes a few lines of rows that are far apart, which come while it sums: 1.1 times as
+        // fast for a weight [256, 4096] and 32 samples.
         for (int i = 0; i < rows; ++i)
             for (int k = 0; k < vectors; ++k) {
                 const int64_t at = (row + i) * n + column + k * V::lanes;
