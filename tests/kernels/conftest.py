@@ -16,11 +16,19 @@ NUMBERS = triton.available()
 NEEDS = "the kernels need an NVIDIA GPU, or TRITON_INTERPRET=1 in the environment"
 
 
+def set_precision(patch: pytest.MonkeyPatch, precision: str) -> None:
+    """Of products of float32: "ieee" or "tf32"."""
+    for owner in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):
+        patch.setattr(owner, "fp32_precision", precision)
+
+
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> str:
-    """Where tensors for the kernels live. Of the candidates for a tile only the default is compiled."""
+    """Where tensors for the kernels live. Of the candidates for a tile only the default is compiled; products are in
+    full precision, unless a test says otherwise (of convolutions PyTorch allows tf32 by default)."""
     if not NUMBERS:
         pytest.skip(NEEDS)
+    set_precision(monkeypatch, "ieee")
     monkeypatch.setattr(triton._kernels("tuning"), "fastest", lambda key, candidates, run: candidates[0])
     return "cpu" if triton._interpreting() else "cuda"
 
