@@ -258,12 +258,12 @@ def test_gradients_of_linear(device, relu):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="tf32 is a mode of GPUs")
-def test_tf32_is_used_where_pytorch_may_use_it(kernels, monkeypatch):
+def test_tf32_is_used_where_pytorch_may_use_it(kernels):
     mid, rad, weight = on(kernels, *box(64, 512, dtype=torch.float32), box(64, 512, dtype=torch.float32, seed=2)[0])
     exact = reference.interval_linear(*double(mid, rad, weight), None, False)[0]
     errors = {}
     for precision in ("ieee", "tf32"):
-        set_precision(monkeypatch, precision)
+        set_precision(precision)
         out = triton.interval_linear(mid, rad, weight, None, False)[0]
         errors[precision] = ((out - exact).norm() / exact.norm()).item()
     assert errors["ieee"] < 1e-6 < errors["tf32"] < 2e-3
@@ -298,7 +298,7 @@ def test_every_block_on_the_layers_of_a_real_network(kernels, precision, op, cha
     """Each candidate, not only the default, at shapes where all tiles and stages are in use."""
     tensors, rest = real_layer(op, channels, outputs, stride, torch.bfloat16 if precision == "bf16" else torch.float32)
     limit = {"bf16": 1e-2, "tf32": 2e-3, "ieee": 1e-5}[precision]  # of the norm
-    set_precision(monkeypatch, "tf32" if precision == "tf32" else "ieee")
+    set_precision("tf32" if precision == "tf32" else "ieee")
     tensors_there = on(kernels, *tensors)
     for relu in ((False,), (True,)) if op in ("interval_linear", "interval_conv2d") else ((),):
         exact = getattr(reference, op)(*(t.double() if t.is_floating_point() else t for t in tensors), *rest, *relu)
