@@ -61,5 +61,6 @@ wheel: $(installed)
 	PATH="$(CURDIR)/$(bin):$$PATH" $(bin)/python -m build --no-isolation --wheel --outdir dist
 
 # Without .venv, and without a network: under whatever python has PyTorch with CUDA, as in PYTHON=python3.
+# OUT is a folder for results and log; by default bench/results/<gpu> and build.
 gpu-check:
-	$(PYTHON) bench/gpu_check.py
+	$(PYTHON) bench/gpu_check.py $(if $(OUT),--out "$(OUT)")

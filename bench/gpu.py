@@ -1,28 +1,35 @@
 """``python -m bench.gpu``: what certify and a certified training step cost on a GPU, and what they cost otherwise.
 
-Contenders as on the CPU (the engine, the eager loop, its compiled form, the products alone), and an ordinary training
-step. Most important first, and nothing new is begun past the time limit; what was left out is said. Writes the CSV
-after every network, prints a short table last.
+Contenders as on the CPU (the engine, the eager loop, its compiled form, the products alone), an ordinary training step,
+and the two ways to a sound bound. Most important first, and nothing new is begun past the time limit. Each job is
+written down when it ends. A process of its own does them: where one kills it (a CUDA error is the end of its context),
+hangs or takes too long, another goes on with the next. What was left out is said; a table is printed last.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
+import contextlib
+import functools
+import gc
 import os
 import re
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 
 from bench import measure, models
+from bench import rows as tables
 from bench.measure import Case, Contender
-from bench.rows import COLUMNS, commit, triton
+from bench.rows import Row, say
 from pyxai_bounds import ops
 
 LAYOUT = "channels-last"
@@ -31,47 +38,72 @@ NETWORKS: dict[str, Callable[[], torch.nn.Sequential]] = {
     "resnet18": models.resnet18,
     "wrn16-4": models.wrn16_4,
 }
-# Network, batch, pixels, precision, whether to compile the eager loop: about a minute each time.
-PLAN = [
-    ("cnn7", 512, 32, "bf16", True),
-    ("cnn7", 512, 32, "tf32", False),
-    ("resnet18", 256, 32, "bf16", False),
-    ("wrn16-4", 256, 32, "bf16", False),
-    ("cnn7", 16, 32, "bf16", False),
-    ("cnn7", 1, 32, "bf16", False),
-    ("cnn7", 128, 32, "bf16", False),
-    ("cnn7", 1024, 32, "bf16", False),
-    ("resnet18", 32, 32, "bf16", False),
-    ("resnet18", 1024, 32, "bf16", False),
-    ("wrn16-4", 32, 32, "bf16", False),
-    ("resnet18", 16, 224, "bf16", False),
-    ("cnn7", 512, 32, "fp32", False),
+ALL = ("auto", "launched", "eager", "floor", "plain", "triton")
+# Network, batch, pixels, precision, and what is done with it.
+PLAN: list[tuple[str, int, int, str, tuple[str, ...]]] = [
+    ("cnn7", 512, 32, "bf16", ("errors", *ALL)),
+    ("resnet18", 256, 32, "bf16", ALL),
+    ("wrn16-4", 256, 32, "bf16", ALL),
+    ("cnn7", 1, 32, "bf16", ALL),
+    ("cnn7", 512, 32, "bf16", ("compiled", "operators")),
+    ("cnn7", 128, 32, "fp32", ("sound-cuda", "sound")),
+    ("cnn7", 512, 32, "tf32", ("errors", *ALL)),
+    ("cnn7", 16, 32, "bf16", ALL),
+    ("cnn7", 128, 32, "bf16", ALL),
+    ("cnn7", 1024, 32, "bf16", ALL),
+    ("resnet18", 32, 32, "bf16", ALL),
+    ("resnet18", 1024, 32, "bf16", ALL),
+    ("wrn16-4", 32, 32, "bf16", ALL),
+    ("resnet18", 16, 224, "bf16", ALL),
+    ("resnet18", 8, 32, "fp32", ("errors",)),
+    ("cnn7", 512, 32, "fp32", ALL),
 ]
 # Relative error in the 2-norm against the eager loop in float64. A ReLU whose bound is next to 0 changes its state,
 # and in 16 bits many are: no kernel is tested here (tests/kernels does that), only that no contender is wild.
 TOLERANCE = {"fp32": 2e-2, "tf32": 1e-1, "bf16": 5e-1}
-COMPILE_SECONDS = 130
-
-_start = time.perf_counter()
-
-
-def say(text: str) -> None:
-    print(f"[{time.perf_counter() - _start:5.0f} s] {text}", file=sys.stderr, flush=True)
+LIMITS = {"compiled": 120.0, "errors": 120.0}  # seconds for one job: these wait for a compiler
+LIMIT = 80.0
+LEAST = 10.0  # no job is begun with less
+GRACE = 15.0  # after a job's limit, until its process is ended
+WILD = "WILD"
 
 
-def make_case(name: str, batch: int, pixels: int, precision: str) -> Case:
-    model = NETWORKS[name]()
+class Job(NamedTuple):
+    network: str
+    batch: int
+    pixels: int
+    precision: str
+    what: str  # "errors", "operators", or a contender
+
+    @property
+    def case(self) -> str:
+        size = f"{self.pixels}x{self.pixels} " if self.pixels != 32 else ""
+        return f"{self.network} {size}B{self.batch} {self.precision}"
+
+    def __str__(self) -> str:
+        return f"{self.case} {self.what}"
+
+
+JOBS = [Job(*case, what) for *case, whats in PLAN for what in whats]
+
+
+@functools.lru_cache(maxsize=1)
+def make_case(network: str, batch: int, pixels: int, precision: str) -> Case:
+    model = NETWORKS[network]()
     generator = torch.Generator().manual_seed(1)
     x = torch.rand((batch, 3, pixels, pixels), generator=generator)
     target = torch.randint(10, (batch,), generator=generator)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model = model.to(device="cuda", dtype=dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    size = f"{pixels}x{pixels} " if pixels != 32 else ""
-    return Case(f"{name} {size}B{batch} {precision}", model, x.to("cuda", dtype), target.to("cuda"))
+    name = Job(network, batch, pixels, precision, "").case
+    return Case(name, model, x.to("cuda", dtype), target.to("cuda"))
 
 
 def set_precision(precision: str) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+
+
+# --- contenders ----------------------------------------------------------------------------------------------
 
 
 def plain(case: Case) -> Contender:
@@ -89,44 +121,49 @@ def plain(case: Case) -> Contender:
     return Contender(forward, step)
 
 
-def launched(case: Case) -> Contender:
+def launching() -> Any:
     """The engine's certify without a CUDA graph, which it records by itself at its second call."""
+    return mock.patch.dict(os.environ, {"PYXAI_BOUNDS_CUDA_GRAPHS": "0"})
+
+
+def launched(case: Case) -> Contender:
     one = measure.engine(case, LAYOUT, "auto")
 
     def bounds() -> Any:
-        os.environ["PYXAI_BOUNDS_CUDA_GRAPHS"] = "0"
-        try:
+        with launching():
             return one.bounds()
-        finally:
-            del os.environ["PYXAI_BOUNDS_CUDA_GRAPHS"]
 
-    return Contender(bounds, lambda: None)
+    return Contender(bounds, None)
 
 
-def contenders(case: Case, compile: bool, refused: list[str]) -> Iterator[tuple[str, Contender]]:
-    makers: dict[str, Callable[[], Contender]] = {
-        "auto": lambda: measure.engine(case, LAYOUT, "auto"),
-        "triton": lambda: measure.engine(case, LAYOUT, "triton"),
-        "launched": lambda: launched(case),
-        "eager": lambda: measure.eager(case, LAYOUT),
-        "floor": lambda: measure.floor(case, LAYOUT),
-        "plain": lambda: plain(case),
-    }
-    if compile:
-        makers["compiled"] = lambda: measure.eager(case, LAYOUT, compiled=True)
-    for name, make in makers.items():
-        try:
-            say(f"{case.name}: {name}")
-            one = make()
-            one.step()  # compiles, measures tile sizes
-            for _ in range(2):  # the second call records
-                one.bounds()
-            torch.cuda.synchronize()
-        except Exception as error:
-            refused.append(f"{case.name} {name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}")
-            torch.cuda.empty_cache()
-        else:
-            yield name, one
+def sound(case: Case, backend: str) -> Contender:
+    """Certify with outward rounding: by the kernels in CUDA C++, or by PyTorch's products in float64."""
+    import pyxai_bounds as xb
+
+    x = case.input(LAYOUT)
+    bound = xb.bound(xb.explain.gradient(case.model), sound=True)
+
+    def bounds() -> Any:
+        with torch.no_grad(), xb.backend(backend):
+            return bound(xb.Interval.linf(x, measure.EPS), case.target)
+
+    return Contender(bounds, None)
+
+
+CONTENDERS: dict[str, Callable[[Case], Contender]] = {
+    "auto": lambda case: measure.engine(case, LAYOUT, "auto"),
+    "triton": lambda case: measure.engine(case, LAYOUT, "triton"),
+    "launched": launched,
+    "eager": lambda case: measure.eager(case, LAYOUT),
+    "compiled": lambda case: measure.eager(case, LAYOUT, compiled=True),
+    "floor": lambda case: measure.floor(case, LAYOUT),
+    "plain": plain,
+    "sound-cuda": lambda case: sound(case, "cuda"),
+    "sound": lambda case: sound(case, "auto"),
+}
+
+
+# --- measuring -----------------------------------------------------------------------------------------------
 
 
 def seconds(step: Callable[[], Any], budget: float) -> list[float]:
@@ -146,45 +183,47 @@ def seconds(step: Callable[[], Any], budget: float) -> list[float]:
 
 
 def peak_bytes(step: Callable[[], Any]) -> int:
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    """Without a CUDA graph: what a recording holds was allocated when it was made, and a replay allocates nothing."""
+    with launching():
+        step()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
 
 
-def errors_of(name: str, precision: str) -> dict[str, dict[str, float]]:
+def timed(job: Job) -> Iterator[Row]:
+    """Certify, then a training step: what goes wrong in the second leaves the first."""
+    case = make_case(*job[:4])
+    one = CONTENDERS[job.what](case)
+    for op, step in (("certify", one.bounds), ("train", one.step)):
+        if step is None:
+            continue
+        for _ in range(2):  # compiles, and measures tile sizes; the second call records
+            step()
+        times = seconds(step, budget=0.5)
+        yield row(op, case.name, job.what, measure.percentiles(times), peak_bytes(step))
+        case.model.zero_grad(set_to_none=True)
+
+
+def errors(job: Job) -> Iterator[str]:
     """Relative errors of the engine and of the eager loop at batch 8, against the eager loop in float64."""
-    case = make_case(name, 8, 32, precision)
+    case = make_case(job.network, 8, 32, job.precision)
     truth = measure.truth(case)
-    makers = {
-        "auto": lambda: measure.engine(case, LAYOUT, "auto"),
-        "triton": lambda: measure.engine(case, LAYOUT, "triton"),
-        "eager": lambda: measure.eager(case, LAYOUT),
-    }
-    errors = {key: measure.disagreement(measure.outcome(case, make()), truth) for key, make in makers.items()}
     # On networks with random weights midpoints are tiny beside radii: as part of the box they are judged.
     share = (truth["mid"][0].norm() / (truth["mid"][0].norm() + truth["rad"][0].norm())).item()
-    return {key: {**found, "mid": found["mid"] * share} for key, found in errors.items()}
+    for name in ("auto", "triton", "eager"):
+        found = measure.disagreement(measure.outcome(case, CONTENDERS[name](case)), truth)
+        found["mid"] *= share
+        verdict = "error" if max(found.values()) <= TOLERANCE[job.precision] else WILD  # so that a NaN is wild
+        yield f"{verdict} {job.network} {job.precision} {name}: " + "  ".join(f"{k} {v:.1e}" for k, v in found.items())
 
 
-def run_case(case: Case, compile: bool, refused: list[str]) -> list[dict[str, Any]]:
-    rows = []
-    for name, one in contenders(case, compile, refused):
-        for op, step in (("train", one.step), ("certify", one.bounds)):
-            if name == "launched" and op == "train":
-                continue
-            times = seconds(step, budget=0.5)
-            peak = peak_bytes(step)
-            rows.append(row(op, case.name, name, measure.percentiles(times), peak))
-    return rows
-
-
-def layers(batch: int) -> list[dict[str, Any]]:
+def layers(batch: int) -> Iterator[Row]:
     """Each operator at the layers of cnn7, bf16: our kernel, and the library with fused stages about it."""
-    rows = []
     tuning: Any = ops.triton._kernels("tuning")
     geometry = [(3, 64, 32, 1), (64, 64, 32, 1), (64, 128, 32, 2), (128, 128, 16, 1)]
     like: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
@@ -215,11 +254,10 @@ def layers(batch: int) -> list[dict[str, Any]]:
                 finally:
                     tuning.fastest = original
                 shape = f"{channels}-{outputs} {pixels}x{pixels} /{stride} B{batch} bf16"
-                rows.append(row(op, shape, contender, spans, ""))
-    return rows
+                yield row(op, shape, contender, spans, "")
 
 
-def elementwise(batch: int) -> list[dict[str, Any]]:
+def elementwise(batch: int) -> Iterator[Row]:
     """The elementwise operators and the max-pool pair on 64 channels of 32 × 32, bf16: our kernel and plain PyTorch."""
     generator = torch.Generator("cuda").manual_seed(1)
     shape = (batch, 64, 32, 32)
@@ -232,8 +270,12 @@ def elementwise(batch: int) -> list[dict[str, Any]]:
     x, grad, back, pooled = box(*shape), box(*shape), box(*shape), box(batch, 64, 16, 16)
     geometry = ([2, 2], [2, 2], [0, 0], [1, 1])
     bits = ops.triton.interval_first_maximum(*x, [16, 16], *geometry)
+    state = ops.triton.interval_relu(*x)[2]
     slope: tuple[Any, ...] = ("gelu_slope", ())
     jobs: list[tuple[str, tuple]] = [
+        ("interval_relu", x),
+        ("interval_relu_backward", (*grad, state)),
+        ("interval_gate", (*grad, state)),
         ("interval_mul", (*grad, *x)),
         ("interval_smooth", (*x, "gelu", ())),
         ("interval_smooth_adjoint", (*back, *x, "gelu", ())),
@@ -244,95 +286,211 @@ def elementwise(batch: int) -> list[dict[str, Any]]:
         ("interval_max_pool2d_backward", (*pooled, *bits, [32, 32], *geometry)),
         ("interval_max_pool2d_gather", (*x, *pooled, *bits, *geometry)),
     ]
-    rows = []
     for op, arguments in jobs:
         for contender, module in (("triton", ops.triton), ("reference", ops.reference)):
             function = getattr(module, op)
             function(*arguments)
             spans = measure.percentiles(seconds(lambda f=function, a=arguments: f(*a), 0.1))  # type: ignore[misc]
-            rows.append(row(op, f"64 32x32 B{batch} bf16", contender, spans, ""))
-    return rows
+            yield row(op, f"64 32x32 B{batch} bf16", contender, spans, "")
 
 
-def row(op: str, shape: str, backend: str, spans: tuple[float, float, float], peak: int | str) -> dict[str, Any]:
-    p20, p50, p80 = (f"{span:.6f}" for span in spans)
-    made = os.environ.get("PYXAI_BOUNDS_COMMIT") or commit()
-    values = [op, shape, backend, p20, p50, p80, peak, torch.cuda.get_device_name(), torch.__version__, triton(), made]
-    return dict(zip(COLUMNS, values, strict=True))
+def row(op: str, shape: str, backend: str, spans: tuple[float, float, float], peak: int | str) -> Row:
+    made = os.environ.get("PYXAI_BOUNDS_COMMIT") or tables.commit()
+    return tables.row(op, shape, backend, spans, peak) | {"device": torch.cuda.get_device_name(), "commit": made}
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+# --- the files -----------------------------------------------------------------------------------------------
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Milliseconds, as a multiple of the floor, of the eager loop and of the ordinary training step, and memory."""
-    lines = [f"{'':22}{'':9}{'':11}{'p50 ms':>9}{'/floor':>8}{'/eager':>8}{'/plain':>8}{'peak MB':>9}"]
-    for entry in rows:
-        same = {o["backend"]: o for o in rows if (o["op"], o["shape"]) == (entry["op"], entry["shape"])}
-        p50 = float(entry["p50"])
-        ratios = "".join(
-            f"{p50 / float(same[base]['p50']):8.2f}" if base in same else f"{'-':>8}"
-            for base in ("floor", "eager", "plain")
-        )
-        peak = f"{entry['peak_bytes'] / 2**20:9.0f}" if entry["peak_bytes"] != "" else f"{'-':>9}"
-        lines.append(f"{entry['shape']:22}{entry['op']:9}{entry['backend']:11}{1e3 * p50:9.3f}{ratios}{peak}")
+class Results:
+    """The files of a folder, which another process may have begun: rows, notes, and what was chosen by measurement."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.files = {name: folder / f"{name}.csv" for name in ("gradient_bounds", "operators")}
+        self.choices, self.noted = folder / "choices.txt", folder / "notes.txt"
+
+    def clear(self) -> None:
+        for path in (*self.files.values(), self.choices, self.noted):
+            path.unlink(missing_ok=True)
+
+    def rows(self, name: str) -> list[Row]:
+        return tables.read(self.files[name]) if self.files[name].exists() else []
+
+    def add(self, entry: Row) -> None:
+        name = "operators" if entry["op"].startswith("interval_") else "gradient_bounds"
+        tables.append(self.files[name], entry)
+
+    def note(self, line: str) -> None:
+        say(line)
+        with open(self.noted, "a") as file:
+            file.write(line + "\n")
+
+    def notes(self) -> list[str]:
+        return self.noted.read_text().splitlines() if self.noted.exists() else []
+
+
+# --- the process that measures -------------------------------------------------------------------------------
+
+
+def work(results: Results, begin: int, budget: float, progress: Path) -> int:
+    """Do the jobs from number ``begin`` on; 1 after one that was the end of the CUDA context."""
+    known: set[Any] = set()
+    for index, job in enumerate(JOBS[begin:], begin):
+        left = budget - tables.seconds()
+        if left < LEAST:
+            results.note(f"not timed: {job}: the time was up")
+            continue
+        progress.write_text(str(index))
+        say(str(job))
+        problem = attempt(results, job, min(left, LIMITS.get(job.what, LIMIT)))
+        if problem:
+            results.note(f"not timed: {job}: {problem}")
+            if not alive():
+                return 1
+        gc.collect()
+        torch.cuda.empty_cache()
+        chosen = ops.triton._kernels("tuning").choices()
+        with open(results.choices, "a") as file:
+            file.writelines(f"{key}: {value}\n" for key, value in chosen.items() if key not in known)
+        known.update(chosen)
+    return 0
+
+
+def attempt(results: Results, job: Job, limit: float) -> str:
+    """Do one job, writing down what it yields when it does; what went wrong, if something did."""
+    set_precision(job.precision)
+    try:
+        with within(limit):
+            if job.what == "errors":
+                for line in errors(job):
+                    results.note(line)
+            elif job.what == "operators":
+                for entry in (*layers(job.batch), *elementwise(job.batch // 2)):
+                    results.add(entry)
+            else:
+                for entry in timed(job):
+                    results.add(entry)
+    except Exception as error:
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
+    return ""
+
+
+@contextlib.contextmanager
+def within(limit: float) -> Iterator[None]:
+    """Raises TimeoutError inside when the time is up; in a call that never returns to Python it cannot."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise TimeoutError(f"not done in {limit:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, limit)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def alive() -> bool:
+    """Can this process still use the GPU? After an illegal access or a failed assertion it cannot."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+# --- the process that looks after it -------------------------------------------------------------------------
+
+
+def supervise(results: Results, command: list[str], budget: float) -> None:
+    """Do all jobs by ``command``, begun anew after a job that ended its process, or that must be ended."""
+    results.clear()
+    progress = results.folder / ".progress"
+    begin = 0
+    try:
+        while begin < len(JOBS):
+            left = budget - tables.seconds()
+            if left < LEAST:
+                results.note(f"not timed: {JOBS[begin]} and what follows: the time was up")
+                break
+            progress.write_text("-1")
+            rest = ["--seconds", f"{left:.1f}", "--begin", str(begin), "--progress", str(progress)]
+            with subprocess.Popen([*command, *rest]) as worker:
+                try:
+                    how = watched(worker, progress)
+                finally:
+                    worker.kill()
+            at = int(progress.read_text())
+            if not how:
+                break
+            if at < begin:
+                results.note(f"not timed: {JOBS[begin]} and what follows: {how} before it began")
+                break
+            results.note(f"not timed: {JOBS[at]}: {how}")
+            begin = at + 1
+    except KeyboardInterrupt:
+        results.note("not timed: what follows: interrupted")
+    finally:
+        progress.unlink(missing_ok=True)
+
+
+def watched(worker: subprocess.Popen, progress: Path) -> str:
+    """Wait for the worker's end, or for a job that is far past its limit; how it ended, empty if well."""
+    last, since = "", time.monotonic()
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            status = worker.wait(0.2)
+            return f"the process ended with status {status}" if status else ""
+        text = progress.read_text()
+        if text != last:
+            last, since = text, time.monotonic()
+        job = int(text or -1)
+        limit = LIMITS.get(JOBS[job].what, LIMIT) if job >= 0 else LIMIT
+        if time.monotonic() - since > limit + GRACE:
+            return f"the process hung for {limit + GRACE:.0f} s"
+
+
+def table(rows: list[Row]) -> str:
+    """p50 in milliseconds; of the first contender, as a multiple of the others; peak memory in MB."""
+    backends = list(dict.fromkeys(entry["backend"] for entry in rows))
+    lines = [f"{'ms (MB)':60}" + "".join(f"{backend:>16}" for backend in backends)]
+    for shape, op in dict.fromkeys((entry["shape"], entry["op"]) for entry in rows):
+        same = {o["backend"]: o for o in rows if (o["op"], o["shape"]) == (op, shape)}
+        cells = []
+        for backend in backends:
+            if backend not in same:
+                cells.append("-")
+                continue
+            peak = same[backend]["peak_bytes"]
+            memory = f" ({float(peak) / 2**20:.0f})" if peak != "" else ""
+            cells.append(f"{1e3 * float(same[backend]['p50']):.3f}{memory}")
+        lines.append(f"{shape:28} {op:31}" + "".join(f"{cell:>16}" for cell in cells))
     return "\n".join(lines)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
-    parser.add_argument("--out", type=Path, help="folder of the CSV; bench/results/<gpu> by default")
+    parser.add_argument("--out", type=Path, help="folder of the results; bench/results/<gpu> by default")
     parser.add_argument("--seconds", type=float, default=300.0, help="begin nothing new past this time")
+    parser.add_argument("--begin", type=int, help=argparse.SUPPRESS)  # of a worker, like the next
+    parser.add_argument("--progress", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("bench.gpu: no CUDA device; `python -m bench` measures on the CPU.", file=sys.stderr)
         return 2
     gpu = re.sub(r"\W+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    out = options.out or Path("bench/results") / gpu
-    rows: list[dict[str, Any]] = []
-    refused: list[str] = []
-    wild: list[str] = []
-    for name, precision in (("cnn7", "bf16"), ("cnn7", "tf32"), ("resnet18", "fp32")):
-        set_precision(precision)
-        try:
-            for key, errors in errors_of(name, precision).items():
-                line = f"{name} {precision} {key}: " + "  ".join(f"{k} {v:.1e}" for k, v in errors.items())
-                say("error " + line)
-                if not max(errors.values()) <= TOLERANCE[precision]:  # so that a NaN is wild
-                    wild.append(line)
-        except Exception as error:
-            wild.append(f"{name} {precision}: {type(error).__name__}: {error}")
-    for name, batch, pixels, precision, compile in PLAN:
-        left = options.seconds - (time.perf_counter() - _start)
-        label = f"{name} {pixels}x{pixels} B{batch} {precision}"
-        if left < 10:
-            refused.append(f"{label}: the time was up")
-            continue
-        set_precision(precision)
-        if compile and left < COMPILE_SECONDS:
-            refused.append(f"{label} compiled: the time was up")
-        try:
-            rows += run_case(make_case(name, batch, pixels, precision), compile and left >= COMPILE_SECONDS, refused)
-        except torch.cuda.OutOfMemoryError:
-            refused.append(f"{label}: out of memory")
-        torch.cuda.empty_cache()
-        write(out / "gradient_bounds.csv", rows)
-        if (name, batch) == ("cnn7", 512) and precision == "bf16":
-            write(out / "operators.csv", operators := layers(512) + elementwise(256))
-            say("operators\n" + table(operators))
-    choices = ops.triton._kernels("tuning").choices()
-    (out / "choices.txt").write_text("".join(f"{key}: {value}\n" for key, value in choices.items()))
-    print(table(rows))
-    for line in refused:
-        print(f"not timed: {line}")
-    for line in wild:
-        print(f"WILD: {line}")
-    return 1 if wild or not rows else 0
+    results = Results(options.out or Path("bench/results") / gpu)
+    if options.begin is not None:
+        return work(results, options.begin, options.seconds, options.progress)
+    supervise(results, [sys.executable, "-m", "bench.gpu", "--out", str(results.folder)], options.seconds)
+    for name in results.files:
+        print(table(results.rows(name)) + "\n")
+    print("\n".join(results.notes()))
+    wild = any(line.startswith(WILD) for line in results.notes())
+    return 1 if wild or not results.rows("gradient_bounds") else 0
 
 
 if __name__ == "__main__":

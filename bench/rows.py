@@ -44,6 +44,16 @@ def write(path: Path, rows: list[Row]) -> None:
     say(f"wrote {path}")
 
 
+def append(path: Path, entry: Row) -> None:
+    """One more row: what was measured is there, whatever comes next."""
+    new = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(entry)
+
+
 def read(path: Path) -> list[Row]:
     with open(path, newline="") as file:
         return list(csv.DictReader(file))

@@ -1,5 +1,6 @@
 """What all tests share: the backends that run here, and how many threads they run on."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -24,3 +25,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logfinish() -> None:
+    """After an illegal access a process cannot use its GPU any more: its other tests are for a new one, which
+    pytest-xdist begins in its place. Waiting for the GPU here charges an error to the test that made it."""
+    if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)

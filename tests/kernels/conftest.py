@@ -16,13 +16,27 @@ NUMBERS = triton.available()
 NEEDS = "the kernels need an NVIDIA GPU, or TRITON_INTERPRET=1 in the environment"
 
 
+PRODUCTS = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+
+
+def set_precision(precision: str) -> None:
+    """Of products of float32: "ieee" or "tf32"."""
+    for owner in PRODUCTS:
+        owner.fp32_precision = precision
+
+
 @pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> str:
-    """Where tensors for the kernels live. Of the candidates for a tile only the default is compiled."""
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Where tensors for the kernels live. Of the candidates for a tile only the default is compiled; products are in
+    full precision, unless a test says otherwise (of convolutions PyTorch allows tf32 by default)."""
     if not NUMBERS:
         pytest.skip(NEEDS)
     monkeypatch.setattr(triton._kernels("tuning"), "fastest", lambda key, candidates, run: candidates[0])
-    return "cpu" if triton._interpreting() else "cuda"
+    before = [owner.fp32_precision for owner in PRODUCTS]
+    set_precision("ieee")
+    yield "cpu" if triton._interpreting() else "cuda"
+    for owner, precision in zip(PRODUCTS, before, strict=True):
+        owner.fp32_precision = precision
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import torch
 
 from pyxai_bounds import ops
 from pyxai_bounds.ops import reference, triton
+from tests.kernels.conftest import set_precision
 from tests.ops.cases import assert_identical, box, channels_last, leaves
 
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-11}
@@ -261,13 +262,11 @@ def test_tf32_is_used_where_pytorch_may_use_it(kernels):
     mid, rad, weight = on(kernels, *box(64, 512, dtype=torch.float32), box(64, 512, dtype=torch.float32, seed=2)[0])
     exact = reference.interval_linear(*double(mid, rad, weight), None, False)[0]
     errors = {}
-    before = torch.backends.cuda.matmul.allow_tf32
-    for allowed in (False, True):
-        torch.backends.cuda.matmul.allow_tf32 = allowed
+    for precision in ("ieee", "tf32"):
+        set_precision(precision)
         out = triton.interval_linear(mid, rad, weight, None, False)[0]
-        errors[allowed] = ((out - exact).norm() / exact.norm()).item()
-    torch.backends.cuda.matmul.allow_tf32 = before
-    assert errors[False] < 1e-6 < errors[True] < 2e-3
+        errors[precision] = ((out - exact).norm() / exact.norm()).item()
+    assert errors["ieee"] < 1e-6 < errors["tf32"] < 2e-3
 
 
 def real_layer(op, channels, outputs, stride, dtype):
@@ -294,11 +293,12 @@ def real_layer(op, channels, outputs, stride, dtype):
 @pytest.mark.parametrize("channels, outputs, stride", [(3, 64, 1), (64, 128, 2), (128, 128, 1)])
 @pytest.mark.parametrize("op", ["interval_linear", "interval_linear_backward", "interval_linear_weight",
                                 "interval_conv2d", "interval_conv2d_backward", "interval_conv2d_weight"])  # fmt: skip
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_every_block_on_the_layers_of_a_real_network(kernels, dtype, op, channels, outputs, stride, monkeypatch):
+@pytest.mark.parametrize("precision", ["bf16", "tf32", "ieee"])
+def test_every_block_on_the_layers_of_a_real_network(kernels, precision, op, channels, outputs, stride, monkeypatch):
     """Each candidate, not only the default, at shapes where all tiles and stages are in use."""
-    tensors, rest = real_layer(op, channels, outputs, stride, dtype)
-    limit = 1e-2 if dtype is torch.bfloat16 else 2e-3  # of the norm; PyTorch lets convolutions use tf32
+    tensors, rest = real_layer(op, channels, outputs, stride, torch.bfloat16 if precision == "bf16" else torch.float32)
+    limit = {"bf16": 1e-2, "tf32": 2e-3, "ieee": 1e-5}[precision]  # of the norm
+    set_precision("tf32" if precision == "tf32" else "ieee")
     tensors_there = on(kernels, *tensors)
     for relu in ((False,), (True,)) if op in ("interval_linear", "interval_conv2d") else ((),):
         exact = getattr(reference, op)(*(t.double() if t.is_floating_point() else t for t in tensors), *rest, *relu)
