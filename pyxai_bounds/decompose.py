@@ -6,6 +6,7 @@ Each is what PyTorch computes, in other words; NotImplemented leaves the operato
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -112,22 +113,45 @@ def _quantile(
     """Sorted values at fixed ranks; PyTorch's own looks for NaN first, which makes the ranks depend on the set."""
     shape = [1] * x.dim() if dim is None else None
     x, dim = (x.flatten(), 0) if dim is None else (x, dim % x.dim())
-    ranks = torch.as_tensor(q, dtype=x.dtype, device=x.device) * (x.shape[dim] - 1)
-    below, above = ranks.floor(), ranks.ceil()
-    if interpolation == "nearest":
-        below = above = ranks.round()
-    elif interpolation != "linear":
-        ranks = below + {"lower": 0.0, "higher": 1.0, "midpoint": 0.5}[interpolation] * (above - below)
-    rows = x.sort(dim).values
-    low, high = (rows.index_select(dim, place.long().reshape(-1)).movedim(dim, 0) for place in (below, above))
-    weight = (ranks - below).reshape(-1, *[1] * (x.dim() - 1))
-    out = torch.lerp(low, high, weight.expand_as(low))
+    rows, last = x.sort(dim).values, x.shape[dim] - 1
+    several = isinstance(q, Tensor) and q.dim() > 0
+    out = _at_ranks(rows, q * last, dim, interpolation) if isinstance(q, Tensor) else _at_rank(
+        rows, _rounded(_rounded(q, x.dtype) * last, x.dtype), dim, interpolation
+    )  # fmt: skip
     out = out.masked_fill(x.isnan().any(dim), math.nan)
     if shape is not None and keepdim:
         out = out.reshape(-1, *shape)
     elif keepdim:
         out = out.unsqueeze(dim + 1)
-    return out if ranks.dim() else out.squeeze(0)
+    return out if several else out.squeeze(0)
+
+
+def _at_rank(rows: Tensor, rank: float, dim: int, interpolation: str) -> Tensor:
+    """A rank that is a number stays one: proofs need to know the place, and what a tensor is multiplied by is rounded."""
+    below, above = math.floor(rank), math.ceil(rank)
+    if interpolation == "nearest":
+        below = above = round(rank)
+    low, high = rows.select(dim, below), rows.select(dim, above)
+    weight = {"lower": 0.0, "higher": 1.0, "midpoint": 0.5}.get(interpolation, rank - below)
+    if weight in (0.0, 1.0):
+        return (high if weight else low).unsqueeze(0)
+    return torch.lerp(low, high, weight).unsqueeze(0)
+
+
+def _at_ranks(rows: Tensor, ranks: Tensor, dim: int, interpolation: str) -> Tensor:
+    below, above = ranks.floor(), ranks.ceil()
+    if interpolation == "nearest":
+        below = above = ranks.round()
+    elif interpolation != "linear":
+        ranks = below + {"lower": 0.0, "higher": 1.0, "midpoint": 0.5}[interpolation] * (above - below)
+    low, high = (rows.index_select(dim, place.long().reshape(-1)).movedim(dim, 0) for place in (below, above))
+    weight = (ranks - below).reshape(-1, *[1] * (rows.dim() - 1))
+    return torch.lerp(low, high, weight.expand_as(low))
+
+
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    """The number as PyTorch holds it in a tensor of float64 or float32."""
+    return value if dtype == torch.float64 else struct.unpack("f", struct.pack("f", value))[0]
 
 
 def _cumprod(x: Tensor, dim: int, *, dtype: Any = None, out: Any = None) -> Tensor:
@@ -139,7 +163,45 @@ def _cumprod(x: Tensor, dim: int, *, dtype: Any = None, out: Any = None) -> Tens
         product = x.narrow(dim, step, count - step) * x.narrow(dim, 0, count - step)
         x = torch.cat((x.narrow(dim, 0, step), product), dim)
         step *= 2
-    return x.clone()
+    return x.clone() if out is None else out.copy_(x)
+
+
+class _LogCumSumExp(torch.autograd.Function):
+    """∂y_j/∂x_i = exp(x_i − y_j) for i ≤ j; PyTorch's own takes the logarithms of positive and of negative gradients."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, dim: int) -> Tensor:
+        return aten.logcumsumexp.default(x, dim)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
+        x, ctx.dim = inputs
+        ctx.save_for_backward(x, output)
+        ctx.save_for_forward(x, output)
+
+    @staticmethod
+    def slopes(ctx: Any) -> Tensor:
+        """[…, i, j]"""
+        x, y = (t.movedim(ctx.dim, -1) for t in ctx.saved_tensors)
+        return (x.unsqueeze(-1) - y.unsqueeze(-2)).triu().exp().triu()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        terms = _LogCumSumExp.slopes(ctx) * grad.movedim(ctx.dim, -1).unsqueeze(-2)
+        return terms.sum(-1).movedim(-1, ctx.dim), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:  # type: ignore[override]
+        terms = _LogCumSumExp.slopes(ctx) * tangent.movedim(ctx.dim, -1).unsqueeze(-1)
+        return terms.sum(-2).movedim(-1, ctx.dim)
+
+
+def _logcumsumexp(x: Tensor, dim: int, *, out: Any = None) -> Tensor:
+    if out is not None or not x.dim() or not x.is_floating_point():
+        return torch.logcumsumexp(x, dim, out=out)
+    return _LogCumSumExp.apply(x, dim)
 
 
 def _lstm(*args: Any) -> Any:
@@ -161,6 +223,8 @@ REWRITTEN: dict[Callable, Callable[..., Tensor]] = {
     torch.lstm: _lstm,
     torch.cumprod: _cumprod,
     Tensor.cumprod: _cumprod,
+    torch.logcumsumexp: _logcumsumexp,
+    Tensor.logcumsumexp: _logcumsumexp,
 }
 
 DECOMPOSED: dict[Any, Callable[..., Any]] = {

@@ -5,10 +5,11 @@ from __future__ import annotations
 import fnmatch
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from pyxai_bounds import rounding as rd
 from pyxai_bounds.interval import Interval
@@ -26,6 +27,13 @@ _LAYERS = (
     nn.BatchNorm2d,
     nn.BatchNorm3d,
 )
+
+
+def _parameters_of(layer: nn.Module) -> Iterator[nn.Parameter]:
+    """The layer's own, and those from which ``torch.nn.utils.parametrize`` makes its weights."""
+    yield from layer.parameters(recurse=False)
+    if parametrize.is_parametrized(layer):
+        yield from layer.parametrizations.parameters()  # type: ignore[union-attr]
 
 
 class ParameterBox:
@@ -75,7 +83,7 @@ class ParameterBox:
         model = self._model()
         if model is None:
             raise ReferenceError("The model of this parameter box no longer exists; build the box from the new one.")
-        usual = {id(p) for m in model.modules() if isinstance(m, _LAYERS) for p in m.parameters(recurse=False)}
+        usual = {id(p) for m in model.modules() if isinstance(m, _LAYERS) for p in _parameters_of(m)}
         chosen = {}
         for name, parameter in model.named_parameters():
             named = self.include is not None and any(fnmatch.fnmatchcase(name, p) for p in self.include)
@@ -113,7 +121,8 @@ def parameter_box(
     """The networks whose parameters θ′ satisfy |θ′ − θ| ≤ relative·|θ| + absolute: for ``bound(fn, parameters=…)``.
 
     By default all weights, biases and batch-norm affine parameters of linear, convolutional and batch-norm layers move,
-    biases by the same rule as weights. ``include`` and ``exclude`` are patterns of parameter names ("*.weight",
+    biases by the same rule as weights; of a parametrized layer (weight norm, spectral norm, …) the parameters move from
+    which its weight is made, not the weight itself. ``include`` and ``exclude`` are patterns of parameter names ("*.weight",
     "fc.*"):
     ``include`` replaces that choice, ``exclude`` takes away from it.
     Raises TypeError for what is no module; ValueError for negative radii, a pattern that matches nothing, an empty box.

@@ -203,6 +203,20 @@ def test_what_is_in_the_box() -> None:
     assert "4 tensors" in repr(usual)
 
 
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+def test_parameters_of_which_a_weight_is_made_are_in_the_box(norm: Callable) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 2)).double().eval()
+    box = xb.parameter_box(model, relative=0.02)
+    assert set(box.parameters()) == {name for name, _ in model.named_parameters()}
+    x = torch.randn(2, 3, dtype=torch.float64)
+    bounds = xb.bound(model, parameters=box, sound=True)(x)
+    for seed in range(20):
+        assert bounds.contains(moved(model, 0.02, 0.0, random_direction(seed, corners=True))(x)).all()
+    fixed = xb.bound(model, parameters=xb.parameter_box(model, relative=0.02, exclude="*parametrizations*"))(x)
+    assert (fixed.width < bounds.width).all()
+
+
 def test_bad_boxes_are_refused() -> None:
     model, other = mlp(), mlp()
     with pytest.raises(ValueError, match="relative must be finite and ≥ 0"):

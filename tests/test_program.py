@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pyxai_bounds as xb
 from pyxai_bounds import fuse, ops, program
 from tests.networks import assert_encloses, assert_encloses_samples, images, mlp, residual
+from tests.soundness.programs import members, outside
 
 TARGET = torch.tensor([1, 3])
 VECTORS = images(2, shape=(6,))
@@ -380,6 +384,22 @@ def test_jacobians_by_vmap() -> None:
     assert_encloses(bounds, jacobian(VECTORS).detach())
     label = xb.bound(xb.explain.gradient(model))(xb.Interval.linf(VECTORS, 0.05), TARGET)
     assert torch.allclose(bounds.rad[range(2), TARGET], label.rad)
+
+
+@pytest.mark.parametrize("derivative", ["jacrev", "jacfwd", "hessian"])
+def test_jacobians_and_hessians_have_proofs(derivative: str) -> None:
+    """The identity that they start from is written into zeros along a diagonal."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Softplus(), nn.Flatten(), nn.Linear(8, 2))
+    wide = copy.deepcopy(model).double()
+
+    def derived(network: nn.Module) -> Callable[[Tensor], Tensor]:
+        return getattr(torch.func, derivative)(lambda x: network(x).tanh().sum(1))
+
+    box = xb.Interval.linf(torch.rand(1, 1, 4, 4), 1e-3)
+    bounds = xb.bound(derived(model), sound=True)(box)
+    for point in members(box, 10):
+        assert bounds.isfinite().all() and not outside(bounds, derived(wide)(point)).any()
 
 
 def test_softmax_attention_of_sets() -> None:

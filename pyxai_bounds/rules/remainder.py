@@ -106,13 +106,15 @@ def div_mode(a: Any, b: Any, *, rounding_mode: str | None) -> Interval:
         return quotient if rounding_mode is None else floor(quotient) if rounding_mode == "floor" else trunc(quotient)
 
     def whole(t: Tensor) -> Tensor:
-        """Exact below 2⁵⁰: PyTorch's floor starts from the exact remainder, its trunc from a rounded quotient."""
+        """Exact below 2⁵⁰: PyTorch's floor starts from the exact remainder, its trunc from a rounded quotient, so that
+        1 by 0.1 is 10 in float64, where in real arithmetic it is 9.
+        """
+        if rounding_mode == "trunc" and not outward():
+            return torch.div(t, b, rounding_mode="trunc")
         floored = torch.div(t, b, rounding_mode="floor")
-        return (
-            floored
-            if rounding_mode == "floor"
-            else torch.where(floored < 0, -torch.div(-t, b, rounding_mode="floor"), floored)
-        )
+        if rounding_mode == "floor":
+            return floored
+        return torch.where(floored < 0, -torch.div(-t, b, rounding_mode="floor"), floored)
 
     at_lower, at_upper = (whole(t) for t in ends(a))
     least, greatest = torch.minimum(at_lower, at_upper), torch.maximum(at_lower, at_upper)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import pyxai_bounds as xb
 from tests.rules.cases import Case, case_id, check, rand
+from tests.soundness.programs import members, outside
 
 aten = torch.ops.aten
 X = rand(3, 5)
@@ -72,6 +73,26 @@ def test_quantiles_of_points_are_pytorchs() -> None:
     box = xb.Interval.linf(X, 0.2)
     bounds = xb.bound(lambda x: x.quantile(0.3, 1))(box)
     assert (bounds.lower - box.lower.quantile(0.3, 1)).abs().max() < 1e-14
+
+
+@pytest.mark.parametrize("kind", ["linear", "lower", "higher", "midpoint", "nearest"])
+@pytest.mark.parametrize("semantics", ["real", "float32"])
+def test_quantiles_have_proofs(kind: str, semantics: str) -> None:
+    """At a rank that float32 holds, against float64 without any tolerance; its gradient, too."""
+
+    def both(x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            value = x.quantile(0.375, 1, interpolation=kind)
+            return value, torch.autograd.grad(value.exp().sum(), x)[0]
+
+    x = X.float()
+    for eps in (0.0, 1e-5, 0.3):
+        box = xb.Interval.linf(x, eps)
+        bounds = xb.bound(both, sound=True, semantics=semantics)(box)  # type: ignore[arg-type]
+        for point in members(box, 6):
+            for part, value in zip(bounds, both(point), strict=True):
+                assert part.isfinite().all() and not outside(part, value).any()
 
 
 @pytest.mark.parametrize("op", ["max", "kthvalue", "median", "sort"])

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import pyxai_bounds as xb
 from tests.rules.cases import Case, case_id, check, rand
+from tests.soundness.programs import members, outside
 
 aten = torch.ops.aten
 X = rand(3, 4)
@@ -50,7 +51,9 @@ CASES = [
     Case("prod, kept", lambda x: x.prod(0, keepdim=True), X, eps=0.1),
     Case("cumprod", lambda x: x.cumprod(1), X, eps=0.1),
     Case("cumprod, operator", lambda x: aten.cumprod.default(x, 0), X, gradient=False),
-    Case("logcumsumexp", lambda x: x.logcumsumexp(1), X, gradient=False),
+    Case("logcumsumexp", lambda x: x.logcumsumexp(1), X),
+    Case("logcumsumexp, first dimension", lambda x: torch.logcumsumexp(x, 0), X),
+    Case("logcumsumexp of a number", lambda x: x.sum().logcumsumexp(0), X, gradient=False),
     Case("nansum", lambda x: x.nansum(1), X),
     Case("scatter_reduce", lambda x: X.scatter_reduce(0, ROWS, x, "sum"), X),
     Case("scatter_reduce, mean", lambda x: x.scatter_reduce(0, ROWS, X, "mean"), X),
@@ -101,6 +104,31 @@ def test_the_norm_of_any_order_is_exact() -> None:
         least = torch.linalg.vector_norm(nearest.clamp(min=0), order, dim=1)
         assert torch.allclose(bounds.lower, least, atol=1e-12, rtol=0)
         assert torch.allclose(bounds.upper, torch.linalg.vector_norm(farthest, order, dim=1), atol=1e-12, rtol=0)
+
+
+def test_gradients_of_logcumsumexp_have_proofs() -> None:
+    """Whatever sign the gradient has that comes in."""
+
+    def gradient(x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(torch.sin(3 * x.logcumsumexp(1)).sum(), x)[0]
+
+    for x, eps in ((X, 0.3), (X, 0.0), (100 * X, 1.0)):
+        box = xb.Interval.linf(x.float(), eps)
+        bounds = xb.bound(gradient, sound=True)(box)
+        for point in members(box, 10):
+            assert bounds.isfinite().all() and not outside(bounds, gradient(point)).any()
+
+
+def test_cumulative_products_are_written_where_they_are_asked_for() -> None:
+    def product(x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        torch.cumprod(x, 1, out=out)
+        return out
+
+    bounds = xb.bound(product)(xb.Interval.linf(X, 0.1))
+    assert bounds.contains(X.cumprod(1)).all() and (bounds.rad > 0).all()
 
 
 def test_the_largest_in_no_order_have_no_places() -> None:

@@ -33,6 +33,7 @@ CASES = [
     Case("floor_divide by a set", lambda x: torch.floor_divide(OTHER, x.abs() + 2), X, gradient=False, kinks=False),
     Case("floor_divide by a scalar", lambda x: aten.floor_divide.Scalar(x, 0.7), X, gradient=False, kinks=False),
     Case("division, trunc", lambda x: torch.div(x, -0.3, rounding_mode="trunc"), X, kinks=False),
+    Case("division, trunc, of whole numbers", lambda x: torch.div(x, 0.1, rounding_mode="trunc"), X),
     Case("division, scalar overload", lambda x: aten.div.Scalar_mode(x, 0.3, rounding_mode="floor"), X, kinks=False),
 ]
 
