@@ -127,7 +127,7 @@ def _quantile(
 
 
 def _at_rank(rows: Tensor, rank: float, dim: int, interpolation: str) -> Tensor:
-    """A rank that is a number stays one: proofs need to know the place, and what a tensor is multiplied by is rounded."""
+    """A rank that is a number stays one: proofs need to know the place, and products of tensors are rounded."""
     below, above = math.floor(rank), math.ceil(rank)
     if interpolation == "nearest":
         below = above = round(rank)
@@ -167,7 +167,7 @@ def _cumprod(x: Tensor, dim: int, *, dtype: Any = None, out: Any = None) -> Tens
 
 
 class _LogCumSumExp(torch.autograd.Function):
-    """∂y_j/∂x_i = exp(x_i − y_j) for i ≤ j; PyTorch's own takes the logarithms of positive and of negative gradients."""
+    """∂y_j/∂x_i = exp(x_i − y_j) for i ≤ j; PyTorch's own takes the logarithms of gradients of either sign."""
 
     generate_vmap_rule = True
 
@@ -188,12 +188,12 @@ class _LogCumSumExp(torch.autograd.Function):
         return (x.unsqueeze(-1) - y.unsqueeze(-2)).triu().exp().triu()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         terms = _LogCumSumExp.slopes(ctx) * grad.movedim(ctx.dim, -1).unsqueeze(-2)
         return terms.sum(-1).movedim(-1, ctx.dim), None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:  # type: ignore[override]
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
         terms = _LogCumSumExp.slopes(ctx) * tangent.movedim(ctx.dim, -1).unsqueeze(-1)
         return terms.sum(-2).movedim(-1, ctx.dim)
 

@@ -121,10 +121,9 @@ def parameter_box(
     """The networks whose parameters θ′ satisfy |θ′ − θ| ≤ relative·|θ| + absolute: for ``bound(fn, parameters=…)``.
 
     By default all weights, biases and batch-norm affine parameters of linear, convolutional and batch-norm layers move,
-    biases by the same rule as weights; of a parametrized layer (weight norm, spectral norm, …) the parameters move from
-    which its weight is made, not the weight itself. ``include`` and ``exclude`` are patterns of parameter names ("*.weight",
-    "fc.*"):
-    ``include`` replaces that choice, ``exclude`` takes away from it.
+    biases by the same rule as weights; of a parametrized layer (weight norm, spectral norm) the parameters move from
+    which its weight is made, not the weight itself. ``include`` and ``exclude`` are patterns of parameter names
+    ("*.weight", "fc.*"): ``include`` replaces that choice, ``exclude`` takes away from it.
     Raises TypeError for what is no module; ValueError for negative radii, a pattern that matches nothing, an empty box.
     Source: the model perturbations of Wicker et al., ICLR 2023, arXiv 2212.08507 (gamma is ``relative`` there).
     """

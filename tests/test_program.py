@@ -386,6 +386,7 @@ def test_jacobians_by_vmap() -> None:
     assert torch.allclose(bounds.rad[range(2), TARGET], label.rad)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 @pytest.mark.parametrize("derivative", ["jacrev", "jacfwd", "hessian"])
 def test_jacobians_and_hessians_have_proofs(derivative: str) -> None:
     """The identity that they start from is written into zeros along a diagonal."""

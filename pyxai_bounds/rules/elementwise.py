@@ -157,13 +157,13 @@ def clamp(x: Value, min: Any = None, max: Any = None) -> Interval:
     return between(torch.clamp(*lows), torch.clamp(*highs))
 
 
-@rule(aten.clamp_min.default, precision="exact")
-def clamp_min(x: Interval, min: float) -> Interval:
+@rule(aten.clamp_min.default, aten.clamp_min.Tensor, precision="exact")
+def clamp_min(x: Value, min: Any) -> Interval:
     return clamp(x, min)
 
 
-@rule(aten.clamp_max.default, precision="exact")
-def clamp_max(x: Interval, max: float) -> Interval:
+@rule(aten.clamp_max.default, aten.clamp_max.Tensor, precision="exact")
+def clamp_max(x: Value, max: Any) -> Interval:
     return clamp(x, None, max)
 
 

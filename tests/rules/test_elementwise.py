@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import pyxai_bounds as xb
@@ -80,6 +81,9 @@ CASES = [
     Case("clamp, set as limit", lambda x: torch.clamp(OTHER, x, x + 1), X),
     Case("clamp_min", lambda x: aten.clamp_min.default(x, 0.0), X),
     Case("clamp_max", lambda x: aten.clamp_max.default(x, 1.0), X),
+    Case("clamp_min, tensor", lambda x: torch.clamp_min(x, 0.3 * x.flip(0)), X, kinks=False),
+    Case("clamp_max, tensor", lambda x: torch.clamp_max(x, LIMIT), X),
+    Case("cosine similarity", lambda x: F.cosine_similarity(x, OTHER, dim=0), X, eps=0.1, kinks=False),
     Case("lerp", lambda x: torch.lerp(x, OTHER, 0.3), X),
     Case("lerp by a set", lambda x: torch.lerp(OTHER, x, x.flip(0)), X),
     Case("lerp, tensors", lambda x: torch.lerp(x, x.flip(0), OTHER), X),
