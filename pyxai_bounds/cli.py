@@ -27,7 +27,7 @@ from pyxai_bounds.report import evaluate_all, glossary
 from pyxai_bounds.train import Options, Progress, Recipe, TrainingDivergedError, load, read_description, run
 from pyxai_bounds.train.checkpoint import write_file
 from pyxai_bounds.train.loop import stored_recipe
-from pyxai_bounds.train.objectives import OBJECTIVES
+from pyxai_bounds.train.objectives import OBJECTIVES, WITHOUT_EPS
 from pyxai_bounds.train.objectives.options import described
 from pyxai_bounds.train.presets import PRESETS
 
@@ -47,8 +47,8 @@ except ModuleNotFoundError as _error:
 else:
     _missing = None
 
-PRESET_HELP = f"flags' defaults by the name of a set-up: {', '.join(PRESETS)}"
-Explained = Literal["gradient", "saliency", "gradient-x-input", "integrated-gradients", "smoothgrad"]
+PRESET_HELP = f"""flags' defaults: a run's folder, the JSON file of a recipe, or one of {", ".join(PRESETS)}"""
+Method = Literal["gradient", "saliency", "gradient-x-input", "integrated-gradients", "smoothgrad"]
 USER_ERRORS = (ValueError, TypeError, OSError, ModuleNotFoundError, TrainingDivergedError, UnsupportedOperatorError)
 
 
@@ -82,7 +82,7 @@ class Demo:
 
 @dataclass(frozen=True)
 class Train:
-    """Train a network by a preset and flags that override it, and keep it in a folder.
+    """Train a network by a preset, or the recipe of a file or run, and flags that override it; keep it in a folder.
 
     A folder whose training was interrupted is continued by --resume. Under torchrun the processes share the work.
     """
@@ -118,12 +118,66 @@ class Train:
         console = _console()
         result = f"[bold]accuracy {correct:.3f}[/bold] on {len(dataset.test_x)} test samples"
         console.print(f"{result}; kept in [bold]{self.out}[/bold]", highlight=False)
+        commonest = (dataset.test_y.bincount().max() / len(dataset.test_y)).item()
+        if correct <= commonest:
+            console.print(
+                f"Always naming the commonest class gives {commonest:.3f}: this network has learnt nothing, or "
+                "unlearnt it. Train longer, or with a smaller --lr or a smaller weight of the objective's terms.",
+                style="yellow",
+                highlight=False,
+            )
         console.print(f"Next: pyxai-bounds evaluate {self.out} --eps {recipe.eps or 0.01:g}", highlight=False)
+
+
+@dataclass(frozen=True)
+class Explained:
+    """What is explained, and how."""
+
+    explanation: Method = "gradient"
+    """what is bounded: gradient, saliency (its magnitude), gradient-x-input, integrated-gradients or smoothgrad"""
+    of: explain.Of = "logit"
+    """of the true label: its logit, its probability, or the loss"""
+    points: int = 10
+    """steps of integrated-gradients, noisy copies of smoothgrad"""
+    noise: float = 0.1
+    """standard deviation of smoothgrad's noise, in the units of the data"""
+
+    def function(self, model: nn.Module, shape: tuple[int, ...], seed: int) -> Callable[..., Tensor]:
+        """The function (x, y), whose result has the shape of x. ``seed`` draws smoothgrad's noise."""
+        if self.explanation == "integrated-gradients":
+            return explain.integrated_gradients(model, self.of, self.points)
+        if self.explanation == "smoothgrad":
+            return self._smoothgrad(model, shape, seed)
+        if self.explanation == "saliency":
+            return explain.saliency(model, self.of, channels="none")
+        plain = {"gradient": explain.gradient, "gradient-x-input": explain.gradient_x_input}
+        return plain[self.explanation](model, self.of)
+
+    def _smoothgrad(self, model: nn.Module, shape: tuple[int, ...], seed: int) -> Callable[..., Tensor]:
+        """One noise for all samples: bounds and attacks are then about one program, in whatever pieces they run."""
+        if self.points < 1 or not 0 < self.noise < math.inf:
+            raise ValueError(f"smoothgrad needs --points ≥ 1 and --noise > 0, got {self.points} and {self.noise:g}.")
+        generator = torch.Generator().manual_seed(seed)
+        noise = self.noise * torch.randn((self.points, 1, *shape), generator=generator)
+        smooth = explain.smoothgrad(model, self.of)
+        return lambda x, y: smooth(x, y, noise.to(x).expand(self.points, *x.shape))
+
+    @property
+    def in_words(self) -> str:
+        """As the report says it."""
+        return str(self).replace(" of ", " of the true label's ", 1)
+
+    def __str__(self) -> str:
+        details = {
+            "integrated-gradients": f", {self.points} steps from 0",
+            "smoothgrad": f", {self.points} copies, noise {self.noise:g}",
+        }
+        return f"{self.explanation} of {self.of}{details.get(self.explanation, '')}"
 
 
 @dataclass
 class Certify:
-    """Certify the top-k features of every held-out sample's explanation: the gradient of the true label's logit."""
+    """Certify the top-k features of every held-out sample's explanation."""
 
     run: Positional[Path]
     """a folder that train or demo wrote"""
@@ -131,6 +185,9 @@ class Certify:
     """radius of the box around each sample, in the units of the data"""
     k: int = 5
     """how many features must stay on top"""
+    what: OmitArgPrefixes[Explained] = field(default_factory=Explained)
+    seed: int = 0
+    """of smoothgrad's noise"""
     data_root: Path | None = None
     """folder of the data sets' files; else $PYXAI_BOUNDS_DATA, else ~/.cache/pyxai_bounds"""
     json: bool = False
@@ -139,14 +196,15 @@ class Certify:
     def __call__(self) -> None:
         model, dataset = load(self.run), data.load(read_description(self.run)["recipe"]["data"], self.data_root)
         certificate = certify(
-            explain.gradient(model), dataset.test_x, dataset.test_y,
+            self.what.function(model, dataset.input_shape, self.seed), dataset.test_x, dataset.test_y,
             eps=self.eps, property=TopK(self.k), clip=dataset.clip,
         )  # fmt: skip
         correct = accuracy(model, dataset.test_x, dataset.test_y)
         count, samples = int(certificate.holds.sum()), len(certificate.holds)
         if self.json:
             result = {
-                "run": str(self.run), "data": dataset.name, "eps": self.eps, "k": self.k, "samples": samples,
+                "run": str(self.run), "data": dataset.name, "explanation": str(self.what),
+                "eps": self.eps, "k": self.k, "samples": samples,
                 "accuracy": correct, "certified": count, "fraction": certificate.fraction,
                 "rounding": certificate.rounding, "holds": certificate.holds.tolist(),
                 "margin": [m if math.isfinite(m) else None for m in certificate.margin.tolist()],
@@ -156,8 +214,8 @@ class Certify:
         console = _console()
         console.print(f"{dataset.name}, {samples} held-out samples, accuracy {correct:.3f}", highlight=False)
         console.print(
-            f"[bold]{count} of {samples} certified ({certificate.fraction:.1%})[/bold]: their top {self.k} features "
-            f"stay the top {self.k} for every input within {self.eps:g}",
+            f"[bold]{count} of {samples} certified ({certificate.fraction:.1%})[/bold]: the top {self.k} features of "
+            f"their explanation ({self.what}) stay the top {self.k} for every input within {self.eps:g}",
             highlight=False,
         )
         console.print(
@@ -178,17 +236,10 @@ class Evaluate:
     samples: int = 1000
     """at most so many held-out samples, the first ones"""
     seed: int = 0
-    """of the attacks"""
+    """of the attacks and of smoothgrad's noise"""
     data_root: Path | None = None
     """folder of the data sets' files; else $PYXAI_BOUNDS_DATA, else ~/.cache/pyxai_bounds"""
-    explanation: Explained = "gradient"
-    """what is bounded and attacked; docs/metrics.md says which rows depend on it"""
-    of: explain.Of = "logit"
-    """what is explained"""
-    points: int = 10
-    """steps of integrated-gradients, noisy copies of smoothgrad"""
-    noise: float = 0.1
-    """standard deviation of smoothgrad's noise, in the units of the data"""
+    what: OmitArgPrefixes[Explained] = field(default_factory=Explained)
     csv: Path | None = None
     """write every number with its settings into this file, a line each"""
     json: bool = False
@@ -203,7 +254,7 @@ class Evaluate:
         with _progress() as bar:
             found = _measure(model, dataset, self, lambda done: bar.move("certifying and attacking", done))
         settings = {"run": str(self.run), "data": dataset.name, "model": recipe["model"], "seed": self.seed}
-        settings["explanation"] = _explanation_text(self)
+        settings["explanation"] = str(self.what)
         result = settings | found
         if self.csv is not None:
             self.csv.parent.mkdir(parents=True, exist_ok=True)
@@ -219,38 +270,9 @@ class Evaluate:
 def _measure(model: nn.Module, dataset: data.Dataset, how: Evaluate, tick: Callable[[float], None]) -> dict[str, Any]:
     return evaluate_all(
         model, dataset.test_x, dataset.test_y,
-        eps=how.eps, k=how.k, clip=dataset.clip, explanation=_explanation(model, dataset.input_shape, how),
-        seed=how.seed, on_progress=tick,
+        eps=how.eps, k=how.k, clip=dataset.clip, seed=how.seed, on_progress=tick,
+        explanation=how.what.function(model, dataset.input_shape, how.seed),
     )  # fmt: skip
-
-
-def _explanation(model: nn.Module, shape: tuple[int, ...], how: Evaluate) -> Callable[..., Tensor]:
-    """The function (x, y) that was chosen. Every result has the shape of x: the metrics add up channels themselves."""
-    if how.explanation == "integrated-gradients":
-        return explain.integrated_gradients(model, how.of, how.points)
-    if how.explanation == "smoothgrad":
-        return _smoothgrad(model, shape, how)
-    if how.explanation == "saliency":
-        return explain.saliency(model, how.of, channels="none")
-    return {"gradient": explain.gradient, "gradient-x-input": explain.gradient_x_input}[how.explanation](model, how.of)
-
-
-def _smoothgrad(model: nn.Module, shape: tuple[int, ...], how: Evaluate) -> Callable[..., Tensor]:
-    """One noise for all samples: bounds and attacks are then about one program, in whatever pieces they run."""
-    if how.points < 1 or not 0 < how.noise < math.inf:
-        raise ValueError(f"smoothgrad needs --points ≥ 1 and --noise > 0, got {how.points} and {how.noise:g}.")
-    generator = torch.Generator().manual_seed(how.seed)
-    noise = how.noise * torch.randn((how.points, 1, *shape), generator=generator)
-    smooth = explain.smoothgrad(model, how.of)
-    return lambda x, y: smooth(x, y, noise.to(x).expand(how.points, *x.shape))
-
-
-def _explanation_text(how: Evaluate) -> str:
-    details = {
-        "integrated-gradients": f", {how.points} steps from 0",
-        "smoothgrad": f", {how.points} copies, noise {how.noise:g}",
-    }
-    return f"{how.explanation} of {how.of}{details.get(how.explanation, '')}"
 
 
 @dataclass
@@ -266,7 +288,8 @@ class Report:
     k: int = 5
     """how many features must stay on top"""
     seed: int = 0
-    """of the attack"""
+    """of the attack and of smoothgrad's noise"""
+    what: OmitArgPrefixes[Explained] = field(default_factory=Explained)
     data_root: Path | None = None
     """folder of the data sets' files; else $PYXAI_BOUNDS_DATA, else ~/.cache/pyxai_bounds"""
 
@@ -285,10 +308,12 @@ class Report:
                     bar.move(f"certifying and attacking {label}", (start + fraction) / len(self.runs))
 
                 dataset, model = data.load(recipe["data"], self.data_root), load(path)
+                fn = self.what.function(model, dataset.input_shape, self.seed)
                 results.append(
                     evaluate(
                         model, dataset, label,
-                        name=recipe["model"], eps=self.eps, k=self.k, seed=self.seed, on_progress=on_progress,
+                        name=recipe["model"], explanation=fn, explained_as=self.what.in_words, eps=self.eps,
+                        k=self.k, seed=self.seed, on_progress=on_progress,
                     )
                 )  # fmt: skip
         _console().print(f"[bold]{report.write_page(self.out, results)}[/bold]", highlight=False)
@@ -374,9 +399,28 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
 
 
 def _preset(name: str) -> Recipe:
-    if name and name not in PRESETS:
-        raise ValueError(f"There is no preset {name!r}; choose one of {', '.join(PRESETS)}.")
-    return PRESETS[name] if name else Recipe()
+    if not name or name in PRESETS:
+        return PRESETS[name] if name else Recipe()
+    if (path := Path(name)).is_dir():
+        if (recipe := stored_recipe(path)) is None:
+            raise ValueError(f"{name} is not a run: it has no run.json and no checkpoint.")
+        return recipe
+    if path.suffix == ".json":
+        return _recipe_file(path)
+    raise ValueError(
+        f"There is no preset {name!r}; choose one of {', '.join(PRESETS)}, or give a run's folder or a recipe's .json."
+    )
+
+
+def _recipe_file(path: Path) -> Recipe:
+    """A recipe as JSON: the fields that differ from the defaults, or a whole run.json."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        recipe = Recipe.from_json(values.get("recipe", values))
+        recipe.check()
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} holds no recipe: {error}") from error
+    return recipe
 
 
 def _parsed(arguments: list[str], preset: str, default: Recipe) -> Callable[[], None]:
@@ -470,7 +514,7 @@ class _Training:
     def __init__(self, recipe: Recipe, dataset: data.Dataset, bar: _Bar) -> None:
         self.recipe, self.bar, self.begun = recipe, bar, False
         options = "".join(f" {name}={value}" for name, value in recipe.options.items())
-        eps = "" if recipe.objective == "natural" else f", eps {recipe.eps:g}"
+        eps = "" if recipe.objective in WITHOUT_EPS else f", eps {recipe.eps:g}"
         self.title = (
             f"{recipe.objective}{options}{eps}: {recipe.model} on {dataset.name}, {len(dataset.train_x)} samples"
         )
@@ -483,7 +527,8 @@ class _Training:
             self.bar.say(f"{'epoch':>9}  {'loss':>10}  {'eps':>8}  {'lr':>8}  {'seconds':>8}{watched}", "dim")
         done = now.done
         if done is not None and (now.epoch % math.ceil(now.epochs / self.ROWS) == 0 or now.step == now.steps):
-            eps = f"{done.eps:.3g}" if done.weight else "natural"
+            eps = "–" if self.recipe.objective in WITHOUT_EPS else f"{done.eps:.3g}"
+            eps = eps if done.weight else "natural"
             line = f"{f'{now.epoch}/{now.epochs}':>9}  {done.loss:>10.4f}  {eps:>8}  {done.lr:>8.2g}"
             line += f"  {done.seconds:>8.1f}"
             if done.validation_loss is not None:

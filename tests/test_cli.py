@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from pyxai_bounds import cli
+from pyxai_bounds import TopK, certify, cli, data, explain, train
 from pyxai_bounds.report import demo, glossary
 from pyxai_bounds.train import Recipe, presets
 
@@ -72,6 +72,30 @@ def test_options_are_added_to_the_presets_but_not_to_another_objective(capsys, t
     assert recipe_of(tmp_path / "a")["options"] == {"alpha": 0.25, "width": "mean"}
     assert call(capsys, "train", "tiny", "--objective", "natural", "--out", tmp_path / "b")[0] == 0
     assert recipe_of(tmp_path / "b")["options"] == {}
+
+
+def test_a_recipe_from_a_file_or_a_run(capsys, tmp_path, tiny):
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"data": "wine", "model": "linear", "epochs": 2, "options": {"alpha": 0.3}}))
+    assert call(capsys, "train", file, "--options", "width=mean", "--seed", 4, "--out", tmp_path / "a")[0] == 0
+    first = recipe_of(tmp_path / "a")
+    assert (first["data"], first["model"], first["epochs"], first["seed"]) == ("wine", "linear", 2, 4)
+    assert first["options"] == {"alpha": 0.3, "width": "mean"}
+    for source in (tmp_path / "a", tmp_path / "a" / "run.json"):
+        assert call(capsys, "train", source, "--seed", 5, "--out", tmp_path / "b")[0] == 0
+        assert recipe_of(tmp_path / "b") == {**first, "seed": 5}
+
+
+def test_training_says_when_nothing_is_left_of_the_task(capsys, tmp_path):
+    flags = ("train", "--data", "wine", "--model", "linear", "--out", tmp_path / "run", "--objective", "natural")
+    assert "Always naming" not in call(capsys, *flags, "--epochs", 40, "--lr", 0.02)[1]
+    assert "Always naming the commonest class gives" in call(capsys, *flags, "--epochs", 1, "--lr", 1e-9)[1]
+
+
+def test_a_radius_is_shown_where_it_plays_a_part(capsys, tmp_path):
+    flags = ("train", "--data", "wine", "--epochs", 3, "--natural-epochs", 1, "--eps", 0.123, "--out", tmp_path / "run")
+    assert "0.123" in call(capsys, *flags)[1].partition("Next")[0]
+    assert "0.123" not in call(capsys, *flags, "--objective", "r2et")[1].partition("Next")[0]
 
 
 def test_a_value_that_is_the_name_of_a_preset_is_none(capsys, tmp_path, tiny, monkeypatch):
@@ -147,6 +171,22 @@ def test_evaluate_takes_other_explanations_and_writes_csv(capsys, runs, tmp_path
     assert float(certified["value"]) == found["at"][0]["certified_topk"] and certified["eps"] == "0.05"
 
 
+def test_certify_and_report_take_other_explanations(capsys, runs, tmp_path):
+    chosen = ("--explanation", "gradient-x-input", "--of", "loss", "--eps", 0.05, "--k", 3)
+    model, dataset = train.load(runs / "fc-128"), data.load("wine")
+    fn = explain.gradient_x_input(model, "loss")
+    expected = certify(fn, dataset.test_x, dataset.test_y, eps=0.05, property=TopK(3))
+    code, out, err = call(capsys, "certify", runs / "fc-128", *chosen, "--json")
+    result = json.loads(out)
+    assert code == 0 and err == "" and result["explanation"] == "gradient-x-input of loss"
+    assert result["holds"] == expected.holds.tolist() and result["margin"] == expected.margin.tolist()
+    plain = json.loads(call(capsys, "certify", runs / "fc-128", "--eps", 0.05, "--k", 3, "--json")[1])
+    assert plain["explanation"] == "gradient of logit" and plain["margin"] != result["margin"]
+    assert call(capsys, "report", runs / "fc-128", *chosen, "--out", tmp_path / "page.html")[0] == 0
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "gradient-x-input of the true label&#x27;s loss" in page and f"{expected.fraction:.3f}" in page
+
+
 def test_certify_prints_text_or_json(capsys, runs):
     code, out, err = call(capsys, "certify", runs / "fc-128", "--eps", 0.05, "--k", 3)
     assert code == 0 and err == "" and "of 39 certified" in out and "rounding: " in out
@@ -192,6 +232,9 @@ def test_info_explains_an_objective(capsys):
             "The data set mnist is not here: looked for",
         ),
         (["train", "rec-mnist", "--out", "OUT"], "no preset 'rec-mnist'; choose one of digits-cnn7"),
+        (["train", "no.json", "--out", "OUT"], "No such file"),
+        (["train", "bad.json", "--out", "OUT"], "bad.json holds no recipe: The recipe has lrr, which this version"),
+        (["train", "EMPTY", "--out", "OUT"], "is not a run: it has no run.json and no checkpoint"),
         (["train", "--out", "OUT", "--objective", "rce"], "no objective 'rce'; choose from natural, rec"),
         (["train", "--out", "OUT", "--options", "beta=1"], "rec has no option beta; it has alpha, width"),
         (["train", "--out", "OUT", "--options", "alpha=x"], "alpha of rec is 'x'; it must be a number"),
@@ -215,7 +258,8 @@ def test_info_explains_an_objective(capsys):
     ],
 )
 def test_a_user_error_is_one_line_and_exit_code_2(capsys, runs, tmp_path, arguments, message):
-    places = {"OUT": tmp_path / "out", "RUN": runs / "fc-128"}
+    places = {"OUT": tmp_path / "out", "RUN": runs / "fc-128", "EMPTY": tmp_path, "bad.json": tmp_path / "bad.json"}
+    places["bad.json"].write_text('{"lrr": 1}')
     code, out, err = call(capsys, *(places.get(a, a) for a in arguments))
     assert code == 2 and out == ""
     assert err.startswith("error: ") and message in err and err.count("\n") == 1

@@ -15,6 +15,7 @@ class Dataset:
     Shapes: train_x, test_x [N, ...] floating point; train_y, test_y [N] int64 in 0 … classes − 1.
     clip: the range that valid inputs lie in, or None where inputs are scaled columns and unbounded.
     image_shape: (C, H, W), or None for a table, whose columns feature_names names.
+    unit: what a difference of 1 between inputs is, in words, for reports.
     Raises ValueError if the parts do not fit together.
     """
 
@@ -28,6 +29,7 @@ class Dataset:
     image_shape: tuple[int, int, int] | None
     feature_names: tuple[str, ...]
     class_names: tuple[str, ...]
+    unit: str = "units of the data"
 
     def __post_init__(self) -> None:
         for part, x, y in (("train", self.train_x, self.train_y), ("test", self.test_x, self.test_y)):

@@ -84,6 +84,7 @@ def _measurements(name: str, root: Path) -> Dataset:
         classes=len(raw.target_names), clip=None, image_shape=None,
         feature_names=tuple(str(column) for column in raw.feature_names),
         class_names=tuple(str(kind) for kind in raw.target_names),
+        unit="standard deviations of each feature",
     )  # fmt: skip
 
 

@@ -147,6 +147,7 @@ def load_table(name: str, root: Path) -> Dataset:
         test_x=encoder(test_rows), test_y=labels(test_target),
         classes=len(set(table.labels.values())), clip=None, image_shape=None,
         feature_names=encoder.feature_names, class_names=tuple(dict.fromkeys(table.labels.values())),
+        unit="shares of each column's range",
     )  # fmt: skip
 
 

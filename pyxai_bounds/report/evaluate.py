@@ -16,6 +16,8 @@ from pyxai_bounds.certify import Certificate, TopK, certified_radius, certify
 from pyxai_bounds.certify.metrics import accuracy, certain_members, same_class_cosine, unstable_relu_fraction
 from pyxai_bounds.data import Dataset
 
+GRADIENT = "gradient of the true label's logit"
+
 
 class SoundnessError(RuntimeError):
     """An attack broke what a certificate promised: one of the two is wrong, and no report may hide it."""
@@ -57,6 +59,7 @@ class Evaluation:
     label: str
     dataset: Dataset
     model: str
+    explained_as: str
     parameters: int
     property: TopK
     accuracy: float
@@ -75,6 +78,7 @@ class Evaluation:
             "label": self.label,
             "data": self.dataset.name,
             "model": self.model,
+            "explanation": self.explained_as,
             "parameters": self.parameters,
             "samples": len(self.radius),
             "k": self.property.k,
@@ -96,6 +100,8 @@ def evaluate(
     label: str,
     *,
     name: str = "",
+    explanation: Callable[..., Tensor] | None = None,
+    explained_as: str = "",
     eps: Sequence[float] = (0.01, 0.02),
     k: int = 5,
     attack_steps: int = 20,
@@ -103,19 +109,22 @@ def evaluate(
     seed: int = 0,
     on_progress: Callable[[float], None] | None = None,
 ) -> Evaluation:
-    """Certify and attack the top-k features of the true label's logit gradient, on every held-out sample.
+    """Certify and attack the top-k features of an explanation on every held-out sample.
 
-    eps: the radii of the table, in the units of the inputs; the curves go on to 2½ times the largest. pictures: how
-    many samples, from the first on, are kept whole. ``on_progress`` is called with the fraction done.
-    Puts the model in evaluation mode. Raises ValueError for no radius, SoundnessError if an attack breaks a
-    certificate, and what ``certify`` raises.
+    explanation: ``fn(x, y)`` in the shape of x, and ``explained_as`` what the report calls it; by default the gradient
+    of the true label's logit. eps: the radii of the table, in the units of the inputs; the curves go on to 2½ times the
+    largest. pictures: how many samples, from the first on, are kept whole. ``on_progress`` is called with the fraction
+    done.
+    Puts the model in evaluation mode. Raises ValueError for no radius or an explanation in another shape,
+    SoundnessError if an attack breaks a certificate, and what ``certify`` raises.
     """
     if not eps or min(eps) <= 0:
         raise ValueError(f"eps={list(eps)} must hold at least one radius, all of them positive.")
     model.eval()
-    fn, property, clip = explain.gradient(model), TopK(k), dataset.clip
+    fn, property, clip = explanation or explain.gradient(model), TopK(k), dataset.clip
     x, y = dataset.test_x, dataset.test_y
     eps, max_eps = sorted(eps), 2.5 * max(eps)
+    check_shape(fn, x, y)
     tick = on_progress or (lambda _: None)
 
     certificates = {radius: certify(fn, x, y, eps=radius, property=property, clip=clip) for radius in eps}
@@ -135,11 +144,23 @@ def evaluate(
     first = certificates[eps[0]]
     return Evaluation(
         label=label, dataset=dataset, model=name or type(model).__name__,
+        explained_as=explained_as or (GRADIENT if explanation is None else "the given function"),
         parameters=sum(p.numel() for p in model.parameters()), property=property,
         accuracy=accuracy(model, x, y), unstable=unstable_relu_fraction(model, x, eps[0], clip),
         cosine=same_class_cosine(first.nominal, y), at=at, curve=curve, radius=reach, max_eps=max_eps,
         rounding=first.rounding, samples=_samples(model, dataset, property, first, reach, min(pictures, len(x))),
     )  # fmt: skip
+
+
+def check_shape(fn: Callable[..., Tensor], x: Tensor, y: Tensor) -> None:
+    """Raises ValueError unless ``fn(x, y)`` has the shape of x."""
+    shape = explained.shape if isinstance(explained := fn(x[:1], y[:1]), Tensor) else None
+    if shape != x[:1].shape:
+        raise ValueError(
+            f"The explanation of inputs {list(x[:1].shape)} must have their shape, but has "
+            f"{None if shape is None else list(shape)}: metrics rank the features and add up the channels themselves. "
+            "Of a saliency map take explain.saliency(model, channels='none')."
+        )
 
 
 def rounded_down(radius: float) -> str:

@@ -155,9 +155,9 @@ ATTACKS: dict[str, tuple[str, str]] = {
     "center": ("Sign steps that move the saliency's centre of mass; images only", f"{GHORBANI}; {RAR}"),
     "region": ("Sign steps that draw the saliency into the upper left quarter; images only", f"{GHORBANI}; {RAR}"),
     "er-stop": ("ERAttack: lowers the top k below the features next to them; stops before the label flips", R2ET),
-    "er-hinge": ("ERAttack with a hinge that keeps the label instead", R2ET),
+    "er-hinge": ("ERAttack with a hinge that keeps the label instead; the same as er-stop where none flips", R2ET),
     "mse-stop": ("Moves the explanation as far as possible in mean square; stops before the label flips", R2ET),
-    "mse-hinge": ("The same with a hinge that keeps the label instead", R2ET),
+    "mse-hinge": ("mse-stop with a hinge that keeps the label instead; the same where none flips", R2ET),
 }
 
 COMPARISONS: dict[str, Metric] = {
@@ -284,7 +284,7 @@ Each stays within eps, keeps the label and leaves the numbers of the next table.
 {comparisons}
 ## Another explanation
 
-`--explanation` chooses what is bounded and attacked: `gradient` (the default), `saliency` (its magnitude),
+`--explanation`, of `certify` and `report` too, chooses what is bounded: `gradient` (default), `saliency` (its size),
 `gradient-x-input`, `integrated-gradients` (baseline 0) and `smoothgrad`, with `--of logit`, `probability` or `loss`.
 `--points` is the number of steps of integrated gradients or of noisy copies of SmoothGrad, `--noise` the standard
 deviation of these, drawn once from `--seed` and the same for all samples. Both bound the gradient at

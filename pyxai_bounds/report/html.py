@@ -25,7 +25,9 @@ def write_page(path: str | Path, evaluations: Sequence[Evaluation], title: str =
 
 
 def page(evaluations: Sequence[Evaluation], title: str = "How much of it is certain?") -> str:
-    """The page as text. Raises ValueError without evaluations, or with different radii or k on one data set."""
+    """The page as text. Raises ValueError without evaluations, or where those on one data set differ in radii, k or
+    explanation.
+    """
     if not evaluations:
         raise ValueError("A report needs at least one evaluation.")
     groups: dict[str, list[Evaluation]] = {}
@@ -36,25 +38,26 @@ def page(evaluations: Sequence[Evaluation], title: str = "How much of it is cert
 
 
 def _section(name: str, group: list[Evaluation]) -> str:
-    if len({(e.property, tuple(row.eps for row in e.at)) for e in group}) > 1:
-        raise ValueError(f"The evaluations on {name} used different radii or k and cannot share a table.")
+    if len({(e.property, e.explained_as, tuple(row.eps for row in e.at)) for e in group}) > 1:
+        raise ValueError(f"The evaluations on {name} used different radii, k or explanations: they need a page each.")
     first = group[0]
-    unit = "pixels lie in [0, 1]" if first.dataset.clip == (0.0, 1.0) else "in standard deviations of each feature"
+    clip = first.dataset.clip
+    unit = f"in {first.dataset.unit}" if clip is None else f"inputs lie in [{clip[0]:g}, {clip[1]:g}]"
     curves = _picture(plot_curves(group)[0], f"Certified and attack-survived fractions against eps on {name}")
     samples = "\n".join(_sample(group, i) for i in range(min(len(e.samples) for e in group)))
     return f"""<section>
 <h2>{escape(name)}</h2>
-<p class="lead">{len(first.radius)} held-out samples, each one bounded and attacked. The explanation is the gradient
-of the true label's logit; the statement is that its {first.property.k} largest entries by magnitude stay the
+<p class="lead">{len(first.radius)} held-out samples, each one bounded and attacked. The explanation:
+{escape(first.explained_as)}. The statement is that its {first.property.k} largest entries by magnitude stay the
 {first.property.k} largest for <em>every</em> input within eps ({unit}).</p>
 {_table(group)}
 {_warning(group)}
 <h3>Certified fraction against radius</h3>
-<figure>{curves}<figcaption>Solid: guaranteed. Dashed: what an attack could not break. The truth lies between the two,
-in the shaded band; a narrow band means that the certificate is tight.</figcaption></figure>
+<figure>{curves}<figcaption>Solid: guaranteed. Dashed: what an attack could not break, from one radius
+that was tried (a dot) to the next. The truth lies between the two, in the shaded band; a narrow band means that the
+certificate is tight.</figcaption></figure>
 <h3>Explanations and their bounds at eps {first.at[0].eps:g}</h3>
-<p>The first held-out samples, not chosen. Blue is negative, red positive, white zero; the lower bound, the explanation
-and the upper bound of a row share one scale.</p>
+<p>The first held-out samples, not chosen. {_LEGENDS[first.dataset.image_shape is not None]}</p>
 {samples}
 </section>"""
 
@@ -103,8 +106,8 @@ def _warning(group: list[Evaluation]) -> str:
     linear = [e for e in group if e.unstable is None]
     if not linear:
         return (
-            '<p class="note">There is no linear model in this table. Add one before praising any row: its certificate '
-            "is perfect and means nothing (see below).</p>"
+            '<p class="note">There is no linear model in this table. Add one before praising any row: what it reaches '
+            "is worth little (see below).</p>"
         )
     best = max(e.accuracy for e in linear)
     collapsed = [e.label for e in group if e.unstable is not None and e.accuracy <= best]
@@ -128,6 +131,13 @@ def _sample(group: list[Evaluation], index: int) -> str:
 def _picture(figure: Figure, alt: str) -> str:
     return f'<img alt="{escape(alt)}" src="{encode(figure)}">'
 
+
+_LEGENDS = {
+    True: "Blue is negative, red positive, white zero; the lower bound, the explanation and the upper bound of a row "
+    "share one scale.",
+    False: "A dot is what the explanation gives a feature at the sample, the bar what the bounds allow in the "
+    "box. These are the features that matter most to the first network.",
+}
 
 _REMARKS = (
     ("Accuracy", "NA", ""),
@@ -163,10 +173,10 @@ _GUIDE = f"""<section>
 {_TERMS}
 </dl>
 <h3>Beware of the linear model</h3>
-<p>A linear network explains every input in the same way. It is certified at every radius, and says nothing about any
-particular input. A training method that quietly pushes a deep network towards a linear one therefore looks brilliant on
-certificates alone. That is why the linear model stands in the table: a certified network is interesting where it is
-<em>more accurate</em> than the linear one and its same-class cosine is clearly below 1.</p>
+<p>The logit's gradient of a linear network is the same for every input. It is certified at every radius, and says
+nothing about any particular input. A training method that quietly pushes a deep network towards a linear one therefore
+looks brilliant on certificates alone. That is why the linear model stands in the table: a certified network is
+interesting where it is <em>more accurate</em> than the linear one and its same-class cosine is clearly below 1.</p>
 </section>"""
 
 _STYLE = """

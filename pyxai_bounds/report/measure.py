@@ -13,7 +13,7 @@ from pyxai_bounds import attack, explain
 from pyxai_bounds.attack import Attack
 from pyxai_bounds.certify import Cosine, MeanSquare, TopK, certified_radius, certify, metrics
 from pyxai_bounds.interval import Interval
-from pyxai_bounds.report.evaluate import SoundnessError
+from pyxai_bounds.report.evaluate import SoundnessError, check_shape
 
 PARTS = 9  # measurements per radius, for the progress bar
 
@@ -61,13 +61,7 @@ def evaluate_all(
         model, x, y, k, clip, explanation or explain.gradient(model), tau, cosine, attack_steps, m, neighbours, seed,
         batch_size,
     )  # fmt: skip
-    shape = explained.shape if isinstance(explained := measure.fn(x[:1], y[:1]), Tensor) else None
-    if shape != x[:1].shape:
-        raise ValueError(
-            f"The explanation of inputs {list(x[:1].shape)} must have their shape, but has "
-            f"{None if shape is None else list(shape)}: metrics rank the features and add up the channels themselves. "
-            "Of a saliency map take explain.saliency(model, channels='none')."
-        )
+    check_shape(measure.fn, x, y)
     done, total = 0, 1 + PARTS * len(eps)
 
     def tick() -> None:

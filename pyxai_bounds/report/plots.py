@@ -25,7 +25,8 @@ CERTAIN, POSSIBLE = "#009e73", "#d55e00"
 def plot_curves(evaluations: Sequence[Evaluation], axes: Axes | None = None) -> tuple[Figure, Axes]:
     """Certified fraction against eps (solid) and, beside it, the fraction that survived the attack (dashed).
 
-    The truth lies in the band between the two. All evaluations must share k; the axis ends at the largest max_eps.
+    The truth lies in the band between the two. What survived at one radius holds up to the next that was tried, for a
+    larger box breaks no fewer. All evaluations must share k; the axis ends at the largest max_eps.
     """
     figure, axes = _axes(axes, (8.4, 4.3))
     for number, evaluation in enumerate(evaluations):
@@ -34,11 +35,15 @@ def plot_curves(evaluations: Sequence[Evaluation], axes: Axes | None = None) -> 
         eps = np.linspace(0, evaluation.max_eps, 201)
         certified = (radius[None] >= eps[:, None]).mean(1)
         certified[0] = (radius > 0).mean()
-        radii = [0.0, *(row.eps for row in evaluation.curve)]
-        survived = [1.0, *(row.survived for row in evaluation.curve)]
-        axes.fill_between(eps, certified, np.interp(eps, radii, survived), color=colour, alpha=0.09, linewidth=0)
+        radii = np.array([0.0, *(row.eps for row in evaluation.curve)])
+        survived = np.array([1.0, *(row.survived for row in evaluation.curve)])
+        above = survived[np.searchsorted(radii, eps, side="right") - 1]
+        axes.fill_between(eps, certified, above, color=colour, alpha=0.09, linewidth=0)
         axes.plot(eps, certified, color=colour, linewidth=2.2, label=evaluation.label)
-        axes.plot(radii, survived, color=colour, linewidth=1.3, linestyle=(0, (3, 2)), marker="o", markersize=3.5)
+        axes.plot(
+            radii, survived, color=colour, linewidth=1.3, linestyle=(0, (3, 2)), marker="o", markersize=3.5,
+            drawstyle="steps-post",
+        )  # fmt: skip
     axes.set_xlim(0, max(e.max_eps for e in evaluations))
     axes.set_ylim(-0.02, 1.04)
     axes.set_xlabel("radius eps of the box around each input")

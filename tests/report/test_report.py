@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 
-from pyxai_bounds import TopK, attack, bound, data, explain
+from pyxai_bounds import TopK, attack, bound, certify, data, explain
 from pyxai_bounds.certify.metrics import accuracy, certain_members, same_class_cosine, unstable_relu_fraction
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.report import SoundnessError, evaluate
@@ -165,6 +165,21 @@ def test_radii_must_be_positive():
         evaluate(nn.Flatten(), small("wine", 3), "none", eps=())
 
 
+def test_another_explanation_is_certified_attacked_and_named():
+    dataset = small("wine", 6)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(13, 8), nn.ReLU(), nn.Linear(8, 3))
+    fn = explain.gradient_x_input(model)
+    found = evaluate(model, dataset, "dense", explanation=fn, explained_as="mine", eps=(0.1,), attack_steps=2)
+    certificate = certify(fn, dataset.test_x, dataset.test_y, eps=0.1, property=TopK(5))
+    assert found.at[0].certified == certificate.fraction and torch.equal(
+        found.samples[0].attribution, certificate.nominal[0]
+    )
+    assert "mine" in page([found]) and found.summary()["explanation"] == "mine"
+    with pytest.raises(ValueError, match=r"inputs \[1, 13\] must have their shape, but has \[1\]"):
+        evaluate(model, dataset, "sum", explanation=lambda x, y: fn(x, y).sum(1))
+
+
 # --- pictures and the page ----------------------------------------------------------------------------------
 
 
@@ -226,7 +241,7 @@ def test_the_page_is_self_contained_and_holds_the_pictures(evaluations, tmp_path
 def test_the_page_says_when_a_certificate_is_worth_nothing(evaluations):
     linear, dense = evaluations
     worse = dataclasses.replace(dense, accuracy=linear.accuracy)
-    better = dataclasses.replace(dense, accuracy=1.0)
+    better = dataclasses.replace(dense, accuracy=linear.accuracy + 0.1)
     assert "No more accurate than the linear model" in page([linear, worse])
     assert "No more accurate than the linear model" not in page([linear, better])
     assert "There is no linear model in this table" in page([dense])
@@ -242,13 +257,19 @@ def test_labels_are_escaped(evaluations):
 def test_nothing_and_different_tables_are_refused(evaluations):
     with pytest.raises(ValueError, match="at least one evaluation"):
         page([])
-    with pytest.raises(ValueError, match="different radii or k"):
+    with pytest.raises(ValueError, match="different radii, k or explanations"):
         page([evaluations[0], dataclasses.replace(evaluations[1], property=TopK(3))])
+    with pytest.raises(ValueError, match="different radii, k or explanations"):
+        page([evaluations[0], dataclasses.replace(evaluations[1], explained_as="saliency")])
 
 
 def test_plots_return_figures(evaluations):
     figure, axes = plot_curves(evaluations)
     assert isinstance(figure, Figure) and axes.figure is figure
+    for certified, survived in zip(axes.lines[::2], axes.lines[1::2], strict=True):
+        eps, radii = certified.get_xdata(), survived.get_xdata()
+        above = survived.get_ydata()[[int((radii <= e).sum()) - 1 for e in eps]]
+        assert survived.get_drawstyle() == "steps-post" and (above >= certified.get_ydata()).all()
     assert len(plot_samples(evaluations, 1)[0].axes) == 10
     assert len(plot_overview(evaluations)[0].axes) == 11
 
@@ -260,7 +281,14 @@ def test_a_table_of_measurements_is_drawn_as_bars():
     evaluation = evaluate(model, dataset, "dense", eps=(0.1,), attack_steps=2, pictures=1)
     figure, axes = plot_samples([evaluation], 0)
     assert isinstance(figure, Figure) and len(axes) == 1
-    assert len(parse(page([evaluation])).pictures) == 2
+    shown = parse(page([evaluation]))
+    assert len(shown.pictures) == 2
+    text = " ".join(" ".join(shown.text).split())
+    assert (
+        "in standard deviations of each feature" in text
+        and "the bar what the bounds allow" in text
+        and "Blue" not in text
+    )
     assert torch.equal(
         evaluation.samples[0].attribution, explain.gradient(model)(dataset.test_x, dataset.test_y)[0].detach()
     )

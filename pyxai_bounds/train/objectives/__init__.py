@@ -62,6 +62,8 @@ OBJECTIVES: dict[str, Objective] = {
     "tightness": tightness,
 }
 
+WITHOUT_EPS = frozenset({"natural", "r2et", "r2et-mm", "hessian", "est-h", "ssr"})  # eps plays no part in them
+
 TERMS: dict[str, Objective] = {
     "width": explanation_width,
     "topk-hinge": topk_hinge,
@@ -130,6 +132,7 @@ def _known(name: str) -> Objective:
 __all__ = [
     "OBJECTIVES",
     "TERMS",
+    "WITHOUT_EPS",
     "Objective",
     "Width",
     "by_name",

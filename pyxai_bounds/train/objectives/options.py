@@ -32,7 +32,7 @@ MEANINGS = {
     "of": "what is explained: the label's logit, its probability, or the loss",
     "pairs": "only the worst (top, other) pair of a sample, or the mean over all",
     "random_start": "start the search at a random point of the box instead of at the sample",
-    "reach": "a ReLU costs nothing once |mid| ≥ reach · radius of its input's box",
+    "reach": "a ReLU costs nothing once its input's box is at least reach radii away from 0, by its midpoint",
     "reduction": "over the batch: mean or sum; RAR's published objectives are sums",
     "samples": "random vectors per step for the estimate of the Hessian's norm",
     "scale": "the hinge itself (linear), or log(1 + 10 · hinge), which bounds that are still enormous cannot dominate",

@@ -19,17 +19,17 @@ def r2et(
     clip: Clip = None,
     *,
     k: int = 8,
-    weight: float = 1.0,
-    hessian_weight: float = 1.0,
+    weight: float = 0.01,
+    hessian_weight: float = 0.01,
     h: float = 1e-3,
-    adaptive: bool = False,
+    adaptive: bool = True,
 ) -> Tensor:
     """CE + w₁ · Σ_{(i, j) ∈ P} (I_(j) − I_(i)) + w₂ · Est-H, the mean over the batch; eps and clip play no part.
 
     I = Σ_channels |∂CE/∂x|, ranked by the current model at every step; P pairs the k-th feature with every better one
     and with the next k (:func:`ranked_pairs`). Est-H is :func:`curvature.sign_curvature` with step h; hessian_weight 0
     leaves it out: R2ET\\H. adaptive: every weight becomes |w · (CE + 1) / R| with R its own term, a constant for the
-    gradient.
+    gradient. The gaps have no lower bound: a weight that is too large, such as 1 from scratch, unlearns the task.
     Source: Chen et al., arXiv 2212.14106 (R2ET), with the pairs of the released code.
     """
     gaps = ranking_gaps(model, x, y, k=k) if weight else None
@@ -45,10 +45,10 @@ def r2et_mm(
     *,
     k: int = 8,
     extremes: int = 8,
-    weight: float = 1.0,
-    hessian_weight: float = 1.0,
+    weight: float = 0.01,
+    hessian_weight: float = 0.01,
     h: float = 1e-3,
-    adaptive: bool = False,
+    adaptive: bool = True,
 ) -> Tensor:
     """The min–max form: CE + w₁ · (Σ of the k′ largest of the rest − Σ of the k′ smallest of the top) + w₂ · Est-H.
 
