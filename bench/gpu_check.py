@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import os
 import shutil
@@ -82,6 +83,8 @@ def run(what: str, command: list[str], seconds: float, log: Path, environment: d
         process = subprocess.Popen(
             command, cwd=PLACE, env={**os.environ, **(environment or {})}, stdout=file, stderr=subprocess.STDOUT,
             process_group=0,
+            # What runs in the background may be started with interrupts ignored, and would pass that on.
+            preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         try:
             status = process.wait(seconds)

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from pyxai_bounds import fuse, ops
 from pyxai_bounds.ops import native
-from pyxai_bounds.ops.layout import memory_format, order_of
+from pyxai_bounds.ops.layout import memory_format, order_of, state_size
 from pyxai_bounds.ops.native import Kernel, Kind, Step
 
 aten = torch.ops.aten
@@ -136,6 +136,7 @@ class _Run:
     between: int = 0  # how many of these stand before the last operator
     waiting: set[fx.Node] = field(default_factory=set)  # what computes something else with their results
     keeps: bool | None = None  # for a derivative; None while it could do either
+    dtype: torch.dtype | None = None  # of all its boxes
 
     def takes(self, node: fx.Node, alive: set[fx.Node]) -> bool:
         """May the node be the next?"""
@@ -143,6 +144,8 @@ class _Run:
             return False
         if _is_view(node):
             return node.args[0] in self.parts and self.keeps is not True
+        if self.dtype not in (None, _dtype(node)):
+            return False
         keeps = _keeps(node, alive)
         # A weight is given to a chain.
         return node.args[2] not in self.parts and (keeps is None or self.keeps is None or keeps is self.keeps)
@@ -150,10 +153,15 @@ class _Run:
     def add(self, node: fx.Node, alive: set[fx.Node]) -> None:
         self.nodes[node] = None
         self.between = len(self.late)
+        self.dtype = self.dtype or _dtype(node)
         if _is_view(node):
             self.parts.add(node)
         if self.keeps is None:
             self.keeps = False if _is_view(node) else _keeps(node, alive)
+
+
+def _dtype(node: Any) -> torch.dtype:
+    return node.args[0].meta["val"].dtype
 
 
 def _keeps(node: fx.Node, alive: set[fx.Node]) -> bool | None:
@@ -279,10 +287,10 @@ class _Values:
         made = node.meta["val"][: 3 if not backward and node.args[_RELU[node.target]] else 2]
         for position, value in enumerate(made):
             outputs[position] = len(self.kinds)
-            bits = (2, (made[0].numel() + 7) // 8, *((1,) if kernel is Kernel.CONV2D else ()))  # see ops/layout.py
             if position < 2:
                 self.kinds.append(Kind(tuple(value.shape), value.dtype, order))
-            else:
+            else:  # in the order that the kernel writes, which tracing need not have foreseen
+                bits = state_size(torch.empty(made[0].shape, device="meta").contiguous(memory_format=order))
                 self.kinds.append(Kind(bits, torch.uint8, torch.contiguous_format))
         for position, part in _results(node).items():
             if position < len(made):

@@ -186,6 +186,23 @@ def test_a_chain_reads_only_what_its_kernels_can_read(monkeypatch: pytest.Monkey
     assert torch.allclose(before.mid, after.mid) and torch.allclose(before.rad, after.rad)
 
 
+@pytest.mark.parametrize("grads", [False, True])
+@pytest.mark.parametrize("first", [torch.float32, torch.float64])
+def test_branches_of_two_dtypes_share_no_chain(first: torch.dtype, grads: bool) -> None:
+    """Neither needs the other; in one chain one would be read as if it were the other."""
+    torch.manual_seed(0)
+    second = torch.float64 if first is torch.float32 else torch.float32
+    one, two = (nn.Sequential(nn.Linear(60, 90), nn.ReLU(), nn.Linear(90, 50)).to(dtype) for dtype in (first, second))
+    box = xb.Interval.linf(torch.rand(3, 60), 0.1)
+    with torch.set_grad_enabled(grads):
+        bounds = xb.bound(lambda x: (one(x.to(first)), two(x.to(second))))(box)
+    for found, (network, dtype) in zip(bounds, ((one, first), (two, second)), strict=True):
+        value = network(box.mid.to(dtype)).detach()
+        assert found.dtype is dtype and (found.lower <= value).all() and (value <= found.upper).all()
+        alone = xb.bound(network)(box.to(dtype))
+        assert torch.equal(found.mid, alone.mid) and torch.equal(found.rad, alone.rad)
+
+
 # --- convolutions, without gradients --------------------------------------------------------------------------
 
 
@@ -224,6 +241,12 @@ CONVNETS = {
         nn.Sequential(
             nn.ReLU(), nn.Conv2d(3, 16, 1, bias=False), nn.Flatten(), nn.Linear(1024, 5), nn.ReLU(), nn.Linear(5, 4)
         )
+    ),
+    "one pixel": lambda: xb.explain.gradient(
+        nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 6), nn.ReLU(), nn.Flatten(), nn.Linear(32, 4))
+    ),
+    "one channel": lambda: xb.explain.gradient(
+        nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 1, 1), nn.ReLU(), nn.Flatten(), nn.Linear(36, 4))
     ),
     "seen": Seen,
 }

@@ -382,8 +382,9 @@ class Chain:
             else:
                 numbers = (-1 if number is None else same[number] for number in step[3:10])
                 rows.append((step.kernel, step.backward, step.differentiable, *numbers, *step.shape))
-        itemsize = values[steps[0].mid].dtype.itemsize
-        self._chain = _module().Chain(itemsize, rows, [kind.bytes for kind in values], given)
+        dtypes = {kind.dtype for kind in values} - {torch.uint8}
+        assert len(dtypes) == 1, f"a chain on {dtypes} would write past its memory"
+        self._chain = _module().Chain(dtypes.pop().itemsize, rows, [kind.bytes for kind in values], given)
         self._places, self._size = self._chain.places, self._chain.size
 
     def addresses(self, tensors: Sequence[Tensor]) -> list[int] | None:
