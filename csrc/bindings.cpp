@@ -450,7 +450,10 @@ class Chain {
 
     // One address per value, 0 for what stays in the block at `kept`, or if that is 0, nowhere.
     void run(std::vector<Address> values, Address kept) const {
-        if (kept) place(values, kept);
+        // What is small has one block, too: a block for each would take longer than their memory is worth.
+        const bool is_small = size_ <= static_cast<int64_t>(least_kept);
+        const Memory block(!kept && is_small ? size_ : 0);
+        if (kept || is_small) place(values, kept ? kept : block.start());
         std::vector<std::unique_ptr<Memory>> own(values.size());
         for (const Step& s : steps_) {
             for (const int64_t made : {s.out_mid, s.out_rad, s.state})

@@ -353,11 +353,6 @@ class Kind(NamedTuple):
     def bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def holds(self, t: Tensor) -> bool:
-        return (
-            t.shape == self.shape and t.dtype is self.dtype and t.is_cpu and t.is_contiguous(memory_format=self.order)
-        )
-
     def empty(self) -> Tensor:
         make = _channels_last if self.order is torch.channels_last else _contiguous
         return make(self.shape, self.dtype)
@@ -373,6 +368,7 @@ class Chain:
 
     def __init__(self, steps: list[Step], values: list[Kind], given: int, taken: list[int]) -> None:
         self._kinds, self._given, self._taken = values, values[:given], taken
+        self._small = [_is_small(values[number]) for number in taken]
         self._blank = [0] * (len(values) - given)
         same = list(range(len(values)))  # the value that is in the same memory
         rows = []
@@ -389,9 +385,13 @@ class Chain:
 
     def addresses(self, tensors: Sequence[Tensor]) -> list[int] | None:
         """Where the given values lie; None if one is not what the kernels read."""
-        if all(kind.holds(t) for t, kind in zip(tensors, self._given, strict=True)):
-            return [t.data_ptr() for t in tensors]
-        return None
+        addresses = []
+        for t, (shape, dtype, order) in zip(tensors, self._given, strict=True):
+            dense = t.is_contiguous() if order is torch.contiguous_format else t.is_contiguous(memory_format=order)
+            if not dense or t.shape != shape or t.dtype is not dtype or not t.is_cpu:
+                return None
+            addresses.append(t.data_ptr())
+        return addresses
 
     def run(self, given: list[int]) -> list[Tensor]:
         """The values that are taken."""
@@ -409,9 +409,12 @@ class Chain:
         return results, block
 
     def _results(self, addresses: list[int]) -> list[Tensor]:
-        results = [self._kinds[number].empty() for number in self._taken]
-        for number, result in zip(self._taken, results, strict=True):
+        results = []
+        for number, is_small in zip(self._taken, self._small, strict=True):
+            kind = self._kinds[number]
+            result = torch.empty(kind.shape, dtype=kind.dtype, device=_CPU) if is_small else kind.empty()
             addresses[number] = result.data_ptr()
+            results.append(result)
         return results
 
     def kept(self, block: Tensor, number: int) -> Tensor:
@@ -443,6 +446,11 @@ class Chain:
                 wanted[number] = gradient.data_ptr()
         written = self._chain.adjoint(addresses, block.data_ptr(), given_grads, wanted)
         return [gradient if is_written else None for gradient, is_written in zip(found, written, strict=True)]
+
+
+def _is_small(kind: Kind) -> bool:
+    """May PyTorch allocate it, in its usual order?"""
+    return kind.order is torch.contiguous_format and kind.bytes < _module().least_kept
 
 
 def kernel_of(
