@@ -25,8 +25,8 @@ aten = torch.ops.aten
 _BACKWARD = {ops.interval_linear: False, ops.interval_linear_backward: True,
              ops.interval_conv2d: False, ops.interval_conv2d_backward: True}  # fmt: skip
 _LINEAR = (ops.interval_linear, ops.interval_linear_backward)
-_RELU = {ops.interval_linear: 4, ops.interval_conv2d: 8}  # operator → position of its relu flag
 _VIEWS = (aten.clone.default, aten.reshape.default)
+_Taken = tuple[Kernel, tuple[int, ...]]  # of a step
 
 
 class Chain:
@@ -111,7 +111,7 @@ def chain(graph: fx.Graph, grads: bool = False) -> None:
         if not seen:
             break
         refused |= seen
-    runs = [run for run in runs if sum(not _is_view(node) for node in run.nodes) > 1]
+    runs = [run for run in runs if sum(taken is not None for taken in run.nodes.values()) > 1]
     if not runs:
         return
     for run in runs:
@@ -123,14 +123,16 @@ def chain(graph: fx.Graph, grads: bool = False) -> None:
 
 
 def _is_view(node: Any) -> bool:
-    return node.target in _VIEWS
+    """Does it rearrange an image, into PyTorch's usual order?"""
+    order = node.kwargs.get("memory_format", torch.contiguous_format)
+    return node.op == "call_function" and node.target in _VIEWS and order is torch.contiguous_format
 
 
 @dataclass
 class _Run:
     """Operators in a row, and the nodes between them that can wait until all have run."""
 
-    nodes: dict[fx.Node, None] = field(default_factory=dict)
+    nodes: dict[fx.Node, _Taken | None] = field(default_factory=dict)  # with their kernels, which views do not have
     parts: set[fx.Node] = field(default_factory=set)  # their results
     late: list[fx.Node] = field(default_factory=list)  # what needs one of them, in order
     between: int = 0  # how many of these stand before the last operator
@@ -138,48 +140,44 @@ class _Run:
     keeps: bool | None = None  # for a derivative; None while it could do either
     dtype: torch.dtype | None = None  # of all its boxes
 
-    def takes(self, node: fx.Node, alive: set[fx.Node]) -> bool:
-        """May the node be the next?"""
+    def takes(self, node: fx.Node, keeps: bool | None) -> bool:
+        """May the node, an operator or a view, be the next?"""
         if any(n in self.waiting for n in node.all_input_nodes):
             return False
         if _is_view(node):
             return node.args[0] in self.parts and self.keeps is not True
         if self.dtype not in (None, _dtype(node)):
             return False
-        keeps = _keeps(node, alive)
         # A weight is given to a chain.
         return node.args[2] not in self.parts and (keeps is None or self.keeps is None or keeps is self.keeps)
 
-    def add(self, node: fx.Node, alive: set[fx.Node]) -> None:
-        self.nodes[node] = None
+    def add(self, node: fx.Node, taken: _Taken | None, keeps: bool | None) -> None:
+        self.nodes[node] = taken
         self.between = len(self.late)
         self.dtype = self.dtype or _dtype(node)
         if _is_view(node):
             self.parts.add(node)
         if self.keeps is None:
-            self.keeps = False if _is_view(node) else _keeps(node, alive)
+            self.keeps = keeps
 
 
 def _dtype(node: Any) -> torch.dtype:
     return node.args[0].meta["val"].dtype
 
 
-def _keeps(node: fx.Node, alive: set[fx.Node]) -> bool | None:
-    if node in alive:
-        return True
-    taken = _kernel(node)
-    return None if taken is not None and taken[0] is Kernel.LINEAR else False
-
-
 def _runs(graph: fx.Graph, alive: set[fx.Node], refused: set[fx.Node]) -> list[_Run]:
     runs = [_Run()]
     for node in graph.nodes:
-        run = runs[-1]
-        if node not in refused and _suits(node, alive) and (run.takes(node, alive) or not _is_view(node)):
-            if not run.takes(node, alive):
+        run, taken = runs[-1], _kernel(node)
+        few = taken is not None and taken[0] is Kernel.LINEAR
+        keeps = True if node in alive else None if few else False
+        suits = (few or node not in alive) and (_is_view(node) or taken is not None) and node not in refused
+        fits = suits and run.takes(node, keeps)
+        if fits or (suits and not _is_view(node)):
+            if not fits:
                 run = _Run()
                 runs.append(run)
-            run.add(node, alive)
+            run.add(node, taken, keeps)
         elif fuse.is_call(node, operator.getitem) and node.args[0] in run.nodes:
             run.parts.add(node)
             run.late.append(node)
@@ -189,20 +187,10 @@ def _runs(graph: fx.Graph, alive: set[fx.Node], refused: set[fx.Node]) -> list[_
     return runs
 
 
-def _suits(node: fx.Node, alive: set[fx.Node]) -> bool:
-    """Is it an operator that a chain can take, or a rearrangement?"""
-    if node.op != "call_function":
-        return False
-    if _is_view(node):
-        dense = node.kwargs.get("memory_format", torch.contiguous_format) is torch.contiguous_format
-        return dense and node not in alive
-    if node.target not in _BACKWARD:
-        return False
-    kernel = _kernel(node)
-    return kernel is not None and (kernel[0] is Kernel.LINEAR or node not in alive)
-
-
-def _kernel(node: Any) -> tuple[Kernel, tuple[int, ...]] | None:
+def _kernel(node: Any) -> _Taken | None:
+    """What a chain runs for an affine operator, if it can take it."""
+    if node.op != "call_function" or node.target not in _BACKWARD:
+        return None
     mid, rad, weight, third, *rest = node.args
     backward = _BACKWARD[node.target]
     if any(node.args[fuse.ROUNDING[node.target] :]) or not isinstance(weight, fx.Node):
@@ -230,10 +218,10 @@ def _replace(graph: fx.Graph, run: _Run, alive: set[fx.Node]) -> None:
     for node in run.late[: run.between]:
         after.append(node)
         after = node
-    results = {part: (node, position) for node in run.nodes for position, part in _results(node).items()}
+    results = [part for node in run.nodes for part in fuse.parts(node).values()]
     values = _Values(run, results)
-    for node in run.nodes:
-        values.add(node, node in alive)
+    for node, kernel in run.nodes.items():
+        values.add(node, kernel, node in alive)
     taken = [part for part in results if any(user not in run.nodes for user in part.users)]
     numbers = [values.numbers[part] for part in taken]
     function = Chain(values.steps, values.kinds, len(values.given), numbers)
@@ -252,29 +240,24 @@ def _replace(graph: fx.Graph, run: _Run, alive: set[fx.Node]) -> None:
         graph.erase_node(node)
 
 
-def _results(node: fx.Node) -> dict[int, fx.Node]:
-    return {} if _is_view(node) else fuse.parts(node)
-
-
 class _Values:
     """The values of a run, by number: what is given comes first."""
 
-    def __init__(self, run: _Run, results: dict[fx.Node, Any]) -> None:
+    def __init__(self, run: _Run, results: list[fx.Node]) -> None:
         inputs = (n for node in run.nodes for n in node.all_input_nodes)
-        self.given = list(dict.fromkeys(n for n in inputs if n not in results and n not in run.nodes))
+        made = {*results, *run.nodes}
+        self.given = list(dict.fromkeys(n for n in inputs if n not in made))
         self.kinds = [_kind(node.meta["val"]) for node in self.given]
         self.numbers: dict[fx.Node, int] = {node: number for number, node in enumerate(self.given)}
         self.steps: list[Step] = []
         self._in_order: dict[tuple[int, torch.memory_format], int] = {}
 
-    def add(self, node: Any, differentiable: bool) -> None:
-        if _is_view(node):
+    def add(self, node: Any, taken: _Taken | None, differentiable: bool) -> None:
+        if taken is None:
             source = self._ordered(self.numbers[node.args[0]], torch.contiguous_format)
             self.numbers[node] = self._new(node.meta["val"].shape, self.kinds[source], torch.contiguous_format)
             self._move(Kernel.VIEW, source, self.numbers[node], ())
             return
-        taken = _kernel(node)
-        assert taken is not None
         kernel, shape = taken
         backward = _BACKWARD[node.target]
         mid, rad, weight, third = (self.numbers[n] if isinstance(n, fx.Node) else None for n in node.args[:4])
@@ -284,7 +267,7 @@ class _Values:
             order = torch.channels_last
             mid, rad = self._ordered(mid, order), self._ordered(rad, order)
         outputs: list[int | None] = [None] * 3
-        made = node.meta["val"][: 3 if not backward and node.args[_RELU[node.target]] else 2]
+        made = node.meta["val"][: 3 if not backward and node.args[fuse.RELU[node.target]] else 2]
         for position, value in enumerate(made):
             outputs[position] = len(self.kinds)
             if position < 2:
@@ -292,7 +275,7 @@ class _Values:
             else:  # in the order that the kernel writes, which tracing need not have foreseen
                 bits = state_size(torch.empty(made[0].shape, device="meta").contiguous(memory_format=order))
                 self.kinds.append(Kind(bits, torch.uint8, torch.contiguous_format))
-        for position, part in _results(node).items():
+        for position, part in fuse.parts(node).items():
             if position < len(made):
                 self.numbers[part] = outputs[position]  # type: ignore[assignment]
         rest = () if kernel is not Kernel.CONV2D else node.args[4 : 9 if backward else 8]

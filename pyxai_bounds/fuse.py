@@ -214,7 +214,7 @@ def _freeze(value: Any) -> Any:
     return type(value), value
 
 
-_AFFINE = {ops.interval_linear: 4, ops.interval_conv2d: 8}  # operator → position of its relu flag
+RELU = {ops.interval_linear: 4, ops.interval_conv2d: 8}  # operator → position of its relu flag
 ROUNDING = {  # affine operator → position of its rounding
     ops.interval_linear: 5,
     ops.interval_linear_backward: 4,
@@ -239,7 +239,7 @@ def _fold_scale_into_affine(graph: fx.GraphModule) -> None:
         if any(arg not in (None, 0) for arg in node.args[4:]):
             continue  # a scale that is a box, or a rounded product that would need one
         mid, rad, scale, shift = node.args[:4]
-        for target, relu_at in _AFFINE.items():
+        for target, relu_at in RELU.items():
             affine = _both_from(mid, rad, target)
             if affine is None or affine.args[relu_at] or not _only_used_by([mid, rad], node):  # type: ignore[list-item]
                 continue
@@ -275,7 +275,7 @@ def _fold_scale_of_gradient_into_affine(graph: fx.GraphModule) -> None:
 def _fuse_relu_into_affine(graph: fx.GraphModule) -> None:
     for node in _nodes(graph, ops.interval_relu):
         box = list(node.args[:2])
-        for target, relu_at in _AFFINE.items():
+        for target, relu_at in RELU.items():
             affine = _both_from(node.args[0], node.args[1], target)
             if affine is None or affine.args[relu_at] or not _only_used_by(box, node):  # type: ignore[arg-type]
                 continue

@@ -49,19 +49,12 @@ def _decreasing(function: Callable[[Tensor], Tensor], x: Interval, ulps: float) 
     return enclose(function(upper), function(lower), ulps)
 
 
-@rule(aten.rsqrt.default, ulps=4)
-def rsqrt(x: Interval) -> Interval:
-    return _decreasing(torch.rsqrt, x, ulps=4)
+def _register_decreasing(op: Any, ulps: float) -> None:
+    rule(op, ulps=ulps)(lambda x: _decreasing(op, x, ulps))
 
 
-@rule(aten.acos.default, ulps=4)
-def acos(x: Interval) -> Interval:
-    return _decreasing(torch.acos, x, ulps=4)
-
-
-@rule(aten.erfc.default, ulps=4)
-def erfc(x: Interval) -> Interval:
-    return _decreasing(torch.erfc, x, ulps=4)
+for op in (aten.rsqrt, aten.acos, aten.erfc):
+    _register_decreasing(op.default, ulps=4)
 
 
 @rule(aten.erfinv.default, ulps=16)
