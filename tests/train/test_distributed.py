@@ -50,7 +50,9 @@ def torchrun(folder, *commands: list[str]) -> str:
     (folder / "driver.py").write_text(
         "import atexit, json, os, sys\nfrom pyxai_bounds.cli import main\n"
         "names = lambda: [open(f'/proc/self/task/{task}/comm').read() for task in os.listdir('/proc/self/task')]\n"
-        "atexit.register(lambda: print('left', [name for name in names() if 'gloo' in name]))\n"
+        # One write each: unbuffered, two processes print into each other's lines.
+        "left = lambda: str([name for name in names() if 'gloo' in name])\n"
+        "atexit.register(lambda: os.write(1, f'left {left()}\\n'.encode()))\n"
         "sys.exit(max(main(command) for command in json.loads(sys.argv[1])))\n"
     )
     flags = ["train", "--data", "own_things:digits", *FLAGS]
