@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from pyxai_bounds.ops import native, reference
-from pyxai_bounds.ops.layout import in_order_of, memory_format, state_size
-from pyxai_bounds.ops.native import _bits_of, _boxes, _describe, _like, _matmul_sizes, _per_channel
+from pyxai_bounds.ops.layout import dense_like, in_order_of, memory_format, state_size
+from pyxai_bounds.ops.native import _bits_of, _boxes, _describe, _matmul_sizes, _per_channel
 from pyxai_bounds.rounding import Rounding, gamma, scalar_up
 
 DTYPES = (torch.float32, torch.float64)
@@ -61,7 +61,7 @@ def interval_relu(mid: Tensor, rad: Tensor, rounding: int = 0) -> tuple[Tensor, 
     if rounding == Rounding.NEAREST:
         return reference.interval_relu(mid, rad)
     mid, rad = _boxes(mid, rad)
-    return _relu_into(mid, rad, _like(mid), _like(mid))
+    return _relu_into(mid, rad, dense_like(mid), dense_like(mid))
 
 
 def interval_relu_backward(mid: Tensor, rad: Tensor, state: Tensor, rounding: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -153,7 +153,7 @@ def interval_scale_shift(
     factors = [None if t is None else _per_channel(name, t, mid) for name, t in named.items()]
     channels_last = memory_format(mid) is torch.channels_last or mid.numel() == 0
     inner = 1 if channels_last else mid.numel() // (mid.shape[0] * mid.shape[1])
-    out_mid, out_rad = _like(mid), _like(mid)
+    out_mid, out_rad = dense_like(mid), dense_like(mid)
     _run("scale_shift", mid, mid.numel(), mid.shape[1], inner, mid, rad, *factors, out_mid, out_rad)
     return out_mid, out_rad
 
@@ -164,7 +164,7 @@ def interval_mul(
     if rounding != Rounding.OUTWARD:
         return reference.interval_mul(a_mid, a_rad, b_mid, b_rad, rounding)
     a_mid, a_rad, b_mid, b_rad = _boxes(a_mid, a_rad, b_mid, b_rad)
-    out_mid, out_rad = _like(a_mid), _like(a_mid)
+    out_mid, out_rad = dense_like(a_mid), dense_like(a_mid)
     _run("mul", a_mid, a_mid.numel(), a_mid, a_rad, b_mid, b_rad, out_mid, out_rad)
     return out_mid, out_rad
 
@@ -277,7 +277,7 @@ def _maybe_relu(mid: Tensor, rad: Tensor, relu: bool) -> tuple[Tensor, Tensor, T
 def _relu_backward(mid: Tensor, rad: Tensor, state: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
     mid, rad = in_order_of(state, *_boxes(mid, rad))
     state = _bits_of(state, mid)
-    out_mid, out_rad = _like(mid), _like(mid)
+    out_mid, out_rad = dense_like(mid), dense_like(mid)
     _run("relu_backward", mid, mid.numel(), mid, rad, state, out_mid, out_rad, gate)
     return out_mid, out_rad
 
@@ -323,6 +323,9 @@ def _current_stream(mid: Tensor) -> Iterator[tuple[int, int]]:
 
 def _run(name: str, mid: Tensor, *args: Tensor | float | None) -> None:
     """Queues a kernel on the current stream of the device of ``mid``; of tensors it takes the addresses, 0 for None."""
+    for x in args:
+        if isinstance(x, Tensor) and x.device != mid.device:
+            raise RuntimeError(f"The CUDA kernel of {name} on {mid.device} was given {_describe(x)}.")
     addresses = [0 if x is None else x.data_ptr() if isinstance(x, Tensor) else x for x in args]
     with _current_stream(mid) as (index, stream):
         try:

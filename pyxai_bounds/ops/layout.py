@@ -29,6 +29,11 @@ def dense(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.contiguous(memory_format=order) for t in tensors)
 
 
+def dense_like(t: Tensor) -> Tensor:
+    """An uninitialised tensor of the shape, dtype and device of ``t``, dense in its memory order."""
+    return torch.empty_like(t, memory_format=memory_format(t))
+
+
 def state_size(t: Tensor) -> tuple[int, ...]:
     """Shape of the packed bits of ``t``: two bits per element, and a third dimension if it is channels-last."""
     size = (2, (t.numel() + 7) // 8)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pyxai_bounds.ops import reference
-from pyxai_bounds.ops.layout import in_order_of, memory_format, state_size
+from pyxai_bounds.ops.layout import dense_like, in_order_of, memory_format, state_size
 from pyxai_bounds.ops.native import _bits_of, _boxes, _describe, _per_channel
 from pyxai_bounds.ops.smooth import smooth
 
@@ -64,7 +64,7 @@ def supports(mid: Tensor) -> bool:
 def interval_gate(mid: Tensor, rad: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     mid, rad = in_order_of(gate, *_boxes(mid, rad))
     gate = _bits_of(gate, mid)
-    out_mid, out_rad = _like(mid), _like(mid)
+    out_mid, out_rad = dense_like(mid), dense_like(mid)
     if mid.numel():
         _kernels("interval_relu").gate_into(mid, rad, gate, out_mid, out_rad)
     return out_mid, out_rad
@@ -72,7 +72,7 @@ def interval_gate(mid: Tensor, rad: Tensor, gate: Tensor) -> tuple[Tensor, Tenso
 
 def interval_relu(mid: Tensor, rad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mid, rad = _boxes(mid, rad)
-    return _relu_into(mid, rad, _like(mid), _like(mid))
+    return _relu_into(mid, rad, dense_like(mid), dense_like(mid))
 
 
 def interval_relu_backward(mid: Tensor, rad: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -272,7 +272,7 @@ def interval_conv2d_weight(
         grad = _kernels("interval_conv2d").weight_gradient(
             *_last(grad_mid, grad_rad, mid, rad, weight), *args, block, tf32
         )
-        return _like(weight).copy_(grad) if grad.stride() != _like(weight).stride() else grad
+        return dense_like(weight).copy_(grad) if grad.stride() != dense_like(weight).stride() else grad
 
     if weight.numel() == 0 or grad_mid.numel() == 0 or mid.numel() == 0:
         return torch.zeros_like(weight, memory_format=order)
@@ -293,7 +293,7 @@ def interval_scale_shift(
     mid, rad = _boxes(mid, rad)
     scale = _per_channel("scale", scale, mid)
     shift = None if shift is None else _per_channel("shift", shift, mid)
-    out_mid, out_rad = _like(mid), _like(mid)
+    out_mid, out_rad = dense_like(mid), dense_like(mid)
     if mid.numel():
         last = memory_format(mid) is torch.channels_last
         inner = 1 if last else mid.numel() // (mid.shape[0] * mid.shape[1])
@@ -303,7 +303,7 @@ def interval_scale_shift(
 
 def interval_mul(a_mid: Tensor, a_rad: Tensor, b_mid: Tensor, b_rad: Tensor) -> tuple[Tensor, Tensor]:
     a_mid, a_rad, b_mid, b_rad = _boxes(a_mid, a_rad, b_mid, b_rad)
-    out_mid, out_rad = _like(a_mid), _like(a_mid)
+    out_mid, out_rad = dense_like(a_mid), dense_like(a_mid)
     if a_mid.numel():
         _kernels("interval_mul").mul_into(a_mid, a_rad, b_mid, b_rad, out_mid, out_rad)
     return out_mid, out_rad
@@ -332,7 +332,7 @@ def _smooth(
     tensors = _boxes(*tensors)
     if tensors[0].dtype is torch.float64:
         return getattr(reference, op)(*tensors, name, params)
-    out = tuple(_like(tensors[0]) for _ in range(results))
+    out = tuple(dense_like(tensors[0]) for _ in range(results))
     if tensors[0].numel():
         kernels = _kernels("interval_smooth")
         critical = smooth(name, params).critical
@@ -396,7 +396,7 @@ def interval_max_pool2d_gather(
 ) -> tuple[Tensor, Tensor]:
     must, may, grad_mid, grad_rad = _of_windows(must, may, *_boxes(grad_mid, grad_rad))
     mid, rad = (t.contiguous(memory_format=memory_format(must)) for t in _boxes(mid, rad))
-    out_mid, out_rad = _like(grad_mid), _like(grad_mid)
+    out_mid, out_rad = dense_like(grad_mid), dense_like(grad_mid)
     if grad_mid.numel():
         _kernels("interval_max_pool2d").max_pool_gather_into(
             mid, rad, grad_mid, grad_rad, must, may, geometry, out_mid, out_rad
@@ -456,7 +456,7 @@ def _relu_into(mid: Tensor, rad: Tensor, out_mid: Tensor, out_rad: Tensor) -> tu
 def _relu_backward(mid: Tensor, rad: Tensor, state: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
     mid, rad = in_order_of(state, *_boxes(mid, rad))
     state = _bits_of(state, mid)
-    out_mid, out_rad = _like(mid), _like(mid)
+    out_mid, out_rad = dense_like(mid), dense_like(mid)
     if mid.numel():
         _kernels("interval_relu").relu_backward_into(mid, rad, state, out_mid, out_rad, gate)
     return out_mid, out_rad
@@ -541,10 +541,6 @@ def _index(t: Tensor) -> int:
 
 
 # --- allocation, memory order and checks --------------------------------------------------------------------
-
-
-def _like(t: Tensor) -> Tensor:
-    return torch.empty_like(t, memory_format=memory_format(t))
 
 
 def _empty_last(like: Tensor, size: Sequence[int], order: torch.memory_format) -> Tensor:

@@ -56,6 +56,52 @@ def test_sound_programs(kernels, eps):
         assert 0 < ours <= theirs * (1 + 1e-4)
 
 
+@on_a_gpu
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_sound_programs_on_the_gpu(order):
+    """Tensors there from the box to the bounds, large enough for every way to allocate: the emulator knows the CPU."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.BatchNorm2d(64), nn.ReLU(),
+        nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64 * 16 * 16, 10),
+    ).eval()  # fmt: skip
+    x, target = torch.rand(16, 3, 32, 32).contiguous(memory_format=order), torch.arange(16) % 10
+    exact = copy.deepcopy(model).double()
+    model = model.cuda().to(memory_format=order)
+    bound = xb.bound(xb.explain.gradient(model), sound=True)
+    with xb.backend("cuda"):
+        bounds = [bound(xb.Interval.linf(x.cuda(), 1 / 255), target.cuda()) for _ in range(3)]
+    with xb.backend("reference"):
+        theirs = bound(xb.Interval.linf(x.cuda(), 1 / 255), target.cuda())
+    for ours in bounds:
+        assert ours.mid.is_cuda and ours.rad.is_cuda
+        assert ours.width.double().sum() <= theirs.width.double().sum() * (1 + 1e-4)
+        for seed in range(4):
+            noise = 2 * torch.rand(x.shape, generator=torch.Generator().manual_seed(seed)) - 1
+            point = (x + noise / 256).double().requires_grad_()
+            (gradient,) = torch.autograd.grad(exact(point).gather(1, target[:, None]).sum(), point)
+            assert (ours.lower.double().cpu() <= gradient).all() and (gradient <= ours.upper.double().cpu()).all()
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_results_are_where_the_arguments_are(monkeypatch, order):
+    """Allocation alone, on a device that computes nothing; large, where the CPU's backend would take its own memory."""
+    monkeypatch.setattr(cuda, "_run", lambda name, mid, *args: None)
+    mid = torch.empty(64, 64, 32, 32, device="meta").contiguous(memory_format=order)
+    weight = torch.empty(64, 64, 3, 3, device="meta")
+    args = ([1, 1], [1, 1], [1, 1], 1)
+    image, rad, state = cuda.interval_conv2d(mid, mid, weight, None, *args, True, Rounding.OUTWARD)
+    results = [
+        image, rad, state,
+        *cuda.interval_relu(mid, mid, Rounding.OUTWARD),
+        *cuda.interval_relu_backward(image, rad, state, Rounding.OUTWARD),
+        *cuda.interval_conv2d_backward(image, rad, weight, state, list(mid.shape), *args, Rounding.OUTWARD),
+        *cuda.interval_scale_shift(mid, mid, weight.new_empty(64), None, None, None, Rounding.OUTWARD),
+        *cuda.interval_mul(mid, mid, mid, mid, Rounding.OUTWARD),
+    ]  # fmt: skip
+    assert all(result.is_meta for result in results)
+
+
 @pytest.mark.parametrize("sound", [False, True])
 def test_exact_products_of_programs(kernels, sound):
     """Boxes of inputs and of parameters meet in the exact product, in float64 when sound."""
