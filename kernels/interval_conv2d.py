@@ -3,7 +3,7 @@
 Boxes are channels-last [B, H, W, C], weights [OC, KH, KW, C / groups], as channels-last tensors of PyTorch lie
 in memory; a row of the product is a pixel, and the sum runs over kernel taps and channels. Sums over one tap's
 channels read neighbours in memory; FLAT is for so few channels that a block of the sum spans several taps.
-As in ``interval_linear.py``, whose helpers do the work on tiles, the weight is the left factor.
+As in ``interval_linear.py``, whose helpers do the work on tiles, |W| is read beside W.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .interval_linear import dual_dot, relu_backward_of_tile, sign, store_box, tile_of
+from .interval_linear import dual_dot, sign, store_box, tile_of
 from .launch import Block, dot_options, is_flat, on_device, parts_of, sum_type
 
 _GEOMETRY = ["M", "B", "H", "W", "OH", "OW", "KH", "KW", "SH", "SW", "PH", "PW", "DH", "DW"]
@@ -27,6 +27,7 @@ def interval_conv2d_fwd_kernel(
     mid_ptr,  # [B, H, W, C]
     rad_ptr,  # [B, H, W, C]
     weight_ptr,  # [OC, KH, KW, CG]
+    magnitude_ptr,  # |weight|, laid out as the weight
     bias_ptr,  # [OC], or anything without HAS_BIAS
     out_mid_ptr,  # [B, OH, OW, OC], M = B·OH·OW pixels
     out_rad_ptr,  # [B, OH, OW, OC]
@@ -69,8 +70,8 @@ def interval_conv2d_fwd_kernel(
     # Of the first tap's pixel, which may lie outside: only what `inside` allows is read.
     box_row = (((m // OW // OH).to(tl.int64) * H + first_h) * W + first_w) * C + group * CG
     weight_row = (group * OG + n) * (KH * KW * CG)
-    acc_mid = tl.zeros((BLOCK_N, BLOCK_M), COMPUTE)
-    acc_rad = tl.zeros((BLOCK_N, BLOCK_M), COMPUTE)
+    acc_mid = tl.zeros((BLOCK_M, BLOCK_N), COMPUTE)
+    acc_rad = tl.zeros((BLOCK_M, BLOCK_N), COMPUTE)
     blocks = tl.cdiv(CG, BLOCK_K)
     steps = tl.cdiv(KH * KW * CG, BLOCK_K) if FLAT else KH * KW * blocks
     for step in range(steps):
@@ -95,12 +96,15 @@ def interval_conv2d_fwd_kernel(
         box_at = box_row[:, None] + offset[None, :]
         mid = tl.load(mid_ptr + box_at, inside, 0.0)
         rad = tl.load(rad_ptr + box_at, inside, 0.0)
-        weight = tl.load(weight_ptr + weight_row[:, None] + at_k[None, :], (n < OG)[:, None] & k_inside[None, :], 0.0)
-        acc_mid, acc_rad = dual_dot(weight, mid, rad, acc_mid, acc_rad, PRECISION, WIDEN)
+        weight_at = at_k[:, None] + weight_row[None, :]
+        weight_inside = k_inside[:, None] & (n < OG)[None, :]
+        weight = tl.load(weight_ptr + weight_at, weight_inside, 0.0)
+        magnitude = tl.load(magnitude_ptr + weight_at, weight_inside, 0.0)
+        acc_mid, acc_rad = dual_dot(mid, rad, weight, magnitude, acc_mid, acc_rad, PRECISION, WIDEN)
     if HAS_BIAS:
-        acc_mid += tl.load(bias_ptr + group * OG + n, n < OG, 0.0).to(COMPUTE)[:, None]
+        acc_mid += tl.load(bias_ptr + group * OG + n, n < OG, 0.0).to(COMPUTE)[None, :]
     store_box(
-        out_mid_ptr, out_rad_ptr, state_ptr, out_plane, acc_mid, acc_rad, tile_m, M, OC, group * OG, tile_n, OG,
+        out_mid_ptr, out_rad_ptr, state_ptr, out_plane, acc_mid, acc_rad, m, M, OC, group * OG, tile_n * BLOCK_N, OG,
         RELU, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
@@ -114,12 +118,12 @@ def first_tap(remainder, padding, stride, dilation, taps, tap_step):
     return first
 
 
-@triton.jit(do_not_specialize=[*_GEOMETRY, "TAP_STEP_H", "TAP_STEP_W", "OUT_STEP_H", "OUT_STEP_W", "in_plane"])
+@triton.jit(do_not_specialize=[*_GEOMETRY, "TAP_STEP_H", "TAP_STEP_W", "OUT_STEP_H", "OUT_STEP_W"])
 def interval_conv2d_bwd_kernel(
     grad_mid_ptr,  # [B, OH, OW, OC]
     grad_rad_ptr,  # [B, OH, OW, OC]
-    weight_ptr,  # [OC, KH, KW, CG]
-    state_ptr,  # [2, ceil(B·OH·OW·OC / 8)], or anything without GATED: ReLU′ on the gradient
+    weight_ptr,  # [CG, KH, KW, OC]: what is summed lies side by side
+    magnitude_ptr,  # |weight|, laid out as the weight
     out_mid_ptr,  # [B, H, W, C]
     out_rad_ptr,  # [B, H, W, C]
     B,
@@ -143,8 +147,6 @@ def interval_conv2d_bwd_kernel(
     TAP_STEP_W,
     OUT_STEP_H,  # dilation / gcd(stride, dilation): and this far apart in the output
     OUT_STEP_W,
-    in_plane,
-    GATED: tl.constexpr,  # needs OG to be a multiple of 8
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -175,16 +177,15 @@ def interval_conv2d_bwd_kernel(
     out_h = row + (remainder_h + PH - first_h * DH) // SH
     out_w = column + (remainder_w + PW - first_w * DW) // SW
     grad_row = ((image.to(tl.int64) * OH + out_h) * OW + out_w) * OC + group * OG
-    weight_row = group * OG * KH * KW * CG + n
-    acc_mid = tl.zeros((BLOCK_N, BLOCK_M), COMPUTE)
-    acc_rad = tl.zeros((BLOCK_N, BLOCK_M), COMPUTE)
+    weight_row = n * (KH * KW * OC) + group * OG
+    acc_mid = tl.zeros((BLOCK_M, BLOCK_N), COMPUTE)
+    acc_rad = tl.zeros((BLOCK_M, BLOCK_N), COMPUTE)
     blocks = tl.cdiv(OG, BLOCK_K)
     for step in range(taps_h * taps_w * blocks):
         tap = step // blocks
         tap_h = tap // tl.maximum(taps_w, 1)
         tap_w = tap - tap_h * taps_w
-        start = (step - tap * blocks) * BLOCK_K
-        o = start + k
+        o = (step - tap * blocks) * BLOCK_K + k
         h = out_h - tap_h * OUT_STEP_H
         w = out_w - tap_w * OUT_STEP_W
         there = (m < M) & (h >= 0) & (h < OH) & (w >= 0) & (w < OW)
@@ -192,19 +193,17 @@ def interval_conv2d_bwd_kernel(
         inside = there[:, None] & (o < OG)[None, :]
         mid = tl.load(grad_mid_ptr + tap_row[:, None] + o[None, :], inside, 0.0)
         rad = tl.load(grad_rad_ptr + tap_row[:, None] + o[None, :], inside, 0.0)
-        if GATED:
-            mid, rad = relu_backward_of_tile(
-                mid, rad, state_ptr, in_plane, tap_row, start, there, COMPUTE, BLOCK_M, BLOCK_K
-            )
         kernel = (first_h + tap_h * TAP_STEP_H) * KW + first_w + tap_w * TAP_STEP_W
-        weight_at = weight_row[:, None] + (o * (KH * KW * CG))[None, :] + kernel * CG
-        weight = tl.load(weight_ptr + weight_at, (n < CG)[:, None] & (o < OG)[None, :], 0.0)
-        acc_mid, acc_rad = dual_dot(weight, mid, rad, acc_mid, acc_rad, PRECISION, WIDEN)
+        weight_at = (kernel * OC + o)[:, None] + weight_row[None, :]
+        weight_inside = (o < OG)[:, None] & (n < CG)[None, :]
+        weight = tl.load(weight_ptr + weight_at, weight_inside, 0.0)
+        magnitude = tl.load(magnitude_ptr + weight_at, weight_inside, 0.0)
+        acc_mid, acc_rad = dual_dot(mid, rad, weight, magnitude, acc_mid, acc_rad, PRECISION, WIDEN)
     pixel = (image.to(tl.int64) * H + row * SH + remainder_h) * W + column * SW + remainder_w
     at = (pixel * C + group * CG)[:, None] + n[None, :]
     inside = (m < M)[:, None] & (n < CG)[None, :]
-    tl.store(out_mid_ptr + at, tl.trans(acc_mid), inside)
-    tl.store(out_rad_ptr + at, tl.trans(acc_rad), inside)
+    tl.store(out_mid_ptr + at, acc_mid, inside)
+    tl.store(out_rad_ptr + at, acc_rad, inside)
 
 
 @triton.jit(do_not_specialize=[*_GEOMETRY, "rows_of_part"])
@@ -320,7 +319,7 @@ def forward_into(
     grid = (triton.cdiv(M, block.m) * triton.cdiv(OG, block.n), groups)
     with on_device(mid):
         interval_conv2d_fwd_kernel[grid](
-            mid, rad, weight, mid if bias is None else bias, out_mid, out_rad, mid if out_state is None else out_state,
+            mid, rad, weight, weight.abs(), mid if bias is None else bias, out_mid, out_rad, mid if out_state is None else out_state,
             M, H, W, C, OH, OW, OC, CG, OG, KH, KW, *stride, *padding, *dilation, M * OC // 8,
             HAS_BIAS=bias is not None, RELU=out_state is not None, FLAT=is_flat(CG),
             BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=block.k, num_warps=block.warps, num_stages=block.stages,
@@ -332,7 +331,6 @@ def backward_into(
     mid: Tensor,
     rad: Tensor,
     weight: Tensor,
-    in_state: Tensor | None,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
@@ -342,9 +340,7 @@ def backward_into(
     block: Block,
     tf32: bool,
 ) -> None:
-    """ReLU′ on the gradient box if a state is given, then backward-data.
-
-    The state is channels-last like the box, and needs OC / groups to be a multiple of 8."""
+    """The convolution's backward-data pass on the gradient box."""
     B, OC, OH, OW = mid.shape
     _, C, H, W = out_mid.shape
     CG, KH, KW = weight.shape[1:]
@@ -354,11 +350,11 @@ def backward_into(
     out_steps = [d // g for d, g in zip(dilation, common, strict=True)]
     most = B * triton.cdiv(H, stride[0]) * triton.cdiv(W, stride[1])
     grid = (triton.cdiv(most, block.m) * triton.cdiv(CG, block.n), groups * stride[0] * stride[1])
+    weight = weight.permute(1, 2, 3, 0).contiguous()
     with on_device(mid):
         interval_conv2d_bwd_kernel[grid](
-            mid, rad, weight, mid if in_state is None else in_state, out_mid, out_rad,
+            mid, rad, weight, weight.abs(), out_mid, out_rad,
             B, H, W, C, OH, OW, OC, CG, OG, KH, KW, *stride, *padding, *dilation, *tap_steps, *out_steps,
-            (mid.numel() + 7) // 8, GATED=in_state is not None,
             BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=block.k, num_warps=block.warps, num_stages=block.stages,
             **dot_options(mid, tf32),
         )  # fmt: skip

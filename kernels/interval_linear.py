@@ -1,7 +1,8 @@
 """interval_linear, its backward-data operator and its weight gradient: two products from one pass over the weight.
 
-The kernels compute transposed tiles, weight · boxᵀ: the weight is then the operand that tensor cores take from
-registers, where |W| costs one instruction, and the box's midpoint and radius are the ones they take from shared memory.
+|W| comes from memory like W: tensor cores then find all their factors in shared memory, where asynchronous copies have
+put them. Taking |W| in registers instead saves those bytes but makes the cores wait for registers at every step: on an
+H200 the products took twice as long, and with ReLU′ applied to tiles of the box on their way, four times.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .ends import bits_of, bytes_of, gated, relu_backward_keeps, relu_keeps
+from .ends import bytes_of, gated, relu_keeps
 from .launch import Block, dot_options, on_device, parts_of, sum_type
 
 
@@ -25,33 +26,32 @@ def tile_of(program, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 
 @triton.jit
-def dual_dot(w, mid, rad, acc_mid, acc_rad, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
-    """acc_mid + w·midᵀ and acc_rad + |w|·radᵀ. WIDEN is for the interpreter, which multiplies no bfloat16."""
+def dual_dot(mid, rad, w, magnitude, acc_mid, acc_rad, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+    """acc_mid + mid·w and acc_rad + rad·magnitude. WIDEN is for the interpreter, which multiplies no bfloat16."""
     if WIDEN:
-        w, mid, rad = w.to(tl.float32), mid.to(tl.float32), rad.to(tl.float32)
-    acc_mid = tl.dot(w, tl.trans(mid), acc_mid, input_precision=PRECISION, out_dtype=acc_mid.dtype)
-    acc_rad = tl.dot(tl.abs(w), tl.trans(rad), acc_rad, input_precision=PRECISION, out_dtype=acc_rad.dtype)
+        mid, rad = mid.to(tl.float32), rad.to(tl.float32)
+        w, magnitude = w.to(tl.float32), magnitude.to(tl.float32)
+    acc_mid = tl.dot(mid, w, acc_mid, input_precision=PRECISION, out_dtype=acc_mid.dtype)
+    acc_rad = tl.dot(rad, magnitude, acc_rad, input_precision=PRECISION, out_dtype=acc_rad.dtype)
     return acc_mid, acc_rad
 
 
 @triton.jit
-def store_rows(
-    out_mid_ptr, out_rad_ptr, state_ptr, plane, mid, rad, first_m, M, row_length, first_column, tile_n, N,
+def store_columns(
+    out_mid_ptr, out_rad_ptr, state_ptr, plane, mid, rad, m, M, row_length, first_column, first_n, N,
     RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Write results mid, rad [BLOCK_N, BLOCK_M] (transposed) to rows first_m … of length row_length, at first_column.
+    """Write results mid, rad [BLOCK_M, BLOCK_N] to rows m of length row_length, at first_column + first_n.
 
     With RELU, of what they become, and its state too: eight neighbours of a row to a byte.
     """
-    m = first_m + tl.arange(0, BLOCK_M)
-    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = first_n + tl.arange(0, BLOCK_N)
     row = m.to(tl.int64) * row_length + first_column
-    mid, rad = tl.trans(mid), tl.trans(rad)
     if RELU:
         keep_lower, keep_upper = relu_keeps(mid, rad)
         mid, rad = gated(mid, rad, keep_lower, keep_upper)
         bit = tl.arange(0, 8)[None, None, :]
-        octet = tile_n * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)
+        octet = first_n // 8 + tl.arange(0, BLOCK_N // 8)
         byte = (row // 8)[:, None] + octet[None, :]
         inside = (m < M)[:, None] & (octet < N // 8)[None, :]
         lower = bytes_of(tl.reshape(keep_lower, (BLOCK_M, BLOCK_N // 8, 8)), bit, 2)
@@ -72,58 +72,35 @@ def halves(t, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def store_box(
-    out_mid_ptr, out_rad_ptr, state_ptr, plane, acc_mid, acc_rad, tile_m, M, row_length, first_column, tile_n, N,
+    out_mid_ptr, out_rad_ptr, state_ptr, plane, mid, rad, m, M, row_length, first_column, first_n, N,
     RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Write a tile as ``store_rows`` does; large ones half by half, or their accumulators would spill here."""
-    if BLOCK_M * BLOCK_N >= 128 * 128:
-        left_mid, right_mid = halves(acc_mid, BLOCK_N, BLOCK_M)
-        left_rad, right_rad = halves(acc_rad, BLOCK_N, BLOCK_M)
-        first_m = tile_m * BLOCK_M
-        store_rows(
-            out_mid_ptr, out_rad_ptr, state_ptr, plane, left_mid, left_rad, first_m, M, row_length, first_column,
-            tile_n, N, RELU, BLOCK_M // 2, BLOCK_N,
+    """Write a tile as ``store_columns`` does; large ones half by half, or their accumulators would spill here."""
+    if BLOCK_M * BLOCK_N >= 128 * 64:
+        left_mid, right_mid = halves(mid, BLOCK_M, BLOCK_N)
+        left_rad, right_rad = halves(rad, BLOCK_M, BLOCK_N)
+        store_columns(
+            out_mid_ptr, out_rad_ptr, state_ptr, plane, left_mid, left_rad, m, M, row_length, first_column,
+            first_n, N, RELU, BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
-        store_rows(
-            out_mid_ptr, out_rad_ptr, state_ptr, plane, right_mid, right_rad, first_m + BLOCK_M // 2, M, row_length,
-            first_column, tile_n, N, RELU, BLOCK_M // 2, BLOCK_N,
+        store_columns(
+            out_mid_ptr, out_rad_ptr, state_ptr, plane, right_mid, right_rad, m, M, row_length, first_column,
+            first_n + BLOCK_N // 2, N, RELU, BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
     else:
-        store_rows(
-            out_mid_ptr, out_rad_ptr, state_ptr, plane, acc_mid, acc_rad, tile_m * BLOCK_M, M, row_length,
-            first_column, tile_n, N, RELU, BLOCK_M, BLOCK_N,
+        store_columns(
+            out_mid_ptr, out_rad_ptr, state_ptr, plane, mid, rad, m, M, row_length, first_column, first_n, N,
+            RELU, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
 
-@triton.jit
-def relu_backward_of_tile(
-    mid, rad, state_ptr, plane, row_start, column, row_inside, COMPUTE: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """ReLU′ on a tile [ROWS, COLUMNS] of a gradient box whose element (r, c) is number row_start[r] + column + c.
-
-    Rows start at whole bytes of the state, each of which is loaded once.
-    """
-    groups = column // 8 + tl.arange(0, COLUMNS // 8)
-    byte = (row_start // 8)[:, None] + groups[None, :]
-    there = row_inside[:, None] & (byte < plane)
-    bit = tl.arange(0, 8)[None, None, :]
-    active = bits_of(tl.load(state_ptr + byte, there, 0)[:, :, None], bit)
-    alive = bits_of(tl.load(state_ptr + plane + byte, there, 0)[:, :, None], bit)
-    active, alive = tl.reshape(active, (ROWS, COLUMNS)), tl.reshape(alive, (ROWS, COLUMNS))
-    wide_mid, wide_rad = mid.to(COMPUTE), rad.to(COMPUTE)
-    keep_lower, keep_upper = relu_backward_keeps(wide_mid, wide_rad, active, alive)
-    wide_mid, wide_rad = gated(wide_mid, wide_rad, keep_lower, keep_upper)
-    return wide_mid.to(mid.dtype), wide_rad.to(rad.dtype)
-
-
-@triton.jit(do_not_specialize=["M", "in_plane", "out_plane"])
+@triton.jit(do_not_specialize=["M", "out_plane"])
 def interval_linear_kernel(
     mid_ptr,  # [M, K]
     rad_ptr,  # [M, K]
     weight_ptr,  # [N, K], any strides: transposed for the backward-data operator
+    magnitude_ptr,  # |weight|, laid out as the weight
     bias_ptr,  # [N], or anything without HAS_BIAS
-    in_state_ptr,  # [2, ceil(M·K / 8)], or anything without GATED: ReLU′ on the argument
     out_mid_ptr,  # [M, N]
     out_rad_ptr,  # [M, N]
     out_state_ptr,  # [2, M·N / 8], or anything without RELU
@@ -132,10 +109,8 @@ def interval_linear_kernel(
     K,
     weight_stride_n,
     weight_stride_k,
-    in_plane,
     out_plane,
     HAS_BIAS: tl.constexpr,
-    GATED: tl.constexpr,  # needs K to be a multiple of 8
     RELU: tl.constexpr,  # needs N to be a multiple of 8
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -150,25 +125,23 @@ def interval_linear_kernel(
     k = tl.arange(0, BLOCK_K)
     box_row = m.to(tl.int64) * K
     weight_row = n.to(tl.int64) * weight_stride_n
-    acc_mid = tl.zeros((BLOCK_N, BLOCK_M), COMPUTE)
-    acc_rad = tl.zeros((BLOCK_N, BLOCK_M), COMPUTE)
+    acc_mid = tl.zeros((BLOCK_M, BLOCK_N), COMPUTE)
+    acc_rad = tl.zeros((BLOCK_M, BLOCK_N), COMPUTE)
     for start in range(0, K, BLOCK_K):
         at_k = start + k
         box_at = box_row[:, None] + at_k[None, :]
         box_inside = (m < M)[:, None] & (at_k < K)[None, :]
         mid = tl.load(mid_ptr + box_at, box_inside, 0.0)
         rad = tl.load(rad_ptr + box_at, box_inside, 0.0)
-        if GATED:
-            mid, rad = relu_backward_of_tile(
-                mid, rad, in_state_ptr, in_plane, box_row, start, m < M, COMPUTE, BLOCK_M, BLOCK_K
-            )
-        weight_at = weight_row[:, None] + at_k[None, :].to(tl.int64) * weight_stride_k
-        w = tl.load(weight_ptr + weight_at, (n < N)[:, None] & (at_k < K)[None, :], 0.0)
-        acc_mid, acc_rad = dual_dot(w, mid, rad, acc_mid, acc_rad, PRECISION, WIDEN)
+        weight_at = at_k[:, None].to(tl.int64) * weight_stride_k + weight_row[None, :]
+        weight_inside = (at_k < K)[:, None] & (n < N)[None, :]
+        w = tl.load(weight_ptr + weight_at, weight_inside, 0.0)
+        magnitude = tl.load(magnitude_ptr + weight_at, weight_inside, 0.0)
+        acc_mid, acc_rad = dual_dot(mid, rad, w, magnitude, acc_mid, acc_rad, PRECISION, WIDEN)
     if HAS_BIAS:
-        acc_mid += tl.load(bias_ptr + n, n < N, 0.0).to(COMPUTE)[:, None]
+        acc_mid += tl.load(bias_ptr + n, n < N, 0.0).to(COMPUTE)[None, :]
     store_box(
-        out_mid_ptr, out_rad_ptr, out_state_ptr, out_plane, acc_mid, acc_rad, tile_m, M, N, 0, tile_n, N,
+        out_mid_ptr, out_rad_ptr, out_state_ptr, out_plane, acc_mid, acc_rad, m, M, N, 0, tile_n * BLOCK_N, N,
         RELU, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
@@ -236,25 +209,23 @@ def box_product_into(
     rad: Tensor,
     weight: Tensor,  # [N, K], any strides
     bias: Tensor | None,
-    in_state: Tensor | None,
     out_mid: Tensor,  # [M, N]
     out_rad: Tensor,
     out_state: Tensor | None,
     block: Block,
     tf32: bool,
 ) -> None:
-    """(mid, rad)·weightᵀ + bias; ReLU′ by ``in_state`` before and ReLU after, where a state is given.
-
-    ``in_state`` needs K and ``out_state`` N to be a multiple of 8: a byte must not belong to two rows.
-    """
+    """(mid, rad)·weightᵀ + bias; then ReLU if a state is given, which needs N to be a multiple of 8."""
     (M, K), N = mid.shape, weight.shape[0]
+    magnitude = weight.abs()
+    if magnitude.stride() != weight.stride():  # of an expanded weight
+        weight, magnitude = weight.contiguous(), magnitude.contiguous()
     grid = (triton.cdiv(M, block.m) * triton.cdiv(N, block.n),)
     with on_device(mid):
         interval_linear_kernel[grid](
-            mid, rad, weight, mid if bias is None else bias, mid if in_state is None else in_state,
+            mid, rad, weight, magnitude, mid if bias is None else bias,
             out_mid, out_rad, mid if out_state is None else out_state,
-            M, N, K, *weight.stride(), (M * K + 7) // 8, M * N // 8,
-            HAS_BIAS=bias is not None, GATED=in_state is not None, RELU=out_state is not None,
+            M, N, K, *weight.stride(), M * N // 8, HAS_BIAS=bias is not None, RELU=out_state is not None,
             BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=block.k, num_warps=block.warps, num_stages=block.stages,
             **dot_options(mid, tf32),
         )  # fmt: skip

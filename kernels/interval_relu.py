@@ -17,7 +17,10 @@ def interval_relu_fwd_kernel(
     out_mid_ptr,  # [n]
     out_rad_ptr,  # [n]
     state_ptr,  # [2, ceil(n / 8)]
+    bias_ptr,  # [C], added to the midpoint before; or anything without HAS_BIAS
     n,
+    C,
+    HAS_BIAS: tl.constexpr,  # needs rows of C elements, and C to be a multiple of 8
     GROUPS: tl.constexpr,
     WIDE: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -28,6 +31,9 @@ def interval_relu_fwd_kernel(
     inside = at < n
     mid = tl.load(mid_ptr + at, inside, 0.0).to(COMPUTE)
     rad = tl.load(rad_ptr + at, inside, 0.0).to(COMPUTE)
+    if HAS_BIAS:
+        channel = (groups % (C // 8) * 8)[:, None] + bit
+        mid += tl.load(bias_ptr + channel, inside, 0.0).to(COMPUTE)
     keep_lower, keep_upper = relu_keeps(mid, rad)
     out_mid, out_rad = gated(mid, rad, keep_lower, keep_upper)
     tl.store(out_mid_ptr + at, out_mid, inside)
@@ -96,12 +102,16 @@ def interval_gate_kernel(
 # --- launchers: all tensors dense in one memory order; results may be the arguments ------------------------------
 
 
-def relu_into(mid: Tensor, rad: Tensor, out_mid: Tensor, out_rad: Tensor, state: Tensor) -> None:
+def relu_into(
+    mid: Tensor, rad: Tensor, out_mid: Tensor, out_rad: Tensor, state: Tensor, bias: Tensor | None = None
+) -> None:
+    """With a bias, of (mid + bias, rad): one value for each element of a row in memory, a multiple of 8 of them."""
     grid, block = flat(mid.numel())
     with on_device(mid):
         interval_relu_fwd_kernel[grid](
-            mid, rad, out_mid, out_rad, state, mid.numel(), **block, COMPUTE=compute_type(mid), **EXACT
-        )
+            mid, rad, out_mid, out_rad, state, mid if bias is None else bias, mid.numel(),
+            0 if bias is None else bias.numel(), HAS_BIAS=bias is not None, **block, COMPUTE=compute_type(mid), **EXACT,
+        )  # fmt: skip
 
 
 def relu_backward_into(

@@ -75,8 +75,9 @@ _INTERPRETED = [Block(64, 32, 32, 4, 1)]
 def box_blocks(dtype: torch.dtype, n: int, flat: bool, tf32: bool, hopper: bool) -> list[Block]:
     """Candidates for box · weight: m rows of the box, n of the weight, k summed; the first is the default.
 
-    Chosen so that nothing spills: two accumulators take twice the registers of an ordinary product, and ``flat``
-    kernels hold an address for each element besides.
+    Chosen so that nothing spills (two accumulators take twice the registers of an ordinary product, and ``flat``
+    kernels hold an address for each element besides), and most of them so that two programs of four warps fit a
+    multiprocessor: one computes while the other writes.
     """
     if interpreting():
         return _INTERPRETED
@@ -86,11 +87,11 @@ def box_blocks(dtype: torch.dtype, n: int, flat: bool, tf32: bool, hopper: bool)
         return [Block(64, 64, 16, 8, 3), Block(32, 64, 16, 8, 3)]
     k = 32 if dtype is torch.float32 or not hopper else 64
     if n <= 16:
-        return [Block(64, 16, 32, 4, 2)] if flat else [Block(64, 16, k, 4, 3), Block(128, 16, k, 8, 3)]
+        return [Block(64, 16, 32, 4, 2)] if flat else [Block(64, 16, k, 4, 3), Block(128, 16, k, 4, 3)]
     if flat:
-        return [Block(64, 64, 32, 8, 2), Block(32, 64, 32, 4, 2)]
-    wide = [Block(64, 128, k, 8, 3), *([Block(128, 128, k // 2, 8, 4)] if hopper else [])] if n > 64 else []
-    return [Block(128, 64, k, 8, 3), Block(64, 64, k, 8, 4), Block(32, 64, k, 4, 4), *wide]
+        return [Block(64, 64, 32, 8, 2), Block(128, 64, 32, 8, 2), Block(128, 64, 16, 8, 2)]
+    wide = [Block(64, 128, k, 4, 2), Block(128, 128, k, 8, 3), Block(128, 128, k // 2, 8, 4)] if n > 64 else []
+    return [Block(128, 64, k, 8, 3), Block(128, 64, k // 2, 4, 4), Block(64, 64, k, 4, 3), *wide]
 
 
 def weight_blocks(dtype: torch.dtype, n: int, flat: bool, tf32: bool, hopper: bool) -> list[Block]:

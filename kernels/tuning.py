@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
@@ -17,6 +18,8 @@ Candidate = TypeVar("Candidate")
 
 WARM_UP_MS = 3.0
 MEASURE_MS = 10.0
+LONGEST_WAIT_MS = 20.0
+CYCLES_PER_MS = 2_000_000  # of a multiprocessor: about 2 GHz, or less, which makes it wait longer
 
 _chosen: dict[Hashable, Any] = {}
 
@@ -44,12 +47,13 @@ def choices() -> dict[Hashable, Any]:
 
 
 def _milliseconds(run: Callable[[Candidate], Any], candidate: Candidate) -> float:
+    """Of the device alone: what the launches cost depends on who calls, and is nothing in a CUDA graph."""
     try:
-        run(candidate)  # compiles
-        rounds = max(1, min(20, int(WARM_UP_MS / max(_timed(run, candidate, 1), 1e-3))))
-        each = _timed(run, candidate, rounds)
+        launch_ms = _launch_ms(run, candidate)
+        rounds = max(1, min(20, int(WARM_UP_MS / max(_timed(run, candidate, 1, launch_ms), 1e-3))))
+        each = _timed(run, candidate, rounds, launch_ms)
         rounds = max(1, min(20, int(MEASURE_MS / 3 / max(each, 1e-3))))
-        return statistics.median(_timed(run, candidate, rounds) for _ in range(3))
+        return statistics.median(_timed(run, candidate, rounds, launch_ms) for _ in range(3))
     except (OutOfResources, torch.cuda.OutOfMemoryError):
         return float("inf")
     except (TritonError, RuntimeError) as error:
@@ -59,9 +63,19 @@ def _milliseconds(run: Callable[[Candidate], Any], candidate: Candidate) -> floa
         return float("inf")
 
 
-def _timed(run: Callable[[Candidate], Any], candidate: Candidate, rounds: int) -> float:
-    """Milliseconds of one of several runs back to back, launches included."""
+def _launch_ms(run: Callable[[Candidate], Any], candidate: Candidate) -> float:
+    """Milliseconds that the host needs to launch one run, once it is compiled."""
+    run(candidate)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run(candidate)
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _timed(run: Callable[[Candidate], Any], candidate: Candidate, rounds: int, launch_ms: float) -> float:
+    """Milliseconds of one of several runs back to back, all of which are launched while the device still waits."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(int(min(1.5 * rounds * launch_ms + 0.05, LONGEST_WAIT_MS) * CYCLES_PER_MS))
     start.record()
     for _ in range(rounds):
         run(candidate)

@@ -206,6 +206,21 @@ def test_fusion_leaves_no_separate_stage() -> None:
     assert targets.count(ops.interval_relu_backward) <= 1
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_only_products_on_the_cpu_take_relu_backward_along(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fuse_relu_backward = fuse._fuse_relu_backward_into_affine_backward
+    monkeypatch.setattr(fuse, "_fuse_relu_backward_into_affine_backward", lambda graph: None)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 4))
+    graph = xb.bound(xb.explain.gradient(model.double())).graph(xb.Interval.linf(images(2), 0.01), TARGET)
+    gates = graph.graph.find_nodes(op="call_function", target=ops.interval_relu_backward)
+    for node in gates:
+        node.meta["val"] = tuple(t.to(device) for t in node.meta["val"])
+    fuse_relu_backward(graph)
+    products = graph.graph.find_nodes(op="call_function", target=ops.interval_conv2d_backward)
+    assert len(products) == 2 and len(gates) > 0
+    assert any(node.args[3] is not None for node in products) == (device == "cpu")
+
+
 def test_grad_mode_is_restored_after_an_error() -> None:
     model = mlp()
     bounded = xb.bound(xb.explain.gradient(model))

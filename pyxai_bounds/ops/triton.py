@@ -96,7 +96,7 @@ def interval_linear(
             out = reference.interval_linear(mid, rad, weight, bias, False)
             return _relu_into(out[0], out[1], out[0], out[1]) if relu else out
         _kernels("interval_linear").box_product_into(
-            _rows(mid), _rows(rad), weight, None if bias is None else bias.contiguous(), None,
+            _rows(mid), _rows(rad), weight, None if bias is None else bias.contiguous(),
             _rows(out_mid), _rows(out_rad), state if fused else None, block, _tf32_matmul(mid),
         )  # fmt: skip
         return _relu_into(out_mid, out_rad, out_mid, out_rad) if relu and not fused else (out_mid, out_rad, state)
@@ -117,13 +117,11 @@ def interval_linear_backward(
     out_rad = torch.empty_like(out_mid)
 
     def run(block: Any) -> tuple[Tensor, Tensor]:
-        in_state, box = state, (mid, rad)
-        if state is not None and (block is None or not _gates(mid, mid.shape[-1])):
-            in_state, box = None, _relu_backward(mid, rad, state, None)
+        box = (mid, rad) if state is None else _relu_backward(mid, rad, state, None)
         if block is None:
             return reference.interval_linear_backward(*box, weight, None)
         _kernels("interval_linear").box_product_into(
-            _rows(box[0]), _rows(box[1]), weight.t(), None, in_state, _rows(out_mid), _rows(out_rad), None, block,
+            _rows(box[0]), _rows(box[1]), weight.t(), None, _rows(out_mid), _rows(out_rad), None, block,
             _tf32_matmul(mid),
         )  # fmt: skip
         return out_mid, out_rad
@@ -183,8 +181,12 @@ def interval_conv2d(
 
     def run(block: Any) -> tuple[Tensor, Tensor, Tensor]:
         if block is None:
-            out = reference.interval_conv2d(mid, rad, weight, bias, *args, False)
-            return _relu_into(out[0], out[1], out[0], out[1]) if relu else out
+            # cuDNN's bias is a pass of its own; ReLU's adds it on the way, where eight neighbours have eight channels.
+            later = relu and order is torch.channels_last and outputs % 8 == 0
+            out_mid, out_rad, state = reference.interval_conv2d(mid, rad, weight, None if later else bias, *args, False)
+            if not relu:
+                return out_mid, out_rad, state
+            return _relu_into(out_mid, out_rad, out_mid, out_rad, bias if later else None)
         out_mid, out_rad = _empty_last(mid, size, order), _empty_last(mid, size, order)
         # The kernel packs the state as the results lie in memory, eight channels of a group to a byte.
         fused = relu and outputs // groups % 8 == 0 and out_mid.is_contiguous(memory_format=order)
@@ -229,14 +231,11 @@ def interval_conv2d_backward(
     tf32 = _tf32_convolution(mid)
 
     def run(block: Any) -> tuple[Tensor, Tensor]:
-        in_state, box = state, (mid, rad)
-        readable = mid.is_contiguous(memory_format=torch.channels_last) and _gates(mid, outputs // groups)
-        if state is not None and (block is None or not readable):
-            in_state, box = None, _relu_backward(mid, rad, state, None)
+        box = (mid, rad) if state is None else _relu_backward(mid, rad, state, None)
         if block is None:
             return reference.interval_conv2d_backward(*box, weight, None, input_size, *args)
         out_mid, out_rad = _empty_last(mid, input_size, order), _empty_last(mid, input_size, order)
-        _kernels("interval_conv2d").backward_into(*_last(*box, weight), in_state, *args, out_mid, out_rad, block, tf32)
+        _kernels("interval_conv2d").backward_into(*_last(*box, weight), *args, out_mid, out_rad, block, tf32)
         return out_mid.contiguous(memory_format=order), out_rad.contiguous(memory_format=order)
 
     key = ("conv2d_backward", mid.shape, order, weight.shape, tuple(input_size), *_flat(args), state is None)
@@ -445,11 +444,17 @@ measured = SimpleNamespace(
 # --- stages that two operators share ------------------------------------------------------------------------
 
 
-def _relu_into(mid: Tensor, rad: Tensor, out_mid: Tensor, out_rad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """ReLU of a dense box, written where it is told to: the box itself after a matrix product."""
+def _relu_into(
+    mid: Tensor, rad: Tensor, out_mid: Tensor, out_rad: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ReLU of a dense box, written where it is told to: the box itself after a matrix product.
+
+    ``bias`` is added to the midpoint before, one value a channel of channels-last images, a multiple of 8 of them.
+    """
     state = torch.empty(state_size(mid), dtype=torch.uint8, device=mid.device)
     if mid.numel():
-        _kernels("interval_relu").relu_into(mid, rad, out_mid, out_rad, state)
+        bias = None if bias is None else bias.contiguous()
+        _kernels("interval_relu").relu_into(mid, rad, out_mid, out_rad, state, bias)
     return out_mid, out_rad, state
 
 
@@ -460,14 +465,6 @@ def _relu_backward(mid: Tensor, rad: Tensor, state: Tensor, gate: Tensor | None)
     if mid.numel():
         _kernels("interval_relu").relu_backward_into(mid, rad, state, out_mid, out_rad, gate)
     return out_mid, out_rad
-
-
-def _gates(mid: Tensor, row: int) -> bool:
-    """Can the products apply ReLU′ themselves, to rows of this length? Else it is a pass of its own.
-
-    Where rows do not start at whole bytes the kernels would spill, and Triton 3.6 cannot change factors of 64 bits.
-    """
-    return row % 8 == 0 and mid.dtype is not torch.float64
 
 
 # --- choices ------------------------------------------------------------------------------------------------

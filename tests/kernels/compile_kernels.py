@@ -53,7 +53,7 @@ def gemm_variants() -> dict[str, tuple[Any, dict[str, Any], list[str], list[str]
     backward = interval_conv2d.interval_conv2d_bwd_kernel
     weight = interval_conv2d.interval_conv2d_weight_kernel
     channels = ["C", "OC", "CG", "OG"]
-    plain = {"HAS_BIAS": False, "GATED": False, "RELU": False}
+    plain = {"HAS_BIAS": False, "RELU": False}
     return {
         "linear": (
             linear,
@@ -61,13 +61,13 @@ def gemm_variants() -> dict[str, tuple[Any, dict[str, Any], list[str], list[str]
             ["weight_stride_k"],
             ["N", "K", "weight_stride_n"],
         ),
-        "linear_backward": (linear, plain | {"GATED": True}, ["weight_stride_n"], ["N", "K", "weight_stride_k"]),
+        "linear_backward": (linear, plain, ["weight_stride_n"], ["N", "K", "weight_stride_k"]),
         "linear_weight": (linear_weight, {}, ["weight_stride_k"], ["N", "K", "weight_stride_n"]),
         "conv2d": (forward, {"HAS_BIAS": True, "RELU": True, "FLAT": False}, [], channels),
         "conv2d_linear": (forward, {"HAS_BIAS": False, "RELU": False, "FLAT": False}, [], channels),
         "conv2d_flat": (forward, {"HAS_BIAS": True, "RELU": True, "FLAT": True}, [], ["OC", "OG"]),
-        "conv2d_backward": (backward, {"GATED": True}, [], channels),
-        "conv2d_backward_narrow": (backward, {"GATED": True}, [], ["OC", "OG"]),  # to 3 channels
+        "conv2d_backward": (backward, {}, [], channels),
+        "conv2d_backward_narrow": (backward, {}, [], ["OC", "OG"]),  # to 3 channels
         "conv2d_weight": (weight, {"FLAT": False}, [], channels),
         "conv2d_weight_flat": (weight, {"FLAT": True}, [], ["OC", "OG"]),
         # Integers that are 1 are constants to the compiler: one output of one input, and one channel to a group.
@@ -194,8 +194,6 @@ def main() -> None:
             "PRECISION": "tf32" if dtype == "tf32" else "ieee",
             "COMPUTE": tl.float64 if dtype == "fp64" else tl.float32,
         }  # fmt: skip
-        if dtype == "fp64" and "GATED" in flags:
-            flags["GATED"] = False  # ops/triton.py applies ReLU′ before the product
         options = {"num_warps": block.warps, "num_stages": block.stages, "enable_fp_fusion": True}
         found = compile_one(kernel, flags, dtype, capability, ones, sixteens, options)
         print(json.dumps({"kernel": variant, "dtype": dtype, "sm": capability, "block": block, **found}), flush=True)

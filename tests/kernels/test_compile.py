@@ -51,8 +51,7 @@ def test_products_run_on_tensor_cores(compiled):
         if entry["block"] is None:
             continue
         if entry["dtype"] in ("bf16", "fp16", "tf32"):
-            narrow = entry["block"][1] < 64  # wgmma takes 64 rows of the weight at least
-            assert entry["mma" if entry["sm"] == 80 or narrow else "wgmma"] > 0, entry
+            assert entry["mma" if entry["sm"] == 80 else "wgmma"] > 0, entry
         elif entry["dtype"] == "fp32":  # in full precision: no tensor core may touch it
             assert entry["wgmma"] == entry["mma"] == 0 and entry["fma"] > 0, entry
 

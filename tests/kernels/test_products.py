@@ -1,7 +1,7 @@
 """The matrix-product kernels against the reference in float64: values, states and gradients, within a rounding budget.
 
 A sum of K products computed in a type of unit roundoff u is off by at most about K·u·Σ|w||x|; operands rounded to a
-storage type of unit roundoff v (results, and boxes that the ReLU′ prologue changed) add a few v·Σ|w||x|.
+storage type of unit roundoff v (results, and boxes that ReLU′ changed before) add a few v·Σ|w||x|.
 """
 
 import pytest
@@ -9,6 +9,7 @@ import torch
 
 from pyxai_bounds import ops
 from pyxai_bounds.ops import reference, triton
+from pyxai_bounds.ops.layout import memory_format
 from tests.kernels.conftest import set_precision
 from tests.ops.cases import assert_identical, box, channels_last, leaves
 
@@ -163,6 +164,26 @@ def test_conv2d(kernels, case, dtype, layout):
     assert found.stride() == expected.stride()
 
 
+@pytest.mark.parametrize("layout", [channels_last, torch.clone])
+@pytest.mark.parametrize("outputs", [16, 10])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_librarys_convolution_has_its_bias_and_relu(kernels, dtype, outputs, layout, monkeypatch):
+    monkeypatch.setattr(triton._kernels("tuning"), "fastest", lambda key, candidates, run: candidates[-1])
+    mid, rad = (layout(t) for t in box(3, 8, 5, 7, dtype=dtype))
+    weight, bias = box(outputs, 8, 3, 3, dtype=dtype, seed=2)[0], box(outputs, dtype=dtype, seed=3)[0]
+    args = ([2, 1], [1, 1], [1, 1], 1)
+    found = triton.measured.interval_conv2d(*on(kernels, mid, rad, weight, bias), *args, True)
+    plain = reference.interval_conv2d(*on(kernels, mid, rad, weight), None, *args, False)[:2]
+    shifted = (plain[0].cpu().double() + bias.double()[:, None, None]).contiguous(memory_format=memory_format(mid))
+    expected = reference.interval_relu(shifted, plain[1].cpu().double())
+    scale = shifted.abs() + plain[1].cpu().double()
+    assert_close(found[0], expected[0], scale, dtype, 1)
+    assert_close(found[1], expected[1], scale, dtype, 1)
+    assert found[2].shape == expected[2].shape
+    if dtype is torch.float64 or (layout is channels_last and outputs == 16):  # else rounded before ReLU saw it
+        assert torch.equal(found[2].cpu(), expected[2])
+
+
 def test_bits_packed_in_the_other_order(kernels):
     """The state may be contiguous where the gradient is channels-last, and the other way round."""
     mid, _, weight, _, grad, _, args = conv_tensors(CONV[2], torch.float64, torch.clone)
@@ -187,7 +208,7 @@ def test_conv2d_of_nothing(kernels, shape):
 
 
 def test_large_tiles_are_stored_in_halves(kernels):
-    """A 128 × 128 tile's epilogue works on halves; under the interpreter nothing else chooses such a tile."""
+    """The epilogue of a large tile works on halves; under the interpreter nothing else chooses such a tile."""
     from pyxai_bounds.kernels import interval_linear
     from pyxai_bounds.kernels.launch import Block
 
@@ -196,7 +217,7 @@ def test_large_tiles_are_stored_in_halves(kernels):
     expected = triton.interval_linear(mid, rad, weight, None, True)
     out_mid, out_rad, state = (torch.empty_like(t) for t in expected)
     block = Block(128, 128, 16, 8, 2)
-    interval_linear.box_product_into(mid, rad, weight, None, None, out_mid, out_rad, state, block, False)
+    interval_linear.box_product_into(mid, rad, weight, None, out_mid, out_rad, state, block, False)
     assert torch.allclose(out_mid, expected[0], atol=1e-5) and torch.allclose(out_rad, expected[1], atol=1e-5)
     assert torch.equal(state, expected[2])
 

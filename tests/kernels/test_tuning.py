@@ -34,7 +34,8 @@ def test_a_candidate_too_large_for_the_device_drops_out(tuning, monkeypatch):
         if candidate == "large":
             raise tuning.OutOfResources(10**6, 10**5, "shared memory")
 
-    monkeypatch.setattr(tuning, "_timed", lambda run, candidate, rounds: run(candidate) or 1.0)
+    monkeypatch.setattr(tuning, "_launch_ms", lambda run, candidate: run(candidate) or 0.1)
+    monkeypatch.setattr(tuning, "_timed", lambda run, candidate, rounds, launch_ms: 1.0)
     assert tuning.fastest("x", ["large", "small"], run) == "small"
 
 
@@ -45,7 +46,8 @@ def test_a_candidate_that_does_not_compile_drops_out_loudly(tuning, monkeypatch)
         if candidate in failures:
             raise failures[candidate]
 
-    monkeypatch.setattr(tuning, "_timed", lambda run, candidate, rounds: run(candidate) or 1.0)
+    monkeypatch.setattr(tuning, "_launch_ms", lambda run, candidate: run(candidate) or 0.1)
+    monkeypatch.setattr(tuning, "_timed", lambda run, candidate, rounds, launch_ms: 1.0)
     with pytest.warns(RuntimeWarning, match="could not compile"):
         assert tuning.fastest("x", ["passes", "ptxas", "library"], run) == "library"
     failures["crash"] = RuntimeError("CUDA error: an illegal memory access was encountered")
