@@ -12,12 +12,13 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .interval_linear import dual_dot, sign, store_box, tile_of
-from .launch import Block, dot_options, is_flat, on_device, parts_of, sum_type
+from .launch import TENSOR_CORE_TERMS, Block, dot_options, is_flat, is_padded, on_device, parts_of, sum_type
 
 _GEOMETRY = ["M", "B", "H", "W", "OH", "OW", "KH", "KW", "SH", "SW", "PH", "PW", "DH", "DW"]
 
@@ -312,6 +313,8 @@ def forward_into(
     tf32: bool,
 ) -> None:
     """The convolution of the box; then ReLU if a state is given, which needs OC / groups to be a multiple of 8."""
+    if is_padded(mid, mid.shape[1], groups, tf32):
+        mid, rad, weight = (_with_more_channels(t) for t in (mid, rad, weight))
     _, C, H, W = mid.shape
     B, OC, OH, OW = out_mid.shape
     CG, KH, KW = weight.shape[1:]
@@ -319,12 +322,18 @@ def forward_into(
     grid = (triton.cdiv(M, block.m) * triton.cdiv(OG, block.n), groups)
     with on_device(mid):
         interval_conv2d_fwd_kernel[grid](
-            mid, rad, weight, weight.abs(), mid if bias is None else bias, out_mid, out_rad, mid if out_state is None else out_state,
+            mid, rad, weight, weight.abs(), mid if bias is None else bias,
+            out_mid, out_rad, mid if out_state is None else out_state,
             M, H, W, C, OH, OW, OC, CG, OG, KH, KW, *stride, *padding, *dilation, M * OC // 8,
             HAS_BIAS=bias is not None, RELU=out_state is not None, FLAT=is_flat(CG),
             BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=block.k, num_warps=block.warps, num_stages=block.stages,
             **dot_options(mid, tf32),
         )  # fmt: skip
+
+
+def _with_more_channels(t: Tensor) -> Tensor:
+    """Images or weights, channels-last, with zeros up to as many channels as tensor cores sum at least."""
+    return F.pad(t.permute(0, 2, 3, 1), (0, TENSOR_CORE_TERMS - t.shape[1])).permute(0, 3, 1, 2)
 
 
 def backward_into(

@@ -14,6 +14,8 @@ from torch import Tensor
 # Elementwise kernels must round as the reference does: a product and a sum round once each. ptxas would contract them.
 EXACT = {"enable_fp_fusion": False}
 
+TENSOR_CORE_TERMS = 16  # that a product of 16-bit tiles sums at least
+
 PROGRAMS = 528  # enough for four on each multiprocessor of an H200
 
 
@@ -72,8 +74,10 @@ class Block(NamedTuple):
 _INTERPRETED = [Block(64, 32, 32, 4, 1)]
 
 
-def box_blocks(dtype: torch.dtype, n: int, flat: bool, tf32: bool, hopper: bool) -> list[Block]:
+def box_blocks(dtype: torch.dtype, n: int, summed: int, flat: bool, tf32: bool, hopper: bool) -> list[Block]:
     """Candidates for box · weight: m rows of the box, n of the weight, k summed; the first is the default.
+
+    ``summed`` terms lie side by side in memory: of a convolution the channels of a group, where it is not ``flat``.
 
     Chosen so that nothing spills (two accumulators take twice the registers of an ordinary product, and ``flat``
     kernels hold an address for each element besides), and most of them so that two programs of four warps fit a
@@ -85,13 +89,13 @@ def box_blocks(dtype: torch.dtype, n: int, flat: bool, tf32: bool, hopper: bool)
         return [Block(32, 32, 16, 4, 2)]
     if dtype is torch.float32 and not tf32:  # no tensor cores: what limits these are registers
         return [Block(64, 64, 16, 8, 3), Block(32, 64, 16, 8, 3)]
-    k = 32 if dtype is torch.float32 or not hopper else 64
+    k = min(32 if dtype is torch.float32 or not hopper else 64, max(16, triton.next_power_of_2(summed)))
     if n <= 16:
         return [Block(64, 16, 32, 4, 2)] if flat else [Block(64, 16, k, 4, 3), Block(128, 16, k, 4, 3)]
     if flat:
         return [Block(64, 64, 32, 8, 2), Block(128, 64, 32, 8, 2), Block(128, 64, 16, 8, 2)]
-    wide = [Block(64, 128, k, 4, 2), Block(128, 128, k, 8, 3), Block(128, 128, k // 2, 8, 4)] if n > 64 else []
-    return [Block(128, 64, k, 8, 3), Block(128, 64, k // 2, 4, 4), Block(64, 64, k, 4, 3), *wide]
+    wide = [Block(64, 128, k, 4, 2), Block(128, 128, k, 8, 3), Block(128, 128, max(16, k // 2), 8, 4)] if n > 64 else []
+    return [Block(128, 64, k, 8, 3), Block(128, 64, max(16, k // 2), 4, 4), Block(64, 64, k, 4, 3), *wide]
 
 
 def weight_blocks(dtype: torch.dtype, n: int, flat: bool, tf32: bool, hopper: bool) -> list[Block]:
@@ -112,7 +116,12 @@ def weight_blocks(dtype: torch.dtype, n: int, flat: bool, tf32: bool, hopper: bo
 
 def is_flat(channels: int) -> bool:
     """Is a block of a convolution's sum better filled from several taps than from one tap's channels?"""
-    return channels < 16
+    return channels < TENSOR_CORE_TERMS
+
+
+def is_padded(t: Tensor, channels: int, groups: int, tf32: bool) -> bool:
+    """Are few channels better filled up with zeros? Tensor cores hardly notice, and loads are 16 bytes wide again."""
+    return groups == 1 and is_flat(channels) and (t.element_size() == 2 or tf32)
 
 
 def dot_options(t: Tensor, tf32: bool) -> dict[str, Any]:

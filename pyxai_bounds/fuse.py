@@ -305,7 +305,7 @@ def _fuse_relu_backward_into_affine_backward(graph: fx.GraphModule) -> None:
             if relu_backward is None or state is not None or not _only_used_by([mid, rad], node):  # type: ignore[list-item]
                 continue
             if relu_backward.meta["val"][0].device.type != "cpu":
-                continue  # no product there gates its argument on the way; by itself ReLU′ is not done again for autograd
+                continue  # no product there gates its argument on the way, and autograd would do ReLU′ again
             gate = parts(relu_backward).get(2)
             if gate is None or not gate.users:
                 node.args = (*relu_backward.args[:2], weight, relu_backward.args[2], *rest)

@@ -104,7 +104,7 @@ def interval_linear(
     if out_mid.numel() == 0:
         return out_mid, out_rad, torch.empty(state_size(out_mid) if relu else 0, dtype=torch.uint8, device=mid.device)
     key = ("linear", mid.shape, weight.shape, weight.stride(), bias is None, relu)
-    return _fastest(key, mid, _box_blocks(mid, weight.shape[0], _tf32_matmul(mid)), library, run)
+    return _fastest(key, mid, _box_blocks(mid, weight.shape[0], weight.shape[1], _tf32_matmul(mid)), library, run)
 
 
 def interval_linear_backward(
@@ -129,7 +129,7 @@ def interval_linear_backward(
     if out_mid.numel() == 0:
         return out_mid, out_rad
     key = ("linear_backward", mid.shape, weight.shape, weight.stride(), state is None)
-    return _fastest(key, mid, _box_blocks(mid, weight.shape[1], _tf32_matmul(mid)), library, run)
+    return _fastest(key, mid, _box_blocks(mid, weight.shape[1], weight.shape[0], _tf32_matmul(mid)), library, run)
 
 
 def interval_linear_weight(
@@ -199,7 +199,7 @@ def interval_conv2d(
         return _relu_into(out_mid, out_rad, out_mid, out_rad) if relu and not fused else (out_mid, out_rad, state)
 
     key = ("conv2d", mid.shape, order, weight.shape, *_flat(args), bias is None, relu)
-    return _fastest(key, mid, _box_blocks(mid, outputs // groups, tf32, channels), library, run)
+    return _fastest(key, mid, _box_blocks(mid, outputs // groups, channels, tf32, groups), library, run)
 
 
 def interval_conv2d_backward(
@@ -239,7 +239,7 @@ def interval_conv2d_backward(
         return out_mid.contiguous(memory_format=order), out_rad.contiguous(memory_format=order)
 
     key = ("conv2d_backward", mid.shape, order, weight.shape, tuple(input_size), *_flat(args), state is None)
-    return _fastest(key, mid, _box_blocks(mid, channels, tf32), library, run)
+    return _fastest(key, mid, _box_blocks(mid, channels, outputs // groups, tf32), library, run)
 
 
 def interval_conv2d_weight(
@@ -479,18 +479,18 @@ def _fastest(key: tuple, mid: Tensor, blocks: list[Any], library: bool, run: Cal
         return run(_kernels("tuning").fastest(key, candidates, run))
 
 
-def _box_blocks(mid: Tensor, columns: int, tf32: bool, channels: int | None = None) -> list[Any]:
+def _box_blocks(mid: Tensor, columns: int, summed: int, tf32: bool, groups: int | None = None) -> list[Any]:
+    """``groups`` is for convolutions that sum over the channels of their argument, which may be few."""
     launch = _kernels("launch")
-    return launch.box_blocks(mid.dtype, columns, _is_flat(channels), tf32, _is_hopper(mid))
+    few = groups is not None and launch.is_flat(summed)
+    flat = few and not launch.is_padded(mid, summed, groups, tf32)
+    return launch.box_blocks(mid.dtype, columns, summed, flat, tf32, _is_hopper(mid))
 
 
 def _weight_blocks(mid: Tensor, rows: int, tf32: bool, channels: int | None = None) -> list[Any]:
     launch = _kernels("launch")
-    return launch.weight_blocks(mid.dtype, rows, _is_flat(channels), tf32, _is_hopper(mid))
-
-
-def _is_flat(channels: int | None) -> bool:
-    return channels is not None and _kernels("launch").is_flat(channels)
+    flat = channels is not None and launch.is_flat(channels)
+    return launch.weight_blocks(mid.dtype, rows, flat, tf32, _is_hopper(mid))
 
 
 def _tf32_matmul(t: Tensor) -> bool:

@@ -62,7 +62,8 @@ def test_sound_programs_on_the_gpu(order):
     """Tensors there from the box to the bounds, large enough for every way to allocate: the emulator knows the CPU."""
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.BatchNorm2d(64), nn.ReLU(),
+        nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.BatchNorm2d(64), nn.ReLU(),
         nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64 * 16 * 16, 10),
     ).eval()  # fmt: skip
     x, target = torch.rand(16, 3, 32, 32).contiguous(memory_format=order), torch.arange(16) % 10

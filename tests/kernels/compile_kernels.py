@@ -65,6 +65,7 @@ def gemm_variants() -> dict[str, tuple[Any, dict[str, Any], list[str], list[str]
         "linear_weight": (linear_weight, {}, ["weight_stride_k"], ["N", "K", "weight_stride_n"]),
         "conv2d": (forward, {"HAS_BIAS": True, "RELU": True, "FLAT": False}, [], channels),
         "conv2d_linear": (forward, {"HAS_BIAS": False, "RELU": False, "FLAT": False}, [], channels),
+        "conv2d_few": (forward, {"HAS_BIAS": True, "RELU": True, "FLAT": False}, [], channels),  # of 16 channels
         "conv2d_flat": (forward, {"HAS_BIAS": True, "RELU": True, "FLAT": True}, [], ["OC", "OG"]),
         "conv2d_backward": (backward, {}, [], channels),
         "conv2d_backward_narrow": (backward, {}, [], ["OC", "OG"]),  # to 3 channels
@@ -111,9 +112,11 @@ def elementwise_kernels() -> dict[str, tuple[Any, dict[str, Any]]]:
 
 
 def blocks_of(variant: str, dtype: str, capability: int) -> list[Block]:
-    candidates = weight_blocks if "weight" in variant else box_blocks
-    columns = 3 if variant.endswith("narrow") else 512
-    return candidates(DTYPES[dtype], columns, variant.endswith("flat"), dtype == "tf32", capability >= 90)
+    flat, tf32, hopper = variant.endswith("flat"), dtype == "tf32", capability >= 90
+    if "weight" in variant:
+        return weight_blocks(DTYPES[dtype], 512, flat, tf32, hopper)
+    summed = 16 if variant.endswith("few") else 512
+    return box_blocks(DTYPES[dtype], 3 if variant.endswith("narrow") else 512, summed, flat, tf32, hopper)
 
 
 def compile_one(
