@@ -18,9 +18,34 @@ import triton.language as tl
 from torch import Tensor
 
 from .interval_linear import dual_dot, sign, store_box, tile_of
-from .launch import TENSOR_CORE_TERMS, Block, dot_options, is_flat, is_padded, on_device, parts_of, sum_type
+from .launch import TENSOR_CORE_TERMS, Block, dot_options, is_flat, on_device, parts_of, sum_type
 
 _GEOMETRY = ["M", "B", "H", "W", "OH", "OW", "KH", "KW", "SH", "SW", "PH", "PW", "DH", "DW"]
+
+
+OUTSIDE = tl.constexpr(-(2**30))  # a row or column of an image that is outside of it, whatever a tap adds
+
+
+@triton.jit
+def wide(t, WIDE: tl.constexpr):
+    return t.to(tl.int64) if WIDE else t
+
+
+@triton.jit
+def within(t, size):
+    """0 ≤ t < size, in one comparison: these kernels are bound by their integer instructions, not by the products."""
+    return t.to(tl.uint32, bitcast=True) < size.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def next_block(start, tap_h, tap_w, step, channels, taps_w):
+    """Where the next block of the sum begins: channels run fastest, then columns. Counting spares two divisions."""
+    start += step
+    tap_w += (start >= channels).to(tl.int32)
+    start = tl.where(start >= channels, 0, start)
+    tap_h += (tap_w >= taps_w).to(tl.int32)
+    tap_w = tl.where(tap_w >= taps_w, 0, tap_w)
+    return start, tap_h, tap_w
 
 
 @triton.jit(do_not_specialize=[*_GEOMETRY, "out_plane"])
@@ -54,6 +79,8 @@ def interval_conv2d_fwd_kernel(
     HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,  # needs OG to be a multiple of 8
     FLAT: tl.constexpr,
+    EVEN: tl.constexpr,  # is CG a multiple of BLOCK_K?
+    WIDE: tl.constexpr,  # do places in memory need 64 bits?
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -69,12 +96,14 @@ def interval_conv2d_fwd_kernel(
     first_h = m // OW % OH * SH - PH
     first_w = m % OW * SW - PW
     # Of the first tap's pixel, which may lie outside: only what `inside` allows is read.
-    box_row = (((m // OW // OH).to(tl.int64) * H + first_h) * W + first_w) * C + group * CG
+    box_row = ((wide(m // OW // OH, WIDE) * H + first_h) * W + first_w) * C + group * CG
+    first_h = tl.where(m < M, first_h, OUTSIDE)
     weight_row = (group * OG + n) * (KH * KW * CG)
     acc_mid = tl.zeros((BLOCK_M, BLOCK_N), COMPUTE)
     acc_rad = tl.zeros((BLOCK_M, BLOCK_N), COMPUTE)
     blocks = tl.cdiv(CG, BLOCK_K)
     steps = tl.cdiv(KH * KW * CG, BLOCK_K) if FLAT else KH * KW * blocks
+    start, tap_h, tap_w = 0, 0, 0
     for step in range(steps):
         if FLAT:
             at_k = step * BLOCK_K + k
@@ -84,16 +113,14 @@ def interval_conv2d_fwd_kernel(
             w = first_w[:, None] + (tap % KW * DW)[None, :]
             offset = (tap // KW * DH * W + tap % KW * DW) * C + c
             k_inside = at_k < KH * KW * CG
-            inside = (m < M)[:, None] & (h >= 0) & (h < H) & (w >= 0) & (w < W) & k_inside[None, :]
+            inside = within(h, H) & within(w, W) & k_inside[None, :]
         else:
-            tap = step // blocks
-            c = (step - tap * blocks) * BLOCK_K + k
-            at_k = tap * CG + c
-            h = first_h + tap // KW * DH
-            w = first_w + tap % KW * DW
-            offset = (tap // KW * DH * W + tap % KW * DW) * C + c
-            k_inside = c < CG
-            inside = ((m < M) & (h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None] & k_inside[None, :]
+            c = start + k
+            at_k = (tap_h * KW + tap_w) * CG + c
+            offset = (tap_h * DH * W + tap_w * DW) * C + c
+            k_inside = (c < CG) | EVEN
+            inside = (within(first_h + tap_h * DH, H) & within(first_w + tap_w * DW, W))[:, None] & k_inside[None, :]
+            start, tap_h, tap_w = next_block(start, tap_h, tap_w, BLOCK_K, CG, KW)
         box_at = box_row[:, None] + offset[None, :]
         mid = tl.load(mid_ptr + box_at, inside, 0.0)
         rad = tl.load(rad_ptr + box_at, inside, 0.0)
@@ -148,6 +175,8 @@ def interval_conv2d_bwd_kernel(
     TAP_STEP_W,
     OUT_STEP_H,  # dilation / gcd(stride, dilation): and this far apart in the output
     OUT_STEP_W,
+    EVEN: tl.constexpr,  # is OG a multiple of BLOCK_K?
+    WIDE: tl.constexpr,  # do places in memory need 64 bits?
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -177,29 +206,27 @@ def interval_conv2d_bwd_kernel(
     # The output pixel at the first tap; exact divisions.
     out_h = row + (remainder_h + PH - first_h * DH) // SH
     out_w = column + (remainder_w + PW - first_w * DW) // SW
-    grad_row = ((image.to(tl.int64) * OH + out_h) * OW + out_w) * OC + group * OG
+    grad_row = ((wide(image, WIDE) * OH + out_h) * OW + out_w) * OC + group * OG
+    out_h = tl.where(m < M, out_h, OUTSIDE)
     weight_row = n * (KH * KW * OC) + group * OG
     acc_mid = tl.zeros((BLOCK_M, BLOCK_N), COMPUTE)
     acc_rad = tl.zeros((BLOCK_M, BLOCK_N), COMPUTE)
-    blocks = tl.cdiv(OG, BLOCK_K)
-    for step in range(taps_h * taps_w * blocks):
-        tap = step // blocks
-        tap_h = tap // tl.maximum(taps_w, 1)
-        tap_w = tap - tap_h * taps_w
-        o = (step - tap * blocks) * BLOCK_K + k
-        h = out_h - tap_h * OUT_STEP_H
-        w = out_w - tap_w * OUT_STEP_W
-        there = (m < M) & (h >= 0) & (h < OH) & (w >= 0) & (w < OW)
-        tap_row = grad_row - (tap_h * OUT_STEP_H * OW + tap_w * OUT_STEP_W) * OC
-        inside = there[:, None] & (o < OG)[None, :]
-        mid = tl.load(grad_mid_ptr + tap_row[:, None] + o[None, :], inside, 0.0)
-        rad = tl.load(grad_rad_ptr + tap_row[:, None] + o[None, :], inside, 0.0)
+    start, tap_h, tap_w = 0, 0, 0
+    for _ in range(taps_h * taps_w * tl.cdiv(OG, BLOCK_K)):
+        o = start + k
+        o_inside = (o < OG) | EVEN
+        there = within(out_h - tap_h * OUT_STEP_H, OH) & within(out_w - tap_w * OUT_STEP_W, OW)
+        inside = there[:, None] & o_inside[None, :]
+        grad_at = grad_row[:, None] + (o - (tap_h * OUT_STEP_H * OW + tap_w * OUT_STEP_W) * OC)[None, :]
+        mid = tl.load(grad_mid_ptr + grad_at, inside, 0.0)
+        rad = tl.load(grad_rad_ptr + grad_at, inside, 0.0)
         kernel = (first_h + tap_h * TAP_STEP_H) * KW + first_w + tap_w * TAP_STEP_W
         weight_at = (kernel * OC + o)[:, None] + weight_row[None, :]
-        weight_inside = (o < OG)[:, None] & (n < CG)[None, :]
+        weight_inside = o_inside[:, None] & (n < CG)[None, :]
         weight = tl.load(weight_ptr + weight_at, weight_inside, 0.0)
         magnitude = tl.load(magnitude_ptr + weight_at, weight_inside, 0.0)
         acc_mid, acc_rad = dual_dot(mid, rad, weight, magnitude, acc_mid, acc_rad, PRECISION, WIDEN)
+        start, tap_h, tap_w = next_block(start, tap_h, tap_w, BLOCK_K, OG, taps_w)
     pixel = (image.to(tl.int64) * H + row * SH + remainder_h) * W + column * SW + remainder_w
     at = (pixel * C + group * CG)[:, None] + n[None, :]
     inside = (m < M)[:, None] & (n < CG)[None, :]
@@ -313,7 +340,8 @@ def forward_into(
     tf32: bool,
 ) -> None:
     """The convolution of the box; then ReLU if a state is given, which needs OC / groups to be a multiple of 8."""
-    if is_padded(mid, mid.shape[1], groups, tf32):
+    flat = is_flat(mid.shape[1] // groups) and block.flat
+    if is_flat(mid.shape[1]) and not flat:
         mid, rad, weight = (_with_more_channels(t) for t in (mid, rad, weight))
     _, C, H, W = mid.shape
     B, OC, OH, OW = out_mid.shape
@@ -325,7 +353,8 @@ def forward_into(
             mid, rad, weight, weight.abs(), mid if bias is None else bias,
             out_mid, out_rad, mid if out_state is None else out_state,
             M, H, W, C, OH, OW, OC, CG, OG, KH, KW, *stride, *padding, *dilation, M * OC // 8,
-            HAS_BIAS=bias is not None, RELU=out_state is not None, FLAT=is_flat(CG),
+            HAS_BIAS=bias is not None, RELU=out_state is not None,
+            FLAT=flat, EVEN=CG % block.k == 0, WIDE=max(mid.numel(), out_mid.numel()) >= 2**30,
             BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=block.k, num_warps=block.warps, num_stages=block.stages,
             **dot_options(mid, tf32),
         )  # fmt: skip
@@ -364,6 +393,7 @@ def backward_into(
         interval_conv2d_bwd_kernel[grid](
             mid, rad, weight, weight.abs(), out_mid, out_rad,
             B, H, W, C, OH, OW, OC, CG, OG, KH, KW, *stride, *padding, *dilation, *tap_steps, *out_steps,
+            EVEN=OG % block.k == 0, WIDE=mid.numel() >= 2**30,
             BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=block.k, num_warps=block.warps, num_stages=block.stages,
             **dot_options(mid, tf32),
         )  # fmt: skip

@@ -112,6 +112,7 @@ def interval_linear_kernel(
     out_plane,
     HAS_BIAS: tl.constexpr,
     RELU: tl.constexpr,  # needs N to be a multiple of 8
+    EVEN: tl.constexpr,  # is K a multiple of BLOCK_K?
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -123,21 +124,21 @@ def interval_linear_kernel(
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    box_row = m.to(tl.int64) * K
-    weight_row = n.to(tl.int64) * weight_stride_n
+    box_at = (m.to(tl.int64) * K)[:, None] + k[None, :]
+    weight_at = k[:, None].to(tl.int64) * weight_stride_k + (n.to(tl.int64) * weight_stride_n)[None, :]
     acc_mid = tl.zeros((BLOCK_M, BLOCK_N), COMPUTE)
     acc_rad = tl.zeros((BLOCK_M, BLOCK_N), COMPUTE)
     for start in range(0, K, BLOCK_K):
-        at_k = start + k
-        box_at = box_row[:, None] + at_k[None, :]
-        box_inside = (m < M)[:, None] & (at_k < K)[None, :]
+        k_inside = (start + k < K) | EVEN
+        box_inside = (m < M)[:, None] & k_inside[None, :]
         mid = tl.load(mid_ptr + box_at, box_inside, 0.0)
         rad = tl.load(rad_ptr + box_at, box_inside, 0.0)
-        weight_at = at_k[:, None].to(tl.int64) * weight_stride_k + weight_row[None, :]
-        weight_inside = (at_k < K)[:, None] & (n < N)[None, :]
+        weight_inside = k_inside[:, None] & (n < N)[None, :]
         w = tl.load(weight_ptr + weight_at, weight_inside, 0.0)
         magnitude = tl.load(magnitude_ptr + weight_at, weight_inside, 0.0)
         acc_mid, acc_rad = dual_dot(mid, rad, w, magnitude, acc_mid, acc_rad, PRECISION, WIDEN)
+        box_at += BLOCK_K
+        weight_at += BLOCK_K * weight_stride_k
     if HAS_BIAS:
         acc_mid += tl.load(bias_ptr + n, n < N, 0.0).to(COMPUTE)[None, :]
     store_box(
@@ -225,7 +226,8 @@ def box_product_into(
         interval_linear_kernel[grid](
             mid, rad, weight, magnitude, mid if bias is None else bias,
             out_mid, out_rad, mid if out_state is None else out_state,
-            M, N, K, *weight.stride(), M * N // 8, HAS_BIAS=bias is not None, RELU=out_state is not None,
+            M, N, K, *weight.stride(), M * N // 8,
+            HAS_BIAS=bias is not None, RELU=out_state is not None, EVEN=K % block.k == 0,
             BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=block.k, num_warps=block.warps, num_stages=block.stages,
             **dot_options(mid, tf32),
         )  # fmt: skip

@@ -68,20 +68,19 @@ class Block(NamedTuple):
     k: int
     warps: int
     stages: int
+    flat: bool = False  # of a convolution: a block of the sum spans taps
 
 
 # A program of the interpreter costs milliseconds; these tiles still have edges on the shapes of the tests.
 _INTERPRETED = [Block(64, 32, 32, 4, 1)]
 
 
-def box_blocks(dtype: torch.dtype, n: int, summed: int, flat: bool, tf32: bool, hopper: bool) -> list[Block]:
+def box_blocks(dtype: torch.dtype, n: int, summed: int, tf32: bool, hopper: bool) -> list[Block]:
     """Candidates for box · weight: m rows of the box, n of the weight, k summed; the first is the default.
 
-    ``summed`` terms lie side by side in memory: of a convolution the channels of a group, where it is not ``flat``.
-
-    Chosen so that nothing spills (two accumulators take twice the registers of an ordinary product, and ``flat``
-    kernels hold an address for each element besides), and most of them so that two programs of four warps fit a
-    multiprocessor: one computes while the other writes.
+    ``summed`` terms lie side by side in memory: of a convolution, the channels of a group. Chosen so that nothing
+    spills: two accumulators take twice the registers of an ordinary product. Most let two programs of four warps onto
+    a multiprocessor: one computes while the other writes.
     """
     if interpreting():
         return _INTERPRETED
@@ -89,13 +88,28 @@ def box_blocks(dtype: torch.dtype, n: int, summed: int, flat: bool, tf32: bool, 
         return [Block(32, 32, 16, 4, 2)]
     if dtype is torch.float32 and not tf32:  # no tensor cores: what limits these are registers
         return [Block(64, 64, 16, 8, 3), Block(32, 64, 16, 8, 3)]
-    k = min(32 if dtype is torch.float32 or not hopper else 64, max(16, triton.next_power_of_2(summed)))
+    k = min(32 if dtype is torch.float32 or not hopper else 64, max(TENSOR_CORE_TERMS, triton.next_power_of_2(summed)))
+    half = max(TENSOR_CORE_TERMS, k // 2)
     if n <= 16:
-        return [Block(64, 16, 32, 4, 2)] if flat else [Block(64, 16, k, 4, 3), Block(128, 16, k, 4, 3)]
-    if flat:
-        return [Block(64, 64, 32, 8, 2), Block(128, 64, 32, 8, 2), Block(128, 64, 16, 8, 2)]
-    wide = [Block(64, 128, k, 4, 2), Block(128, 128, k, 8, 3), Block(128, 128, max(16, k // 2), 8, 4)] if n > 64 else []
-    return [Block(128, 64, k, 8, 3), Block(128, 64, max(16, k // 2), 4, 4), Block(64, 64, k, 4, 3), *wide]
+        return [Block(64, 16, k, 4, 3), Block(128, 16, k, 4, 3)]
+    wide = [Block(128, 128, k, 8, 3), Block(128, 128, half, 8, 4), Block(64, 128, k, 4, 2)] if n > 64 else []
+    return [Block(128, 64, half, 4, 4), Block(128, 64, k, 8, 3), Block(64, 64, k, 4, 3), *wide]
+
+
+def few_channels_blocks(dtype: torch.dtype, n: int, groups: int, tf32: bool, hopper: bool) -> list[Block]:
+    """The same for a convolution of few channels, whose blocks of the sum span taps and hold an address an element.
+
+    Of one group, which may be filled up with zeros to what tensor cores sum at least, also the blocks for that.
+    """
+    if interpreting() or dtype is torch.float64 or (dtype is torch.float32 and not tf32):
+        flat = box_blocks(dtype, n, 1, tf32, hopper)
+    elif n <= 16:
+        flat = [Block(64, 16, 32, 4, 2)]
+    else:
+        flat = [Block(64, 64, 32, 8, 2), Block(128, 64, 32, 8, 2), Block(128, 64, 16, 8, 2)]
+    cores = dtype is not torch.float64 and (dtype is not torch.float32 or tf32)
+    padded = box_blocks(dtype, n, TENSOR_CORE_TERMS, tf32, hopper) if groups == 1 and cores else []
+    return [*(block._replace(flat=True) for block in flat), *padded]
 
 
 def weight_blocks(dtype: torch.dtype, n: int, flat: bool, tf32: bool, hopper: bool) -> list[Block]:
@@ -117,11 +131,6 @@ def weight_blocks(dtype: torch.dtype, n: int, flat: bool, tf32: bool, hopper: bo
 def is_flat(channels: int) -> bool:
     """Is a block of a convolution's sum better filled from several taps than from one tap's channels?"""
     return channels < TENSOR_CORE_TERMS
-
-
-def is_padded(t: Tensor, channels: int, groups: int, tf32: bool) -> bool:
-    """Are few channels better filled up with zeros? Tensor cores hardly notice, and loads are 16 bytes wide again."""
-    return groups == 1 and is_flat(channels) and (t.element_size() == 2 or tf32)
 
 
 def dot_options(t: Tensor, tf32: bool) -> dict[str, Any]:

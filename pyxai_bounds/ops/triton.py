@@ -482,9 +482,9 @@ def _fastest(key: tuple, mid: Tensor, blocks: list[Any], library: bool, run: Cal
 def _box_blocks(mid: Tensor, columns: int, summed: int, tf32: bool, groups: int | None = None) -> list[Any]:
     """``groups`` is for convolutions that sum over the channels of their argument, which may be few."""
     launch = _kernels("launch")
-    few = groups is not None and launch.is_flat(summed)
-    flat = few and not launch.is_padded(mid, summed, groups, tf32)
-    return launch.box_blocks(mid.dtype, columns, summed, flat, tf32, _is_hopper(mid))
+    if groups is not None and launch.is_flat(summed):
+        return launch.few_channels_blocks(mid.dtype, columns, groups, tf32, _is_hopper(mid))
+    return launch.box_blocks(mid.dtype, columns, summed, tf32, _is_hopper(mid))
 
 
 def _weight_blocks(mid: Tensor, rows: int, tf32: bool, channels: int | None = None) -> list[Any]:

@@ -34,7 +34,7 @@ from pyxai_bounds.kernels import (
     interval_scale_shift,
     interval_smooth,
 )
-from pyxai_bounds.kernels.launch import Block, box_blocks, weight_blocks
+from pyxai_bounds.kernels.launch import Block, box_blocks, few_channels_blocks, weight_blocks
 
 DTYPES = {
     "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32,
@@ -53,7 +53,9 @@ def gemm_variants() -> dict[str, tuple[Any, dict[str, Any], list[str], list[str]
     backward = interval_conv2d.interval_conv2d_bwd_kernel
     weight = interval_conv2d.interval_conv2d_weight_kernel
     channels = ["C", "OC", "CG", "OG"]
-    plain = {"HAS_BIAS": False, "RELU": False}
+    even = {"EVEN": True}
+    conv = even | {"WIDE": False}
+    plain = even | {"HAS_BIAS": False, "RELU": False}
     return {
         "linear": (
             linear,
@@ -63,19 +65,19 @@ def gemm_variants() -> dict[str, tuple[Any, dict[str, Any], list[str], list[str]
         ),
         "linear_backward": (linear, plain, ["weight_stride_n"], ["N", "K", "weight_stride_k"]),
         "linear_weight": (linear_weight, {}, ["weight_stride_k"], ["N", "K", "weight_stride_n"]),
-        "conv2d": (forward, {"HAS_BIAS": True, "RELU": True, "FLAT": False}, [], channels),
-        "conv2d_linear": (forward, {"HAS_BIAS": False, "RELU": False, "FLAT": False}, [], channels),
-        "conv2d_few": (forward, {"HAS_BIAS": True, "RELU": True, "FLAT": False}, [], channels),  # of 16 channels
-        "conv2d_flat": (forward, {"HAS_BIAS": True, "RELU": True, "FLAT": True}, [], ["OC", "OG"]),
-        "conv2d_backward": (backward, {}, [], channels),
-        "conv2d_backward_narrow": (backward, {}, [], ["OC", "OG"]),  # to 3 channels
+        "conv2d": (forward, conv | {"HAS_BIAS": True, "RELU": True, "FLAT": False}, [], channels),
+        "conv2d_linear": (forward, conv | {"HAS_BIAS": False, "RELU": False, "FLAT": False}, [], channels),
+        "conv2d_few": (forward, conv | {"HAS_BIAS": True, "RELU": True, "FLAT": False}, [], channels),  # of 16 channels
+        "conv2d_flat": (forward, conv | {"HAS_BIAS": True, "RELU": True, "FLAT": True}, [], ["OC", "OG"]),
+        "conv2d_backward": (backward, conv, [], channels),
+        "conv2d_backward_narrow": (backward, conv, [], ["OC", "OG"]),  # to 3 channels
         "conv2d_weight": (weight, {"FLAT": False}, [], channels),
         "conv2d_weight_flat": (weight, {"FLAT": True}, [], ["OC", "OG"]),
         # Integers that are 1 are constants to the compiler: one output of one input, and one channel to a group.
         "linear_of_one": (linear, plain | {"HAS_BIAS": True}, ["N", "K", "weight_stride_n", "weight_stride_k"], []),
         "conv2d_depthwise_flat": (
             forward,
-            {"HAS_BIAS": True, "RELU": False, "FLAT": True},
+            conv | {"HAS_BIAS": True, "RELU": False, "FLAT": True},
             ["CG", "OG"],
             ["C", "OC"],
         ),
@@ -115,8 +117,10 @@ def blocks_of(variant: str, dtype: str, capability: int) -> list[Block]:
     flat, tf32, hopper = variant.endswith("flat"), dtype == "tf32", capability >= 90
     if "weight" in variant:
         return weight_blocks(DTYPES[dtype], 512, flat, tf32, hopper)
-    summed = 16 if variant.endswith("few") else 512
-    return box_blocks(DTYPES[dtype], 3 if variant.endswith("narrow") else 512, summed, flat, tf32, hopper)
+    columns = 3 if variant.endswith("narrow") else 512
+    if flat:
+        return [block for block in few_channels_blocks(DTYPES[dtype], columns, 1, tf32, hopper) if block.flat]
+    return box_blocks(DTYPES[dtype], columns, 16 if variant.endswith("few") else 512, tf32, hopper)
 
 
 def compile_one(

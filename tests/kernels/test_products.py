@@ -164,6 +164,24 @@ def test_conv2d(kernels, case, dtype, layout):
     assert found.stride() == expected.stride()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_channels_are_filled_up(kernels, dtype):
+    """What spans taps and what is filled up with zeros give the same sums."""
+    from pyxai_bounds.kernels import interval_conv2d
+    from pyxai_bounds.kernels.launch import Block
+
+    mid, rad = (channels_last(t) for t in on(kernels, *box(2, 3, 9, 8, dtype=dtype)))
+    weight = channels_last(box(16, 3, 3, 3, dtype=dtype, seed=2)[0]).to(kernels)
+    results = []
+    for flat in (True, False):
+        out = [channels_last(torch.empty(2, 16, 5, 8, dtype=dtype, device=kernels)) for _ in range(2)]
+        block = Block(64, 32, 32, 4, 2, flat)
+        interval_conv2d.forward_into(mid, rad, weight, None, [2, 1], [1, 1], [1, 1], 1, *out, None, block, False)
+        results.append(out)
+    for one, other in zip(*results, strict=True):
+        assert torch.allclose(one, other, rtol=1e-2 if dtype is torch.bfloat16 else 1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("layout", [channels_last, torch.clone])
 @pytest.mark.parametrize("outputs", [16, 10])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
