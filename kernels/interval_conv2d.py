@@ -261,6 +261,8 @@ def interval_conv2d_weight_kernel(
     DW,
     rows_of_part,
     FLAT: tl.constexpr,
+    EVEN: tl.constexpr,  # are OG a multiple of BLOCK_N and CG of BLOCK_K?
+    WIDE: tl.constexpr,  # do places in memory need 64 bits?
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -284,28 +286,34 @@ def interval_conv2d_weight_kernel(
         tap = tile_k // blocks
         c = (tile_k - tap * blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
         at_k = tap * CG + c
-        k_inside = c < CG
+        k_inside = (c < CG) | EVEN
+    n_inside = (n < OG) | EVEN
     tap_h = tap // KW * DH - PH
     tap_w = tap % KW * DW - PW
     acc_mid = tl.zeros((BLOCK_N, BLOCK_K), COMPUTE)
     acc_rad = tl.zeros((BLOCK_N, BLOCK_K), COMPUTE)
     stop = min(M, (part + 1) * rows_of_part)
-    for start in range(part * rows_of_part, stop, BLOCK_M):
-        m = start + tl.arange(0, BLOCK_M)
-        first_h = m // OW % OH * SH
-        first_w = m % OW * SW
+    m = part * rows_of_part + tl.arange(0, BLOCK_M)
+    column, row, image = m % OW, m // OW % OH, m // OW // OH
+    for _ in range(part * rows_of_part, stop, BLOCK_M):
+        first_h, first_w = row * SH, column * SW
         if FLAT:
             h = first_h[:, None] + tap_h[None, :]
             w = first_w[:, None] + tap_w[None, :]
-            inside = (m < stop)[:, None] & (h >= 0) & (h < H) & (w >= 0) & (w < W) & k_inside[None, :]
+            inside = (m < stop)[:, None] & within(h, H) & within(w, W) & k_inside[None, :]
         else:
-            h = first_h + tap_h
-            w = first_w + tap_w
-            inside = ((m < stop) & (h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None] & k_inside[None, :]
-        box_row = (((m // OW // OH).to(tl.int64) * H + first_h) * W + first_w) * C + group * CG
+            inside = ((m < stop) & within(first_h + tap_h, H) & within(first_w + tap_w, W))[:, None] & k_inside[None, :]
+        box_row = ((wide(image, WIDE) * H + first_h) * W + first_w) * C + group * CG
         at = box_row[:, None] + ((tap_h * W + tap_w) * C + c)[None, :]
-        grad_at = (m.to(tl.int64) * OC + group * OG)[:, None] + n[None, :]
-        grad_inside = (m < stop)[:, None] & (n < OG)[None, :]
+        grad_at = (wide(m, WIDE) * OC + group * OG)[:, None] + n[None, :]
+        grad_inside = (m < stop)[:, None] & n_inside[None, :]
+        # The pixels BLOCK_M further on, without a division.
+        m += BLOCK_M
+        column += BLOCK_M % OW
+        row += BLOCK_M // OW % OH + (column >= OW).to(tl.int32)
+        column -= tl.where(column >= OW, OW, 0)
+        image += BLOCK_M // OW // OH + (row >= OH).to(tl.int32)
+        row -= tl.where(row >= OH, OH, 0)
         grad_mid = tl.trans(tl.load(grad_mid_ptr + grad_at, grad_inside, 0.0))
         grad_rad = tl.trans(tl.load(grad_rad_ptr + grad_at, grad_inside, 0.0))
         mid = tl.load(mid_ptr + at, inside, 0.0)
@@ -315,7 +323,7 @@ def interval_conv2d_weight_kernel(
             mid, rad = mid.to(tl.float32), rad.to(tl.float32)
         acc_mid = tl.dot(grad_mid, mid, acc_mid, input_precision=PRECISION, out_dtype=COMPUTE)
         acc_rad = tl.dot(grad_rad, rad, acc_rad, input_precision=PRECISION, out_dtype=COMPUTE)
-    inside = (n < OG)[:, None] & k_inside[None, :]
+    inside = n_inside[:, None] & k_inside[None, :]
     at = (group * OG + n)[:, None] * taps_and_channels + at_k[None, :]
     weight = tl.load(weight_ptr + at, inside, 0.0).to(COMPUTE)
     tl.store(out_ptr + part.to(tl.int64) * OC * taps_and_channels + at, acc_mid + sign(weight) * acc_rad, inside)
@@ -425,7 +433,9 @@ def weight_gradient(
     with on_device(mid):
         interval_conv2d_weight_kernel[(tiles, parts, groups)](
             grad_mid, grad_rad, mid, rad, weight, out,
-            M, H, W, C, OH, OW, OC, CG, OG, KH, KW, *stride, *padding, *dilation, rows, FLAT=is_flat(CG),
+            M, H, W, C, OH, OW, OC, CG, OG, KH, KW, *stride, *padding, *dilation, rows,
+            FLAT=is_flat(CG), EVEN=OG % block.n == 0 and CG % block.k == 0,
+            WIDE=max(mid.numel(), grad_mid.numel()) >= 2**30,
             BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=block.k, num_warps=block.warps, num_stages=block.stages,
             **dot_options(mid, tf32),
         )  # fmt: skip

@@ -137,8 +137,10 @@ def interval_linear_kernel(
         w = tl.load(weight_ptr + weight_at, weight_inside, 0.0)
         magnitude = tl.load(magnitude_ptr + weight_at, weight_inside, 0.0)
         acc_mid, acc_rad = dual_dot(mid, rad, w, magnitude, acc_mid, acc_rad, PRECISION, WIDEN)
-        box_at += BLOCK_K
-        weight_at += BLOCK_K * weight_stride_k
+        mid_ptr += BLOCK_K
+        rad_ptr += BLOCK_K
+        weight_ptr += BLOCK_K * weight_stride_k
+        magnitude_ptr += BLOCK_K * weight_stride_k
     if HAS_BIAS:
         acc_mid += tl.load(bias_ptr + n, n < N, 0.0).to(COMPUTE)[None, :]
     store_box(
@@ -180,11 +182,11 @@ def interval_linear_weight_kernel(
     acc_mid = tl.zeros((BLOCK_N, BLOCK_K), COMPUTE)
     acc_rad = tl.zeros((BLOCK_N, BLOCK_K), COMPUTE)
     stop = min(M, (part + 1) * rows_of_part)
-    for start in range(part * rows_of_part, stop, BLOCK_M):
-        m = start + tl.arange(0, BLOCK_M)
-        grad_at = m[:, None].to(tl.int64) * N + n[None, :]
+    m = part * rows_of_part + tl.arange(0, BLOCK_M)
+    grad_at = m[:, None].to(tl.int64) * N + n[None, :]
+    at = m[:, None].to(tl.int64) * K + k[None, :]
+    for _ in range(part * rows_of_part, stop, BLOCK_M):
         grad_inside = (m < stop)[:, None] & (n < N)[None, :]
-        at = m[:, None].to(tl.int64) * K + k[None, :]
         inside = (m < stop)[:, None] & (k < K)[None, :]
         grad_mid = tl.trans(tl.load(grad_mid_ptr + grad_at, grad_inside, 0.0))
         grad_rad = tl.trans(tl.load(grad_rad_ptr + grad_at, grad_inside, 0.0))
@@ -195,6 +197,11 @@ def interval_linear_weight_kernel(
             mid, rad = mid.to(tl.float32), rad.to(tl.float32)
         acc_mid = tl.dot(grad_mid, mid, acc_mid, input_precision=PRECISION, out_dtype=COMPUTE)
         acc_rad = tl.dot(grad_rad, rad, acc_rad, input_precision=PRECISION, out_dtype=COMPUTE)
+        m += BLOCK_M
+        grad_mid_ptr += BLOCK_M * N
+        grad_rad_ptr += BLOCK_M * N
+        mid_ptr += BLOCK_M * K
+        rad_ptr += BLOCK_M * K
     inside = (n < N)[:, None] & (k < K)[None, :]
     weight_at = n[:, None].to(tl.int64) * weight_stride_n + k[None, :].to(tl.int64) * weight_stride_k
     w = tl.load(weight_ptr + weight_at, inside, 0.0).to(COMPUTE)

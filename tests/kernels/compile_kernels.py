@@ -71,8 +71,8 @@ def gemm_variants() -> dict[str, tuple[Any, dict[str, Any], list[str], list[str]
         "conv2d_flat": (forward, conv | {"HAS_BIAS": True, "RELU": True, "FLAT": True}, [], ["OC", "OG"]),
         "conv2d_backward": (backward, conv, [], channels),
         "conv2d_backward_narrow": (backward, conv, [], ["OC", "OG"]),  # to 3 channels
-        "conv2d_weight": (weight, {"FLAT": False}, [], channels),
-        "conv2d_weight_flat": (weight, {"FLAT": True}, [], ["OC", "OG"]),
+        "conv2d_weight": (weight, conv | {"FLAT": False}, [], channels),
+        "conv2d_weight_flat": (weight, conv | {"FLAT": True, "EVEN": False}, [], ["OC", "OG"]),
         # Integers that are 1 are constants to the compiler: one output of one input, and one channel to a group.
         "linear_of_one": (linear, plain | {"HAS_BIAS": True}, ["N", "K", "weight_stride_n", "weight_stride_k"], []),
         "conv2d_depthwise_flat": (
@@ -81,7 +81,7 @@ def gemm_variants() -> dict[str, tuple[Any, dict[str, Any], list[str], list[str]
             ["CG", "OG"],
             ["C", "OC"],
         ),
-        "conv2d_weight_depthwise_flat": (weight, {"FLAT": True}, ["CG", "OG"], ["C", "OC"]),
+        "conv2d_weight_depthwise_flat": (weight, conv | {"FLAT": True, "EVEN": False}, ["CG", "OG"], ["C", "OC"]),
     }
 
 
