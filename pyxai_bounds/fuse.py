@@ -7,13 +7,16 @@ keeps the computed set the same in real arithmetic.
 from __future__ import annotations
 
 import operator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._python_dispatch import _disable_current_modes
 
 from pyxai_bounds import ops
 from pyxai_bounds.capture import remove_unused
+from pyxai_bounds.ops.layout import memory_format
 from pyxai_bounds.rounding import without_autocast
 
 aten = torch.ops.aten
@@ -36,6 +39,7 @@ def optimise(graph: fx.GraphModule) -> None:
         _fuse_relu_into_affine,
         _fuse_relu_backward_into_affine_backward,
         _reshape_instead_of_view,
+        _flatten_as_images_lie,
     ):
         simplify(graph)
         remove_unused(graph.graph)  # what a pass leaves behind would look like a second user to the next
@@ -354,6 +358,161 @@ def _carries_gradient(node: fx.Node) -> bool:
     values = node.meta.get("val")
     values = values if isinstance(values, (list, tuple)) else [values]
     return any(isinstance(v, torch.Tensor) and v.is_floating_point() for v in values)
+
+
+# --- images as rows -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """An operator that reads images [B, C, H, W] as rows [B, C·H·W], or whose rows are read as such images."""
+
+    node: fx.Node
+    weight: fx.Node  # [M, C·H·W]
+    flattened: tuple[fx.Node, ...]  # the images that it reads
+    unflattened: tuple[fx.Node, ...]  # the images that its results are read as
+
+    @property
+    def shape(self) -> torch.Size:
+        return (self.flattened + self.unflattened)[0].meta["val"].shape
+
+    @property
+    def columns(self) -> tuple[fx.Node, torch.Size]:
+        """The weight, and what its columns belong to."""
+        return self.weight, self.shape[1:]
+
+
+def _flatten_as_images_lie(graph: fx.GraphModule) -> None:
+    """Move the columns of a weight to where the pixels of channels-last images lie, and leave the images there.
+
+    Rows in the order of channels are copies of such images, of midpoint and radius, on the way there and back; rows in
+    memory order are the images themselves. One copy of the weight serves the forward and the backward pass. Where it
+    is no smaller than all the copies that it saves, or no kernels would run, the program stays as it is.
+    """
+    found = [rows for node in graph.graph.nodes if (rows := _flattening(node) or _unflattening(node))]
+    saved: dict[Any, int] = {}
+    for rows in found:
+        copies = len(rows.flattened + rows.unflattened) * rows.shape.numel()
+        saved[rows.columns] = saved.get(rows.columns, 0) + copies
+    known: dict[Any, fx.Node] = {}
+    moved: set[fx.Node] = set()
+    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad(), without_autocast():
+        for rows in found:  # in the order of the program: what one needs, those after it find
+            if saved[rows.columns] > rows.weight.meta["val"].numel():
+                moved |= _reorder(graph.graph, rows, known)
+        for node in graph.graph.nodes:  # the results of operators follow the order of images
+            if node.op == "call_function" and moved.intersection(node.all_input_nodes):
+                node.meta["val"] = _foreseen(node)
+                moved.add(node)
+
+
+def _flattening(node: fx.Node) -> _Rows | None:
+    """A linear layer on a box of channels-last images."""
+    if not is_call(node, ops.interval_linear) or any(node.args[ROUNDING[ops.interval_linear] :]):
+        return None
+    mid, rad = (_image_behind(rows) for rows in node.args[:2])
+    if mid is None or rad is None or mid.meta["val"].shape != rad.meta["val"].shape:
+        return None
+    fits = _is_channels_last(mid) and ops.has_kernels(mid.meta["val"])
+    return _Rows(node, node.args[2], (mid, rad), ()) if fits else None  # type: ignore[arg-type]
+
+
+def _image_behind(rows: Any) -> fx.Node | None:
+    """The images [B, C, H, W] that were flattened to these rows [B, C·H·W], if they were."""
+    if not is_call(rows, aten.reshape.default) or rows.meta["val"].dim() != 2:
+        return None
+    image = rows.args[0].args[0] if is_call(rows.args[0], aten.clone.default) else rows.args[0]
+    value = image.meta["val"]
+    return image if value.dim() == 4 and len(value) == len(rows.meta["val"]) else None
+
+
+def _unflattening(node: fx.Node) -> _Rows | None:
+    """What makes gradients of flattened images, and nothing else, where somebody reads them channels-last."""
+    weight = _summed_rows(node)
+    if weight is None:
+        return None
+    results = parts(node).values() if node.target in ROUNDING else [node]
+    views = tuple(user for result in results for user in result.users)
+    shapes = {view.meta["val"].shape if is_call(view, aten.reshape.default) else None for view in views}
+    shape = shapes.pop() if len(shapes) == 1 else None
+    if shape is None or len(shape) != 4 or shape[1:].numel() != weight.meta["val"].shape[1]:
+        return None
+    wanted = any(_is_read_channels_last(view) for view in views) and ops.has_kernels(views[0].meta["val"])
+    return _Rows(node, weight, (), views) if wanted else None
+
+
+def _summed_rows(node: Any) -> fx.Node | None:
+    """The matrix of whose rows the results of an operator are sums, or a choice; None if they are something else."""
+    if is_call(node, ops.interval_linear_backward) and not any(node.args[ROUNDING[ops.interval_linear_backward] :]):
+        return node.args[2]
+    if is_call(node, ops.interval_linear) and is_call(node.args[2], aten.t.default) and not any(node.args[3:]):
+        return node.args[2].args[0]
+    if is_call(node, aten.index_select.default) and node.args[1] == 0 and node.args[0].meta["val"].dim() == 2:
+        return node.args[0]
+    return node.args[1] if is_call(node, aten.mm.default) else None
+
+
+def _is_channels_last(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and memory_format(value) is torch.channels_last
+
+
+def _is_read_channels_last(image: fx.Node) -> bool:
+    """Does an operator read it together with another image that lies so, or with bits that were packed so?"""
+    shape = image.meta["val"].shape
+    bits = (2, (shape.numel() + 7) // 8, 1)
+    for user in image.users:
+        for other in user.all_input_nodes if user.op == "call_function" else ():
+            found = getattr(other.meta.get("val"), "shape", None)
+            if found == bits or (found == shape and _is_channels_last(other)):
+                return True
+    return False
+
+
+_ROWS_AT: dict[Any, int] = {aten.index_select.default: 0, aten.mm.default: 1}  # position of the weight; of others 2
+
+
+def _reorder(graph: fx.Graph, rows: _Rows, known: dict[Any, fx.Node]) -> set[fx.Node]:
+    """Let one operator work on rows in memory order; returns the images that lie otherwise than before.
+
+    ``known``: what was brought into that order for an operator before it, weights and images.
+    """
+    batch, channels, height, width = rows.shape
+    node = rows.node
+    with graph.inserting_before(node):
+        if rows.columns not in known:
+            image = _insert(graph, aten.reshape.default, rows.weight, [-1, channels, height, width])
+            image = _insert(graph, aten.permute.default, image, [0, 2, 3, 1])
+            image = _insert(graph, aten.clone.default, image, memory_format=torch.contiguous_format)
+            known[rows.columns] = _insert(graph, aten.reshape.default, image, [-1, channels * height * width])
+        weight = known[rows.columns]
+        if node.target is ops.interval_linear and rows.unflattened:
+            weight = _insert(graph, aten.t.default, weight)
+        for position, image in enumerate(rows.flattened):
+            if image not in known:
+                lying = _insert(graph, aten.permute.default, image, [0, 2, 3, 1])
+                known[image] = _insert(graph, aten.reshape.default, lying, [batch, channels * height * width])
+            node.update_arg(position, known[image])
+    node.update_arg(_ROWS_AT.get(node.target, 2), weight)
+    made = set()
+    for view in rows.unflattened:
+        with graph.inserting_before(view):
+            lying = _insert(graph, aten.reshape.default, view.args[0], [batch, height, width, channels])
+            image = _insert(graph, aten.permute.default, lying, [0, 3, 1, 2])
+        view.replace_all_uses_with(image)
+        made.add(image)
+    return made
+
+
+def _insert(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    node = graph.call_function(target, args, kwargs)
+    node.meta["val"] = _foreseen(node)
+    return node
+
+
+def _foreseen(node: Any) -> Any:
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    return node.target(*args, **kwargs)
 
 
 # --- how much memory a program takes --------------------------------------------------------------------------

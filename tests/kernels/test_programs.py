@@ -1,10 +1,15 @@
 """Whole bound programs on the kernels: bounds and parameter gradients, and torch.compile without a break."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import pyxai_bounds as xb
+from pyxai_bounds import fuse, ops
 
 pytestmark = pytest.mark.filterwarnings("ignore:Input Tensor . did not already require gradients")
 
@@ -45,3 +50,189 @@ def test_bounds_and_parameter_gradients(device, compiled):
     assert sum(bool(e.any()) for e in expected) >= 6
     for a, e in zip(actual, expected, strict=True):
         assert torch.allclose(a, e, rtol=1e-9, atol=1e-12 + 1e-10 * e.abs().max().item())
+
+
+# --- flattened images: columns of weights are moved, boxes are not --------------------------------------------
+
+
+class Heads(nn.Module):
+    """Two linear layers on one flattened image, one of them twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.a, self.b = nn.Conv2d(2, 5, 3), nn.Linear(5 * 3 * 4, 3), nn.Linear(5 * 3 * 4, 3)
+        self.last = nn.Linear(3, 4)
+
+    def forward(self, x):
+        rows = self.conv(x).relu().flatten(1)
+        return self.last((self.a(rows) + self.b(rows)).relu() + self.a(rows * 2))
+
+
+def convolution(outputs=5):
+    return nn.Conv2d(2, outputs, 3), nn.ReLU()  # [B, 2, 5, 6] → [B, outputs, 3, 4]
+
+
+FLATTENED = {
+    "one image": (1, lambda: (*convolution(), nn.Flatten(), nn.Linear(60, 3), nn.ReLU(), nn.Linear(3, 4))),
+    "odd": (7, lambda: (*convolution(), nn.Flatten(), nn.Linear(60, 9, bias=False), nn.ReLU(), nn.Linear(9, 4))),
+    "whole bytes": (6, lambda: (*convolution(8), nn.Flatten(), nn.Linear(96, 16), nn.ReLU(), nn.Linear(16, 4))),
+    "one weight": (5, lambda: (*convolution(), nn.Flatten(), nn.Linear(60, 4))),
+    "linear in a row": (6, lambda: (*convolution(), nn.Flatten(), nn.Linear(60, 5), nn.Linear(5, 4))),
+    "max pooling": (
+        4, lambda: (*convolution(8), nn.MaxPool2d(2, 1), nn.Flatten(), nn.Linear(48, 5), nn.ReLU(), nn.Linear(5, 4))),
+    "between": (
+        3, lambda: (*convolution(), nn.Flatten(), nn.Dropout(), nn.Linear(60, 5), nn.BatchNorm1d(5), nn.ReLU(),
+                    nn.Linear(5, 4))),
+    "heads": (3, lambda: (Heads(),)),
+    "image, linear, image": (
+        7, lambda: (*convolution(), nn.Flatten(), nn.Linear(60, 24), nn.ReLU(), nn.Unflatten(1, (2, 3, 4)),
+                    nn.Conv2d(2, 4, 2), nn.ReLU(), nn.Flatten(), nn.Linear(24, 4))),
+}  # fmt: skip
+
+
+def whole_numbers(name, device, dtype, order):
+    """A network and a box of small whole numbers, so that sums are exact, and results do not depend on their order."""
+    batch, make = FLATTENED[name]
+    generator = torch.Generator().manual_seed(3)
+    model = nn.Sequential(*make()).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randint(-1, 2, p.shape, generator=generator))
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm1d):
+                module.running_var.fill_(1 - module.eps)
+    x = torch.randint(-2, 3, (batch, 2, 5, 6), generator=generator).to(device, dtype)
+    box = xb.Interval.of(*(t.contiguous(memory_format=order) for t in (x, torch.ones_like(x))))
+    target = torch.randint(4, (batch,), generator=generator).to(device)
+    return model.to(device, dtype, memory_format=order), box, target
+
+
+def results(model, box, target):
+    """Bounds of outputs and explanations, and the gradients of all parameters and of the box."""
+    box = xb.Interval.of(*(t.clone(memory_format=torch.preserve_format).requires_grad_() for t in (box.mid, box.rad)))
+    logits, explained = xb.bound(model)(box), xb.bound(xb.explain.gradient(model))(box, target)
+    found = [logits.mid, logits.rad, explained.mid, explained.rad]
+    weights = [torch.arange(t.numel(), device=t.device).reshape(t.shape) % 3 - 1 for t in found]
+    sum((t * w).sum() for t, w in zip(found, weights, strict=True)).backward()
+    grads = [t.grad for t in (*model.parameters(), box.mid, box.rad)]
+    with torch.no_grad():
+        again = xb.bound(xb.explain.gradient(model))(box, target)
+    return [*found, *grads, again.mid, again.rad]
+
+
+def last(name, device, dtype=torch.float32):
+    return whole_numbers(name, device, dtype, torch.channels_last)
+
+
+@contextlib.contextmanager
+def original(monkeypatch):
+    """Programs that are made in this context flatten images in the order of channels."""
+    with monkeypatch.context() as patch:
+        patch.setattr(fuse, "_flatten_as_images_lie", lambda graph: None)
+        yield
+
+
+def moved_weights(program):
+    """How many weights have their columns moved in a program."""
+    permuted = program.graph.find_nodes(op="call_function", target=torch.ops.aten.permute.default)
+    return sum(user.target is torch.ops.aten.clone.default for node in permuted for user in node.users)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.bfloat16) for name in FLATTENED), ("odd", torch.float32), ("one weight", torch.float64)],
+    ids=str,
+)
+def test_flattened_as_images_lie(kernels, monkeypatch, name, dtype):
+    model, box, target = last(name, kernels, dtype)
+    program = xb.bound(xb.explain.gradient(model)).graph(box, target)
+    assert moved_weights(program)
+    actual = results(model, box, target)
+    with original(monkeypatch):
+        expected = results(*last(name, kernels, dtype))
+    for a, e in zip(actual, expected, strict=True):
+        assert (a is None) == (e is None)
+        assert a is None or torch.equal(a, e)
+    assert sum(bool(e.any()) for e in expected if e is not None) >= 8
+
+
+def test_one_copy_of_a_weight_where_it_is_smaller_than_those_of_the_images(kernels):
+    def moved(outputs, order=torch.channels_last, dtype=torch.float64, **options):
+        model = nn.Sequential(*convolution(), nn.Flatten(), nn.Linear(60, outputs), nn.ReLU(), nn.Linear(outputs, 4))
+        x = torch.rand(5, 2, 5, 6).to(kernels, dtype).contiguous(memory_format=order)
+        bounded = xb.bound(xb.explain.gradient(model.to(kernels, dtype)), **options)
+        return moved_weights(bounded.graph(xb.Interval.linf(x, 0.1), torch.zeros(5, dtype=torch.long, device=kernels)))
+
+    assert moved(19) == 1 and moved(20) == 0  # two images of 5 boxes there, two back
+    assert moved(19, order=torch.contiguous_format) == 0
+    assert moved(19, dtype=torch.float32) == 1 and moved(19, dtype=torch.float32, sound=True) == 0
+    with xb.backend("reference"):
+        assert moved(19) == 0
+
+
+class Moves(TorchDispatchMode):
+    """Counts copies of images of one size into another memory order, inside of fused operators as well."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.count = size, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in ops.undispatched:
+            with self:
+                return ops.undispatched[func](*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        aten = torch.ops.aten
+        if func in (aten.clone.default, aten.contiguous.default, aten.reshape.default, aten.copy_.default):
+            before = args[func is aten.copy_.default]
+            moved = out.data_ptr() != before.data_ptr() and out.stride() != before.stride()
+            self.count += moved and out.numel() == self.size
+        return out
+
+
+@pytest.mark.parametrize(
+    ("name", "copies"), [("odd", 4), ("whole bytes", 4), ("max pooling", 4), ("linear in a row", 2)]
+)
+@pytest.mark.parametrize("train", [False, True])
+def test_no_image_is_moved(kernels, monkeypatch, name, copies, train):
+    def moves():
+        model, box, target = last(name, kernels)
+        size = model[: list(map(type, model)).index(nn.Flatten)](box.mid).numel()
+        bounded = xb.bound(xb.explain.gradient(model))
+        bounded.graph(box, target)  # captured before anybody counts
+        with torch.set_grad_enabled(train), Moves(size) as counted:
+            out = bounded(box, target)
+            if train:
+                (out.mid.square().sum() + out.rad.square().sum()).backward()
+        return counted.count
+
+    assert moves() == 0
+    with original(monkeypatch):
+        assert moves() >= copies * (1 + train)
+
+
+@pytest.mark.parametrize("name", FLATTENED)
+def test_memory_orders_are_as_foreseen(kernels, name):
+    class Compare(torch.fx.Interpreter):
+        def run_node(self, node):
+            value = super().run_node(node)
+            foreseen = node.meta["val"] if node.op == "call_function" and "val" in node.meta else None
+            for v, f in zip(tree_leaves(value), tree_leaves(foreseen), strict=False):
+                if isinstance(f, torch.Tensor) and f.dim() == 4:
+                    assert (v.shape, v.stride(), v.dtype) == (f.shape, f.stride(), f.dtype), node
+            return value
+
+    model, box, target = last(name, kernels)
+    program = xb.bound(xb.explain.gradient(model)).graph(box, target)
+    Compare(program).run(box.mid, box.rad, target)
+
+
+def test_images_as_they_lie_compiled(kernels):
+    torch._dynamo.reset()
+    model, box, target = last("whole bytes", kernels)
+    program = xb.bound(xb.explain.gradient(model)).graph(box, target)
+    mid, rad = torch.compile(program, fullgraph=True, backend="aot_eager")(box.mid, box.rad, target)
+    expected = xb.bound(xb.explain.gradient(model))(box, target)
+    assert torch.equal(mid, expected.mid) and torch.equal(rad, expected.rad)
+    actual = torch.autograd.grad(rad.sum(), model[3].weight)
+    assert torch.equal(*actual, *torch.autograd.grad(expected.rad.sum(), model[3].weight))
