@@ -66,9 +66,9 @@ def make_case(name: str, build: Callable[[], nn.Sequential], batch: int, shape: 
 @dataclass
 class Contender:
     """``bounds`` is certify's work and returns (mid, rad), or (lower, upper) where ``ends``; ``step`` leaves gradients
-    in the parameters, and is None where it cannot train."""
+    in the parameters. None where it cannot do that, or does it as another contender."""
 
-    bounds: Step
+    bounds: Step | None
     step: Step | None
     ends: bool = False
 

@@ -32,7 +32,11 @@ class CaptureError(ValueError):
 
 def capturing(t: Tensor) -> bool:
     """Is work on this tensor being recorded in a CUDA graph? Then the host cannot know any value."""
-    return t.is_cuda and torch.cuda.is_current_stream_capturing()
+    return on_gpu(t) and torch.cuda.is_current_stream_capturing()
+
+
+def on_gpu(t: Tensor) -> bool:
+    return t.is_cuda
 
 
 def any_wrong(wrong: Tensor, message: str) -> bool:

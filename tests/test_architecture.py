@@ -16,7 +16,8 @@ PACKAGE = ROOT / "pyxai_bounds"
 # Each part may import from the parts before it, and from its own.
 ORDER = [
     ["kernels", "_native"],
-    ["errors", "rounding"],
+    ["errors"],
+    ["rounding"],
     ["interval", "data", "models"],
     ["ops", "parameters"],
     ["rules"],
