@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from bench import models
 from bench.eager import gradient_bounds as tuned_bounds
 from bench.peers.plain import gradient_bounds as plain_bounds
+from pyxai_bounds.ops.replay import GraphedStep, Replay
 
 Step = Callable[[], Any]
 EPS = 1 / 255
@@ -64,9 +66,9 @@ def make_case(name: str, build: Callable[[], nn.Sequential], batch: int, shape: 
 @dataclass
 class Contender:
     """``bounds`` is certify's work and returns (mid, rad), or (lower, upper) where ``ends``; ``step`` leaves gradients
-    in the parameters, and is None where it cannot train."""
+    in the parameters. None where it cannot do that, or does it as another contender."""
 
-    bounds: Step
+    bounds: Step | None
     step: Step | None
     ends: bool = False
 
@@ -75,23 +77,44 @@ def _loss(model: nn.Module, x: Tensor, target: Tensor, width: Tensor) -> Tensor:
     return F.cross_entropy(model(x), target) + width.square().mean()
 
 
-def _contender(model: nn.Module, bounds: Step, loss: Step) -> Contender:
-    def certify() -> Any:
+def _contender(case: Case, x: Tensor, bounds: Step, loss: Step, graphed: bool = False) -> Contender:
+    """Of functions of (x, target); ``graphed``: on a GPU each is recorded as a CUDA graph at its third call."""
+    model, target = case.model, case.target
+    if graphed:
+        certify = _Graphed(bounds, (x, target))
+        training = GraphedStep(loss, model.parameters())
+        return Contender(certify, lambda: training(x, target))
+
+    def certify_launched() -> Any:
         with torch.no_grad():
-            return bounds()
+            return bounds(x, target)
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
-        loss().backward()
+        loss(x, target).backward()
 
-    return Contender(certify, step)
+    return Contender(certify_launched, step)
 
 
-def eager(case: Case, layout: str, compiled: bool = False) -> Contender:
+class _Graphed:
+    """A function without gradients as a CUDA graph, unless the environment asks for none (to measure memory)."""
+
+    def __init__(self, function: Step, args: tuple[Tensor, ...]) -> None:
+        self.function, self.args = function, args
+        self.replay: Replay | None = None
+
+    def __call__(self) -> Any:
+        if os.environ.get("PYXAI_BOUNDS_CUDA_GRAPHS") == "0":
+            with torch.no_grad():
+                return self.function(*self.args)
+        self.replay = self.replay or Replay(self.function, self.args)
+        return self.replay(*self.args)
+
+
+def eager(case: Case, layout: str, compiled: bool = False, graphed: bool = False) -> Contender:
     """The tuned loop."""
-    return _loop(
-        case, layout, functools.partial(tuned_bounds, case.model, channels_last=layout == "channels-last"), compiled
-    )
+    run = functools.partial(tuned_bounds, case.model, channels_last=layout == "channels-last")
+    return _loop(case, layout, run, compiled, graphed)
 
 
 def plain(case: Case, layout: str, compiled: bool = False) -> Contender:
@@ -99,9 +122,9 @@ def plain(case: Case, layout: str, compiled: bool = False) -> Contender:
     return _loop(case, layout, functools.partial(plain_bounds, case.model), compiled)
 
 
-def _loop(case: Case, layout: str, run: Callable[..., tuple[Tensor, Tensor]], compiled: bool) -> Contender:
-    x = case.input(layout)
-
+def _loop(
+    case: Case, layout: str, run: Callable[..., tuple[Tensor, Tensor]], compiled: bool, graphed: bool = False
+) -> Contender:
     def bounds(x: Tensor, rad: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         return run(x, rad, target)
 
@@ -109,14 +132,20 @@ def _loop(case: Case, layout: str, run: Callable[..., tuple[Tensor, Tensor]], co
         return _loss(case.model, x, target, 2 * run(x, rad, target)[1])
 
     if compiled:
-        # One graph or an error: pieces with eager code between them would be a weaker opponent than it looks.
-        bounds, loss = (torch.compile(function, dynamic=False, fullgraph=True) for function in (bounds, loss))
+        bounds, loss = _compiled(bounds), _compiled(loss)
     # The box is built inside the clock, as the engine's is.
     return _contender(
-        case.model,
-        lambda: bounds(x, torch.full_like(x, EPS), case.target),
-        lambda: loss(x, torch.full_like(x, EPS), case.target),
+        case,
+        case.input(layout),
+        lambda x, target: bounds(x, torch.full_like(x, EPS), target),
+        lambda x, target: loss(x, torch.full_like(x, EPS), target),
+        graphed,
     )
+
+
+def _compiled(function: Step) -> Step:
+    """One graph or an error: pieces with eager code between them would be a weaker opponent than it looks."""
+    return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 def peer(case: Case, layout: str, make: Callable[..., Step], trains: bool) -> Contender:
@@ -124,32 +153,53 @@ def peer(case: Case, layout: str, make: Callable[..., Step], trains: bool) -> Co
     x = case.input(layout)
     ends = make(case.model, x, EPS, case.target)
 
-    def loss() -> Tensor:
+    def loss(x: Tensor, target: Tensor) -> Tensor:
         lower, upper = ends()
-        return _loss(case.model, x, case.target, upper - lower)
+        return _loss(case.model, x, target, upper - lower)
 
-    one = _contender(case.model, ends, loss)
+    one = _contender(case, x, lambda x, target: ends(), loss)
     return Contender(one.bounds, one.step if trains else None, ends=True)
 
 
-def engine(case: Case, layout: str, backend: str) -> Contender:
+def engine(case: Case, layout: str, backend: str, graphed: bool = False) -> Contender:
+    import pyxai_bounds as xb
+
+    bound = xb.bound(xb.explain.gradient(case.model))
+
+    def run(x: Tensor, target: Tensor) -> Any:
+        with xb.backend(backend):
+            return bound(xb.Interval.linf(x, EPS), target)
+
+    def bounds(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        out = run(x, target)
+        return out.mid, out.rad
+
+    def loss(x: Tensor, target: Tensor) -> Tensor:
+        return _loss(case.model, x, target, run(x, target).width)
+
+    return _contender(case, case.input(layout), bounds, loss, graphed)
+
+
+def compiled_engine(case: Case, layout: str, graphed: bool = False) -> Contender:
+    """The engine's programs, one with gradients and one without, inside of functions that are compiled whole."""
     import pyxai_bounds as xb
 
     x = case.input(layout)
     bound = xb.bound(xb.explain.gradient(case.model))
+    trained = bound.graph(xb.Interval.linf(x, EPS), case.target)
+    with torch.no_grad():
+        fixed = bound.graph(xb.Interval.linf(x, EPS), case.target)
+    bounds = _compiled(lambda mid, rad, target: fixed(mid, rad, target))
+    loss = _compiled(lambda mid, rad, target: _loss(case.model, mid, target, 2 * trained(mid, rad, target)[1]))
 
-    def run() -> Any:
-        with xb.backend(backend):
-            return bound(xb.Interval.linf(x, EPS), case.target)
+    def boxed(function: Step) -> Step:
+        def run(x: Tensor, target: Tensor) -> Any:
+            box = xb.Interval.linf(x, EPS)
+            return function(box.mid, box.rad, target)
 
-    def bounds() -> tuple[Tensor, Tensor]:
-        out = run()
-        return out.mid, out.rad
+        return run
 
-    def loss() -> Tensor:
-        return _loss(case.model, x, case.target, run().width)
-
-    return _contender(case.model, bounds, loss)
+    return _contender(case, x, boxed(bounds), boxed(loss), graphed)
 
 
 def floor(case: Case, layout: str) -> Contender:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyxai_bounds import rounding
+from pyxai_bounds.errors import any_wrong, capturing
 
 Clip = tuple[float, float] | tuple[Tensor, Tensor] | None
 
@@ -42,7 +43,7 @@ class Interval:
         _check_finite("lower", lower)
         _check_finite("upper", upper)
         wrong = lower > upper
-        if wrong.any():
+        if any_wrong(wrong, "Interval: lower > upper."):
             index = tuple(wrong.nonzero()[0].tolist())
             raise ValueError(
                 f"Interval: lower > upper at {int(wrong.sum())} of {wrong.numel()} elements, first at index "
@@ -84,7 +85,7 @@ class Interval:
             return cls.of(x, rad)
         low, high = _ends(clip, x)
         outside = (x < low) | (x > high)
-        if outside.any():
+        if any_wrong(outside, "Interval.linf: x lies outside clip."):
             index = tuple(outside.nonzero()[0].tolist())
             limits = "its limits in clip" if isinstance(low, Tensor) else f"clip=({low}, {high})"
             raise ValueError(
@@ -222,7 +223,7 @@ def _ends_of_features(low: Tensor, high: Tensor, x: Tensor) -> tuple[Tensor, Ten
             f"sample of x, {tuple(x.shape[1:])}."
         ) from None
     low, high = low.to(x.dtype), high.to(x.dtype)
-    if not (low <= high).all():
+    if any_wrong(~(low <= high), "Interval.linf: clip=(low, high) is empty for some features."):
         raise ValueError("Interval.linf: clip=(low, high) is empty for some features; give low ≤ high.")
     return low, high
 
@@ -232,7 +233,7 @@ def _radius(x: Tensor, eps: float | Tensor) -> Tensor:
         if eps.device != x.device and eps.dim() > 0:
             raise ValueError(f"Interval.linf: eps is on {eps.device} but x on {x.device}; move one of them.")
         bad = ~(eps.isfinite() & (eps >= 0))
-        if bad.any():
+        if any_wrong(bad, "Interval.linf: eps must be finite and ≥ 0."):
             raise ValueError(
                 f"Interval.linf: eps must be finite and ≥ 0; {int(bad.sum())} of {eps.numel()} entries are not."
             )
@@ -275,10 +276,11 @@ def _check_floating(name: str, value: Any) -> None:
 
 
 def _check_finite(name: str, value: Tensor) -> None:
-    if value.device.type == "cpu" and math.isfinite(value.sum().item()):
-        return  # one pass over memory instead of three; a sum may overflow, but it never hides a NaN or infinity
+    # One pass over memory instead of several; a sum may overflow, but it never hides a NaN or infinity.
+    if not capturing(value) and math.isfinite(value.sum().item()):
+        return
     bad = ~value.isfinite()
-    if bad.any():
+    if any_wrong(bad, f"Interval: {name} is NaN or infinite."):
         index = tuple(bad.nonzero()[0].tolist())
         raise ValueError(
             f"Interval: {name} is NaN or infinite at {int(bad.sum())} of {value.numel()} elements, first at index "

@@ -159,9 +159,14 @@ class BoundFunction:
         _captures_of(self.fn).clear()
 
     def graph(self, *args: Any, **kwargs: Any) -> fx.GraphModule:
-        """The compiled program for these arguments, to read or to print."""
+        """The compiled program for these arguments, to read, to print, or to run inside ``torch.compile``.
+
+        It takes and returns tensors, a set as midpoint and radius. Where gradients are off, it is the program without
+        the marks that switch them on and off.
+        """
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        return _program(self, leaves, spec).graph
+        program = _program(self, leaves, spec)
+        return program.graph if torch.is_grad_enabled() else program._inference_graph
 
     def peak_bytes(self, *args: Any, **kwargs: Any) -> int:
         """The memory that a call with such arguments takes without gradients, by the program's shapes; nothing is run.

@@ -28,6 +28,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from pyxai_bounds.errors import on_gpu
+
 
 class Rounding(IntEnum):
     """What bounds contain: the real-number value but for rounding errors; the real-number value; or that one and every
@@ -225,7 +227,8 @@ def _add(a: Tensor, b: Tensor, direction: float) -> Tensor:
         error = _two_sum_error(a, b, total)
         # A NaN error means that an operand or the sum is infinite; there is nothing to correct.
         missed = error > 0 if direction > 0 else error < 0
-        if not missed.any():
+        # A GPU is not asked: waiting for its answer takes longer than what it would save.
+        if not on_gpu(total) and not missed.any():
             return total
         neighbour = torch.nextafter(total, torch.full_like(total, direction))
         step = torch.where(missed, neighbour - total, torch.zeros_like(total))

@@ -16,7 +16,8 @@ PACKAGE = ROOT / "pyxai_bounds"
 # Each part may import from the parts before it, and from its own.
 ORDER = [
     ["kernels", "_native"],
-    ["errors", "rounding"],
+    ["errors"],
+    ["rounding"],
     ["interval", "data", "models"],
     ["ops", "parameters"],
     ["rules"],
@@ -110,6 +111,18 @@ def test_the_examples_of_the_guides_run(name: str, shorter: dict[str, str], one_
     for block in re.findall(r"```python\n(.*?)```", text, flags=re.S):
         exec(compile(block, f"docs/{name}.md", "exec"), session)
     assert session["certificate"].fraction > 0.2
+
+
+@pytest.mark.filterwarnings("ignore:Input Tensor . did not already require gradients")
+def test_the_training_steps_of_the_gpu_guide_run(one_thread: None) -> None:
+    """As they stand; without a GPU nothing is recorded."""
+    session: dict = {}
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "gpu.md").read_text(), flags=re.S)
+    exec(compile(blocks[0], "docs/gpu.md", "exec"), session)
+    assert session["value"] < 0.9 and session["eps"].item() == pytest.approx(0.01)
+    session["model"].zero_grad()
+    exec(compile(blocks[1], "docs/gpu.md", "exec"), session)
+    assert all(bool(p.grad.any()) for p in session["model"].parameters()) and len(blocks) == 2
 
 
 def test_importing_the_package_is_cheap() -> None:

@@ -1,5 +1,6 @@
-"""A training step on bounds under torch.compile: the program is one graph, and its gradients are the same."""
+"""Bounds under torch.compile: the program is one graph, and its values and gradients are the same."""
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pyxai_bounds as xb
+from bench import measure, models
 from tests.ops.cases import needs_native
 
 pytestmark = pytest.mark.filterwarnings("ignore:Input Tensor . did not already require gradients")
@@ -56,3 +58,30 @@ def test_the_gradients_of_a_compiled_step_are_the_same(name, backend, compiler):
     assert all(bool(e.any()) for e in expected)
     for a, e in zip(actual, expected, strict=True):
         assert torch.allclose(a, e, rtol=1e-4, atol=1e-5 * e.abs().max().item())
+
+
+def test_a_program_without_gradients_compiles_and_returns_the_bounds():
+    model = NETWORKS["cnn"]().eval()
+    bounded = xb.bound(xb.explain.gradient(model))
+    box, target = xb.Interval.linf(torch.rand(4, 2, 8, 8), 0.02), torch.tensor([0, 2, 1, 0])
+    torch._dynamo.reset()
+    with torch.no_grad():
+        program = bounded.graph(box, target)
+        mid, rad = torch.compile(program, fullgraph=True, backend="aot_eager")(box.mid, box.rad, target)
+        out = bounded(box, target)
+    assert not program.graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled)
+    assert bounded.graph(box, target).graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled)
+    assert torch.allclose(mid, out.mid) and torch.allclose(rad, out.rad)
+
+
+def test_the_compiled_contenders_of_the_benchmarks_agree(monkeypatch):
+    """Built as a user would: the box outside, the program and the loss compiled as one graph, with gradients and
+    without."""
+    case = measure.make_case("small", models.n4, 2, measure.IMAGE)
+    make = functools.partial(torch.compile, dynamic=False, fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr(measure, "_compiled", make)
+    torch._dynamo.reset()
+    found = measure.outcome(case, measure.compiled_engine(case, "channels-last"))
+    case.model.zero_grad()
+    expected = measure.outcome(case, measure.engine(case, "channels-last", "auto"))
+    assert max(measure.disagreement(found, expected).values()) < 1e-5

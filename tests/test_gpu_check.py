@@ -16,7 +16,9 @@ import pytest
 import torch
 
 from bench import gpu, gpu_check, measure, rows
+from pyxai_bounds.ops import replay
 from tests import conftest
+from tests.cuda_graphs import imitate
 
 WORKER = """
 import argparse, json, os, sys, time
@@ -83,7 +85,7 @@ def test_what_was_measured_before_a_failure_stays(results: gpu.Results, monkeypa
         yield entry("certify", job.what)
         if job.what == "auto":
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand more")
-        if job.what == "launched":
+        if job.what == "engine-graphed":
             time.sleep(30)
         yield entry("train", job.what)
 
@@ -96,11 +98,11 @@ def test_what_was_measured_before_a_failure_stays(results: gpu.Results, monkeypa
     assert gpu.work(results, 0, 1e9, results.folder / "progress") == 0
     assert called == [job.what for job in gpu.JOBS if job.what != "errors"]
     found = [(r["op"], r["backend"]) for r in results.rows("gradient_bounds")]
-    assert [pair for pair in found if pair[1] in called[:2]] == [("certify", "auto"), ("certify", "launched")]
+    assert [pair for pair in found if pair[1] in called[:2]] == [("certify", "auto"), ("certify", "engine-graphed")]
     assert found.count(("train", "eager")) == 1
     notes = [line for line in results.notes() if line.startswith("not timed")]
     assert "auto: OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB" in notes[0]
-    assert "launched: TimeoutError" in notes[1] and len(notes) == 2
+    assert "engine-graphed: TimeoutError" in notes[1] and len(notes) == 2
     assert gpu.table(results.rows("gradient_bounds")).splitlines()[1].endswith("2.000 (1)")
     monkeypatch.setattr(gpu, "alive", lambda: False)  # after an illegal access
     assert gpu.work(results, 1, 1e9, results.folder / "progress") == 1 and called[-1] == "auto"
@@ -126,11 +128,18 @@ def test_contenders_are_measured_as_the_table_says(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(
         torch.cuda, "max_memory_allocated", lambda: peaks.append(os.environ.get("PYXAI_BOUNDS_CUDA_GRAPHS")) or 350
     )
-    for name in ("auto", "launched", "eager", "floor", "plain", "sound"):
+    imitate(monkeypatch)  # of CUDA graphs; under it nothing can be compiled, which test_compile.py does
+    monkeypatch.setattr(measure, "_compiled", lambda function: function)
+    recorded: list[str] = []
+    record = replay._Graph.record
+    monkeypatch.setattr(replay._Graph, "record", lambda self, fn: (recorded.append(name), record(self, fn)))
+    for name in ("auto", "launched", "eager", "floor", "plain", "sound", "engine-graphed", *gpu.GRAPHED):
         found = list(gpu.timed(gpu.Job("cnn7", 2, 32, "fp32", name)))
-        trains = name not in ("launched", "sound")
-        assert [r["op"] for r in found] == ["certify", "train"][: 1 + trains], name
+        certify, train = name != "engine-graphed", name not in ("launched", "sound")
+        assert [r["op"] for r in found] == ["certify"] * certify + ["train"] * train, name
         assert {r["peak_bytes"] for r in found} == {250} and found[0]["device"] == "one"
+        small.model.zero_grad(set_to_none=True)
+    assert recorded == ["engine-graphed", *(name for name in gpu.GRAPHED if "graphed" in name for _ in range(2))]
     assert set(peaks) == {"0"} and "PYXAI_BOUNDS_CUDA_GRAPHS" not in os.environ
 
 

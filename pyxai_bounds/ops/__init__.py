@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from pyxai_bounds.errors import any_wrong
 from pyxai_bounds.ops import cuda, native, reference, triton
 from pyxai_bounds.ops.layout import dense, memory_format, order_of, state_size
 from pyxai_bounds.rounding import Rounding, check_dtype, without_autocast
@@ -723,6 +724,7 @@ interval_max_pool2d_gather = _define(
 
 # --- check_target: the one check that needs the data, so it must be part of the captured program ----------
 
+# Not tagged as unsafe in CUDA graphs, around which Inductor would cut its own: captured, it looks on the device.
 _library.define("check_target(Tensor target, int classes) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
@@ -733,7 +735,8 @@ def _check_target(target: Tensor, classes: int) -> Tensor:
     if target.device.type == "cpu" and target.numel() <= _READ_AT_ONCE:
         fits = all(0 <= label < classes for label in target.flatten().tolist())
     else:
-        fits = not bool(((target < 0) | (target >= classes)).any())
+        outside = (target < 0) | (target >= classes)
+        fits = not any_wrong(outside, f"A target is out of range: the model has {classes} outputs.")
     if not fits:
         wrong = (target < 0) | (target >= classes)
         index = int(wrong.nonzero()[0])

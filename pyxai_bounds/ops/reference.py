@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pyxai_bounds import rounding as rd
+from pyxai_bounds.errors import capturing
 from pyxai_bounds.ops.layout import dense, in_order_of, memory_format, pack, unpack
 from pyxai_bounds.ops.smooth import extremes, extremes_adjoint, smooth
 from pyxai_bounds.ops.windows import Windows, pack_positions, unpack_positions
@@ -545,6 +546,8 @@ def interval_matmul(a_mid: Tensor, a_rad: Tensor, b_mid: Tensor, b_rad: Tensor, 
     box = (a_mid, a_rad, b_mid, b_rad)
     if not exact:
         return a_mid @ b_mid, a_mid.abs() @ b_rad + a_rad @ (b_mid.abs() + b_rad)
+    if capturing(a_mid):
+        return _matmul_by_terms(*box)  # which is right for all, but slower for some
     return matmul_with_a_point(*box) or matmul_of_definite(*box) or _matmul_by_terms(*box)
 
 
@@ -607,6 +610,8 @@ def interval_matmul_backward(
     """
     check_matmul(a_mid, a_rad, b_mid, b_rad)
     args = (mid_grad, rad_grad, a_mid, a_rad, b_mid, b_rad)
+    if capturing(a_mid):
+        return _matmul_by_terms_backward(*args)
     if not (a_rad > a_mid.abs()).any():
         return _matmul_of_definite_a_backward(*args)
     if not (b_rad > b_mid.abs()).any():

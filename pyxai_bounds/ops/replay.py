@@ -1,15 +1,17 @@
 """Records the GPU work of a program once and replays it: small bound programs spend their time on launches.
 
-``Replay`` is one recording; ``Recorder`` decides when a program is recorded, and when a recording is out of date.
+``Replay`` is one recording without gradients; ``Recorder`` decides when a program is recorded, and when a recording is
+out of date. ``GraphedStep`` does both for the loss and the gradients of a training step.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,50 +25,75 @@ from pyxai_bounds import ops
 LARGEST = 2**32  # bytes that a recorded program may write, all its results together
 
 
+class _Graph:
+    """Copies of ``example`` on the GPU, and what a function did with them, recorded as a CUDA graph."""
+
+    def __init__(self, example: Sequence[Tensor]) -> None:
+        self.inputs = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in example]
+        self.outputs: Any = None
+        self._graph: Any = None
+
+    def fill(self, tensors: Sequence[Tensor]) -> None:
+        for kept, given in zip(self.inputs, tensors, strict=True):
+            _once(kept).copy_(_once(given))
+
+    def record(self, fn: Callable[..., Any]) -> None:
+        """Nothing runs. What cannot be recorded must be done: kernels compiled for such inputs, tile sizes measured."""
+        graph = torch.cuda.CUDAGraph()
+        # On a stream of this device; other threads (those that load data) may allocate meanwhile.
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
+            self.outputs = fn(*self.inputs)
+        self._graph = graph
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+@contextlib.contextmanager
+def _on(stream: Any) -> Iterator[None]:
+    """On another stream, which waits for the current one and for which the current one waits."""
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
+
+
 class Replay:
     """``fn`` on CUDA tensors of the shapes, dtypes and strides of ``example``, as a CUDA graph.
 
     The graph reads parameters where they lie: what an optimiser writes into them is seen, rebinding them is not.
-    ``fn`` returns a tuple of tensors, needs no gradient and must not look at values on the host (``check_target``
-    does: leave it out and call it before). Calls copy their arguments in and their results out, on any stream and from
-    any thread: one waits for the other.
+    ``fn`` returns a tuple of tensors, needs no gradient and must not look at values on the host. A target is then
+    checked on the device, which stops at one that is out of range: better check it before each call and leave it out.
+    Calls copy their arguments in and their results out, on any stream and from any thread: one waits for the other.
     Raises ValueError for other shapes, dtypes or devices than those of ``example``.
     """
 
     def __init__(self, fn: Callable[..., Sequence[Tensor]], example: Sequence[Tensor]) -> None:
         if not example or not all(_on_gpu(t) for t in example):
             raise ValueError("Only work on CUDA tensors can be recorded; call the function itself.")
-        self._inputs = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in example]
         self._lock = threading.Lock()
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(example[0].device), torch.no_grad():  # both streams are the current device's
-            for kept, given in zip(self._inputs, example, strict=True):
-                _once(kept).copy_(_once(given))
-            aside = torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
-                for _ in range(2):  # compiles kernels and measures tile sizes, neither of which can be recorded
-                    fn(*self._inputs)
-            torch.cuda.current_stream().wait_stream(aside)
-            # Other threads (those that load data) may allocate meanwhile.
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                self._outputs = fn(*self._inputs)
+        with torch.cuda.device(example[0].device), torch.no_grad():  # all streams are the current device's
+            self._graph = _Graph(example)
+            self._graph.fill(example)
+            with _on(torch.cuda.Stream()):
+                for _ in range(2):
+                    fn(*self._graph.inputs)
+            self._graph.record(fn)
             self._free = torch.cuda.Event()
             self._free.record()
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        for kept, given in zip(self._inputs, tensors, strict=True):
+        for kept, given in zip(self._graph.inputs, tensors, strict=True):
             if kept.shape != given.shape or kept.dtype != given.dtype or kept.device != given.device:
                 raise ValueError(
                     f"Recorded for {kept.dtype} {list(kept.shape)} on {kept.device}, called with {given.dtype} "
                     f"{list(given.shape)} on {given.device}: record again for these."
                 )
-        with self._lock, torch.cuda.device(self._inputs[0].device):
+        with self._lock, torch.cuda.device(self._graph.inputs[0].device):
             self._free.wait()  # a call on another stream may still be reading its results
-            for kept, given in zip(self._inputs, tensors, strict=True):
-                _once(kept).copy_(_once(given))
+            self._graph.fill(tensors)
             self._graph.replay()
-            results = tuple(t.clone() for t in self._outputs)
+            results = tuple(t.clone() for t in self._graph.outputs)
             self._free.record()
         return results
 
@@ -78,6 +105,101 @@ def _on_gpu(t: Tensor) -> bool:
 def _once(t: Tensor) -> Tensor:
     """The part of an expanded tensor that lies in memory: nothing can be copied into the whole."""
     return t[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in t.stride())]
+
+
+class GraphedStep:
+    """A training step's loss and its gradients, on a GPU as one CUDA graph: one launch in place of hundreds.
+
+    ``step = GraphedStep(loss, model.parameters())``, then ``step(*tensors)`` in place of ``loss(*tensors).backward()``:
+    it returns the loss, detached, and sets ``.grad`` of the parameters (None where the loss does not depend on one).
+    What was in them is gone, so that no ``zero_grad`` is needed and gradients of several calls do not add up.
+
+    The first two calls run as they are written, the third records, and later ones with tensors of the same shapes,
+    dtypes and strides replay. Others run as they are written: a smaller last batch, tensors on the CPU, everything
+    while ``PYXAI_BOUNDS_CUDA_GRAPHS=0`` is set. After parameters were moved, and with another backend or other
+    arithmetic, it begins anew.
+
+    Only the values of the tensors given, of parameters and of buffers may change from call to call, and random draws.
+    All else is as it was when recorded: numbers in Python (give a radius or a weight as a tensor), modes of modules,
+    which parameters are trained. Learning rates belong to the optimiser, which is not recorded. Calls belong on one
+    stream, and no loss of an earlier step may be alive with its graph (keep ``loss.detach()``).
+
+    ``loss`` must return one number, not look at values on the host and not be wrapped in DistributedDataParallel.
+    Raises TypeError for an argument that is no tensor, ValueError for one on another device, RuntimeError where
+    recording fails. Source: PyTorch's notes on CUDA semantics, "Whole-network capture".
+    """
+
+    def __init__(self, loss: Callable[..., Tensor], parameters: Iterable[Tensor]) -> None:
+        self.loss = loss
+        self.parameters = [p for p in parameters if p.requires_grad]
+        if not self.parameters:
+            raise ValueError("None of the parameters requires a gradient: there is nothing to train.")
+        self._forget(None)
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        device = self.parameters[0].device
+        for place, given in enumerate(tensors):
+            if not isinstance(given, Tensor):
+                raise TypeError(
+                    f"Argument {place} is a {type(given).__name__}, which a recorded step could not take anew: give a "
+                    "tensor on the model's device, for example torch.tensor(value, device=...)."
+                )
+            if given.device != device:
+                raise ValueError(
+                    f"Argument {place} is on {given.device}, the parameters on {device}: move one of them."
+                )
+        if not _recordable((*tensors, self.parameters[0])):
+            return self._run(*tensors)
+        with torch.cuda.device(device):
+            return self._on_gpu(tensors)
+
+    def _forget(self, circumstances: tuple | None) -> None:
+        self._circumstances = circumstances
+        self._recording: tuple[tuple, _Graph, list[Tensor | None]] | None = None  # of a kind of arguments; gradients
+        self._begun: dict[tuple, tuple[_Graph, int]] = {}  # until one is recorded: with how many calls
+
+    def _on_gpu(self, tensors: Sequence[Tensor]) -> Tensor:
+        circumstances = (*_settings(), *(p.data_ptr() for p in self.parameters))
+        if circumstances != self._circumstances:
+            self._forget(circumstances)
+        kind = tuple((t.shape, t.stride(), t.dtype) for t in tensors)
+        if self._recording is None:
+            graph, calls = self._begun.get(kind) or (_Graph(tensors), 0)
+            if calls < 2:
+                graph.fill(tensors)
+                with _on(torch.cuda.Stream()):
+                    loss = self._run(*graph.inputs)
+                self._begun[kind] = graph, calls + 1
+                return loss
+            self._record(graph)
+            self._recording = kind, graph, [p.grad for p in self.parameters]
+            self._begun = {}
+        recorded, graph, gradients = self._recording
+        if kind != recorded:
+            return self._run(*tensors)
+        graph.fill(tensors)
+        graph.replay()
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        return graph.outputs.clone()
+
+    def _record(self, graph: _Graph) -> None:
+        try:
+            graph.record(self._run)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"This training step cannot be recorded as a CUDA graph ({_first_line(error)}). Its loss must not look "
+                "at values on the host (.item(), an if on a tensor) nor copy from the CPU, and no loss of an earlier "
+                "step may be alive with its graph. PYXAI_BOUNDS_CUDA_GRAPHS=0 runs it as it is written."
+            ) from error
+
+    def _run(self, *tensors: Tensor) -> Tensor:
+        for parameter in self.parameters:
+            parameter.grad = None
+        with torch.enable_grad():
+            loss = self.loss(*tensors)
+            loss.backward()
+        return loss.detach()
 
 
 class Recorder:
@@ -153,13 +275,17 @@ def _circumstances(constants: Sequence[Tensor]) -> tuple | None:
     """All that a recording takes for granted; None if it cannot: numbers on the CPU would be copied into it."""
     if not all(_on_gpu(t) for t in constants):
         return None
+    return (*_settings(), *((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in constants))
+
+
+def _settings() -> tuple:
+    """How PyTorch and this package were told to compute."""
     return (
         ops._forced.get(),
         torch.backends.cuda.matmul.fp32_precision,
         torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
         torch.backends.cudnn.enabled,
         torch.are_deterministic_algorithms_enabled(),
-        *((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in constants),
     )
 
 

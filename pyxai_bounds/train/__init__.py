@@ -1,5 +1,6 @@
 """Training for explanations that can be certified: objectives, schedules, the loop, and runs kept on disk."""
 
+from pyxai_bounds.ops.replay import GraphedStep
 from pyxai_bounds.train.checkpoint import load, read_description, save
 from pyxai_bounds.train.loop import Progress, TrainingDivergedError, fit, run
 from pyxai_bounds.train.objectives import explanation_width, natural, rec
@@ -8,6 +9,7 @@ from pyxai_bounds.train.recipe import Options, Recipe
 from pyxai_bounds.train.schedules import linear_ramp
 
 __all__ = [
+    "GraphedStep",
     "Options",
     "Progress",
     "Recipe",

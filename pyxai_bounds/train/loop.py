@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from pyxai_bounds import data, models
+from pyxai_bounds.ops.replay import GraphedStep
 from pyxai_bounds.program import checkpointing
 from pyxai_bounds.train.checkpoint import (
     clear_checkpoints,
@@ -103,6 +104,9 @@ def fit(
     forward pass over the same samples; "frozen", they stay; "batch", training mode throughout, for objectives that
     bound nothing. Afterwards every module is in the mode that it was given in.
 
+    ``cuda_graph`` records a step of the objective, on a GPU and in a single process (:class:`GraphedStep` says what it
+    must not do); to the objective, eps is then a tensor without dimensions.
+
     ``on_epoch`` and ``on_progress`` hear how far it is, ``on_checkpoint`` gets the whole state before the first step
     and every ``checkpoint_every`` steps, and ``resume`` is such a state to go on from. Only the first of several
     processes calls them.
@@ -150,9 +154,15 @@ class _Step(nn.Module):
     def forward(self, x: Tensor, y: Tensor, eps: float, weight: float) -> Tensor:
         if weight == 0:
             return natural(self.model, x, y)
+        loss = self.alone(x, y, eps)
+        return loss if weight == 1 else self.mixed(loss, x, y, weight)
+
+    def alone(self, x: Tensor, y: Tensor, eps: float) -> Tensor:
         with checkpointing(self.recompute):
-            loss = self.objective(self.model, x, y, eps)
-        return loss if weight == 1 else (1 - weight) * natural(self.model, x, y) + weight * loss
+            return self.objective(self.model, x, y, eps)
+
+    def mixed(self, loss: Tensor, x: Tensor, y: Tensor, weight: Any) -> Tensor:
+        return (1 - weight) * natural(self.model, x, y) + weight * loss
 
 
 class _Training:
@@ -187,6 +197,7 @@ class _Training:
         self.share_of = _sampling_weights(y[self.train], recipe.class_weights)
         self.loss = _Step(model, objective, recipe.recompute)
         self.parallel = _parallel(self.loss, processes)
+        self.recorded = _recorded(self.loss) if recipe.cuda_graph and processes.size == 1 else None
         self.optimiser = _optimiser(model, recipe)
         self.order = torch.Generator()
         self.state = _State()
@@ -265,6 +276,9 @@ class _Training:
             x, y = self._samples(part)
             if self.norms and weight > 0 and recipe.batch_norm == "update":
                 self._learn_statistics(x)
+            if self.recorded is not None and weight > 0:
+                total += self._replay(x, y, eps, weight)
+                continue
             with self._exchange_gradients(i + 1 == len(parts)):
                 loss = self.parallel(x, y, eps, weight)
                 (loss / len(parts)).backward()
@@ -275,6 +289,15 @@ class _Training:
         if weight == 0 or recipe.batch_norm == "batch":
             self._share_statistics()
         return total / len(parts)
+
+    def _replay(self, x: Tensor, y: Tensor, eps: float, weight: float) -> Tensor:
+        """The loss and its gradients by a recorded step, whose eps and weight are tensors: numbers would stay."""
+        assert self.recorded is not None
+        # Filled on the device: a copy from the host would wait for the step before.
+        radius = torch.full((), eps, dtype=torch.float64, device=x.device)
+        if weight == 1:
+            return self.recorded[0](x, y, radius)
+        return self.recorded[1](x, y, radius, torch.full((), weight, dtype=x.dtype, device=x.device))
 
     def _exchange_gradients(self, exchange: bool) -> AbstractContextManager[None]:
         """Only the last part's backward pass adds up the gradients of all processes."""
@@ -486,6 +509,15 @@ def _parallel(step: _Step, processes: World) -> nn.Module:
     # averaged over the processes after each step; DDP would overwrite them with the first one's.
     warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified.*")
     return DistributedDataParallel(step, find_unused_parameters=True, **{_SYNC_BUFFERS: False})  # type: ignore[arg-type]
+
+
+def _recorded(step: _Step) -> tuple[GraphedStep, GraphedStep]:
+    """The objective alone, (x, y, eps), and beside cross entropy, (x, y, eps, weight)."""
+
+    def mixed(x: Tensor, y: Tensor, eps: Any, weight: Tensor) -> Tensor:
+        return step.mixed(step.alone(x, y, eps), x, y, weight)
+
+    return GraphedStep(step.alone, step.parameters()), GraphedStep(mixed, step.parameters())
 
 
 def _optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

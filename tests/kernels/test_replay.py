@@ -1,46 +1,20 @@
 """Programs recorded as CUDA graphs: when they are recorded, what a recording may assume, and that it changes nothing.
 
-Without a GPU, torch.cuda is imitated: what is done while "recording" is noted below autograd, and replaying does it
-again on the very tensors, wherever the parameters lie by then.
+Without a GPU they are imitated.
 """
-
-import contextlib
-import types
 
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.nn import functional as F
 
 import pyxai_bounds as xb
 from pyxai_bounds import ops
 from pyxai_bounds.ops import replay, triton
+from pyxai_bounds.train import GraphedStep, explanation_width, rec
+from tests.cuda_graphs import Recording, imitate
 
 pytestmark = pytest.mark.filterwarnings("ignore:Input Tensor . did not already require gradients")
-
-
-class Recording(TorchDispatchMode):
-    """Stands for a CUDA graph: refuses what looks at values, remembers the rest with the memory that it touches."""
-
-    def __init__(self):
-        super().__init__()
-        self.done = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if torch.Tag.data_dependent_output in function.tags:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        out = function(*args, **(kwargs or {}))
-        lying = tree_map_only(torch.Tensor, lambda t: t.data, (args, kwargs or {}))
-        self.done.append((function, *lying, out))
-        return out
-
-    def replay(self):
-        for function, args, kwargs, out in self.done:
-            again = function(*args, **kwargs)
-            for old, new in zip(tree_flatten(out)[0], tree_flatten(again)[0], strict=True):
-                if isinstance(old, torch.Tensor) and old.numel() and old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
 
 
 @pytest.fixture
@@ -53,20 +27,7 @@ def device(monkeypatch):
         monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
         yield "cuda"
         return
-    nothing = types.SimpleNamespace(wait_stream=lambda other: None, record=lambda: None, wait=lambda: None)
-    imitations = {
-        "CUDAGraph": Recording,
-        "Stream": lambda: nothing,
-        "Event": lambda: nothing,
-        "current_stream": lambda: nothing,
-        "stream": lambda stream: contextlib.nullcontext(),
-        "device": lambda device: contextlib.nullcontext(),
-        "graph": lambda graph, capture_error_mode: graph,
-        "is_current_stream_capturing": lambda: False,
-    }
-    for name, imitation in imitations.items():
-        monkeypatch.setattr(torch.cuda, name, imitation)
-    monkeypatch.setattr(replay, "_on_gpu", lambda t: True)
+    imitate(monkeypatch)
     monkeypatch.setattr(xb.program.Program, "_without_grad", without_grad_as_on_a_gpu)
     yield "cpu"
 
@@ -253,7 +214,7 @@ def test_expanded_arguments_keep_their_layout(device, recorded, monkeypatch):
     with torch.no_grad():
         for _ in range(3):
             out = bounded(box, target)
-    assert len(recorded) == 1 and recorded[0]._inputs[1].stride() == (0, 0, 0, 0)
+    assert len(recorded) == 1 and recorded[0]._graph.inputs[1].stride() == (0, 0, 0, 0)
     assert same(out, plainly(monkeypatch, bounded, box, target))
 
 
@@ -282,3 +243,150 @@ def test_calls_on_several_streams_wait_for_one_another():
                 found.append(bounded(box, target))
         torch.cuda.synchronize()
     assert all(same(a, b) for a, b in zip(found, expected, strict=True))
+
+
+# --- training steps -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """How many training steps were recorded."""
+    found = []
+    record = GraphedStep._record
+    monkeypatch.setattr(GraphedStep, "_record", lambda self, graph: (record(self, graph), found.append(graph)))
+    return found
+
+
+def loss_of(model):
+    def loss(x, target, eps):
+        return F.cross_entropy(model(x), target) + explanation_width(model, x, target, eps, clip=(0.0, 1.0))
+
+    return loss
+
+
+def batches(x, target):
+    """Ten steps: the data, the radius and the learning rate change, and two batches are smaller than the others."""
+    for k in range(10):
+        size = 3 if k in (1, 6) else 4
+        eps = torch.tensor(0.01 * (k + 1), device=x.device)
+        yield ((x + 0.1 * k) % 1)[:size], ((target + k) % 3)[:size], eps, 0.1 / (k + 1)
+
+
+def trained(device, graphed, seed=0):
+    model, x, target = case(device, seed)
+    loss = loss_of(model)
+    optimiser = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
+    step = GraphedStep(loss, model.parameters())
+    losses = []
+    for *tensors, rate in batches(x, target):
+        optimiser.param_groups[0]["lr"] = rate
+        if graphed:
+            losses.append(step(*tensors))
+        else:
+            optimiser.zero_grad()
+            value = loss(*tensors)
+            value.backward()
+            losses.append(value.detach())
+        optimiser.step()
+    return losses, [*model.parameters()]
+
+
+def test_a_recorded_step_trains_the_same_network(device, steps):
+    losses, parameters = trained(device, graphed=True)
+    expected_losses, expected = trained(device, graphed=False)
+    assert len(steps) == 1 and len({float(value) for value in losses}) == 10
+    assert all(torch.equal(a, b) for a, b in zip(losses, expected_losses, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(parameters, expected, strict=True))
+
+
+def test_gradients_are_set_and_not_added(device, steps):
+    model, x, target = case(device)
+    model[0].bias.requires_grad_(False)
+    unused = nn.Parameter(torch.ones(2, device=device))
+    step = GraphedStep(loss_of(model), [*model.parameters(), unused])
+    eps = torch.tensor(0.05, device=device)
+    for k in range(5):
+        if k % 2:
+            model.zero_grad(set_to_none=k == 1)
+        step(x, target, eps)
+        loss_of(twin := case(device)[0])(x, target, eps).backward()
+        for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+            assert p.grad is None if name == "0.bias" else torch.equal(p.grad, q.grad), name
+        assert unused.grad is None
+    assert len(steps) == 1
+
+
+def test_what_a_recorded_step_reads_may_change_and_what_moves_is_recorded_anew(device, steps, monkeypatch):
+    model, x, target = case(device)
+    eps = torch.tensor(0.05, device=device)
+    step = GraphedStep(lambda x, y, eps: rec(model, x, y, eps), model.parameters())
+
+    def agrees():
+        found = step(x, target, eps), *(p.grad.clone() for p in model.parameters())
+        monkeypatch.setenv("PYXAI_BOUNDS_CUDA_GRAPHS", "0")
+        expected = step(x, target, eps), *(p.grad.clone() for p in model.parameters())
+        monkeypatch.delenv("PYXAI_BOUNDS_CUDA_GRAPHS")
+        return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+    assert [agrees() and len(steps) for _ in range(4)] == [0, 0, 1, 1]
+    with torch.no_grad():
+        model[1].running_var.mul_(2.0)
+        model[5].weight.mul_(0.5)
+    assert agrees() and len(steps) == 1
+    old = model[5].weight.data  # alive, so that its memory is not given out again
+    model[5].weight.data = old * 2
+    assert [agrees() and len(steps) for _ in range(4)] == [1, 1, 2, 2]
+    with ops.backend("reference"):
+        assert [agrees() and len(steps) for _ in range(3)] == [2, 2, 3]
+
+
+def test_a_step_says_what_it_cannot_take(device):
+    model, x, target = case(device)
+    step = GraphedStep(lambda x, y: F.cross_entropy(model(x), y) * (2 if x.max() > 0 else 1), model.parameters())
+    with pytest.raises(TypeError, match="Argument 1 is a float, which a recorded step could not take anew"):
+        step(x, 0.1)
+    with pytest.raises(ValueError, match="Argument 1 is on meta, the parameters on"):
+        step(x, target.to("meta"))
+    for _ in range(2):
+        step(x, target)
+    with pytest.raises(RuntimeError, match=r"cannot be recorded as a CUDA graph .*an if on a tensor"):
+        step(x, target)
+    with pytest.raises(ValueError, match="nothing to train"):
+        GraphedStep(lambda x: x.sum(), [x])
+
+
+def test_while_recording_the_device_looks(device):
+    """What is wrong when the graph is replayed stops it. (A GPU would be lost to all tests after it.)"""
+    if device == "cuda":
+        pytest.skip("ends the use of the GPU")
+    x, target, eps = torch.rand(4, 3), torch.arange(80) % 3, torch.full((4, 1), 0.1)
+    looks = {
+        "Interval: lower is NaN or infinite": (lambda: xb.Interval(x, x + 1), x, torch.nan),
+        "Interval: lower > upper": (lambda: xb.Interval(x, torch.ones(4, 3)), x, 1.5),
+        "x lies outside clip": (lambda: xb.Interval.linf(x, eps, (0.0, 1.0)), x, 1.5),
+        "eps must be finite": (lambda: xb.Interval.linf(x, eps), eps, -0.1),
+        "A target is out of range: the model has 3": (lambda: ops.undispatched[ops.check_target](target, 3), target, 3),
+    }
+    for message, (look, read, wrong) in looks.items():
+        with Recording() as recording:
+            look()
+        recording.replay()
+        kept = read.clone()
+        read[1] = wrong
+        with pytest.raises(RuntimeError, match=message):
+            recording.replay()
+        read.copy_(kept)
+
+
+def test_an_exact_product_needs_no_look_while_recording(device):
+    """Nor does its gradient; both may then add in another order."""
+    if device == "cuda":
+        pytest.skip("records by hand, as only the imitation can")
+    box = [torch.rand(2, 3, dtype=torch.float64), torch.rand(2, 3, dtype=torch.float64) * 0.1]
+    box += [torch.rand(3, 2, dtype=torch.float64) + 0.5, torch.rand(3, 2, dtype=torch.float64) * 0.1]
+    grads = [torch.rand(2, 2, dtype=torch.float64) for _ in range(2)]
+    expected = ops.reference.interval_matmul(*box, True), ops.reference.interval_matmul_backward(*grads, *box)
+    with Recording():
+        found = ops.reference.interval_matmul(*box, True), ops.reference.interval_matmul_backward(*grads, *box)
+    for a, b in zip(found, expected, strict=True):
+        assert all(torch.allclose(s, t, rtol=1e-12, atol=0) for s, t in zip(a, b, strict=True))

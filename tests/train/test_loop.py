@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from pyxai_bounds import data
+from pyxai_bounds.ops import replay
 from pyxai_bounds.train import Recipe, TrainingDivergedError, fit, load, natural, rec, run, save
+from tests.cuda_graphs import imitate
 
 SHORT = Recipe(data="digits-parity", model="fc-128", epochs=4, natural_epochs=2, batch_size=200)
 
@@ -434,3 +436,27 @@ def test_recomputed_bounds_train_the_same_network():
         assert ("_RecomputedBackward" in seen) == recompute
         outcomes.append(state(model))
     assert all(torch.allclose(outcomes[0][name], outcomes[1][name], rtol=1e-9, atol=1e-12) for name in outcomes[0])
+
+
+@pytest.mark.parametrize("settings", [{}, {"weight": 0.5, "weight_ramp": "linear", "recompute": True}])
+def test_recorded_steps_train_the_same_network(settings, monkeypatch):
+    """Radius, weight and learning rate change at every step, and batch norm learns; on an imitation of CUDA graphs."""
+    imitate(monkeypatch)
+    recorded = []
+    record = replay._Graph.record
+    monkeypatch.setattr(replay._Graph, "record", lambda self, fn: (recorded.append(fn), record(self, fn)))
+    found = []
+    for cuda_graph in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)).double()
+        x, y = problem(41)
+        losses = fit(model, x.double(), y, rec, eps=0.05, eps_ramp_share=1.0, epochs=5, natural_epochs=1, batch_size=20,
+                     optimiser="sgd", lr=0.3, lr_schedule="cosine", cuda_graph=cuda_graph, **settings)  # fmt: skip
+        found.append([torch.tensor(losses), *model.state_dict().values()])
+    assert len(recorded) == 1
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(*found, strict=True))
+
+
+def test_recorded_steps_do_not_add_gradients_up():
+    with pytest.raises(ValueError, match="cuda_graph=True needs accumulate=1"):
+        fit(nn.Linear(3, 2), *problem(), rec, cuda_graph=True, accumulate=2)

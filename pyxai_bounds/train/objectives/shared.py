@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from pyxai_bounds.errors import capturing
 from pyxai_bounds.identity import modules_of
 from pyxai_bounds.interval import Clip, Interval
 from pyxai_bounds.parameters import parameter_box
@@ -99,7 +100,7 @@ def sign_ascent(
     lower, upper = (x - eps).clamp(min=low), (x + eps).clamp(max=high)
     length = step_size or 2.5 * eps / max(steps, 1)
     at = (x + eps * (2 * torch.rand_like(x) - 1)).clamp(lower, upper) if random_start else x
-    for _ in range(steps if bool((box.rad > 0).any()) else 0):
+    for _ in range(steps if capturing(x) or bool((box.rad > 0).any()) else 0):
         at = at.detach().requires_grad_()
         with torch.enable_grad():
             value = score(at)
