@@ -205,7 +205,7 @@ def _logcumsumexp(x: Tensor, dim: int, *, out: Any = None) -> Tensor:
     return _LogCumSumExp.apply(x, dim)
 
 
-def _recurrent(step: Callable[..., tuple[Tensor, ...]], whole: Callable[..., Any]) -> Callable[..., Any]:
+def _recurrent(step: Callable[..., Any], whole: Callable[..., Any]) -> Callable[..., Any]:
     """A recurrent network step by step, in the operators that PyTorch itself takes on the CPU: of an LSTM oneDNN has an
     operator for a layer, cuDNN one for all layers, and on a GPU a step of an LSTM or a GRU is one operator, too.
     """
@@ -236,7 +236,12 @@ def _recurrent(step: Callable[..., tuple[Tensor, ...]], whole: Callable[..., Any
 
 
 def _one_direction(
-    step: Callable[..., tuple[Tensor, ...]], x: Tensor, state: tuple[Tensor, ...], weights: Any, biases: bool, back: bool
+    step: Callable[..., tuple[Tensor, ...]],
+    x: Tensor,
+    state: tuple[Tensor, ...],
+    weights: Any,
+    biases: bool,
+    back: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     of_input, of_hidden, *others = weights
     bias, hidden_bias = others[:2] if biases else (None, None)
@@ -273,7 +278,7 @@ def _gru_cell(input: Tensor, hx: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Any =
 def _rms_norm(x: Tensor, normalized_shape: list[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
     """As PyTorch takes it apart on the CPU; on a GPU it is one operator."""
     shape = tuple(normalized_shape)
-    if not shape or x.shape[-len(shape) :] != shape or weight is not None and weight.shape != shape:
+    if not shape or x.shape[-len(shape) :] != shape or (weight is not None and weight.shape != shape):
         return torch.rms_norm(x, normalized_shape, weight, eps)  # says what does not fit
     eps = torch.finfo(x.dtype).eps if eps is None else eps
     square = x.pow(2).mean(list(range(x.dim() - len(shape), x.dim())), keepdim=True)
