@@ -185,13 +185,17 @@ def _clean_modes() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_fused_layers() -> Iterator[None]:
-    """Attention and encoder layers in their parts: matrix products, softmax, norms, for which there are rules."""
-    fast = torch.backends.mha.get_fastpath_enabled()
+    """Attention and encoder layers in their parts: matrix products, softmax, norms, for which there are rules; and no
+    operators of cuDNN's (batch norm, recurrent layers, grids), so that a GPU is asked for what a CPU is asked for.
+    """
+    fast, cudnn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_cudnn_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    torch._C._set_cudnn_enabled(False)
     try:
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             yield
     finally:
+        torch._C._set_cudnn_enabled(cudnn)
         torch.backends.mha.set_fastpath_enabled(fast)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._decomp import get_decompositions
 
@@ -204,23 +205,101 @@ def _logcumsumexp(x: Tensor, dim: int, *, out: Any = None) -> Tensor:
     return _LogCumSumExp.apply(x, dim)
 
 
-def _lstm(*args: Any) -> Any:
-    """Step by step: oneDNN has an operator of its own for a layer, and one for its backward pass."""
-    enabled = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        return torch.lstm(*args)
-    finally:
-        torch._C._set_mkldnn_enabled(enabled)
+def _recurrent(step: Callable[..., Any], whole: Callable[..., Any]) -> Callable[..., Any]:
+    """A recurrent network step by step, in the operators that PyTorch itself takes on the CPU: of an LSTM oneDNN has an
+    operator for a layer, cuDNN one for all layers, and on a GPU a step of an LSTM or a GRU is one operator, too.
+    """
+
+    def run(
+        input: Tensor, hx: Any, params: Any, has_biases: Any, num_layers: int, dropout: float, train: bool,
+        bidirectional: bool, batch_first: bool = False,
+    ) -> Any:  # fmt: skip
+        if isinstance(has_biases, (list, tuple)):  # packed sequences: their lengths come second
+            return whole(input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first)
+        starts = [h.unbind(0) for h in ((hx,) if isinstance(hx, Tensor) else hx)]
+        directions = 1 + bool(bidirectional)
+        count = len(params) // (num_layers * directions)
+        x, ends = input.transpose(0, 1) if batch_first else input, []
+        for layer in range(num_layers):
+            if layer and dropout and train:
+                x = torch.dropout(x, dropout, True)
+            outputs = []
+            for i in range(directions * layer, directions * (layer + 1)):
+                weights, start = params[count * i : count * (i + 1)], tuple(h[i] for h in starts)
+                output, end = _one_direction(step, x, start, weights, has_biases, i % directions == 1)
+                outputs.append(output)
+                ends.append(end)
+            x = torch.cat(outputs, -1) if bidirectional else outputs[0]
+        return x.transpose(0, 1) if batch_first else x, *(torch.stack(end) for end in zip(*ends, strict=True))
+
+    return run
+
+
+def _one_direction(
+    step: Callable[..., tuple[Tensor, ...]],
+    x: Tensor,
+    state: tuple[Tensor, ...],
+    weights: Any,
+    biases: bool,
+    back: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    of_input, of_hidden, *others = weights
+    bias, hidden_bias = others[:2] if biases else (None, None)
+    projection = others[2 * biases :]
+    inputs, outputs = F.linear(x, of_input, bias).unbind(0), []
+    for now in reversed(inputs) if back else inputs:
+        state = step(now, F.linear(state[0], of_hidden, hidden_bias), *state, *projection)
+        outputs.append(state[0])
+    return torch.stack(outputs[::-1] if back else outputs), state
+
+
+def _lstm_step(x: Tensor, hidden: Tensor, h: Tensor, c: Tensor, projection: Tensor | None = None) -> tuple[Tensor, ...]:
+    i, f, g, o = (hidden + x).unsafe_chunk(4, 1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    h = o.sigmoid() * c.tanh()
+    return h if projection is None else h @ projection.t(), c
+
+
+def _gru_step(x: Tensor, hidden: Tensor, h: Tensor) -> tuple[Tensor, ...]:
+    (xr, xz, xn), (hr, hz, hn) = x.unsafe_chunk(3, 1), hidden.unsafe_chunk(3, 1)
+    r, z = (hr + xr).sigmoid(), (hz + xz).sigmoid()
+    n = (xn + hn * r).tanh()
+    return ((h - n) * z + n,)
+
+
+def _lstm_cell(input: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Any = None, b_hh: Any = None) -> Any:
+    return _lstm_step(F.linear(input, w_ih, b_ih), F.linear(hx[0], w_hh, b_hh), *hx)
+
+
+def _gru_cell(input: Tensor, hx: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Any = None, b_hh: Any = None) -> Tensor:
+    return _gru_step(F.linear(input, w_ih, b_ih), F.linear(hx, w_hh, b_hh), hx)[0]
+
+
+def _rms_norm(x: Tensor, normalized_shape: list[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    """As PyTorch takes it apart on the CPU; on a GPU it is one operator."""
+    shape = tuple(normalized_shape)
+    if not shape or x.shape[-len(shape) :] != shape or (weight is not None and weight.shape != shape):
+        return torch.rms_norm(x, normalized_shape, weight, eps)  # says what does not fit
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    square = x.pow(2).mean(list(range(x.dim() - len(shape), x.dim())), keepdim=True)
+    out = x * aten.add.Scalar(square, eps).rsqrt()
+    return out if weight is None else out * weight
 
 
 # Functions that PyTorch takes apart before the tracer sees them, in a way that rules cannot follow.
-REWRITTEN: dict[Callable, Callable[..., Tensor]] = {
+REWRITTEN: dict[Callable, Callable[..., Any]] = {
     torch.quantile: _quantile,
     torch.nanquantile: _quantile,
     Tensor.quantile: _quantile,
     Tensor.nanquantile: _quantile,
-    torch.lstm: _lstm,
+    torch.lstm: _recurrent(_lstm_step, torch.lstm),
+    torch.gru: _recurrent(_gru_step, torch.gru),
+    torch.rnn_tanh: _recurrent(lambda x, hidden, h: ((hidden + x).tanh(),), torch.rnn_tanh),
+    torch.rnn_relu: _recurrent(lambda x, hidden, h: ((hidden + x).relu(),), torch.rnn_relu),
+    torch.lstm_cell: _lstm_cell,
+    torch.gru_cell: _gru_cell,
+    torch.rms_norm: _rms_norm,
+    F.rms_norm: _rms_norm,
     torch.cumprod: _cumprod,
     Tensor.cumprod: _cumprod,
     torch.logcumsumexp: _logcumsumexp,

@@ -9,16 +9,18 @@ import gc
 import threading
 import types
 import weakref
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import pyxai_bounds as xb
-from pyxai_bounds import capture, program, watch
+from pyxai_bounds import capture, decompose, program, watch
 from pyxai_bounds.ops import native
 from tests.networks import Residual, assert_encloses, assert_exact_at_zero_radius, images, mlp, residual, sample
 
@@ -36,6 +38,94 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(program, "capture", counted)
     return calls
+
+
+# --- the device does not matter ----------------------------------------------------------------------------
+
+
+def operators(fn, *args: Tensor) -> Counter:
+    graph = program.captured_graph(fn, *args).graph.graph
+    return Counter(str(node.target) for node in graph.nodes if node.op == "call_function")
+
+
+FUSED_ON_A_GPU = {
+    "LSTM": lambda: nn.LSTM(4, 3, 2, batch_first=True, bias=False),
+    "LSTM, projected": lambda: nn.LSTM(4, 6, bidirectional=True, proj_size=3),
+    "GRU": lambda: nn.GRU(4, 3, 2, bidirectional=True),
+    "RNN": lambda: nn.RNN(4, 3, 2),
+    "RNN, relu": lambda: nn.RNN(4, 3, nonlinearity="relu", bias=False),
+    "LSTM cell": lambda: nn.LSTMCell(4, 3),
+    "GRU cell": lambda: nn.GRUCell(4, 3, bias=False),
+    "RMS norm": lambda: nn.RMSNorm(4),
+    "RMS norm of two dimensions": lambda: nn.RMSNorm((2, 4), eps=1e-3, elementwise_affine=False),
+}
+
+
+@pytest.mark.parametrize("name", FUSED_ON_A_GPU)
+def test_what_a_gpu_fuses_is_taken_apart_as_on_the_cpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch is never asked for what it fuses on a GPU, and the parts are those that it takes itself on the CPU."""
+    torch.manual_seed(0)
+    layer = FUSED_ON_A_GPU[name]().double()
+    x = torch.randn((2, 4) if "cell" in name else (3, 2, 4), dtype=torch.float64)
+
+    def gradient(x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.detach().requires_grad_()
+        out = layer(x)
+        y = out if isinstance(out, Tensor) else torch.cat([t.flatten() for t in pytree.tree_leaves(out)])
+        return y, torch.autograd.grad(y.square().sum(), x)[0]
+
+    called = set()
+
+    class Calls(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            called.add(func)
+            return func(*args, **(kwargs or {}))
+
+    with Calls():
+        ours = operators(gradient, x)
+    fused = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu, torch.lstm_cell, torch.gru_cell, torch.rms_norm}
+    assert called and not called & (fused | {F.rms_norm})
+    for bound, value in zip(xb.bound(gradient)(xb.Interval.point(x)), gradient(x), strict=True):
+        assert torch.allclose(bound.mid, value, rtol=1e-12, atol=1e-12) and bound.rad.max() <= 1e-12
+    box = xb.Interval.linf(x, 0.01)
+    bounds = xb.bound(gradient)(box)
+    xb.bound(gradient).recapture()
+    for function in (*fused, F.rms_norm):
+        monkeypatch.delitem(decompose.REWRITTEN, function, raising=False)
+    assert ours == operators(gradient, x)
+    for a, b in zip(bounds, xb.bound(gradient)(box), strict=True):
+        assert torch.equal(a.mid, b.mid) and torch.equal(a.rad, b.rad)
+
+
+def test_a_recurrent_layer_with_dropout_is_refused_in_training_mode() -> None:
+    layer = nn.GRU(4, 3, 2, dropout=0.5)
+    box = xb.Interval.point(torch.randn(5, 2, 4))
+    with pytest.raises(xb.CaptureError, match="random"):
+        xb.bound(lambda x: layer(x)[0])(box)
+    xb.bound(lambda x: layer.eval()(x)[0])(box)
+
+
+def test_rms_norm_of_another_shape_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="normalized_shape"):
+        xb.bound(lambda x: F.rms_norm(x, [3]))(xb.Interval.point(torch.ones(2, 4)))
+
+
+def test_cudnn_is_off_while_a_function_is_captured_and_on_again_afterwards() -> None:
+    """On a GPU it has operators of its own: batch norm, recurrent layers, grids."""
+    seen = []
+
+    def look(x: Tensor, fail: bool) -> Tensor:
+        seen.append(torch.backends.cudnn.enabled)
+        if fail:
+            raise KeyError("the function's own error")
+        return 2 * x
+
+    before, box = torch.backends.cudnn.enabled, xb.Interval.point(torch.ones(2))
+    xb.bound(look)(box, False)
+    with pytest.raises(KeyError, match="own error"):
+        xb.bound(look)(box, True)
+    assert seen and not any(seen)
+    assert torch.backends.cudnn.enabled == before
 
 
 # --- the caller's modes do not matter ----------------------------------------------------------------------

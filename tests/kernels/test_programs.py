@@ -1,15 +1,16 @@
 """Whole bound programs on the kernels: bounds and parameter gradients, and torch.compile without a break."""
 
 import contextlib
+from collections import Counter
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import pyxai_bounds as xb
-from pyxai_bounds import fuse, ops
+from pyxai_bounds import fuse, ops, program
 
 pytestmark = pytest.mark.filterwarnings("ignore:Input Tensor . did not already require gradients")
 
@@ -236,3 +237,55 @@ def test_images_as_they_lie_compiled(kernels):
     assert torch.equal(mid, expected.mid) and torch.equal(rad, expected.rad)
     actual = torch.autograd.grad(rad.sum(), model[3].weight)
     assert torch.equal(*actual, *torch.autograd.grad(expected.rad.sum(), model[3].weight))
+
+
+class First(nn.Module):
+    """Of what a layer returns the first tensor, flattened, and a linear head: [B, 3]."""
+
+    def __init__(self, layer: nn.Module, *shape: int) -> None:
+        super().__init__()
+        self.layer, self.head = layer, nn.Linear(torch.Size(shape).numel(), 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        args = (x, x, x) if isinstance(self.layer, nn.MultiheadAttention) else (x,)
+        out = self.layer(*args)
+        return self.head((out if isinstance(out, Tensor) else out[0]).flatten(1))
+
+
+# Layers for which PyTorch has other operators on a GPU than on the CPU, the shape of a sample, that of the result.
+OTHERWISE_ON_A_GPU = {
+    "batch norm": (lambda: nn.BatchNorm2d(3), (3, 4, 4), (3, 4, 4)),
+    "batch norm, 1-D": (lambda: nn.BatchNorm1d(3), (3, 4), (3, 4)),
+    "instance norm": (lambda: nn.InstanceNorm2d(3, affine=True), (3, 4, 4), (3, 4, 4)),
+    "group norm": (lambda: nn.GroupNorm(1, 3), (3, 4, 4), (3, 4, 4)),
+    "layer norm": (lambda: nn.LayerNorm(4), (3, 4), (3, 4)),
+    "RMS norm": (lambda: nn.RMSNorm(4), (3, 4), (3, 4)),
+    "LSTM": (lambda: nn.LSTM(4, 3, batch_first=True), (3, 4), (3, 3)),
+    "GRU": (lambda: nn.GRU(4, 3, 2, batch_first=True, bidirectional=True), (3, 4), (3, 6)),
+    "RNN": (lambda: nn.RNN(4, 3, batch_first=True), (3, 4), (3, 3)),
+    "LSTM cell": (lambda: nn.LSTMCell(4, 3), (4,), (3,)),
+    "GRU cell": (lambda: nn.GRUCell(4, 3), (4,), (3,)),
+    "attention": (lambda: nn.MultiheadAttention(4, 2, batch_first=True), (3, 4), (3, 4)),
+    "encoder layer": (lambda: nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), (3, 4), (3, 4)),
+    "transposed convolution": (lambda: nn.ConvTranspose2d(3, 2, 3, stride=2), (3, 4, 4), (2, 9, 9)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERWISE_ON_A_GPU)
+def test_a_gpu_is_asked_for_the_same_operators(device, name):
+    if device == "cpu":
+        pytest.skip("needs an NVIDIA GPU")
+    layer, shape, result = OTHERWISE_ON_A_GPU[name]
+    torch.manual_seed(0)
+    model = First(layer(), *result).double().eval()
+    x, target = torch.rand(2, *shape, dtype=torch.float64), torch.tensor([0, 2])
+    operators, bounds = [], []
+    for place in ("cpu", "cuda"):
+        fn = xb.explain.gradient(model.to(place))
+        graph = program.captured_graph(fn, x.to(place), target.to(place)).graph.graph
+        operators.append(Counter(str(node.target) for node in graph.nodes if node.op == "call_function"))
+        out = xb.bound(fn)(xb.Interval.linf(x.to(place), 1e-3), target.to(place))
+        bounds.append((out.mid.detach().cpu(), out.rad.detach().cpu()))
+    assert operators[0] == operators[1]
+    for a, e in zip(bounds[1], bounds[0], strict=True):
+        assert torch.allclose(a, e, rtol=1e-7, atol=1e-12 + 1e-9 * e.abs().max().item())
