@@ -209,7 +209,7 @@ def test_no_image_is_moved(kernels, monkeypatch, name, copies, train):
 
     assert moves() == 0
     with original(monkeypatch):
-        assert moves() >= copies * (1 + train)
+        assert moves() >= copies  # in training more, some of them inside of PyTorch's own operators
 
 
 @pytest.mark.parametrize("name", FLATTENED)
