@@ -44,22 +44,23 @@ ALL = ("auto", "engine-graphed", "launched", "eager", "floor", "plain", "triton"
 GRAPHED = ("engine-compiled", "engine-compiled-graphed", "eager-graphed", "compiled-graphed")
 # Network, batch, pixels, precision, and what is done with it.
 PLAN: list[tuple[str, int, int, str, tuple[str, ...]]] = [
-    ("cnn7", 512, 32, "bf16", ("errors", *ALL, "compiled", *GRAPHED)),
+    ("cnn7", 512, 32, "bf16", ("errors", *ALL, "compiled", *GRAPHED, "checkpointed")),
     ("cnn7", 128, 32, "fp32", ("sound-cuda", "sound")),
     ("resnet18", 256, 32, "bf16", (*ALL, "compiled")),
     ("wrn16-4", 256, 32, "bf16", (*ALL, "compiled")),
-    ("cnn7", 1, 32, "bf16", (*ALL, "compiled")),
-    ("cnn7", 512, 32, "bf16", ("operators",)),
-    ("cnn7", 16, 32, "bf16", (*ALL, "compiled")),
-    ("cnn7", 128, 32, "bf16", (*ALL, "compiled")),
-    ("cnn7", 1024, 32, "bf16", (*ALL, "compiled")),
+    ("cnn7", 1, 32, "bf16", ALL),
+    ("cnn7", 16, 32, "bf16", ALL),
+    ("cnn7", 128, 32, "bf16", ALL),
+    ("cnn7", 1024, 32, "bf16", ALL),
     ("cnn7", 512, 32, "tf32", ("errors", *ALL)),
+    ("cnn7", 512, 32, "bf16", ("operators",)),
     ("resnet18", 32, 32, "bf16", ALL),
     ("resnet18", 1024, 32, "bf16", ALL),
     ("wrn16-4", 32, 32, "bf16", ALL),
     ("resnet18", 16, 224, "bf16", ALL),
     ("resnet18", 8, 32, "fp32", ("errors",)),
     ("cnn7", 512, 32, "fp32", ALL),
+    *(("cnn7", batch, 32, "bf16", ("compiled",)) for batch in (1, 16, 128, 1024)),
     ("resnet18", 32, 32, "bf16", ("compiled",)),
     ("resnet18", 1024, 32, "bf16", ("compiled",)),
     ("wrn16-4", 32, 32, "bf16", ("compiled",)),
@@ -95,6 +96,12 @@ class Job(NamedTuple):
 
 
 JOBS = [Job(*case, what) for *case, whats in PLAN for what in whats]
+# What compilers can do before anything is timed: the first job of each kind, and in how many parts.
+AHEAD: dict[tuple[str, str, str], Job] = {}
+for job in JOBS:
+    if job.what in ("auto", "compiled", "engine-compiled"):
+        AHEAD.setdefault((job.network, job.precision, job.what), job)
+PARTS = [(job, part) for job in AHEAD.values() for part in range(2 if job.what == "auto" else 1)]
 
 
 @functools.lru_cache(maxsize=1)
@@ -168,6 +175,7 @@ CONTENDERS: dict[str, Callable[[Case], Contender]] = {
     "engine-graphed": lambda case: replace(measure.engine(case, LAYOUT, "auto", graphed=True), bounds=None),
     "engine-compiled": lambda case: measure.compiled_engine(case, LAYOUT),
     "engine-compiled-graphed": lambda case: measure.compiled_engine(case, LAYOUT, graphed=True),
+    "checkpointed": lambda case: replace(measure.engine(case, LAYOUT, "auto", checkpoint=True), bounds=None),
     "eager": lambda case: measure.eager(case, LAYOUT),
     "eager-graphed": lambda case: measure.eager(case, LAYOUT, graphed=True),
     "compiled": lambda case: measure.eager(case, LAYOUT, compiled=True),
@@ -421,6 +429,42 @@ def alive() -> bool:
     return True
 
 
+# --- the processes that compile ahead ------------------------------------------------------------------------
+
+
+def compile_ahead(number: int) -> None:
+    """Run one of PARTS untimed: what it compiles, candidates of its products included, is found in caches later."""
+    job, part = PARTS[number]
+    tuning: Any = ops.triton._kernels("tuning")
+    seen: set[Any] = set()
+
+    def fastest(key: Any, candidates: list[Any], run: Callable[[Any], Any]) -> Any:
+        new = key not in seen
+        seen.add(key)
+        for index, candidate in enumerate(candidates):
+            if new and candidate is not None and (len(seen) + index) % 2 == part:
+                with contextlib.suppress(Exception):  # the tuner will say it
+                    run(candidate)
+        return candidates[0]
+
+    set_precision(job.precision)
+    case = make_case(*job[:4])
+    one = CONTENDERS[job.what](case)
+    with mock.patch.object(tuning, "fastest", fastest), launching():
+        for step in (one.bounds, one.step):
+            if step is not None:
+                step()
+    torch.cuda.synchronize()
+    say(f"compiled ahead: {job}, part {part}")
+
+
+def compile_all_ahead() -> None:
+    """A process for each part, all at once."""
+    command = [sys.executable, "-m", "bench.gpu", "--ahead"]
+    for process in [subprocess.Popen([*command, str(number)]) for number in range(len(PARTS))]:
+        process.wait()
+
+
 # --- the process that looks after it -------------------------------------------------------------------------
 
 
@@ -494,12 +538,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, help="folder of the results; bench/results/<gpu> by default")
     parser.add_argument("--seconds", type=float, default=300.0, help="begin nothing new past this time")
+    parser.add_argument("--ahead", type=int, nargs="?", const=-1, help="time nothing: fill the caches of compilers")
     parser.add_argument("--begin", type=int, help=argparse.SUPPRESS)  # of a worker, like the next
     parser.add_argument("--progress", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("bench.gpu: no CUDA device; `python -m bench` measures on the CPU.", file=sys.stderr)
         return 2
+    if options.ahead is not None:
+        compile_all_ahead() if options.ahead < 0 else compile_ahead(options.ahead)
+        return 0
     gpu = re.sub(r"\W+", "-", torch.cuda.get_device_name().lower()).strip("-")
     results = Results(options.out or Path("bench/results") / gpu)
     if options.begin is not None:

@@ -161,10 +161,10 @@ def peer(case: Case, layout: str, make: Callable[..., Step], trains: bool) -> Co
     return Contender(one.bounds, one.step if trains else None, ends=True)
 
 
-def engine(case: Case, layout: str, backend: str, graphed: bool = False) -> Contender:
+def engine(case: Case, layout: str, backend: str, graphed: bool = False, checkpoint: bool = False) -> Contender:
     import pyxai_bounds as xb
 
-    bound = xb.bound(xb.explain.gradient(case.model))
+    bound = xb.bound(xb.explain.gradient(case.model), checkpoint=checkpoint)
 
     def run(x: Tensor, target: Tensor) -> Any:
         with xb.backend(backend):

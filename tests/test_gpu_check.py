@@ -205,3 +205,37 @@ def test_tests_after_an_error_of_a_gpu_run_in_a_new_process(tmp_path: Path) -> N
     assert found.returncode == 1 and "these are its own words" in found.stdout
     assert "7 passed" in found.stdout and "test_it[2]" in found.stdout
     assert not any(f"FAILED test_it.py::test_it[{k}]" in found.stdout for k in (0, 1, 3, 4, 5, 6, 7))
+
+
+def test_what_runs_beside_the_tests_ends_with_its_children_when_its_time_is_up(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(gpu_check, "PLACE", tmp_path)
+    children = "import subprocess, sys; subprocess.run([sys.executable, '-c', {!r}])"
+    child = "import os, time; open('child', 'w').write(str(os.getpid())); time.sleep(60)"
+    begun = time.monotonic()
+    with gpu_check.beside([sys.executable, "-c", children.format(child)], 3.0, tmp_path / "log"):
+        time.sleep(0.1)
+    assert 2.5 < time.monotonic() - begun < 20
+    state = Path(f"/proc/{(tmp_path / 'child').read_text()}/stat")
+    assert not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    with gpu_check.beside([sys.executable, "-c", "print('all of it')"], 60.0, tmp_path / "log"):
+        pass  # waits for it
+    assert "all of it" in (tmp_path / "log").read_text()
+
+
+def test_every_candidate_is_compiled_ahead_by_one_part_or_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    tuning = gpu.ops.triton._kernels("tuning")
+    ran: list[tuple[str, str]] = []
+
+    def step() -> None:
+        for key in ("one product", "another", "one product"):
+            taken = tuning.fastest(key, ["a", "b", "c", None], lambda block, key=key: ran.append((key, block)))
+            assert taken == "a"
+
+    monkeypatch.setattr(gpu, "make_case", lambda *job: None)
+    monkeypatch.setitem(gpu.CONTENDERS, "auto", lambda case: measure.Contender(step, step))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    parts = [number for number, (job, _) in enumerate(gpu.PARTS) if job == gpu.PARTS[0][0] and job.what == "auto"]
+    for number in parts:
+        gpu.compile_ahead(number)
+    assert sorted(ran) == [(key, block) for key in ("another", "one product") for block in "abc"]
