@@ -34,7 +34,7 @@ def backend(name: str) -> Iterator[None]:
     kernels, NVIDIA, floating point of 16 to 64 bits; ``cuda`` CUDA C++, NVIDIA, float32 and float64: outward rounding
     and exact products of boxes, all else as ``reference``; ``auto`` (the default) the fastest one that supports the
     tensors, which on a GPU is measured for every kind of matrix product: the kernel of ``triton``, or cuBLAS or cuDNN.
-    It never chooses ``cuda``, whose kernels no GPU has run yet.
+    Where bounds are rounded outward it takes ``native`` or ``cuda``.
     Raises ValueError for an unknown name, RuntimeError for one that is not available here.
     """
     if name != "auto" and name not in BACKENDS:
@@ -74,13 +74,16 @@ def _select(mid: Tensor) -> Any:
 
 
 def _select_outward(mid: Tensor) -> Any:
-    """The backend for outward rounding: ``cuda`` if forced, ``native`` where it runs and is not ruled out, else
-    ``reference``.
+    """The backend for outward rounding: ``native`` on the CPU and ``cuda`` on a GPU, where they run and are not ruled
+    out, else ``reference``.
     """
     check_dtype(mid.dtype)
-    if _forced.get() == "cuda":
+    forced = _forced.get()
+    if forced == "cuda":
         return _select(mid)
-    return native if _forced.get() in ("auto", "native") and native.supports(mid) else reference
+    if forced in ("auto", "native") and native.supports(mid):
+        return native
+    return cuda if forced == "auto" and cuda.supports(mid) else reference
 
 
 _library = torch.library.Library("pyxai_bounds", "DEF")

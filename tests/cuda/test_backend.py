@@ -148,14 +148,16 @@ def test_what_it_lacks_is_the_references(backend):
     assert not ops.has_kernels(mid)
 
 
-def test_only_who_asks_for_it_gets_it(monkeypatch):
-    """Not ``auto``, until a GPU has run the kernels."""
+def test_proofs_on_a_gpu_get_it_and_nobody_else_who_does_not_ask(monkeypatch):
     monkeypatch.setattr(cuda, "available", lambda: True)
-    monkeypatch.setattr(cuda, "supports", lambda mid: True)
+    monkeypatch.setattr(cuda, "supports", lambda mid: mid.is_cuda)
     with FakeTensorMode():
         on_gpu = torch.empty(4, device="cuda")
-    assert ops._select_outward(on_gpu) is reference and ops._select(on_gpu) is not cuda
+    assert ops._select_outward(on_gpu) is cuda and ops._select(on_gpu) is not cuda
     assert ops._select_outward(torch.empty(4)) is native
+    for other in ("reference", "native"):
+        with xb.backend(other):
+            assert ops._select_outward(on_gpu) is reference
     with xb.backend("cuda"):
         assert ops._select_outward(on_gpu) is cuda and ops._select(on_gpu) is cuda
 
