@@ -539,14 +539,61 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+# Of certify, `auto` records itself as a CUDA graph; of training, `engine-graphed` is recorded.
+STYLE: dict[str, dict[str, Any]] = {
+    "auto": {"color": "#1b6ca8", "marker": "o", "label": "engine"},
+    "engine-graphed": {"color": "#1b6ca8", "marker": "o", "linestyle": ":", "label": "engine, recorded step"},
+    "eager": {"color": "#c8553d", "marker": "s", "label": "eager loop"},
+    "plain": {"color": "#7a9e3f", "marker": "^", "label": "no bounds: forward, ordinary step"},
+    "floor": {"color": "#555555", "linestyle": "--", "label": "products alone"},
+}
+
+
+def draw(rows: list[Row], folder: Path) -> None:
+    """Time and peak memory of cnn7 in bf16 against the batch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found = [(re.fullmatch(r"cnn7 B(\d+) bf16", entry["shape"]), entry) for entry in rows]
+    figure, panels = pyplot.subplots(1, 3, figsize=(11, 3.6))
+    plots = (("certify", "p50", 1e3, "ms"), ("train", "p50", 1e3, "ms"), ("train", "peak_bytes", 2**-20, "MiB, peak"))
+    for panel, (op, column, scale, unit) in zip(panels, plots, strict=True):
+        for backend, style in STYLE.items():
+            points = sorted(
+                (int(match[1]), scale * float(entry[column]))
+                for match, entry in found
+                if match and (entry["op"], entry["backend"]) == (op, backend)
+            )
+            if points and not (column == "peak_bytes" and backend in ("floor", "engine-graphed")):
+                panel.plot(*zip(*points, strict=True), markersize=4, **style)
+        panel.set(xscale="log", yscale="log", xlabel="batch (cnn7, bf16)", ylabel=f"{op}, {unit}")
+        batches = sorted({int(match[1]) for match, _ in found if match})
+        panel.set_xticks(batches, [str(batch) for batch in batches], fontsize=7)
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.legend(*panels[1].get_legend_handles_labels(), loc="lower center", ncol=len(STYLE), frameon=False)
+    figure.savefig(folder / "gpu.png", dpi=110)
+    say(f"wrote {folder / 'gpu.png'}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, help="folder of the results; bench/results/<gpu> by default")
     parser.add_argument("--seconds", type=float, default=300.0, help="begin nothing new past this time")
+    parser.add_argument("--from-csv", type=Path, metavar="CSV", help="print and draw what was measured before")
+    parser.add_argument("--pictures", type=Path, default=Path("docs"), help="folder of the picture")
     parser.add_argument("--ahead", type=int, nargs="?", const=-1, help="time nothing: fill the caches of compilers")
     parser.add_argument("--begin", type=int, help=argparse.SUPPRESS)  # of a worker, like the next
     parser.add_argument("--progress", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.from_csv is not None:
+        measured = tables.read(options.from_csv)
+        print(table(measured))
+        draw(measured, options.pictures)
+        return 0
     if not torch.cuda.is_available():
         print("bench.gpu: no CUDA device; `python -m bench` measures on the CPU.", file=sys.stderr)
         return 2

@@ -239,3 +239,10 @@ def test_every_candidate_is_compiled_ahead_by_one_part_or_another(monkeypatch: p
     for number in parts:
         gpu.compile_ahead(number)
     assert sorted(ran) == [(key, block) for key in ("another", "one product") for block in "abc"]
+
+
+def test_what_was_measured_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    measured = Path(__file__).parents[1] / "bench" / "results" / "nvidia-h200" / "gradient_bounds.csv"
+    monkeypatch.setattr(sys, "argv", ["bench.gpu", "--from-csv", str(measured), "--pictures", str(tmp_path)])
+    assert gpu.main() == 0
+    assert (tmp_path / "gpu.png").stat().st_size > 10_000 and "cnn7 B512 bf16" in capsys.readouterr().out
