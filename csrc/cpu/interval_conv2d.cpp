@@ -1,7 +1,7 @@
 // A two-dimensional convolution on boxes and its backward-data pass, on channels-last tensors, as direct convolutions:
 // the pixels that a band of the output reads are packed once, with ReLU' on the way, and the tiles of tile.h walk over
-// them with the packed weight; ReLU is applied to the sums before they leave the registers. Sums are taken in another
-// order than in the specification, pyxai_bounds/ops/reference.py.
+// them with the packed weight; ReLU, or what else comes next, is applied to the sums before they leave the registers.
+// Sums are taken in another order than in the specification, pyxai_bounds/ops/reference.py.
 //
 // Both passes are one: the backward-data pass of stride s is s*s convolutions of stride 1, one for each remainder of
 // the pixels that it writes, with those taps that reach them.
@@ -390,12 +390,12 @@ int64_t packed_bytes(int64_t elements) {
 
 template <class T>
 bool conv2d(const Conv2d& s, const Outward<T>* outward, const T* mid, const T* rad, const T* weight, const T* bias,
-            T* out_mid, T* out_rad, uint8_t* state) {
+            T* out_mid, T* out_rad, Epilogue after) {
     const int64_t* w = s.weight_strides;
     const auto widening = widening_of(outward);
     Pass<T> pass{{s.batch, s.height, s.width, s.channels, mid, rad, {nullptr, 0, outward ? &widening : nullptr}},
                  {weight, s.outputs, s.channels, s.kernel[0], s.kernel[1], w[0], w[1], w[2], w[3]},
-                 {s.outputs, bias, outward ? outward->bias : nullptr, out_mid, out_rad, state,
+                 {s.outputs, bias, outward ? outward->bias : nullptr, out_mid, out_rad, after,
                   packed_bytes(s.batch * s.out_height * s.out_width * s.outputs), outward != nullptr},
                  s.out_height,
                  s.out_width,
@@ -405,14 +405,15 @@ bool conv2d(const Conv2d& s, const Outward<T>* outward, const T* mid, const T* r
 
 template <class T>
 bool conv2d_backward(const Conv2d& s, const Outward<T>* outward, const T* mid, const T* rad, const uint8_t* state,
-                     const T* weight, T* out_mid, T* out_rad) {
+                     const T* weight, T* out_mid, T* out_rad, Epilogue after) {
     const int64_t* w = s.weight_strides;
     const auto widening = widening_of(outward);
     const Packing<T> packing{state, packed_bytes(s.batch * s.out_height * s.out_width * s.outputs),
                              outward ? &widening : nullptr};
     Pass<T> pass{{s.batch, s.out_height, s.out_width, s.outputs, mid, rad, packing},
                  {weight, s.channels, s.outputs, s.kernel[0], s.kernel[1], w[1], w[0], w[2], w[3]},
-                 {s.channels, nullptr, nullptr, out_mid, out_rad, nullptr, 0, outward != nullptr},
+                 {s.channels, nullptr, nullptr, out_mid, out_rad, after,
+                  packed_bytes(s.batch * s.height * s.width * s.channels), outward != nullptr},
                  s.height,
                  s.width,
                  backward_parts(s)};

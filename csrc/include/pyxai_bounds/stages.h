@@ -32,6 +32,15 @@ struct ScaleShift {
     T evaluated, least;
 };
 
+// What happens to results before they are written: nothing, ReLU, whose state goes to `made`, ReLU' at the state
+// `given`, whose gate goes to `made` unless that is null, or the gate `given`. It needs a multiple of 16 outputs, and
+// registers of at least 8 elements.
+struct Epilogue {
+    enum Kind { none, relu, relu_backward, gate } kind;
+    const std::uint8_t* given;
+    std::uint8_t* made;
+};
+
 // Elementwise stages: all arrays are dense and in one memory order. Packed bits are two planes of ceil(n / 8) bytes,
 // "keep the lower end" before "keep the upper end"; element i is bit i % 8 of byte i / 8, bits past n are zero.
 // `outward` asks for radii that cover what rounding loses; else every operation rounds to nearest. An output may be
@@ -78,15 +87,15 @@ struct Stages {
     bool (*linear_backward_many)(std::int64_t batch, std::int64_t m, std::int64_t n, const Outward<T>* outward,
                                  const T* mid, const T* rad, const std::uint8_t* state, const T* weight,
                                  std::int64_t row_stride, std::int64_t column_stride, T* out_mid, T* out_rad);
-    // Convolutions with ReLU after them, if there is somewhere to write its state, and their backward-data pass with
-    // ReLU' before it, if there is a state of it: `mid`, `rad` are then [batch, out_height, out_width, outputs].
+    // Convolutions, and their backward-data pass with ReLU' before it, if there is a state of it: `mid`, `rad` are then
+    // [batch, out_height, out_width, outputs].
     // A state needs a multiple of 16 outputs, and registers of 8 elements. `outward` may be null; else each weight that
     // is not 0 must be at least the square root of the least normal number: if one is not, they return false and have
     // written nothing.
     bool (*conv2d)(const Conv2d& shape, const Outward<T>* outward, const T* mid, const T* rad, const T* weight,
-                   const T* bias, T* out_mid, T* out_rad, std::uint8_t* state);
+                   const T* bias, T* out_mid, T* out_rad, Epilogue after);
     bool (*conv2d_backward)(const Conv2d& shape, const Outward<T>* outward, const T* mid, const T* rad,
-                            const std::uint8_t* state, const T* weight, T* out_mid, T* out_rad);
+                            const std::uint8_t* state, const T* weight, T* out_mid, T* out_rad, Epilogue after);
     // Their gradient in the weight: grad_mid, grad_rad have the shape of outputs, mid, rad that of inputs; of midpoints
     // or of radii both may be null, for zeros. Outputs are a multiple of the lanes of a register of this level. `out`
     // is [outputs, channels, kernel's rows, kernel's columns], contiguous.
