@@ -349,6 +349,11 @@ Epilogue relu_into(Address state) {
     return {state ? Epilogue::relu : Epilogue::none, nullptr, at<uint8_t>(state)};
 }
 
+Epilogue relu_backward_at(Address state, Address gate) {
+    if (!state) return {};
+    return {Epilogue::relu_backward, at<uint8_t>(state), at<uint8_t>(gate)};
+}
+
 bool conv2d(int element_size, const Geometry& geometry, const Widening& widening, Address mid, Address rad,
             Address weight, Address bias, Address out_mid, Address out_rad, Address state) {
     return conv2d_then(element_size, geometry, widening, mid, rad, weight, bias, out_mid, out_rad, relu_into(state));
@@ -434,6 +439,9 @@ class Chain {
         // where another has applied it: the state, and for a derivative the gate.
         int64_t next_state = -1, next_gate = -1, gate = -1;
         bool is_gated = false;
+        bool hands_on = false;        // are the results read by the next step alone, a convolution like this one?
+        std::size_t together = 1;     // as many steps from here on are convolutions of the same images
+        int64_t weights = 0;          // their weights' elements
         std::vector<int64_t> last{};  // values that no later step reads
 
         std::array<int64_t, 4> reads() const { return {mid, rad, weight, third}; }
@@ -447,6 +455,8 @@ class Chain {
             return shape[0] * (read == backward ? shape[4] * shape[5] * shape[6] : shape[1] * shape[2] * shape[3]);
         }
     };
+
+    using Steps = std::vector<Step>;
 
     // `steps`: the members of each in order, the shape without what does not belong to it. `sizes`: bytes of each
     // value. `taken` are returned; `kept` are read by the derivative, besides those that are given or taken.
@@ -464,6 +474,7 @@ class Chain {
         is_kept_.resize(sizes_.size());
         for (const int64_t value : kept) is_kept_[value] = true;
         for (auto step = steps_.begin(); step != steps_.end(); ++step) apply_next_relu(step, taken);
+        for (auto step = steps_.rbegin(); step != steps_.rend(); ++step) join_next(step.base() - 1, taken);
         places_.resize(sizes_.size());
         for (const bool are_kept : {true, false}) {
             for (std::size_t i = given_; i < sizes_.size(); ++i)
@@ -490,14 +501,21 @@ class Chain {
         values.resize(sizes_.size());
         if (kept || is_small()) place(values, kept ? kept : block.start());
         std::vector<std::unique_ptr<Memory>> own(values.size());
-        for (const Step& s : steps_) {
-            for (const int64_t made : s.makes())
-                if (made >= 0 && values[made] == 0) {
-                    own[made] = std::make_unique<Memory>(sizes_[made]);
-                    values[made] = own[made]->start();
-                }
-            take(s, values);
-            for (const int64_t value : s.last) own[value].reset();
+        const auto make = [&](int64_t value) {
+            if (value < 0 || values[value] != 0) return;
+            own[value] = std::make_unique<Memory>(sizes_[value]);
+            values[value] = own[value]->start();
+        };
+        for (auto step = steps_.begin(), next = step; step != steps_.end(); step = next) {
+            next = step + (go_together(*step) ? step->together : 1);
+            for (auto s = step; s != next; ++s) {
+                const bool is_between = s->hands_on && s + 1 != next && !values[s->out_mid] && !values[s->out_rad];
+                for (const int64_t made : s->makes())
+                    if (!is_between || made == s->state) make(made);
+            }
+            next - step > 1 ? take_together(step, next, values) : take(*step, values);
+            for (auto s = step; s != next; ++s)
+                for (const int64_t value : s->last) own[value].reset();
         }
     }
 
@@ -587,20 +605,76 @@ class Chain {
     // What is small has one block: a block for each value would take longer than their memory is worth.
     bool is_small() const { return size_ <= static_cast<int64_t>(least_kept); }
 
-    // ReLU' between two backward passes of convolutions is applied before the first one's results leave the registers,
-    // if nobody else reads them. A derivative then finds the gated box, and the gate beside it.
-    void apply_next_relu(std::vector<Step>::iterator step, const std::vector<int64_t>& taken) {
+    // The convolution that alone reads a convolution's results, as its box, or the end.
+    Steps::iterator only_reader(Steps::iterator step, const std::vector<int64_t>& taken) {
         const auto is_made = [step](int64_t value) { return value == step->out_mid || value == step->out_rad; };
         const auto reads_it = [&](const Step& other) {
             const auto reads = other.reads();
             return std::any_of(reads.begin(), reads.end(), is_made);
         };
         const auto reader = std::find_if(step + 1, steps_.end(), reads_it);
-        if (step->kernel != Kernel::conv2d || !step->backward || reader == steps_.end() ||
-            std::any_of(reader + 1, steps_.end(), reads_it) || std::any_of(taken.begin(), taken.end(), is_made))
+        const bool is_one = step->kernel == Kernel::conv2d && reader != steps_.end() &&
+                            reader->kernel == Kernel::conv2d && reader->mid == step->out_mid &&
+                            reader->rad == step->out_rad && std::none_of(reader + 1, steps_.end(), reads_it) &&
+                            std::none_of(taken.begin(), taken.end(), is_made);
+        return is_one ? reader : steps_.end();
+    }
+
+    // How convolutions in a row go together; the steps after this one know already. Each image passes all of their
+    // weights, so that these must stay in a second-level cache, and so must what an image leaves there between two
+    // steps.
+    void join_next(Steps::iterator step, const std::vector<int64_t>& taken) {
+        const Geometry& shape = step->shape;
+        const auto next = step + 1;
+        if (step->kernel != Kernel::conv2d) return;
+        step->weights = shape[1] * shape[4] * shape[7] * shape[8];
+        if (next == steps_.end() || next->kernel != Kernel::conv2d || next->shape[0] != shape[0] ||
+            next->together == most_conv2d_steps || (step->weights + next->weights) * element_size_ > in_cache ||
+            2 * next->elements_read() / shape[0] * element_size_ > in_cache / 2)
             return;
-        if (reader->kernel != Kernel::conv2d || !reader->backward || reader->mid != step->out_mid ||
-            reader->rad != step->out_rad || reader->third < 0 ||
+        step->together = next->together + 1;
+        step->weights += next->weights;
+        step->hands_on = only_reader(step, taken) == next;
+    }
+
+    static constexpr int64_t in_cache = 1 << 20;
+
+    // Does each thread take images through the convolutions from here on? There must be as many for each, or nearly,
+    // and bits are then read and written by the tiles alone.
+    bool go_together(const Step& first) const {
+        const auto suits = [](const Step& s) {
+            const bool has_bits = s.backward ? s.third >= 0 && !s.is_gated : s.state >= 0;
+            return (!has_bits || packs(s.shape[4])) && (s.next_state < 0 || packs(s.shape[1]));
+        };
+        const int64_t images = first.shape[0], team = threads(), idle = (team - images % team) % team;
+        return first.together > 1 && images >= (team > 1 ? 8 * team : 2) && 25 * idle <= images &&
+               std::all_of(&first, &first + first.together, suits);
+    }
+
+    void take_together(Steps::const_iterator begin, Steps::const_iterator end,
+                       const std::vector<Address>& values) const {
+        const auto value = [&](int64_t number) { return number < 0 ? Address(0) : values[number]; };
+        typed(element_size_, [&](const auto& stages) {
+            using T = decltype(element_type(stages));
+            std::vector<Conv2dStep<T>> steps;
+            for (auto s = begin; s != end; ++s) {
+                const Address third = value(s->third);
+                const Epilogue after = s->backward ? relu_backward_at(value(s->next_state), value(s->next_gate))
+                                                   : relu_into(value(s->state));
+                steps.push_back({s->backward, conv2d_of(s->shape), at<T>(value(s->mid)), at<T>(value(s->rad)),
+                                 at<T>(value(s->weight)), at<T>(s->backward ? 0 : third),
+                                 at<uint8_t>(s->backward && !s->is_gated ? third : 0), at<T>(value(s->out_mid)),
+                                 at<T>(value(s->out_rad)), after});
+            }
+            stages.conv2d_steps(static_cast<int64_t>(steps.size()), steps.data());
+        });
+    }
+
+    // ReLU' between two backward passes of convolutions is applied before the first one's results leave the registers,
+    // if nobody else reads them. A derivative then finds the gated box, and the gate beside it.
+    void apply_next_relu(Steps::iterator step, const std::vector<int64_t>& taken) {
+        const auto reader = only_reader(step, taken);
+        if (!step->backward || reader == steps_.end() || !reader->backward || reader->third < 0 ||
             std::any_of(step, reader, [&](const Step& other) { return other.state == reader->third; }))
             return;
         step->next_state = reader->third;
@@ -638,7 +712,7 @@ class Chain {
     void gated_after(int64_t size, int64_t outputs, Address out_mid, Address out_rad, Address state, Address made,
                      F run) const {
         const bool fused = state && packs(outputs);
-        run(fused ? Epilogue{Epilogue::relu_backward, at<uint8_t>(state), at<uint8_t>(made)} : Epilogue{});
+        run(relu_backward_at(fused ? state : 0, made));
         if (state && !fused) relu_backward(element_size_, size, out_mid, out_rad, state, out_mid, out_rad, made, false);
     }
 
@@ -811,7 +885,7 @@ class Chain {
     }
 
     int element_size_;
-    std::vector<Step> steps_;
+    Steps steps_;
     std::vector<int64_t> sizes_, places_;
     std::vector<bool> is_kept_;
     int64_t size_ = 0, kept_size_ = 0, given_;

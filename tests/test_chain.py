@@ -127,10 +127,13 @@ def assert_same_derivatives(fn, model: nn.Module, box: xb.Interval, target: tupl
             if penalty.requires_grad:
                 found += torch.autograd.grad(penalty, inputs, allow_unused=True)
         outcomes.append(found)
-    for a, b in zip(*outcomes, strict=True):
-        assert (a is None) == (b is None)
-        if a is not None and b is not None:
-            assert a.shape == b.shape and ((a - b).norm() <= tolerance * b.norm() or a.isnan().equal(b.isnan()))
+    assert all(a is b is None or same(a, b, tolerance) for a, b in zip(*outcomes, strict=True))
+
+
+def same(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    """In the 2-norm, and NaN where the other is."""
+    error = (a - b).nan_to_num().norm() <= tolerance * b.nan_to_num().norm()
+    return a.shape == b.shape and torch.equal(a.isnan(), b.isnan()) and bool(error)
 
 
 def test_one_weight_in_several_steps_of_a_chain() -> None:
@@ -289,13 +292,14 @@ def test_a_chain_of_convolutions_computes_what_they_compute(
     assert all(torch.allclose(a, b, tolerance, tolerance) for a, b in zip(plain, together, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last weights"])
-@pytest.mark.parametrize("batch", [1, 11])
+@pytest.mark.parametrize(
+    ("batch", "dtype", "last"), [(1, torch.float64, False), (17, torch.float64, True), (17, torch.float32, False)]
+)
 @pytest.mark.parametrize("name", [*CONVNETS, "gradient of the loss"])
 def test_a_chain_of_convolutions_differentiates_as_they_do(
-    name: str, batch: int, last: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    name: str, batch: int, dtype: torch.dtype, last: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """``last``: a weight with its channels last."""
     fn = CONVNETS[name]() if name in CONVNETS else xb.explain.gradient(convnet(), of="loss")
     model = getattr(fn, "model", fn).to(dtype)
     if last:
@@ -308,6 +312,41 @@ def test_a_chain_of_convolutions_differentiates_as_they_do(
     assert all(calls)
     if name not in ("residual", "flattened without ReLU") and ops.native._has_tiles():
         assert calls
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("batch", "dtype"), [(2, torch.float64), (15, torch.float32), (32, torch.float32)])
+@pytest.mark.parametrize("name", ["gradient", "few channels", "one channel", "seen", "infinite"])
+def test_images_go_through_all_convolutions_at_once(name: str, batch: int, dtype: torch.dtype, threads) -> None:
+    """With enough images for all threads a thread takes them one by one, which changes no bit of the bounds."""
+    fn = xb.explain.gradient(convnet()) if name == "infinite" else CONVNETS[name]()
+    model = getattr(fn, "model", fn).to(dtype)
+    if name == "infinite":
+        with torch.no_grad():
+            model[3].weight[5, 2] = float("inf")
+    x = images(batch, shape=(3, 8, 8)).to(dtype).contiguous(memory_format=torch.channels_last)
+    args = (xb.Interval.linf(x, 0.02), *(() if fn is model else (torch.arange(batch) % 4,)))
+    bounded, found = xb.bound(fn), []
+    for count in (1, 2, 3):
+        threads(count)
+        results = flat(bounded(*args))
+        gradients = torch.autograd.grad(
+            sum(r.sin().sum() for r in results), list(model.parameters()), allow_unused=True
+        )
+        with torch.no_grad():
+            found.append((*flat(bounded(*args)), *(t.detach() for t in results), *gradients))
+    results = bounded.graph(*args)(args[0].mid, args[0].rad, *args[1:])
+    for outcome in found:
+        for a, b, c in zip(outcome, outcome[len(results) :], results, strict=False):
+            assert torch.allclose(a, c, 0, 0, equal_nan=True) and torch.allclose(b, c, 0, 0, equal_nan=True)
+        pairs = zip(outcome[2 * len(results) :], found[0][2 * len(results) :], strict=True)
+        assert all(a is b is None or same(a, b, 1e-5) for a, b in pairs)  # a library's sums depend on its threads
 
 
 def test_a_convolution_in_several_steps_of_a_chain() -> None:
