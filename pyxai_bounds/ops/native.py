@@ -675,9 +675,11 @@ def _empty(count: int, size: Sequence[int], strides: Sequence[int], dtype: torch
     module, bytes_ = _module(), count * dtype.itemsize
     if not module.least_kept <= bytes_ <= module.most_kept or torch.are_deterministic_algorithms_enabled():
         return torch.empty_strided(size, strides, dtype=dtype, device=_CPU)  # which fills what it returns, if asked to
-    storage = torch.frombuffer(module.Memory(bytes_), dtype=torch.uint8).untyped_storage()
-    # Not a view of the buffer's tensor, which autograd would treat otherwise than what an operator returns.
-    return torch.empty(0, dtype=dtype, device=_CPU).set_(storage, 0, size, strides)
+    # Not a view of the buffer's tensor, which autograd would treat otherwise than what an operator returns; nor made of
+    # its storage, which would then belong to Python too, so that autograd would add no other gradient in place.
+    out = torch.empty(0, dtype=dtype, device=_CPU)
+    out.data = torch.frombuffer(module.Memory(bytes_), dtype=dtype).as_strided(size, strides)
+    return out
 
 
 def _no_state(mid: Tensor) -> Tensor:
