@@ -1,8 +1,7 @@
 """Affine operators of a bound program that follow one another, as one call of the native backend.
 
-Stands between ``fuse``, which makes these operators, and ``recompute``. Without gradients a chain takes linear layers,
-convolutions, their backward passes, and what flattens images between them; with gradients it takes linear layers on a
-few boxes, whose derivative is one call, too.
+Stands between ``fuse``, which makes these operators, and ``recompute``. A chain takes linear layers, convolutions,
+their backward passes, and what flattens images between them. Its derivative is one call, too.
 """
 
 from __future__ import annotations
@@ -38,15 +37,13 @@ class Chain:
     __name__ = "chain"  # fx asks every function for its name
 
     def __init__(self, steps: list[Step], values: list[Kind], given: int, taken: list[int]) -> None:
-        self.together = native.Chain(steps, values, given, taken)
         self.steps, self.taken, self._kinds = steps, taken, values
         alive = [step for step in steps if step.differentiable]
         self.made = {number for step in alive for number in (step.out_mid, step.out_rad)}  # with a gradient
-        # What the derivative reads of the given values and of the results, and what it finds in the chain's own memory.
-        read = sorted({number for step in alive for number in (*step.reads(), step.state) if number is not None})
-        self.read_given = [number for number in read if number < given]
-        self.read_taken = [place for place, number in enumerate(taken) if number in read]
-        self.read_kept = [number for number in read if number >= given and number not in taken]
+        # A derivative reads what its kernels read; and what alive steps start from, if they run once more.
+        read = {number for step in alive for number in step.reads() if number not in self.made or not step.moves}
+        read |= {step.state for step in alive if step.state is not None}
+        self.together = native.Chain(steps, values, given, taken, read)
         # Of each result, the given values that it depends on differentiably.
         sources: dict[int | None, set[int]] = {number: {number} for number in range(given)}
         for step in steps:
@@ -78,7 +75,7 @@ class Chain:
     def run_each(self, values: dict[int, Tensor], steps: Iterable[Step], operators: dict[Any, Any]) -> None:
         """Add the results of the steps to the values."""
         for step in steps:
-            if step.kernel in (Kernel.TRANSPOSE, Kernel.VIEW):
+            if step.moves:
                 values[step.out_mid] = values[step.mid].reshape(self._kinds[step.out_mid].shape)
                 continue
             assert step.rad is not None and step.weight is not None and step.out_rad is not None
@@ -103,9 +100,10 @@ def chain(graph: fx.Graph, grads: bool = False) -> None:
     inputs must be there.
     """
     alive = fuse.with_gradients(graph) if grads else set()
+    kernels = {node: taken for node in graph.nodes if (taken := _kernel(node, node in alive)) is not None}
     refused: set[fx.Node] = set()
     while True:
-        runs = _runs(graph, alive, refused)
+        runs = _runs(graph, kernels, refused)
         # A rearranged image has no layout that others could rely on.
         seen = {node for run in runs for node in run.nodes if _is_view(node) and set(node.users) - run.nodes.keys()}
         if not seen:
@@ -137,47 +135,39 @@ class _Run:
     late: list[fx.Node] = field(default_factory=list)  # what needs one of them, in order
     between: int = 0  # how many of these stand before the last operator
     waiting: set[fx.Node] = field(default_factory=set)  # what computes something else with their results
-    keeps: bool | None = None  # for a derivative; None while it could do either
     dtype: torch.dtype | None = None  # of all its boxes
 
-    def takes(self, node: fx.Node, keeps: bool | None) -> bool:
+    def takes(self, node: fx.Node) -> bool:
         """May the node, an operator or a view, be the next?"""
         if any(n in self.waiting for n in node.all_input_nodes):
             return False
         if _is_view(node):
-            return node.args[0] in self.parts and self.keeps is not True
-        if self.dtype not in (None, _dtype(node)):
-            return False
+            return node.args[0] in self.parts
         # A weight is given to a chain.
-        return node.args[2] not in self.parts and (keeps is None or self.keeps is None or keeps is self.keeps)
+        return self.dtype in (None, _dtype(node)) and node.args[2] not in self.parts
 
-    def add(self, node: fx.Node, taken: _Taken | None, keeps: bool | None) -> None:
+    def add(self, node: fx.Node, taken: _Taken | None) -> None:
         self.nodes[node] = taken
         self.between = len(self.late)
         self.dtype = self.dtype or _dtype(node)
         if _is_view(node):
             self.parts.add(node)
-        if self.keeps is None:
-            self.keeps = keeps
 
 
 def _dtype(node: Any) -> torch.dtype:
     return node.args[0].meta["val"].dtype
 
 
-def _runs(graph: fx.Graph, alive: set[fx.Node], refused: set[fx.Node]) -> list[_Run]:
+def _runs(graph: fx.Graph, kernels: dict[fx.Node, _Taken], refused: set[fx.Node]) -> list[_Run]:
     runs = [_Run()]
     for node in graph.nodes:
-        run, taken = runs[-1], _kernel(node)
-        few = taken is not None and taken[0] is Kernel.LINEAR
-        keeps = True if node in alive else None if few else False
-        suits = (few or node not in alive) and (_is_view(node) or taken is not None) and node not in refused
-        fits = suits and run.takes(node, keeps)
-        if fits or (suits and not _is_view(node)):
+        run, taken = runs[-1], kernels.get(node)
+        fits = (taken is not None or (_is_view(node) and node not in refused)) and run.takes(node)
+        if fits or taken is not None:
             if not fits:
                 run = _Run()
                 runs.append(run)
-            run.add(node, taken, keeps)
+            run.add(node, taken)
         elif fuse.is_call(node, operator.getitem) and node.args[0] in run.nodes:
             run.parts.add(node)
             run.late.append(node)
@@ -187,7 +177,7 @@ def _runs(graph: fx.Graph, alive: set[fx.Node], refused: set[fx.Node]) -> list[_
     return runs
 
 
-def _kernel(node: Any) -> _Taken | None:
+def _kernel(node: Any, differentiable: bool) -> _Taken | None:
     """What a chain runs for an affine operator, if it can take it."""
     if node.op != "call_function" or node.target not in _BACKWARD:
         return None
@@ -198,13 +188,13 @@ def _kernel(node: Any) -> _Taken | None:
     mid, rad, weight = (n.meta["val"] for n in (mid, rad, weight))
     third = third.meta["val"] if isinstance(third, fx.Node) else None
     if node.target in _LINEAR:
-        return native.kernel_of(mid, rad, weight, third, backward, ())
+        return native.kernel_of(mid, rad, weight, third, backward, (), differentiable)
     if not _is_dense(weight) or mid.dim() != 4:
         return None
     if third is not None and backward and order_of(third) is torch.channels_last:  # which bits ask for
         mid, rad = (t.contiguous(memory_format=torch.channels_last) for t in (mid, rad))
     geometry = rest[:5] if backward else (mid.shape, *rest[:4])
-    return native.kernel_of(mid, rad, weight, third, backward, tuple(geometry))
+    return native.kernel_of(mid, rad, weight, third, backward, tuple(geometry), differentiable)
 
 
 def _is_dense(t: Tensor) -> bool:
@@ -250,13 +240,13 @@ class _Values:
         self.kinds = [_kind(node.meta["val"]) for node in self.given]
         self.numbers: dict[fx.Node, int] = {node: number for number, node in enumerate(self.given)}
         self.steps: list[Step] = []
-        self._in_order: dict[tuple[int, torch.memory_format], int] = {}
+        self._in_order: dict[tuple[int, torch.memory_format, bool], int] = {}
 
     def add(self, node: Any, taken: _Taken | None, differentiable: bool) -> None:
         if taken is None:
-            source = self._ordered(self.numbers[node.args[0]], torch.contiguous_format)
+            source = self._ordered(self.numbers[node.args[0]], torch.contiguous_format, differentiable)
             self.numbers[node] = self._new(node.meta["val"].shape, self.kinds[source], torch.contiguous_format)
-            self._move(Kernel.VIEW, source, self.numbers[node], ())
+            self._move(Kernel.VIEW, source, self.numbers[node], (), differentiable)
             return
         kernel, shape = taken
         backward = _BACKWARD[node.target]
@@ -265,7 +255,7 @@ class _Values:
         order = torch.contiguous_format
         if kernel is Kernel.CONV2D:
             order = torch.channels_last
-            mid, rad = self._ordered(mid, order), self._ordered(rad, order)
+            mid, rad = (self._ordered(number, order, differentiable) for number in (mid, rad))
         outputs: list[int | None] = [None] * 3
         made = node.meta["val"][: 3 if not backward and node.args[fuse.RELU[node.target]] else 2]
         for position, value in enumerate(made):
@@ -285,26 +275,25 @@ class _Values:
             Step(kernel, backward, differentiable, mid, rad, weight, third, out_mid, out_rad, state, shape, rest)
         )
 
-    def _ordered(self, number: int, order: torch.memory_format) -> int:
-        """The value of an image in a memory order."""
-        kind = self.kinds[number]
+    def _ordered(self, number: int, order: torch.memory_format, differentiable: bool) -> int:
+        """The value of an image in a memory order, for a step that is differentiable or for one that is not."""
+        kind, key = self.kinds[number], (number, order, differentiable)
         if kind.order is order:
             return number
-        if (number, order) not in self._in_order:
+        if key not in self._in_order:
             batch, channels, height, width = kind.shape
             sides = channels, height * width
-            self._in_order[number, order] = made = self._new(kind.shape, kind, order)
-            self._move(
-                Kernel.TRANSPOSE, number, made, (batch, *(sides if order is torch.channels_last else sides[::-1]))
-            )
-        return self._in_order[number, order]
+            self._in_order[key] = made = self._new(kind.shape, kind, order)
+            shape = (batch, *(sides if order is torch.channels_last else sides[::-1]))
+            self._move(Kernel.TRANSPOSE, number, made, shape, differentiable)
+        return self._in_order[key]
 
     def _new(self, shape: Iterable[int], like: Kind, order: torch.memory_format) -> int:
         self.kinds.append(Kind(tuple(shape), like.dtype, order))
         return len(self.kinds) - 1
 
-    def _move(self, kernel: Kernel, source: int, made: int, shape: tuple[int, ...]) -> None:
-        self.steps.append(Step(kernel, False, False, source, None, None, None, made, None, None, shape))
+    def _move(self, kernel: Kernel, source: int, made: int, shape: tuple[int, ...], differentiable: bool) -> None:
+        self.steps.append(Step(kernel, False, differentiable, source, None, None, None, made, None, None, shape))
 
 
 def _kind(t: Tensor) -> Kind:

@@ -134,8 +134,10 @@ class _Chained(torch.autograd.Function):
     def forward(ctx: Any, chain: Chain, addresses: list[int], *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.chain, ctx.backend = chain, ops.forced()
-        results, block = chain.together.run_and_keep(addresses)
-        ctx.save_for_backward(*(tensors[n] for n in chain.read_given), *(results[n] for n in chain.read_taken), block)
+        together = chain.together
+        results, block = together.run_and_keep(addresses)
+        saved = *(tensors[n] for n in together.read_given), *(results[n] for n in together.read_taken)
+        ctx.save_for_backward(*saved, block)
         needs = ctx.needs_input_grad[2:]
         fixed = [not any(needs[place] for place in places) for places in chain.sources]
         ctx.mark_non_differentiable(*(out for out, is_fixed in zip(results, fixed, strict=True) if is_fixed))
@@ -147,23 +149,24 @@ class _Chained(torch.autograd.Function):
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
         *saved, block = ctx.saved_tensors
-        count = len(chain.read_given)
-        known = dict(zip((*chain.read_given, *(chain.taken[n] for n in chain.read_taken)), saved, strict=True))
+        together = chain.together
+        given, count = together.read_given, len(together.read_given)
+        known = dict(zip((*given, *(chain.taken[n] for n in together.read_taken)), saved, strict=True))
         if not torch.is_grad_enabled() and not ops.needs_dispatcher(*(grad for grad in grads if grad is not None)):
-            return None, None, *chain.together.adjoint(known, block, grads, needs)
+            return None, None, *together.adjoint(known, block, grads, needs)
         fixed = {n: value for n, value in known.items() if n not in chain.made}
-        fixed |= {n: chain.together.kept(block, n) for n in chain.read_kept if n not in chain.made}
+        fixed |= {n: together.kept(block, n) for n in together.read_kept if n not in chain.made}
         ends = [(n, grad) for n, grad in zip(chain.taken, grads, strict=True) if grad is not None]
 
         def record(*inputs: Tensor) -> list[Tensor]:
-            values = fixed | dict(zip(chain.read_given, inputs, strict=True))
+            values = fixed | dict(zip(given, inputs, strict=True))
             chain.run_each(values, [step for step in chain.steps if step.differentiable], ops.recorded)
             return [values[n] for n, _ in ends]
 
-        wanted = [needs[n] for n in chain.read_given]
+        wanted = [needs[n] for n in given]
         with ops.backend(ctx.backend), without_autocast():
             found = _again(record, saved[:count], wanted, [grad for _, grad in ends])
-        gradients = dict(zip(chain.read_given, found, strict=True))
+        gradients = dict(zip(given, found, strict=True))
         return None, None, *(gradients.get(n) for n in range(len(needs)))
 
 

@@ -1,11 +1,13 @@
 // A two-dimensional convolution on boxes and its backward-data pass, on channels-last tensors, as direct convolutions:
 // the pixels that a band of the output reads are packed once, with ReLU' on the way, and the tiles of tile.h walk over
-// them with the packed weight; ReLU is applied to the sums before they leave the registers. Sums are taken in another
-// order than in the specification, pyxai_bounds/ops/reference.py.
+// them with the packed weight; ReLU, or what else comes next, is applied to the sums before they leave the registers.
+// Sums are taken in another order than in the specification, pyxai_bounds/ops/reference.py.
 //
 // Both passes are one: the backward-data pass of stride s is s*s convolutions of stride 1, one for each remainder of
 // the pixels that it writes, with those taps that reach them.
 #include <atomic>
+#include <cstdint>
+#include <new>
 
 #include "pyxai_bounds/parallel.h"
 #include "pyxai_bounds/scratch.h"
@@ -206,6 +208,11 @@ Terms terms_of(const Part& p, int64_t channels, int64_t row, bool outward) {
             outward ? block_outward : block_nearest};
 }
 
+// How the rows of an image's results are cut into bands, and what packing one takes.
+struct Bands {
+    int64_t height, count, elements, bit_bytes;
+};
+
 template <class T>
 struct Pass {
     Source<T> source;
@@ -213,6 +220,21 @@ struct Pass {
     Results<T> results;
     int64_t height, width;  // of the results
     Parts parts;
+    int64_t packed = 0;  // elements of the packed weight
+
+    // Gives the parts their places. Returns the pairs of a weight and a box that are multiplied.
+    int64_t place_parts() {
+        int64_t pairs = 0;
+        for (int i = 0; i < parts.count; ++i) {
+            parts.part[i].packed = packed;
+            packed += terms(parts.part[i]) * packed_outputs();
+            pairs += terms(parts.part[i]) * parts.part[i].rows.count * parts.part[i].columns.count * source.batch *
+                     weight.outputs;
+        }
+        return pairs;
+    }
+    int64_t elements() const { return height * width * weight.outputs; }  // of one image's results
+    int64_t room() const { return packed + terms_ahead * tile_width<T>; }
 
     bool few() const { return weight.outputs <= few_outputs; }
     bool knows_dead() const { return !few() && source.channels % 8 == 0; }
@@ -254,30 +276,26 @@ struct Pass {
         return 2 * w.rows() * w.columns() * source.channels;
     }
 
+    // As few as keep one in the cache and leave no thread idle for long; in cache lines of their own.
+    Bands bands(int threads) const {
+        const int64_t total = rows();
+        int64_t count = 1, height = total;
+        const auto idle = [&](int64_t units) { return threads > 1 && units < 8 * threads; };
+        while (height > 1 && (band_size(height) * int64_t{sizeof(T)} > band_bytes || idle(source.batch * count)))
+            height = ceil_div(total, ++count);
+        const int64_t elements = ceil_div(band_size(height), 16) * 16;
+        return {height, height > 0 ? ceil_div(total, height) : 0, elements,
+                ceil_div(elements / 16 + bits_slack, 64) * 64};
+    }
+
     // Is every weight 0 or at least `least`? If not, nothing is written.
     bool run(T least) {
-        int64_t packed = 0, pairs = 0;
-        for (int i = 0; i < parts.count; ++i) {
-            parts.part[i].packed = packed;
-            packed += terms(parts.part[i]) * packed_outputs();
-            pairs += terms(parts.part[i]) * parts.part[i].rows.count * parts.part[i].columns.count * source.batch *
-                     weight.outputs;
-        }
-        const int threads = team_size(pairs / conv2d_grain);
-        // As few bands as keep one in the cache and leave no thread idle for long.
-        const int64_t total = rows();
-        int64_t bands = 1, height = total;
-        const auto idle = [&](int64_t units) { return threads > 1 && units < 8 * threads; };
-        while (height > 1 && (band_size(height) * int64_t{sizeof(T)} > band_bytes || idle(source.batch * bands)))
-            height = ceil_div(total, ++bands);
-        bands = height > 0 ? ceil_div(total, height) : 0;
-
-        const Scratch<T> weights(packed + terms_ahead * tile_width<T>);
-        // A band for each thread, in cache lines of its own. Made here: no exception may leave a parallel region.
-        const int64_t units = source.batch * bands, size = ceil_div(band_size(height), 16) * 16;
-        const Scratch<T> packed_bands(threads * size);
-        const int64_t bit_bytes = ceil_div(size / 16 + bits_slack, 64) * 64;
-        const Scratch<uint8_t> packed_bits(threads * bit_bytes);
+        const int threads = team_size(place_parts() / conv2d_grain);
+        const Bands bands = this->bands(threads);
+        const Scratch<T> weights(room());
+        // A band for each thread. Made here: no exception may leave a parallel region.
+        const Scratch<T> packed_bands(threads * bands.elements);
+        const Scratch<uint8_t> packed_bits(threads * bands.bit_bytes);
         const Scratch<T*> places(threads * weight.taps());
         std::atomic<bool> fits{true}, finite{true};
         Tickets tickets;
@@ -286,22 +304,34 @@ struct Pass {
             team_barrier(team);
             const int64_t first = packed * rank / team, count = packed * (rank + 1) / team - first;
             if (least > T(0) && !no_less(count, weights.get() + first, least)) fits = false;
-            if (knows_dead() && !all_finite(count, weights.get() + first)) finite = false;
-            T* const band = packed_bands.get() + rank * size;
+            if (!share_is_finite(weights.get(), rank, team)) finite = false;
             team_barrier(team);
             if (!fits) return;
-            // 0 times infinity is NaN: of weights that are not finite nothing is left out.
-            uint8_t* const alive = knows_dead() && finite ? packed_bits.get() + rank * bit_bytes : nullptr;
-            for (int64_t unit = tickets.next(); unit < units; unit = tickets.next()) {
-                const int64_t image = unit / bands, begin = unit % bands * height, end = smaller(begin + height, total);
-                const Window w = window(begin, end);
-                source.pack(image, w, band, alive);
-                for (int i = 0; i < parts.count; ++i)
-                    convolve(parts.part[i], image, begin, smaller(end, parts.part[i].rows.count), w,
-                             Alive<T>{band, alive}, weights.get() + parts.part[i].packed);
-            }
+            const Alive<T> band{packed_bands.get() + rank * bands.elements,
+                                finite ? packed_bits.get() + rank * bands.bit_bytes : nullptr};
+            for (int64_t unit = tickets.next(); unit < source.batch * bands.count; unit = tickets.next())
+                convolve_band(unit / bands.count, unit % bands.count * bands.height, bands.height, source, results,
+                              band, weights.get());
         });
         return fits;
+    }
+
+    // Of one of a team. 0 times infinity is NaN: of weights that are not finite nothing is left out.
+    bool share_is_finite(const T* weights, int rank, int team) const {
+        const int64_t first = packed * rank / team, count = packed * (rank + 1) / team - first;
+        return knows_dead() && all_finite(count, weights + first);
+    }
+
+    // Some rows of an image's results. `band` is room to pack their source in, and for bits, if those are finite
+    // weights.
+    void convolve_band(int64_t image, int64_t begin, int64_t height, const Source<T>& from, const Results<T>& to,
+                       Alive<T> band, const T* weights) const {
+        const int64_t end = smaller(begin + height, rows());
+        const Window w = window(begin, end);
+        from.pack(image, w, const_cast<T*>(band.source), const_cast<uint8_t*>(band.bits));
+        for (int i = 0; i < parts.count; ++i)
+            convolve(parts.part[i], image, begin, smaller(end, parts.part[i].rows.count), w, to, band,
+                     weights + parts.part[i].packed);
     }
 
     // The share of one of a team. `places` has room for one per tap of the kernel.
@@ -327,8 +357,8 @@ struct Pass {
     }
 
     // Output rows [begin, end) of one part and one image.
-    void convolve(const Part& p, int64_t image, int64_t begin, int64_t end, Window w, Alive<T> band,
-                  const T* weights) const {
+    void convolve(const Part& p, int64_t image, int64_t begin, int64_t end, Window w, const Results<T>& results,
+                  Alive<T> band, const T* weights) const {
         const int64_t channels = source.channels, row = w.columns() * channels;
         const Terms terms = terms_of(p, channels, row, results.outward);
         const auto over_tiles = [&](auto sum) {
@@ -389,34 +419,121 @@ int64_t packed_bytes(int64_t elements) {
 }
 
 template <class T>
-bool conv2d(const Conv2d& s, const Outward<T>* outward, const T* mid, const T* rad, const T* weight, const T* bias,
-            T* out_mid, T* out_rad, uint8_t* state) {
+Pass<T> forward_pass(const Conv2d& s, const Widening<T>* widening, const T* rad_bias, const T* mid, const T* rad,
+                     const T* weight, const T* bias, T* out_mid, T* out_rad, Epilogue after) {
     const int64_t* w = s.weight_strides;
+    return {{s.batch, s.height, s.width, s.channels, mid, rad, {nullptr, 0, widening}},
+            {weight, s.outputs, s.channels, s.kernel[0], s.kernel[1], w[0], w[1], w[2], w[3]},
+            {s.outputs, bias, rad_bias, out_mid, out_rad, after,
+             packed_bytes(s.batch * s.out_height * s.out_width * s.outputs), widening != nullptr},
+            s.out_height,
+            s.out_width,
+            forward_parts(s)};
+}
+
+template <class T>
+Pass<T> backward_pass(const Conv2d& s, const Widening<T>* widening, const T* mid, const T* rad, const uint8_t* state,
+                      const T* weight, T* out_mid, T* out_rad, Epilogue after) {
+    const int64_t* w = s.weight_strides;
+    const Packing<T> packing{state, packed_bytes(s.batch * s.out_height * s.out_width * s.outputs), widening};
+    return {{s.batch, s.out_height, s.out_width, s.outputs, mid, rad, packing},
+            {weight, s.channels, s.outputs, s.kernel[0], s.kernel[1], w[1], w[0], w[2], w[3]},
+            {s.channels, nullptr, nullptr, out_mid, out_rad, after,
+             packed_bytes(s.batch * s.height * s.width * s.channels), widening != nullptr},
+            s.height,
+            s.width,
+            backward_parts(s)};
+}
+
+template <class T>
+bool conv2d(const Conv2d& s, const Outward<T>* outward, const T* mid, const T* rad, const T* weight, const T* bias,
+            T* out_mid, T* out_rad, Epilogue after) {
     const auto widening = widening_of(outward);
-    Pass<T> pass{{s.batch, s.height, s.width, s.channels, mid, rad, {nullptr, 0, outward ? &widening : nullptr}},
-                 {weight, s.outputs, s.channels, s.kernel[0], s.kernel[1], w[0], w[1], w[2], w[3]},
-                 {s.outputs, bias, outward ? outward->bias : nullptr, out_mid, out_rad, state,
-                  packed_bytes(s.batch * s.out_height * s.out_width * s.outputs), outward != nullptr},
-                 s.out_height,
-                 s.out_width,
-                 forward_parts(s)};
-    return pass.run(widening.least / 2);
+    return forward_pass(s, outward ? &widening : nullptr, outward ? outward->bias : nullptr, mid, rad, weight, bias,
+                        out_mid, out_rad, after)
+        .run(widening.least / 2);
 }
 
 template <class T>
 bool conv2d_backward(const Conv2d& s, const Outward<T>* outward, const T* mid, const T* rad, const uint8_t* state,
-                     const T* weight, T* out_mid, T* out_rad) {
-    const int64_t* w = s.weight_strides;
+                     const T* weight, T* out_mid, T* out_rad, Epilogue after) {
     const auto widening = widening_of(outward);
-    const Packing<T> packing{state, packed_bytes(s.batch * s.out_height * s.out_width * s.outputs),
-                             outward ? &widening : nullptr};
-    Pass<T> pass{{s.batch, s.out_height, s.out_width, s.outputs, mid, rad, packing},
-                 {weight, s.channels, s.outputs, s.kernel[0], s.kernel[1], w[1], w[0], w[2], w[3]},
-                 {s.channels, nullptr, nullptr, out_mid, out_rad, nullptr, 0, outward != nullptr},
-                 s.height,
-                 s.width,
-                 backward_parts(s)};
-    return pass.run(widening.least / 2);
+    return backward_pass(s, outward ? &widening : nullptr, mid, rad, state, weight, out_mid, out_rad, after)
+        .run(widening.least / 2);
+}
+
+// What a thread of `conv2d_steps` keeps of an image between two steps: midpoints and radii, of two steps by turns.
+template <class T>
+struct Between {
+    T* memory;
+    int64_t elements;  // of the largest midpoint
+
+    // Where those of a step lie, as if image `image` of `size` elements were one of a batch.
+    T* mid(int64_t step, int64_t image, int64_t size) const { return of(2 * (step % 2), image, size); }
+    T* rad(int64_t step, int64_t image, int64_t size) const { return of(2 * (step % 2) + 1, image, size); }
+    T* of(int64_t place, int64_t image, int64_t size) const {
+        return reinterpret_cast<T*>(reinterpret_cast<std::uintptr_t>(memory + place * elements) -
+                                    static_cast<std::uintptr_t>(image * size) * sizeof(T));
+    }
+};
+
+template <class T>
+void conv2d_steps(int64_t count, const Conv2dStep<T>* steps) {
+    const Scratch<Pass<T>> room_of_passes(count);
+    Pass<T>* const passes = room_of_passes.get();
+    Bands bands[most_conv2d_steps];
+    int64_t weights_at[most_conv2d_steps], room = 0, pairs = 0, taps = 0;
+    Between<T> between{nullptr, 0};
+    Bands most{};
+    for (int64_t i = 0; i < count; ++i) {
+        const Conv2dStep<T>& s = steps[i];
+        Pass<T>& pass =
+            *new (passes + i) Pass<T>(s.backward ? backward_pass<T>(s.shape, nullptr, s.mid, s.rad, s.state, s.weight,
+                                                                    s.out_mid, s.out_rad, s.after)
+                                                 : forward_pass<T>(s.shape, nullptr, nullptr, s.mid, s.rad, s.weight,
+                                                                   s.bias, s.out_mid, s.out_rad, s.after));
+        pairs += pass.place_parts();
+        weights_at[i] = room;
+        room += ceil_div(pass.room(), 16) * 16;
+        taps = greater(taps, pass.weight.taps());
+        bands[i] = pass.bands(1);
+        most.elements = greater(most.elements, bands[i].elements);
+        most.bit_bytes = greater(most.bit_bytes, bands[i].bit_bytes);
+        if (!s.out_mid) between.elements = greater(between.elements, ceil_div(pass.elements(), 16) * 16);
+    }
+    const int threads = team_size(pairs / conv2d_grain);
+    const Scratch<T> weights(room), packed_bands(threads * most.elements), kept(threads * 4 * between.elements);
+    const Scratch<uint8_t> packed_bits(threads * most.bit_bytes);
+    const Scratch<T*> places(threads * taps);
+    std::atomic<std::uint64_t> infinite{0};
+    Tickets tickets;
+    parallel_team(threads, [&](int rank, int team) {
+        for (int64_t i = 0; i < count; ++i)
+            passes[i].pack_weights(weights.get() + weights_at[i], places.get() + rank * taps, rank, team);
+        team_barrier(team);
+        for (int64_t i = 0; i < count; ++i)
+            if (!passes[i].share_is_finite(weights.get() + weights_at[i], rank, team))
+                infinite |= std::uint64_t{1} << i;
+        team_barrier(team);
+        T* const band = packed_bands.get() + rank * most.elements;
+        uint8_t* const bits = packed_bits.get() + rank * most.bit_bytes;
+        const Between<T> own{kept.get() + rank * 4 * between.elements, between.elements};
+        for (int64_t image = tickets.next(); image < steps[0].shape.batch; image = tickets.next())
+            for (int64_t i = 0; i < count; ++i) {
+                const Pass<T>& pass = passes[i];
+                Source<T> from = pass.source;
+                Results<T> to = pass.results;
+                if (!from.mid) {
+                    from.mid = own.mid(i - 1, image, passes[i - 1].elements());
+                    from.rad = own.rad(i - 1, image, passes[i - 1].elements());
+                }
+                if (!to.mid) to.mid = own.mid(i, image, pass.elements()), to.rad = own.rad(i, image, pass.elements());
+                const Alive<T> room{band, infinite >> i & 1 ? nullptr : bits};
+                for (int64_t b = 0; b < bands[i].count; ++b)
+                    pass.convolve_band(image, b * bands[i].height, bands[i].height, from, to, room,
+                                       weights.get() + weights_at[i]);
+            }
+    });
 }
 
 template <class T>
@@ -437,6 +554,7 @@ template <class T>
 void set_interval_conv2d(Stages<T>& stages) {
     stages.conv2d = conv2d<T>;
     stages.conv2d_backward = conv2d_backward<T>;
+    stages.conv2d_steps = conv2d_steps<T>;
     stages.conv2d_roundings = conv2d_roundings<T>;
 }
 

@@ -389,7 +389,7 @@ bool products_of_radii(int64_t batch, const T* rad, const Factors<T>& weight, T*
     const Scratch<T> apart(second < half ? half * outputs : 0);
     T* const other = second < half ? apart.get() : out + second * outputs;
     products<T>(half, rad + second * weight.terms, rad, {nullptr, 0, nullptr}, weight,
-                {outputs, nullptr, nullptr, other, out, nullptr, 0, false});
+                {outputs, nullptr, nullptr, other, out, {}, 0, false});
     if (second < half)
         for (int64_t i = outputs; i < half * outputs; ++i) out[second * outputs + i] = other[i];
     return true;
@@ -401,9 +401,10 @@ bool linear_many(int64_t batch, int64_t n, int64_t m, const Outward<T>* outward,
                  std::uint8_t* state) {
     if (!mid) return products_of_radii<T>(batch, rad, {m, n, row_stride, column_stride, weight, true}, out_rad);
     const auto widening = widening_of(outward);
-    return products<T>(
-        batch, mid, rad, {nullptr, 0, outward ? &widening : nullptr}, {m, n, row_stride, column_stride, weight, false},
-        {m, bias, outward ? outward->bias : nullptr, out_mid, out_rad, state, (batch * m + 7) / 8, outward != nullptr});
+    return products<T>(batch, mid, rad, {nullptr, 0, outward ? &widening : nullptr},
+                       {m, n, row_stride, column_stride, weight, false},
+                       {m, bias, outward ? outward->bias : nullptr, out_mid, out_rad, relu_into(state),
+                        (batch * m + 7) / 8, outward != nullptr});
 }
 
 template <class T>
@@ -414,7 +415,7 @@ bool linear_backward_many(int64_t batch, int64_t m, int64_t n, const Outward<T>*
     const auto widening = widening_of(outward);
     return products<T>(batch, mid, rad, {state, (batch * m + 7) / 8, outward ? &widening : nullptr},
                        {n, m, column_stride, row_stride, weight, false},
-                       {n, nullptr, nullptr, out_mid, out_rad, nullptr, 0, outward != nullptr});
+                       {n, nullptr, nullptr, out_mid, out_rad, {}, 0, outward != nullptr});
 }
 
 }  // namespace

@@ -12,7 +12,7 @@ import importlib
 import math
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -315,7 +315,7 @@ def _are_boxes(mid: Tensor, rad: Tensor, weight: Tensor, dim: int) -> bool:
 class Kernel(enum.IntEnum):
     """What a step of a chain runs."""
 
-    LINEAR = 0  # on a few boxes; the others have no derivative here
+    LINEAR = 0  # on a few boxes
     LINEAR_MANY = 1
     CONV2D = 2
     TRANSPOSE = 3  # one memory order of images into the other
@@ -338,6 +338,10 @@ class Step(NamedTuple):
     shape: tuple[int, ...]  # ``Conv2d``'s numbers; else batch, and features in and out, or rows and columns
     rest: tuple[Any, ...] = ()  # further arguments of the operator
 
+    @property
+    def moves(self) -> bool:
+        return self.kernel in (Kernel.TRANSPOSE, Kernel.VIEW)
+
     def reads(self) -> list[int]:
         return [number for number in (self.mid, self.rad, self.weight, self.third) if number is not None]
 
@@ -359,14 +363,16 @@ class Kind(NamedTuple):
 
 
 class Chain:
-    """Several layers and backward passes as one call; and their derivative, if they are linear layers on a few boxes.
+    """Several layers and backward passes as one call; and their derivative as another.
 
     Between two calls Python takes as long as the kernel of a small layer, and ten times as long when a large one has
     filled the caches. ``steps`` name values by number; ``values`` says what each is, first of the ``given`` ones that
-    a call passes; ``taken`` are those that it returns.
+    a call passes; ``taken`` are those that it returns, ``read`` those that the derivative reads.
     """
 
-    def __init__(self, steps: list[Step], values: list[Kind], given: int, taken: list[int]) -> None:
+    def __init__(
+        self, steps: list[Step], values: list[Kind], given: int, taken: list[int], read: Iterable[int]
+    ) -> None:
         self._kinds, self._given, self._taken = values, values[:given], taken
         self._small = [_is_small(values[number]) for number in taken]
         self._blank = [0] * (len(values) - given)
@@ -380,7 +386,13 @@ class Chain:
                 rows.append((step.kernel, step.backward, step.differentiable, *numbers, *step.shape))
         dtypes = {kind.dtype for kind in values} - {torch.uint8}
         assert len(dtypes) == 1, f"a chain on {dtypes} would write past its memory"
-        self._chain = _module().Chain(dtypes.pop().itemsize, rows, [kind.bytes for kind in values], given)
+        # What the derivative reads of the given values and of the results, and what it finds in the chain's own memory.
+        memory = sorted({same[number] for number in read})
+        self.read_given = [number for number in memory if number < given]
+        self.read_taken = [place for place, number in enumerate(taken) if number in memory]
+        self.read_kept = [number for number in memory if number >= given and number not in taken]
+        sizes = [kind.bytes for kind in values]
+        self._chain = _module().Chain(dtypes.pop().itemsize, rows, sizes, given, taken, self.read_kept)
         self._places, self._size = self._chain.places, self._chain.size
 
     def addresses(self, tensors: Sequence[Tensor]) -> list[int] | None:
@@ -401,10 +413,10 @@ class Chain:
         return results
 
     def run_and_keep(self, given: list[int]) -> tuple[list[Tensor], Tensor]:
-        """The values that are taken, and a block of memory that holds the others, for the derivative."""
+        """The values that are taken, and a block of memory that holds those that are kept, for the derivative."""
         addresses = given + self._blank
         results = self._results(addresses)
-        block = torch.empty(self._size, dtype=torch.uint8, device=_CPU)
+        block = _contiguous((self._size,), torch.uint8)
         self._chain.run(addresses, block.data_ptr())
         return results, block
 
@@ -418,7 +430,7 @@ class Chain:
         return results
 
     def kept(self, block: Tensor, number: int) -> Tensor:
-        """A value that is in the block."""
+        """A value that is in the block, if it is no image."""
         kind, start = self._kinds[number], self._places[number]
         return block[start : start + kind.bytes].view(kind.dtype).view(kind.shape)
 
@@ -432,13 +444,13 @@ class Chain:
         count = len(self._kinds)
         addresses, given_grads, wanted = [0] * count, [0] * count, [0] * len(self._given)
         # What hooks on saved tensors give back may lie otherwise in memory.
-        read = {number: t.contiguous() for number, t in known.items()}
+        read = {number: self._dense(number, t) for number, t in known.items()}
         for number, t in read.items():
             addresses[number] = t.data_ptr()
-        dense = [None if grad is None else grad.contiguous() for grad in grads]
-        for number, grad in zip(self._taken, dense, strict=True):
-            if grad is not None:
-                given_grads[number] = grad.data_ptr()
+        taken = zip(self._taken, grads, strict=True)
+        dense = {number: self._dense(number, grad) for number, grad in taken if grad is not None}
+        for number, grad in dense.items():
+            given_grads[number] = grad.data_ptr()
         found: list[Tensor | None] = [None] * len(needs)
         for number, needed in enumerate(needs):
             if needed:
@@ -447,6 +459,9 @@ class Chain:
         written = self._chain.adjoint(addresses, block.data_ptr(), given_grads, wanted)
         return [gradient if is_written else None for gradient, is_written in zip(found, written, strict=True)]
 
+    def _dense(self, number: int, t: Tensor) -> Tensor:
+        return t.contiguous(memory_format=self._kinds[number].order)
+
 
 def _is_small(kind: Kind) -> bool:
     """May PyTorch allocate it, in its usual order?"""
@@ -454,12 +469,18 @@ def _is_small(kind: Kind) -> bool:
 
 
 def kernel_of(
-    mid: Tensor, rad: Tensor, weight: Tensor, third: Tensor | None, backward: bool, geometry: tuple[Any, ...]
+    mid: Tensor,
+    rad: Tensor,
+    weight: Tensor,
+    third: Tensor | None,
+    backward: bool,
+    geometry: tuple[Any, ...],
+    differentiable: bool,
 ) -> tuple[Kernel, tuple[int, ...]] | None:
     """Which kernel a chain runs for an affine operator without outward rounding, and its ``Step.shape``; None: none.
 
     ``third``: a bias, or, backward, ReLU′'s state. ``geometry``: a convolution's input size, stride, padding, dilation
-    and groups; empty for a linear layer.
+    and groups; empty for a linear layer. ``differentiable``: is there a derivative to be had, too?
     """
     outputs = weight.shape[0]
     if backward:
@@ -471,7 +492,8 @@ def kernel_of(
     if geometry:
         size, stride, padding, dilation, groups = geometry
         numbers = _geometry(mid, rad, weight, size, stride, padding, dilation, groups, backward)
-        return None if numbers is None else (Kernel.CONV2D, numbers)
+        suits = numbers is not None and (not differentiable or _suits_weight(numbers, weight))
+        return (Kernel.CONV2D, numbers) if numbers is not None and suits else None
     summed = 0 if backward else 1
     shape = (*mid.shape, weight.shape[1 - summed])
     if few(mid, rad, weight, summed):
@@ -653,9 +675,11 @@ def _empty(count: int, size: Sequence[int], strides: Sequence[int], dtype: torch
     module, bytes_ = _module(), count * dtype.itemsize
     if not module.least_kept <= bytes_ <= module.most_kept or torch.are_deterministic_algorithms_enabled():
         return torch.empty_strided(size, strides, dtype=dtype, device=_CPU)  # which fills what it returns, if asked to
-    storage = torch.frombuffer(module.Memory(bytes_), dtype=torch.uint8).untyped_storage()
-    # Not a view of the buffer's tensor, which autograd would treat otherwise than what an operator returns.
-    return torch.empty(0, dtype=dtype, device=_CPU).set_(storage, 0, size, strides)
+    # Not a view of the buffer's tensor, which autograd would treat otherwise than what an operator returns; nor made of
+    # its storage, which would then belong to Python too, so that autograd would add no other gradient in place.
+    out = torch.empty(0, dtype=dtype, device=_CPU)
+    out.data = torch.frombuffer(module.Memory(bytes_), dtype=dtype).as_strided(size, strides)
+    return out
 
 
 def _no_state(mid: Tensor) -> Tensor:
@@ -698,7 +722,8 @@ def interval_conv2d_weight(
         )
         geometry = _geometry(box[0], box[-1], weight, size, *args, groups, False)
         of_grads = _geometry(grads[0], grads[-1], weight, size, *args, groups, True)
-        if geometry is not None and geometry == of_grads and _suits_weight(geometry, weight):
+        # So many channels, and it is faster than a library.
+        if geometry is not None and geometry == of_grads and _suits_weight(geometry, weight) and geometry[1] >= 8:
             out = _contiguous(weight.shape, weight.dtype)
             addresses = _addresses(grad_mid, grad_rad, mid, rad, weight, out)
             _module().conv2d_weight(weight.element_size(), geometry, *addresses)
@@ -709,8 +734,8 @@ def interval_conv2d_weight(
 
 
 def _suits_weight(geometry: tuple[int, ...], weight: Tensor) -> bool:
-    """Whole registers of outputs, which the kernel needs; and so many channels that it is faster than a library."""
-    return geometry[4] * weight.element_size() % 64 == 0 and geometry[1] >= 8
+    """Whole registers of outputs, which the kernel of a weight's gradient needs."""
+    return geometry[4] * weight.element_size() % 64 == 0
 
 
 def signed_sum(of_mid: Tensor | None, of_rad: Tensor | None, weight: Tensor) -> Tensor:

@@ -156,6 +156,34 @@ def test_what_is_kept_has_a_limit(keeps_memory):
     assert module.memory_kept() == kept
 
 
+class Large(torch.autograd.Function):
+    """A sum whose gradient lies in kept memory."""
+
+    @staticmethod
+    def forward(ctx, weight, places):
+        ctx.shape, ctx.places = weight.shape, places
+        return weight.sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        out = native._contiguous(ctx.shape, grad.dtype).fill_(grad.item())
+        ctx.places.append(out.data_ptr())
+        return out, None
+
+
+@needs_native
+def test_autograd_adds_to_a_gradient_in_kept_memory_in_place(keeps_memory):
+    """A third matrix as large as the weight would cost a step of a small network more than its sum."""
+    weight, places = torch.ones(256, 1024, requires_grad=True), []
+    torch.autograd.backward(
+        [torch.nn.functional.linear(torch.ones(3, 1024), weight).sum(), Large.apply(weight, places)]
+    )
+    assert places == [weight.grad.data_ptr()]
+    assert torch.equal(weight.grad, torch.full_like(weight, 4))
+    with torch.inference_mode():
+        assert native._contiguous((256, 1024), torch.float64).is_contiguous()
+
+
 @needs_native
 def test_results_in_kept_memory_are_ordinary_tensors(keeps_memory, tmp_path):
     with torch.no_grad():

@@ -8,6 +8,7 @@ namespace pyxai_bounds {
 
 // A backward-data pass takes strides whose product is no more than this.
 inline constexpr int most_remainders = 64;
+inline constexpr int most_conv2d_steps = 64;
 
 // A convolution of channels-last tensors: [batch, height, width, channels] to [batch, out_height, out_width, outputs].
 // Pairs are (vertical, horizontal). The weight's element [o, c, i, j] lies at the sum of indices times strides.
@@ -30,6 +31,27 @@ template <class T>
 struct ScaleShift {
     const T *scale, *shift, *scale_rad, *shift_rad;
     T evaluated, least;
+};
+
+// What happens to results before they are written: nothing, ReLU, whose state goes to `made`, ReLU' at the state
+// `given`, whose gate goes to `made` unless that is null, or the gate `given`. It needs a multiple of 16 outputs, and
+// registers of at least 8 elements.
+struct Epilogue {
+    enum Kind { none, relu, relu_backward, gate } kind;
+    const std::uint8_t* given;
+    std::uint8_t* made;
+};
+
+// One of several convolutions and backward-data passes that an image goes through. Where `mid` and `rad` are null they
+// are the results of the step before, which then has no place for them: `out_mid` and `out_rad` are null, too.
+template <class T>
+struct Conv2dStep {
+    bool backward;
+    Conv2d shape;
+    const T *mid, *rad, *weight, *bias;
+    const std::uint8_t* state;  // of ReLU' before a backward-data pass
+    T *out_mid, *out_rad;
+    Epilogue after;
 };
 
 // Elementwise stages: all arrays are dense and in one memory order. Packed bits are two planes of ceil(n / 8) bytes,
@@ -78,15 +100,18 @@ struct Stages {
     bool (*linear_backward_many)(std::int64_t batch, std::int64_t m, std::int64_t n, const Outward<T>* outward,
                                  const T* mid, const T* rad, const std::uint8_t* state, const T* weight,
                                  std::int64_t row_stride, std::int64_t column_stride, T* out_mid, T* out_rad);
-    // Convolutions with ReLU after them, if there is somewhere to write its state, and their backward-data pass with
-    // ReLU' before it, if there is a state of it: `mid`, `rad` are then [batch, out_height, out_width, outputs].
+    // Convolutions, and their backward-data pass with ReLU' before it, if there is a state of it: `mid`, `rad` are then
+    // [batch, out_height, out_width, outputs].
     // A state needs a multiple of 16 outputs, and registers of 8 elements. `outward` may be null; else each weight that
     // is not 0 must be at least the square root of the least normal number: if one is not, they return false and have
     // written nothing.
     bool (*conv2d)(const Conv2d& shape, const Outward<T>* outward, const T* mid, const T* rad, const T* weight,
-                   const T* bias, T* out_mid, T* out_rad, std::uint8_t* state);
+                   const T* bias, T* out_mid, T* out_rad, Epilogue after);
     bool (*conv2d_backward)(const Conv2d& shape, const Outward<T>* outward, const T* mid, const T* rad,
-                            const std::uint8_t* state, const T* weight, T* out_mid, T* out_rad);
+                            const std::uint8_t* state, const T* weight, T* out_mid, T* out_rad, Epilogue after);
+    // Several of them, up to `most_conv2d_steps`, rounded to nearest, of one number of images: a thread takes an image
+    // through all of them, so that what lies in between stays in its cache.
+    void (*conv2d_steps)(std::int64_t count, const Conv2dStep<T>* steps);
     // Their gradient in the weight: grad_mid, grad_rad have the shape of outputs, mid, rad that of inputs; of midpoints
     // or of radii both may be null, for zeros. Outputs are a multiple of the lanes of a register of this level. `out`
     // is [outputs, channels, kernel's rows, kernel's columns], contiguous.

@@ -12,6 +12,7 @@
 #include "pyxai_bounds/keep.h"
 #include "pyxai_bounds/outward.h"
 #include "pyxai_bounds/scratch.h"
+#include "pyxai_bounds/stages.h"
 #include "pyxai_bounds/vec.h"
 
 namespace pyxai_bounds::PYXAI_BOUNDS_LEVEL {
@@ -310,16 +311,21 @@ bool all_finite(std::int64_t count, const T* numbers) {
     return sum + Vec<T>::sum(sums) == T(0);
 }
 
-// Where sums go: `outputs` neighbours for each pixel, with a bias first and ReLU after, if there are any. A state needs
-// outputs that are a multiple of `bits_together`. Rounded outward, a radius is NaN where the midpoint is not finite:
-// there a partial sum has overflowed and says nothing of the real number, so that ReLU must not call it active or dead.
+// ReLU, if there is somewhere to write its state.
+inline Epilogue relu_into(std::uint8_t* state) {
+    return {state ? Epilogue::relu : Epilogue::none, nullptr, state};
+}
+
+// Where sums go: `outputs` neighbours for each pixel, with a bias first, if there is one, and an epilogue. Rounded
+// outward, a radius is NaN where the midpoint is not finite: there a partial sum has overflowed and says nothing of the
+// real number, so that ReLU must not call it active or dead.
 template <class T>
 struct Results {
     std::int64_t outputs;
     const T *bias, *rad_bias;
     T *mid, *rad;
-    std::uint8_t* state;
-    std::int64_t plane;  // bytes of the state in each plane
+    Epilogue after;
+    std::int64_t plane;  // bytes of its bits in each plane
     bool outward;
 
     // `at`: where the outputs of each of `count` pixels begin; `output` is the first of the sums.
@@ -355,8 +361,8 @@ struct Results {
                 sums.rad[p][v] = Vec<T>::load(rads) + sums.rad[p][v];
             }
     }
-    Results without_bias() const { return {outputs, nullptr, rad_bias, mid, rad, state, plane, outward}; }
-    Results partial() const { return {outputs, nullptr, nullptr, mid, rad, nullptr, 0, false}; }
+    Results without_bias() const { return {outputs, nullptr, rad_bias, mid, rad, after, plane, outward}; }
+    Results partial() const { return {outputs, nullptr, nullptr, mid, rad, {}, 0, false}; }
 
     template <class V>
     void write_vector(std::int64_t i, std::int64_t output, V m, V r) const {
@@ -364,13 +370,22 @@ struct Results {
         if (rad_bias) r = r + V::load(rad_bias + output);
         if (outward) r = r + m * V::fill(T(0));
         if constexpr (V::lanes > 1)
-            if (state) {
-                const Keep<V> keep = relu_keeps(m, r);
+            if (after.kind != Epilogue::none) {
+                const Keep<V> keep = keeps(m, r, i);
                 outward ? keep_ends<true, T>(m, r, keep) : keep_ends<false, T>(m, r, keep);
-                Bits{V::bits(keep.lower), V::bits(keep.upper)}.store(state, plane, i / 8, V::lanes / 8);
+                if (after.made)
+                    Bits{V::bits(keep.lower), V::bits(keep.upper)}.store(after.made, plane, i / 8, V::lanes / 8);
             }
         m.store(mid + i);
         r.store(rad + i);
+    }
+
+    template <class V>
+    Keep<V> keeps(V m, V r, std::int64_t i) const {
+        if (after.kind == Epilogue::relu) return relu_keeps(m, r);
+        const Bits bits = Bits::load(after.given, plane, i / 8, V::lanes / 8);
+        const Keep<V> given{V::from_bits(bits.lower), V::from_bits(bits.upper)};
+        return after.kind == Epilogue::gate ? given : relu_backward_keeps(m, r, given);
     }
 
     template <int pixels, int few>
