@@ -175,12 +175,20 @@ def _clean_modes() -> Iterator[None]:
         stack.enter_context(without_autocast())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_no_fused_layers())
+        # The caller's hooks (non-reentrant checkpoint has some) would replace what the tracer follows by copies that it
+        # does not know, which become constants. The innermost hooks count; torch.func, which needs none, refuses any.
+        if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_itself, _itself))
         stack.enter_context(torch._dynamo.config.patch(error_on_nested_fx_trace=False))  # torch 2.11 refuses instead
         # What tracing itself provokes is no news about the user's program: it looks at .grad, and it hooks modules.
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
         warnings.filterwarnings("ignore", message=r"Using `torch.compile\(module\)` when there are global hooks")
         yield
+
+
+def _itself(t: Tensor) -> Tensor:
+    return t
 
 
 @contextlib.contextmanager

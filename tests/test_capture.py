@@ -18,6 +18,7 @@ import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 import pyxai_bounds as xb
 from pyxai_bounds import capture, decompose, program, watch
@@ -928,3 +929,32 @@ def test_recapture_after_a_change_that_no_call_notices() -> None:
     model.options.scale = 3.0
     bounded.recapture()
     assert bounded(box).mid.tolist() == xb.bound(model)(box).mid.tolist() == [3.0, 3.0]
+
+
+@pytest.mark.parametrize("batch", [5, 100])  # few boxes are a chain, many are operators one by one
+@pytest.mark.parametrize("image", [False, True])
+def test_first_calls_inside_a_checkpoint(batch: int, image: bool) -> None:
+    """Its hooks on saved tensors must not come between the tracer and the parameters."""
+    torch.manual_seed(0)
+    first: list[nn.Module] = [nn.Conv2d(1, 3, 3), nn.Flatten()] if image else []
+    inputs = 3 * 6 * 6 if image else 64
+    model = nn.Sequential(*first, nn.Linear(inputs, 16), nn.ReLU(), nn.Linear(16, 4)).double()
+    x = torch.rand(batch, *((1, 8, 8) if image else (64,)), dtype=torch.float64)
+    target, eps = torch.zeros(batch, dtype=torch.long), 0.1
+
+    def gradients(checkpointed: bool) -> list[Tensor]:
+        bounded = xb.bound(xb.explain.gradient(model))
+
+        def widths(x: Tensor) -> Tensor:
+            return bounded(xb.Interval.of(x, torch.full_like(x, eps)), target).rad
+
+        for _ in range(2):
+            leaf = x.clone().requires_grad_()
+            rad = checkpoint(widths, leaf, use_reentrant=False) if checkpointed else widths(leaf)
+            found = torch.autograd.grad(rad.square().sum(), [p for p in model.parameters() if p.dim() > 1])
+        later = bounded(xb.Interval.linf(x, eps), target).rad
+        assert later.requires_grad and torch.equal(later, rad)
+        return [rad.detach(), *found]
+
+    for a, e in zip(gradients(True), gradients(False), strict=True):
+        assert e.any() and torch.equal(a, e)

@@ -332,10 +332,6 @@ def _affine_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.input_size = inputs[0].shape
 
 
-def _affine_grads(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None) -> Any:
-    return _gate_adjoint(mid_grad, rad_grad, ctx.saved_tensors[3]) if ctx.relu else (mid_grad, rad_grad)
-
-
 def _linear_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None, _: Any) -> Any:
     mid, rad, weight, state = ctx.saved_tensors
     need_mid, need_rad, need_weight, need_bias = ctx.needs_input_grad[:4]
@@ -346,7 +342,8 @@ def _linear_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None,
         )  # fmt: skip
         if found is not None:
             return *found, None, None
-    mid_grad, rad_grad = _affine_grads(ctx, mid_grad, rad_grad)
+    if ctx.relu:
+        mid_grad, rad_grad = _gate_adjoint(mid_grad, rad_grad, state)
     if need_mid and need_rad and has_kernels(weight):
         box_grad = interval_linear_backward(*_both(mid_grad, rad_grad), weight, None)
     else:
@@ -381,8 +378,7 @@ def _data_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(mid, rad, weight, state)
 
 
-def _gated(ctx: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-    mid, rad, _, state = ctx.saved_tensors
+def _gated(mid: Tensor, rad: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     return (mid, rad, None) if state is None else _call(interval_relu_backward, mid, rad, state)
 
 
@@ -404,7 +400,7 @@ def _linear_data_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | 
         )
         if found is not None:
             return *found, None, None
-    mid, rad, gate = _gated(ctx)
+    mid, rad, gate = _gated(mid, rad, state)
     weight_grad = None
     box_grad: Any = (None, None)
     if ctx.needs_input_grad[2]:  # the roles of input and output gradient are exchanged
@@ -447,9 +443,10 @@ def _conv2d_fake(mid, rad, weight, bias, stride, padding, dilation, groups, relu
 
 
 def _conv2d_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None, _: Any) -> Any:
-    mid, rad, weight, _state = ctx.saved_tensors
+    mid, rad, weight, state = ctx.saved_tensors  # once: who checkpoints refuses a second time
     need_mid, need_rad, need_weight, need_bias = ctx.needs_input_grad[:4]
-    mid_grad, rad_grad = _affine_grads(ctx, mid_grad, rad_grad)
+    if ctx.relu:
+        mid_grad, rad_grad = _gate_adjoint(mid_grad, rad_grad, state)
     args = ctx.args[:4]
     if need_mid and need_rad and (has_kernels(weight) or (mid_grad is not None and rad_grad is not None)):
         both = _both(mid_grad, rad_grad)
@@ -483,8 +480,8 @@ interval_conv2d = _define(
 
 
 def _conv2d_data_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None) -> Any:
-    weight = ctx.saved_tensors[2]
-    mid, rad, gate = _gated(ctx)
+    mid, rad, weight, state = ctx.saved_tensors
+    mid, rad, gate = _gated(mid, rad, state)
     # In the box's own order: the results are gated in it, and channels-last convolutions are the faster ones.
     mid_grad, rad_grad = (None if grad is None else dense(mid, grad)[1] for grad in (mid_grad, rad_grad))
     args = ctx.args[1:5]
