@@ -348,8 +348,7 @@ def forward_into(
     tf32: bool,
 ) -> None:
     """The convolution of the box; then ReLU if a state is given, which needs OC / groups to be a multiple of 8."""
-    flat = is_flat(mid.shape[1] // groups) and block.flat
-    if is_flat(mid.shape[1]) and not flat:
+    if is_flat(mid.shape[1]) and groups == 1 and not block.flat:
         mid, rad, weight = (_with_more_channels(t) for t in (mid, rad, weight))
     _, C, H, W = mid.shape
     B, OC, OH, OW = out_mid.shape
@@ -362,7 +361,7 @@ def forward_into(
             out_mid, out_rad, mid if out_state is None else out_state,
             M, H, W, C, OH, OW, OC, CG, OG, KH, KW, *stride, *padding, *dilation, M * OC // 8,
             HAS_BIAS=bias is not None, RELU=out_state is not None,
-            FLAT=flat, EVEN=CG % block.k == 0, WIDE=max(mid.numel(), out_mid.numel()) >= 2**30,
+            FLAT=block.flat, EVEN=CG % block.k == 0, WIDE=max(mid.numel(), out_mid.numel()) >= 2**30,
             BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=block.k, num_warps=block.warps, num_stages=block.stages,
             **dot_options(mid, tf32),
         )  # fmt: skip

@@ -63,6 +63,5 @@ def imitate(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     for name, imitation in imitations.items():
         monkeypatch.setattr(torch.cuda, name, imitation)
-    monkeypatch.setattr(replay, "_on_gpu", lambda t: True)
-    for module in (errors, rounding):
+    for module in (errors, rounding, replay):
         monkeypatch.setattr(module, "on_gpu", lambda t: True)

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from pyxai_bounds import ops
+from pyxai_bounds.errors import on_gpu
 
 # Where launches are what costs: a program that writes more spends longer on memory (a GPU moves 4 GiB in about 1 ms)
 # than on the launches that a graph saves, and would hold that memory for good.
@@ -69,7 +70,7 @@ class Replay:
     """
 
     def __init__(self, fn: Callable[..., Sequence[Tensor]], example: Sequence[Tensor]) -> None:
-        if not example or not all(_on_gpu(t) for t in example):
+        if not example or not all(on_gpu(t) for t in example):
             raise ValueError("Only work on CUDA tensors can be recorded; call the function itself.")
         self._lock = threading.Lock()
         with torch.cuda.device(example[0].device), torch.no_grad():  # all streams are the current device's
@@ -96,10 +97,6 @@ class Replay:
             results = tuple(t.clone() for t in self._graph.outputs)
             self._free.record()
         return results
-
-
-def _on_gpu(t: Tensor) -> bool:
-    return t.is_cuda
 
 
 def _once(t: Tensor) -> Tensor:
@@ -260,7 +257,7 @@ def _recordable(tensors: Sequence[Tensor]) -> bool:
     return (
         bool(tensors)
         and os.environ.get("PYXAI_BOUNDS_CUDA_GRAPHS", "1") != "0"
-        and all(_on_gpu(t) and t.device == tensors[0].device and type(t) in _PLAIN for t in tensors)
+        and all(on_gpu(t) and t.device == tensors[0].device and type(t) in _PLAIN for t in tensors)
         and _get_current_dispatch_mode() is None
         and not any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)
         and not torch.compiler.is_compiling()
@@ -273,7 +270,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 def _circumstances(constants: Sequence[Tensor]) -> tuple | None:
     """All that a recording takes for granted; None if it cannot: numbers on the CPU would be copied into it."""
-    if not all(_on_gpu(t) for t in constants):
+    if not all(on_gpu(t) for t in constants):
         return None
     return (*_settings(), *((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in constants))
 

@@ -191,7 +191,7 @@ def test_numbers_on_the_cpu_and_looks_at_values_are_not_recorded(device, recorde
     constant = torch.full((), 2.0)
     x = torch.rand(3, 4, device=device)
     if device == "cpu":
-        monkeypatch.setattr(replay, "_on_gpu", lambda t: t is not constant)
+        monkeypatch.setattr(replay, "on_gpu", lambda t: t is not constant)
     functions = [lambda t: t * constant]
     weight = torch.rand(4, 4, device=device)
     box = xb.parameter_box(model := nn.Linear(4, 2).to(device), absolute=0.1)
