@@ -22,7 +22,8 @@ class Emulator:
 
     def __init__(self, folder: Path) -> None:
         library = folder / "emulated.so"
-        sources = [arg for source in sorted((SOURCES / "cuda").glob("*.cu")) for arg in ("-x", "c++", str(source))]
+        files = sorted([*(SOURCES / "cuda").glob("*.cu"), *(SOURCES / "hopper").glob("*.cu")])
+        sources = [arg for source in files for arg in ("-x", "c++", str(source))]
         command = ["c++", *FLAGS, f"-I{HERE}", f"-I{SOURCES / 'include'}", *sources, "-o", str(library)]
         subprocess.run(command, check=True)
         self._library = ctypes.CDLL(str(library))

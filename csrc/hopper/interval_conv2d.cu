@@ -1,0 +1,534 @@
+// The convolution of a box and its backward-data pass on Hopper's tensor cores: 16-bit numbers, sums in float32, with
+// what follows them (bias, ReLU, ReLU′, a gate) done before anything is written.
+//
+// A box needs two sums, of mid·W and of rad·|W|, and so twice the accumulators of an ordinary product: tiles are half as
+// large, and cuDNN's way of reading each pixel once for each tap would ask for more of L2 than it gives. Here the pixels
+// that a column of taps reaches are brought into shared memory once, a panel of rows on top of one another, in which the
+// next tap of the column begins a row further down. Where the image's edge is, the copy engine writes zeros.
+//
+// One warp brings panels and weights, eight multiply; a block walks over tiles, so that the next tile's panels arrive
+// while this one's results are written. Training only: sums are in any order, and nothing is rounded outward.
+#include "pyxai_bounds/hopper.cuh"
+#include "pyxai_bounds/hopper.h"
+
+namespace pyxai_bounds::hopper {
+namespace {
+
+constexpr int threads = 384, multipliers = 256, group_threads = 128;
+constexpr int depth = 64;           // channels of a panel: 128 bytes, the longest row that is swizzled
+constexpr int row_bytes = 128;      // of one pixel in a panel
+constexpr int most_memory = 232448; // bytes that a block may have
+constexpr int most_stages = 6;
+constexpr int most_taps = 3;        // of one panel
+constexpr int most_panels = 25;     // in all
+constexpr int most_packed = 49;     // taps
+
+enum Epilogue { bias_only, relu, relu_backward, gate };
+
+// A column of taps that read one panel: where it begins in the source, and which row of it each tap begins at.
+struct Panel {
+    signed char y, x;            // of the first row and column, from the tile's, in steps of the stride,
+    signed char y_phase, x_phase;  // and between two steps
+    signed char first_tap, taps;   // in the order of the packed weights
+    signed char rows_down[most_taps];
+};
+
+// Pixels of the result that the same taps reach: all, or those of one remainder modulo the stride.
+struct Phase {
+    int y, x;  // of the first such pixel
+    int first_panel, panels;
+};
+
+struct Plan {
+    int batch, height, width;  // of the result
+    int rows, columns;         // of a phase
+    int step_y, step_x;        // between pixels of a phase
+    int phases, chunks;        // of the source's channels
+    int channels;              // of the result
+    int taps;
+    int tile_width, tile_width_log, tile_rows_log;  // pixels of a tile: [images, rows, width]
+    int tile_images;
+    int tiles_x, tiles_y, tiles_b, tiles_n;
+    int panel_bytes, stage_bytes, stages;
+    Phase phase[4];
+    Panel panel[most_panels];
+};
+
+struct Work {
+    int phase, b, y, x, n;
+};
+
+__device__ inline Work work_of(const Plan& plan, int tile) {
+    Work work;
+    work.n = tile % plan.tiles_n, tile /= plan.tiles_n;
+    work.phase = tile % plan.phases, tile /= plan.phases;
+    work.x = (tile % plan.tiles_x) << plan.tile_width_log, tile /= plan.tiles_x;
+    work.y = (tile % plan.tiles_y) << plan.tile_rows_log;
+    work.b = tile / plan.tiles_y * plan.tile_images;
+    return work;
+}
+
+__device__ inline bool bit(unsigned byte, int i) {
+    return byte >> i & 1;
+}
+
+// Each end kept or zeroed, as in kernels/ends.py.
+__device__ inline void keep(float& mid, float& rad, bool keep_lower, bool keep_upper) {
+    const bool both = keep_lower && keep_upper;
+    const float lower = keep_lower ? mid - rad : 0.0f, upper = keep_upper ? mid + rad : 0.0f;
+    mid = both ? mid : (lower + upper) * 0.5f, rad = both ? rad : (upper - lower) * 0.5f;
+}
+
+// Neighbours in fours of a warp exchange pairs, so that thread i has of all four what they had at place i.
+__device__ inline void exchange(float (&v)[4][2], int lane) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+#pragma unroll
+        for (int distance = 1; distance < 4; distance *= 2) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                if (i & distance) continue;
+                const bool second = lane & distance;
+                const float got = swap_lanes(second ? v[i][c] : v[i + distance][c], distance);
+                if (second)
+                    v[i][c] = got;
+                else
+                    v[i + distance][c] = got;
+            }
+        }
+    }
+}
+
+struct Words {
+    uint32_t x, y, z, w;
+};
+
+// Eight channels of one pixel, side by side: the epilogue, and the results.
+template <int epilogue, class T>
+__device__ void finish(int64_t at, int64_t plane, float (&mid)[4][2], float (&rad)[4][2], const T* bias,
+                       const uint8_t* bits, T* out_mid, T* out_rad, uint8_t* out_bits) {
+    const int64_t byte = at / 8;
+    if (epilogue <= relu && bias != nullptr) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) mid[i / 2][i % 2] += widened(bias[i]);
+    }
+    unsigned lowers = 0, uppers = 0, kept_lower = 0, kept_upper = 0;
+    if constexpr (epilogue >= relu_backward) lowers = bits[byte], uppers = bits[plane + byte];
+    if constexpr (epilogue != bias_only) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            float &m = mid[i / 2][i % 2], &r = rad[i / 2][i % 2];
+            const float lower = m - r, upper = m + r;
+            bool keep_lower = bit(lowers, i), keep_upper = bit(uppers, i);
+            if (epilogue == relu) keep_lower = lower > 0.0f, keep_upper = !(upper <= 0.0f);
+            if (epilogue == relu_backward) {
+                const bool active = keep_lower, alive = keep_upper;
+                keep_lower = active || (alive && !(lower >= 0.0f)), keep_upper = active || (alive && !(upper <= 0.0f));
+            }
+            keep(m, r, keep_lower, keep_upper);
+            kept_lower |= static_cast<unsigned>(keep_lower) << i, kept_upper |= static_cast<unsigned>(keep_upper) << i;
+        }
+        if (epilogue != gate) {
+            out_bits[byte] = static_cast<uint8_t>(kept_lower);
+            out_bits[plane + byte] = static_cast<uint8_t>(kept_upper);
+        }
+    }
+    *reinterpret_cast<Words*>(out_mid + at) = {packed<T>(mid[0][0], mid[0][1]), packed<T>(mid[1][0], mid[1][1]),
+                                               packed<T>(mid[2][0], mid[2][1]), packed<T>(mid[3][0], mid[3][1])};
+    *reinterpret_cast<Words*>(out_rad + at) = {packed<T>(rad[0][0], rad[0][1]), packed<T>(rad[1][0], rad[1][1]),
+                                               packed<T>(rad[2][0], rad[2][1]), packed<T>(rad[3][0], rad[3][1])};
+}
+
+// Where stages lie: `full` says that a stage's bytes have come, `empty` that both groups of warps have used them.
+struct Ring {
+    uint8_t* memory;
+    Barrier *full, *empty;
+    int stages, stage = 0;
+    uint32_t parity = 0;
+
+    __device__ void next() {
+        if (++stage == stages) stage = 0, parity ^= 1;
+    }
+};
+
+// A tile is `blocks`·64 pixels for each of two groups of warps, and `columns` channels of the result.
+template <class T, int blocks, int columns, int epilogue>
+__global__ void __launch_bounds__(threads, 1)
+    interval_conv2d_kernel(const __grid_constant__ Plan plan, const __grid_constant__ Map mid_map,
+                           const __grid_constant__ Map rad_map, const __grid_constant__ Map weight_map, int tiles,
+                           const T* bias, const uint8_t* bits, T* out_mid, T* out_rad,
+                           uint8_t* out_bits) {
+    constexpr int weight_bytes = columns * row_bytes;
+    uint8_t* const memory = dynamic_memory();
+    Barrier* const barriers = reinterpret_cast<Barrier*>(memory + plan.stages * plan.stage_bytes);
+    Ring ring{memory, barriers, barriers + most_stages, plan.stages};
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < plan.stages; ++i) barrier_init(ring.full + i, 1), barrier_init(ring.empty + i, 2);
+        barriers_are_made();
+    }
+    __syncthreads();
+
+    if (threadIdx.x >= multipliers) {
+        give_registers<40>();
+        if (threadIdx.x != multipliers) return;
+        for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+            const Work work = work_of(plan, tile);
+            const Phase& phase = plan.phase[work.phase];
+            for (int p = phase.first_panel; p < phase.first_panel + phase.panels; ++p) {
+                const Panel& panel = plan.panel[p];
+                for (int chunk = 0; chunk < plan.chunks; ++chunk) {
+                    for (int kind = 0; kind < 2; ++kind) {
+                        wait(ring.empty + ring.stage, ring.parity ^ 1);
+                        Barrier* const full = ring.full + ring.stage;
+                        uint8_t* const to = ring.memory + ring.stage * plan.stage_bytes;
+                        arrive_and_expect(full, plan.panel_bytes + panel.taps * weight_bytes);
+                        copy_box(to, kind == 0 ? &mid_map : &rad_map, full,
+                                 (panel.x_phase * plan.chunks + chunk) * depth, work.x + panel.x, panel.y_phase,
+                                 work.y + panel.y, work.b);
+                        for (int t = 0; t < panel.taps; ++t)
+                            copy_box(to + plan.panel_bytes + t * weight_bytes, &weight_map, full, chunk * depth,
+                                     work.n * columns, kind * plan.taps + panel.first_tap + t, 0, 0);
+                        ring.next();
+                    }
+                }
+            }
+        }
+        return;
+    }
+
+    take_registers<232>();
+    const int group = of_warp(threadIdx.x / group_threads), lane = threadIdx.x % 32;
+    const int first_row = group * blocks * 64, my_row = first_row + threadIdx.x % group_threads / 32 * 16 + lane / 4;
+    const bool speaks = threadIdx.x % group_threads == 0;
+    const int64_t plane = static_cast<int64_t>(plan.batch) * plan.height * plan.width * plan.channels / 8;
+    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+        const Work work = work_of(plan, tile);
+        const Phase& phase = plan.phase[work.phase];
+        float sums[2][blocks][columns / 2];
+        int used = -1;  // the stage whose products may be unfinished
+        bool begun = false;
+        for (int p = phase.first_panel; p < phase.first_panel + phase.panels; ++p) {
+            const Panel& panel = plan.panel[p];
+            for (int chunk = 0; chunk < plan.chunks; ++chunk) {
+#pragma unroll
+                for (int kind = 0; kind < 2; ++kind) {
+                    wait(ring.full + ring.stage, ring.parity);
+                    const uint8_t* const from = ring.memory + ring.stage * plan.stage_bytes;
+                    const Tile pixels = tile_at(from), weights = tile_at(from + plan.panel_bytes);
+                    // Without a loop at run time: the compiler would wait at the end of each round.
+                    const auto multiply_taps = [&](auto taps) {
+                        products_begin();
+#pragma unroll
+                        for (int t = 0; t < taps.value; ++t) {
+                            const int down = (panel.rows_down[t] << plan.tile_width_log) + first_row;
+                            const Tile a = moved(pixels, down * row_bytes), b = moved(weights, t * weight_bytes);
+#pragma unroll
+                            for (int k = 0; k < depth / 16; ++k) {
+#pragma unroll
+                                for (int i = 0; i < blocks; ++i)
+                                    multiply<T>(sums[kind][i], moved(a, i * 64 * row_bytes + k * 32), moved(b, k * 32),
+                                                begun || t > 0 || k > 0);
+                            }
+                        }
+                        products_are_queued();
+                        products_wait<1>();
+                    };
+                    if (panel.taps == 3)
+                        multiply_taps(std::integral_constant<int, 3>{});
+                    else if (panel.taps == 2)
+                        multiply_taps(std::integral_constant<int, 2>{});
+                    else
+                        multiply_taps(std::integral_constant<int, 1>{});
+                    if (used >= 0 && speaks) arrive(ring.empty + used);
+                    used = ring.stage;
+                    ring.next();
+                }
+                begun = true;
+            }
+        }
+        products_wait<0>();
+        if (used >= 0 && speaks) arrive(ring.empty + used);
+
+#pragma unroll
+        for (int i = 0; i < blocks; ++i) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int row = my_row + i * 64 + half * 8;
+                const int x = work.x + (row & (plan.tile_width - 1)), line = row >> plan.tile_width_log;
+                const int y = work.y + (line & ((1 << plan.tile_rows_log) - 1));
+                const int b = work.b + (line >> plan.tile_rows_log);
+                const bool inside = b < plan.batch && y < plan.rows && x < plan.columns;
+                const int64_t pixel = (static_cast<int64_t>(b) * plan.height + phase.y + y * plan.step_y) * plan.width +
+                                      phase.x + x * plan.step_x;
+#pragma unroll
+                for (int j = 0; j < columns / 32; ++j) {
+                    float mid[4][2], rad[4][2];
+#pragma unroll
+                    for (int l = 0; l < 8; ++l) {
+                        const int at = (j * 4 + l / 2) * 4 + half * 2 + l % 2;
+                        mid[l / 2][l % 2] = sums[0][i][at], rad[l / 2][l % 2] = sums[1][i][at];
+                    }
+                    exchange(mid, lane), exchange(rad, lane);
+                    const int channel = work.n * columns + (j * 4 + lane % 4) * 8;
+                    if (inside)
+                        finish<epilogue>(pixel * plan.channels + channel, plane, mid, rad,
+                                  bias == nullptr ? bias : bias + channel, bits, out_mid, out_rad, out_bits);
+                }
+            }
+        }
+    }
+}
+
+// W and |W| as [2, taps, channels of the result, channels of the source], taps as the plan takes them.
+struct Order {
+    signed char tap[most_packed];
+};
+template <class T>
+__global__ void __launch_bounds__(group_threads)
+    pack_weight_kernel(const T* weight, T* to, Order order, int taps, int targets, int sources, int64_t at_target,
+                       int64_t at_source, int64_t at_tap) {
+    const int64_t i = static_cast<int64_t>(blockIdx.x) * group_threads + threadIdx.x;
+    const int64_t size = static_cast<int64_t>(taps) * targets * sources;
+    if (i >= size) return;
+    const int64_t source = i % sources, target = i / sources % targets, tap = i / sources / targets;
+    const T w = weight[target * at_target + source * at_source + order.tap[tap] * at_tap];
+    to[i] = w, to[size + i] = magnitude(w);
+}
+
+// --- the plan -------------------------------------------------------------------------------------------------------
+
+int floor_div(int a, int b) {
+    return a / b - (a % b != 0 && (a < 0) != (b < 0));
+}
+
+int log2_of(int n) {
+    int log = 0;
+    while (1 << log < n) ++log;
+    return log;
+}
+
+struct Tap {
+    int y, x, y_phase, x_phase, index;
+};
+
+// Appends the phase's panels; false if there are too many.
+bool add_phase(Plan& plan, Order& order, Tap (&taps)[most_packed], int count, int& panels, int& packed_taps, int share) {
+    // Taps that read the same columns, one row after the other.
+    for (int i = 1; i < count; ++i) {
+        const auto before = [](const Tap& a, const Tap& b) {
+            if (a.x != b.x) return a.x < b.x;
+            if (a.x_phase != b.x_phase) return a.x_phase < b.x_phase;
+            if (a.y_phase != b.y_phase) return a.y_phase < b.y_phase;
+            return a.y < b.y;
+        };
+        for (int j = i; j > 0 && before(taps[j], taps[j - 1]); --j) {
+            const Tap other = taps[j];
+            taps[j] = taps[j - 1], taps[j - 1] = other;
+        }
+    }
+    for (int i = 0; i < count; ++i) {
+        const Tap& tap = taps[i];
+        Panel* last = panels > plan.phase[plan.phases].first_panel ? &plan.panel[panels - 1] : nullptr;
+        const bool fits = last != nullptr && last->x == tap.x && last->x_phase == tap.x_phase &&
+                          last->y_phase == tap.y_phase && tap.y - last->y < share && last->taps < most_taps;
+        if (!fits) {
+            if (panels == most_panels) return false;
+            last = &plan.panel[panels++];
+            *last = {static_cast<signed char>(tap.y), static_cast<signed char>(tap.x),
+                     static_cast<signed char>(tap.y_phase), static_cast<signed char>(tap.x_phase),
+                     static_cast<signed char>(packed_taps), 0, {}};
+        }
+        last->rows_down[last->taps++] = static_cast<signed char>(tap.y - last->y);
+        order.tap[packed_taps++] = static_cast<signed char>(tap.index);
+    }
+    plan.phase[plan.phases].panels = panels - plan.phase[plan.phases].first_panel;
+    ++plan.phases;
+    return true;
+}
+
+struct Convolution {
+    bool transposed;
+    int batch, source_height, source_width, source_channels, target_height, target_width, target_channels;
+    int kernel_y, kernel_x, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x;
+};
+
+// Pixels of a tile, as [images, rows, width]: narrow and tall, so that few rows are brought twice; of small images,
+// several. False if none fits.
+bool shape_tile(Plan& plan, int pixels) {
+    int best = 0, width = 0;
+    for (int w = 8; w <= 128 && w <= pixels; w *= 2) {
+        const int rows = pixels / w, tiles = (plan.rows + rows - 1) / rows;
+        const int used = plan.rows * 1024 / (tiles * rows);  // how much of the tiles is no waste
+        if (plan.columns % w == 0 && used > best) best = used, width = w;
+    }
+    const int image = plan.rows * plan.columns;
+    const bool small = image < pixels && pixels % image == 0 && (plan.columns & (plan.columns - 1)) == 0;
+    if (small) best = 1024, width = plan.columns;
+    if (best < 512) return false;
+    plan.tile_width = width, plan.tile_images = small ? pixels / image : 1;
+    const int rows = pixels / width / plan.tile_images;
+    plan.tile_width_log = log2_of(width), plan.tile_rows_log = log2_of(rows);
+    plan.tiles_x = plan.columns / width, plan.tiles_y = (plan.rows + rows - 1) / rows;
+    plan.tiles_b = (plan.batch + plan.tile_images - 1) / plan.tile_images;
+    return true;
+}
+
+// Null, or why these kernels do not take it.
+const char* make_plan(const Convolution& c, int pixels, int columns, Plan& plan, Order& order) {
+    const int phases_y = c.transposed ? c.stride_y : 1, phases_x = c.transposed ? c.stride_x : 1;
+    const int steps_y = c.transposed ? 1 : c.stride_y, steps_x = c.transposed ? 1 : c.stride_x;
+    if (c.source_channels % depth != 0 || c.target_channels % columns != 0)
+        return "the channels are no multiples of the tile's";
+    if (c.target_height % phases_y != 0 || c.target_width % phases_x != 0 || c.source_height % steps_y != 0 ||
+        c.source_width % steps_x != 0)
+        return "the image is no multiple of the stride";
+    if (phases_y * phases_x > 4 || c.kernel_y * c.kernel_x > most_packed) return "too many taps or a stride above 2";
+    plan = {}, order = {};
+    plan.batch = c.batch, plan.height = c.target_height, plan.width = c.target_width;
+    plan.channels = c.target_channels;
+    plan.rows = c.target_height / phases_y, plan.columns = c.target_width / phases_x;
+    plan.step_y = phases_y, plan.step_x = phases_x;
+    plan.chunks = c.source_channels / depth, plan.taps = c.kernel_y * c.kernel_x;
+    plan.tiles_n = c.target_channels / columns;
+    if (!shape_tile(plan, pixels)) return "the image does not divide into tiles";
+    const int share = plan.tile_images == 1 ? most_taps : 1;
+    int panels = 0, packed_taps = 0;
+    for (int y = 0; y < phases_y; ++y) {
+        for (int x = 0; x < phases_x; ++x) {
+            Tap taps[most_packed];
+            int count = 0;
+            for (int ky = 0; ky < c.kernel_y; ++ky) {
+                for (int kx = 0; kx < c.kernel_x; ++kx) {
+                    Tap tap{ky * c.dilation_y - c.padding_y, kx * c.dilation_x - c.padding_x, 0, 0,
+                            ky * c.kernel_x + kx};
+                    if (c.transposed) {
+                        tap.y = y - tap.y, tap.x = x - tap.x;
+                        if (tap.y % phases_y != 0 || tap.x % phases_x != 0) continue;
+                        tap.y /= phases_y, tap.x /= phases_x;
+                    } else {
+                        tap.y_phase = tap.y - floor_div(tap.y, steps_y) * steps_y, tap.y = floor_div(tap.y, steps_y);
+                        tap.x_phase = tap.x - floor_div(tap.x, steps_x) * steps_x, tap.x = floor_div(tap.x, steps_x);
+                    }
+                    if (tap.y < -127 || tap.y > 127 || tap.x < -127 || tap.x > 127) return "a tap is too far away";
+                    taps[count++] = tap;
+                }
+            }
+            if (count == 0) return "no tap reaches some pixels";
+            plan.phase[plan.phases] = {y, x, panels, 0};
+            if (!add_phase(plan, order, taps, count, panels, packed_taps, share)) return "too many columns of taps";
+        }
+    }
+    int down = 0, taps = 0;
+    for (int p = 0; p < panels; ++p) {
+        const Panel& panel = plan.panel[p];
+        if (panel.taps > taps) taps = panel.taps;
+        if (panel.rows_down[panel.taps - 1] > down) down = panel.rows_down[panel.taps - 1];
+    }
+    const int rows = (1 << plan.tile_rows_log) + down;
+    if (rows > 256) return "a panel has too many rows";
+    plan.panel_bytes = plan.tile_images * rows * plan.tile_width * row_bytes;
+    plan.stage_bytes = plan.panel_bytes + taps * columns * row_bytes;
+    plan.stages = (most_memory - 2 * most_stages * static_cast<int>(sizeof(Barrier))) / plan.stage_bytes;
+    if (plan.stages > most_stages) plan.stages = most_stages;
+    if (plan.stages < 2) return "two stages are more than shared memory holds";
+    const int64_t tiles =
+        static_cast<int64_t>(plan.tiles_x) * plan.tiles_y * plan.tiles_b * plan.tiles_n * plan.phases;
+    return tiles > 0x7fffffff ? "the result has more tiles than one launch can have" : nullptr;
+}
+
+struct Arrays {
+    std::uintptr_t mid, rad, weight;
+    int64_t at_target, at_source, at_tap;
+    std::uintptr_t packed, bias, bits, out_mid, out_rad, out_bits;
+};
+
+template <class T>
+const T* at(std::uintptr_t address) {
+    return reinterpret_cast<const T*>(address);
+}
+
+template <class T, int blocks, int columns>
+const char* convolve(int device, std::uintptr_t stream, int epilogue, const Convolution& c, const Arrays& a) {
+    Plan plan;
+    Order order;
+    if (const char* wrong = make_plan(c, 2 * blocks * 64, columns, plan, order)) return wrong;
+    if (a.out_mid == 0) return nullptr;  // only asked whether it can be done
+    Map mid, rad, weight;
+    {
+        const uint64_t C = c.source_channels, H = c.source_height, W = c.source_width;
+        const uint64_t sy = c.transposed ? 1 : c.stride_y, sx = c.transposed ? 1 : c.stride_x;
+        const uint64_t sizes[5] = {sx * C, W / sx, sy, H / sy, static_cast<uint64_t>(c.batch)};
+        const uint64_t pitches[4] = {2 * sx * C, 2 * W * C, 2 * sy * W * C, 2 * H * W * C};
+        const uint32_t width = plan.tile_width, images = plan.tile_images;
+        const uint32_t box[5] = {depth, width, 1, plan.panel_bytes / (images * width * row_bytes), images};
+        if (const char* wrong = make_map<T>(&mid, at<T>(a.mid), sizes, pitches, box)) return wrong;
+        if (const char* wrong = make_map<T>(&rad, at<T>(a.rad), sizes, pitches, box)) return wrong;
+    }
+    {
+        const uint64_t C = c.source_channels, N = c.target_channels, taps = 2 * static_cast<uint64_t>(plan.taps);
+        const uint64_t sizes[5] = {C, N, taps, 1, 1};
+        const uint64_t pitches[4] = {2 * C, 2 * C * N, 2 * C * N * taps, 2 * C * N * taps};
+        const uint32_t box[5] = {depth, columns, 1, 1, 1};
+        if (const char* wrong = make_map<T>(&weight, at<T>(a.packed), sizes, pitches, box)) return wrong;
+    }
+    const int64_t elements = static_cast<int64_t>(plan.taps) * c.target_channels * c.source_channels;
+    const char* wrong = launch(pack_weight_kernel<T>, device, stream, (elements + group_threads - 1) / group_threads,
+                               group_threads, 0, at<T>(a.weight), const_cast<T*>(at<T>(a.packed)), order, plan.taps,
+                               c.target_channels, c.source_channels, a.at_target, a.at_source, a.at_tap);
+    if (wrong != nullptr) return wrong;
+    const int tiles = plan.tiles_x * plan.tiles_y * plan.tiles_b * plan.tiles_n * plan.phases;
+    const int there = processors(device), shared = plan.stages * plan.stage_bytes + 2 * most_stages * sizeof(Barrier);
+    const auto start = [&](auto kernel) {
+        return launch(kernel, device, stream, tiles < there ? tiles : there, threads, shared, plan, mid, rad, weight,
+                      tiles, at<T>(a.bias), at<uint8_t>(a.bits), const_cast<T*>(at<T>(a.out_mid)),
+                      const_cast<T*>(at<T>(a.out_rad)), const_cast<uint8_t*>(at<uint8_t>(a.out_bits)));
+    };
+    switch (epilogue) {
+    case bias_only: return start(interval_conv2d_kernel<T, blocks, columns, bias_only>);
+    case relu: return start(interval_conv2d_kernel<T, blocks, columns, relu>);
+    case relu_backward: return start(interval_conv2d_kernel<T, blocks, columns, relu_backward>);
+    case gate: return start(interval_conv2d_kernel<T, blocks, columns, gate>);
+    }
+    return "there are four epilogues, 0 to 3";
+}
+
+}  // namespace
+}  // namespace pyxai_bounds::hopper
+
+extern "C" const char* hopper_check(std::int64_t device) {
+    return pyxai_bounds::hopper::is_hopper(static_cast<int>(device)) ? nullptr : "its compute capability is not 9.0";
+}
+
+extern "C" const char* hopper_convolve(
+    std::int64_t device, std::uintptr_t stream, std::int64_t is_half, std::int64_t columns, std::int64_t epilogue,
+    std::int64_t transposed, std::int64_t batch, std::int64_t source_height, std::int64_t source_width,
+    std::int64_t source_channels, std::int64_t target_height, std::int64_t target_width, std::int64_t target_channels,
+    std::int64_t kernel_height, std::int64_t kernel_width, std::int64_t stride_height, std::int64_t stride_width,
+    std::int64_t padding_height, std::int64_t padding_width, std::int64_t dilation_height,
+    std::int64_t dilation_width, std::int64_t at_target, std::int64_t at_source, std::int64_t at_tap,
+    std::uintptr_t mid, std::uintptr_t rad, std::uintptr_t weight, std::uintptr_t packed, std::uintptr_t bias,
+    std::uintptr_t bits, std::uintptr_t out_mid, std::uintptr_t out_rad, std::uintptr_t out_bits) {
+    using namespace pyxai_bounds::hopper;
+    constexpr std::int64_t most = 1 << 24;
+    for (const std::int64_t size : {batch, source_height, source_width, source_channels, target_height, target_width,
+                                    target_channels, kernel_height, kernel_width, stride_height, stride_width})
+        if (size < 1 || size > most) return "a size is out of range";
+    for (const std::int64_t size : {padding_height, padding_width, dilation_height, dilation_width})
+        if (size < 0 || size > most) return "a size is out of range";
+    const auto number = [](std::int64_t n) { return static_cast<int>(n); };
+    const Convolution c{transposed != 0,          number(batch),         number(source_height),
+                        number(source_width),     number(source_channels), number(target_height),
+                        number(target_width),     number(target_channels), number(kernel_height),
+                        number(kernel_width),     number(stride_height), number(stride_width),
+                        number(padding_height),   number(padding_width), number(dilation_height),
+                        number(dilation_width)};
+    const Arrays a{mid, rad, weight, at_target, at_source, at_tap, packed, bias, bits, out_mid, out_rad, out_bits};
+    const auto run = [&](auto element) -> const char* {
+        using T = decltype(element);
+        const int gpu = number(device), what = number(epilogue);
+        if (columns == 64) return convolve<T, 2, 64>(gpu, stream, what, c, a);
+        if (columns == 128) return convolve<T, 1, 128>(gpu, stream, what, c, a);
+        return "a tile has 64 or 128 columns";
+    };
+    return is_half ? run(Half{}) : run(BFloat16{});
+}

@@ -1,0 +1,249 @@
+// What csrc/hopper uses of Hopper GPUs, on the CPU; see cuda_runtime.h. Products run when they are waited for, so that a
+// stage that is given back too early shows in the results.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <type_traits>
+
+#include "cuda_runtime.h"
+
+#define __grid_constant__
+
+inline dim3 gridDim;
+
+namespace pyxai_bounds::hopper {
+
+using std::int64_t;
+using std::uint32_t;
+using std::uint64_t;
+using std::uint8_t;
+
+struct BFloat16 {
+    uint16_t bits;
+};
+struct Half {
+    uint16_t bits;
+};
+
+inline float widened(BFloat16 x) {
+    const uint32_t word = static_cast<uint32_t>(x.bits) << 16;
+    float out;
+    std::memcpy(&out, &word, 4);
+    return out;
+}
+inline float widened(Half x) {
+    _Float16 out;
+    std::memcpy(&out, &x, 2);
+    return out;
+}
+template <class T>
+T magnitude(T x) {
+    return {static_cast<uint16_t>(x.bits & 0x7fff)};
+}
+template <class T>
+uint32_t rounded(float x) {
+    if constexpr (std::is_same_v<T, Half>) {
+        const _Float16 y = static_cast<_Float16>(x);
+        uint16_t bits;
+        std::memcpy(&bits, &y, 2);
+        return bits;
+    } else {
+        uint32_t word;
+        std::memcpy(&word, &x, 4);
+        if (x != x) return 0x7fff;
+        return (word + 0x7fff + (word >> 16 & 1)) >> 16;
+    }
+}
+template <class T>
+uint32_t packed(float first, float second) {
+    return rounded<T>(first) | rounded<T>(second) << 16;
+}
+
+inline void yield() {
+    __syncthreads();
+}
+
+alignas(1024) inline uint8_t shared[232448];
+inline uint8_t* dynamic_memory() {
+    return shared;
+}
+
+// --- barriers ---------------------------------------------------------------------------------------------------
+
+struct Barrier {
+    uint32_t wanted, left, phase;
+    int64_t bytes;
+
+    void settle() {
+        if (left == 0 && bytes == 0) left = wanted, phase ^= 1;
+    }
+};
+inline void barrier_init(Barrier* barrier, uint32_t arrivals) {
+    *barrier = {arrivals, arrivals, 0, 0};
+}
+inline void barriers_are_made() {}
+inline void arrive(Barrier* barrier) {
+    --barrier->left;
+    barrier->settle();
+}
+inline void arrive_and_expect(Barrier* barrier, uint32_t bytes) {
+    barrier->bytes += bytes;
+    arrive(barrier);
+}
+inline void wait(Barrier* barrier, uint32_t parity) {
+    while (barrier->phase == parity) yield();
+}
+
+// --- copies -----------------------------------------------------------------------------------------------------
+
+struct Map {
+    const uint8_t* tensor;
+    uint64_t sizes[5], pitches[4];
+    uint32_t box[5];
+};
+inline int64_t swizzled(int64_t address) {
+    return address ^ (address >> 7 & 7) << 4;
+}
+inline void copy_box(void* to, const Map* map, Barrier* barrier, int at0, int at1, int at2, int at3, int at4) {
+    const int64_t at[5] = {at0, at1, at2, at3, at4};
+    const int64_t start = static_cast<uint8_t*>(to) - shared;
+    if (start % 128 != 0) __builtin_trap();
+    int64_t n = 0, i[5];
+    for (i[4] = 0; i[4] < map->box[4]; ++i[4])
+        for (i[3] = 0; i[3] < map->box[3]; ++i[3])
+            for (i[2] = 0; i[2] < map->box[2]; ++i[2])
+                for (i[1] = 0; i[1] < map->box[1]; ++i[1])
+                    for (i[0] = 0; i[0] < map->box[0]; ++i[0], ++n) {
+                        int64_t from = 0;
+                        bool inside = true;
+                        for (int d = 0; d < 5; ++d) {
+                            const int64_t place = at[d] + i[d];
+                            inside = inside && place >= 0 && place < static_cast<int64_t>(map->sizes[d]);
+                            from += place * static_cast<int64_t>(d == 0 ? 2 : map->pitches[d - 1]);
+                        }
+                        uint16_t value = 0;
+                        if (inside) std::memcpy(&value, map->tensor + from, 2);
+                        std::memcpy(shared + swizzled(start + n * 2), &value, 2);
+                    }
+    barrier->bytes -= 2 * n;
+    barrier->settle();
+}
+template <class T>
+const char* make_map(Map* map, const void* tensor, const uint64_t (&sizes)[5], const uint64_t (&pitches)[4],
+                     const uint32_t (&box)[5]) {
+    map->tensor = static_cast<const uint8_t*>(tensor);
+    for (int d = 0; d < 5; ++d) {
+        map->sizes[d] = sizes[d], map->box[d] = box[d];
+        if (box[d] > 256 || box[d] == 0 || sizes[d] == 0) return "refused";
+        if (d < 4) {
+            map->pitches[d] = pitches[d];
+            if (pitches[d] % 16 != 0) return "refused";
+        }
+    }
+    return box[0] == 64 ? nullptr : "refused";
+}
+
+// --- products ---------------------------------------------------------------------------------------------------
+
+using Tile = int64_t;
+inline Tile tile_at(const void* p) {
+    return static_cast<const uint8_t*>(p) - shared;
+}
+inline Tile moved(Tile tile, int bytes) {
+    return tile + bytes;
+}
+
+struct Queue {
+    std::deque<std::function<void()>> products;
+    std::deque<size_t> groups;
+    size_t open = 0;
+};
+inline Queue queues[1024];
+inline Queue& queue() {
+    return queues[emulation::block.current];
+}
+
+inline void products_begin() {}
+inline void products_are_queued() {
+    queue().groups.push_back(queue().open), queue().open = 0;
+}
+template <int unfinished>
+void products_wait() {
+    yield();  // others may run first
+    Queue& mine = queue();
+    for (; mine.groups.size() > unfinished; mine.groups.pop_front()) {
+        for (size_t i = 0; i < mine.groups.front(); ++i) mine.products.front()(), mine.products.pop_front();
+    }
+}
+template <class T, int size>
+void multiply(float (&d)[size], Tile a, Tile b, int add) {
+    const int thread = threadIdx.x % 128, lane = thread % 32;
+    float* const sums = d;
+    ++queue().open;
+    queue().products.push_back([=] {
+        const auto value = [](Tile tile, int row, int term) {
+            T x;
+            const int64_t address = tile + row / 8 * 1024 + row % 8 * 128 + term * 2;
+            std::memcpy(&x, shared + swizzled(address), 2);
+            return widened(x);
+        };
+        float rows[2][16];
+        for (int half = 0; half < 2; ++half)
+            for (int k = 0; k < 16; ++k) rows[half][k] = value(a, thread / 32 * 16 + lane / 4 + half * 8, k);
+        for (int j = 0; j < size / 4; ++j) {
+            for (int c = 0; c < 2; ++c) {
+                float column[16];
+                for (int k = 0; k < 16; ++k) column[k] = value(b, j * 8 + lane % 4 * 2 + c, k);
+                for (int half = 0; half < 2; ++half) {
+                    float& sum = sums[j * 4 + half * 2 + c];
+                    if (!add) sum = 0;
+                    for (int k = 0; k < 16; ++k) sum += rows[half][k] * column[k];
+                }
+            }
+        }
+    });
+}
+
+template <int registers>
+void give_registers() {}
+template <int registers>
+void take_registers() {}
+
+inline int of_warp(int x) {
+    return x;  // each thread has its warp's
+}
+inline float exchanged[1024];
+inline float swap_lanes(float x, int distance) {
+    exchanged[threadIdx.x] = x;
+    yield();
+    const float got = exchanged[threadIdx.x ^ distance];
+    yield();
+    return got;
+}
+
+// --- the host ---------------------------------------------------------------------------------------------------
+
+inline int processors(int) {
+    return 3;  // fewer than there are tiles, or a block would do one at most
+}
+inline bool is_hopper(int) {
+    return true;
+}
+
+template <class... Parameters, class... Arguments>
+const char* launch(void (*kernel)(Parameters...), int device, std::uintptr_t, int64_t blocks, int threads,
+                   int shared_bytes, const Arguments&... arguments) {
+    if (device != 0) return "invalid device ordinal";
+    if (shared_bytes > static_cast<int>(sizeof(shared))) return "invalid argument";
+    gridDim.x = static_cast<unsigned>(blocks);
+    for (int64_t i = 0; i < blocks; ++i) {
+        blockIdx.x = static_cast<unsigned>(i);
+        std::memset(shared, 0xff, sizeof(shared));  // not a number
+        emulation::run(static_cast<unsigned>(threads), [&] { kernel(arguments...); });
+    }
+    return nullptr;
+}
+
+}  // namespace pyxai_bounds::hopper
