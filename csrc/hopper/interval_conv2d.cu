@@ -15,8 +15,11 @@ namespace pyxai_bounds::hopper {
 namespace {
 
 constexpr int threads = 384, multipliers = 256, group_threads = 128;
+constexpr int tile_channels = 64, group_pixels = 128, tile_pixels = 2 * group_pixels;
+constexpr int slices = 8;           // of a tile's results, that are written one after the other
 constexpr int depth = 64;           // channels of a panel: 128 bytes, the longest row that is swizzled
-constexpr int row_bytes = 128;      // of one pixel in a panel
+constexpr int row_bytes = 128;      // of one pixel in a panel, or of one channel of the result in the weights
+constexpr int weight_bytes = tile_channels * row_bytes;
 constexpr int most_memory = 232448; // bytes that a block may have
 constexpr int most_stages = 6;
 constexpr int most_taps = 3;        // of one panel
@@ -79,64 +82,60 @@ __device__ inline void keep(float& mid, float& rad, bool keep_lower, bool keep_u
     mid = both ? mid : (lower + upper) * 0.5f, rad = both ? rad : (upper - lower) * 0.5f;
 }
 
-// Neighbours in fours of a warp exchange pairs, so that thread i has of all four what they had at place i.
-__device__ inline void exchange(float (&v)[4][2], int lane) {
+// Neighbours in fours of a warp exchange words, so that thread i has of all four what they had at place i.
+__device__ inline void exchange(uint32_t (&v)[4], int lane) {
 #pragma unroll
-    for (int c = 0; c < 2; ++c) {
+    for (int distance = 1; distance < 4; distance *= 2) {
+        const bool second = lane & distance;
 #pragma unroll
-        for (int distance = 1; distance < 4; distance *= 2) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                if (i & distance) continue;
-                const bool second = lane & distance;
-                const float got = swap_lanes(second ? v[i][c] : v[i + distance][c], distance);
-                if (second)
-                    v[i][c] = got;
-                else
-                    v[i + distance][c] = got;
-            }
+        for (int i = 0; i < 4; ++i) {
+            if (i & distance) continue;
+            const uint32_t got = swap_lanes(second ? v[i] : v[i + distance], distance);
+            v[i] = second ? got : v[i], v[i + distance] = second ? v[i + distance] : got;
         }
     }
 }
 
-struct Words {
-    uint32_t x, y, z, w;
+struct alignas(16) Words {
+    uint32_t word[4];
 };
 
 // Eight channels of one pixel, side by side: the epilogue, and the results.
-template <int epilogue, class T>
-__device__ void finish(int64_t at, int64_t plane, float (&mid)[4][2], float (&rad)[4][2], const T* bias,
-                       const uint8_t* bits, T* out_mid, T* out_rad, uint8_t* out_bits) {
-    const int64_t byte = at / 8;
-    if (epilogue <= relu && bias != nullptr) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) mid[i / 2][i % 2] += widened(bias[i]);
-    }
-    unsigned lowers = 0, uppers = 0, kept_lower = 0, kept_upper = 0;
-    if constexpr (epilogue >= relu_backward) lowers = bits[byte], uppers = bits[plane + byte];
+template <class T, int epilogue>
+__device__ inline void finish(int64_t at, int64_t plane, Words mid, Words rad, const uint8_t* bits, T* out_mid,
+                              T* out_rad, uint8_t* out_bits) {
     if constexpr (epilogue != bias_only) {
+        const int64_t byte = at / 8;
+        unsigned lowers = 0, uppers = 0, kept_lower = 0, kept_upper = 0;
+        if constexpr (epilogue >= relu_backward) lowers = bits[byte], uppers = bits[plane + byte];
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            float &m = mid[i / 2][i % 2], &r = rad[i / 2][i % 2];
-            const float lower = m - r, upper = m + r;
-            bool keep_lower = bit(lowers, i), keep_upper = bit(uppers, i);
-            if (epilogue == relu) keep_lower = lower > 0.0f, keep_upper = !(upper <= 0.0f);
-            if (epilogue == relu_backward) {
-                const bool active = keep_lower, alive = keep_upper;
-                keep_lower = active || (alive && !(lower >= 0.0f)), keep_upper = active || (alive && !(upper <= 0.0f));
+        for (int i = 0; i < 4; ++i) {
+            float m[2] = {first_of<T>(mid.word[i]), second_of<T>(mid.word[i])};
+            float r[2] = {first_of<T>(rad.word[i]), second_of<T>(rad.word[i])};
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                const int place = 2 * i + c;
+                const float lower = m[c] - r[c], upper = m[c] + r[c];
+                bool keep_lower = bit(lowers, place), keep_upper = bit(uppers, place);
+                if (epilogue == relu) keep_lower = lower > 0.0f, keep_upper = !(upper <= 0.0f);
+                if (epilogue == relu_backward) {
+                    const bool active = keep_lower, alive = keep_upper;
+                    keep_lower = active || (alive && !(lower >= 0.0f));
+                    keep_upper = active || (alive && !(upper <= 0.0f));
+                }
+                keep(m[c], r[c], keep_lower, keep_upper);
+                kept_lower |= static_cast<unsigned>(keep_lower) << place;
+                kept_upper |= static_cast<unsigned>(keep_upper) << place;
             }
-            keep(m, r, keep_lower, keep_upper);
-            kept_lower |= static_cast<unsigned>(keep_lower) << i, kept_upper |= static_cast<unsigned>(keep_upper) << i;
+            mid.word[i] = packed<T>(m[0], m[1]), rad.word[i] = packed<T>(r[0], r[1]);
         }
-        if (epilogue != gate) {
+        if constexpr (epilogue != gate) {
             out_bits[byte] = static_cast<uint8_t>(kept_lower);
             out_bits[plane + byte] = static_cast<uint8_t>(kept_upper);
         }
     }
-    *reinterpret_cast<Words*>(out_mid + at) = {packed<T>(mid[0][0], mid[0][1]), packed<T>(mid[1][0], mid[1][1]),
-                                               packed<T>(mid[2][0], mid[2][1]), packed<T>(mid[3][0], mid[3][1])};
-    *reinterpret_cast<Words*>(out_rad + at) = {packed<T>(rad[0][0], rad[0][1]), packed<T>(rad[1][0], rad[1][1]),
-                                               packed<T>(rad[2][0], rad[2][1]), packed<T>(rad[3][0], rad[3][1])};
+    *reinterpret_cast<Words*>(out_mid + at) = mid;
+    *reinterpret_cast<Words*>(out_rad + at) = rad;
 }
 
 // Where stages lie: `full` says that a stage's bytes have come, `empty` that both groups of warps have used them.
@@ -151,14 +150,14 @@ struct Ring {
     }
 };
 
-// A tile is `blocks`·64 pixels for each of two groups of warps, and `columns` channels of the result.
-template <class T, int blocks, int columns, int epilogue>
+// A tile is 64 channels of the result and 256 pixels, 128 for either group of warps. Its sums are rounded as soon as they
+// are complete, which frees their registers for the next tile's; what is left to do with them is done while the tensor
+// cores are busy with that.
+template <class T, int epilogue>
 __global__ void __launch_bounds__(threads, 1)
     interval_conv2d_kernel(const __grid_constant__ Plan plan, const __grid_constant__ Map mid_map,
                            const __grid_constant__ Map rad_map, const __grid_constant__ Map weight_map, int tiles,
-                           const T* bias, const uint8_t* bits, T* out_mid, T* out_rad,
-                           uint8_t* out_bits) {
-    constexpr int weight_bytes = columns * row_bytes;
+                           const T* bias, const uint8_t* bits, T* out_mid, T* out_rad, uint8_t* out_bits) {
     uint8_t* const memory = dynamic_memory();
     Barrier* const barriers = reinterpret_cast<Barrier*>(memory + plan.stages * plan.stage_bytes);
     Ring ring{memory, barriers, barriers + most_stages, plan.stages};
@@ -187,7 +186,7 @@ __global__ void __launch_bounds__(threads, 1)
                                  work.y + panel.y, work.b);
                         for (int t = 0; t < panel.taps; ++t)
                             copy_box(to + plan.panel_bytes + t * weight_bytes, &weight_map, full, chunk * depth,
-                                     work.n * columns, kind * plan.taps + panel.first_tap + t, 0, 0);
+                                     work.n * tile_channels, kind * plan.taps + panel.first_tap + t, 0, 0);
                         ring.next();
                     }
                 }
@@ -196,87 +195,115 @@ __global__ void __launch_bounds__(threads, 1)
         return;
     }
 
-    take_registers<232>();
+    take_registers<240>();
     const int group = of_warp(threadIdx.x / group_threads), lane = threadIdx.x % 32;
-    const int first_row = group * blocks * 64, my_row = first_row + threadIdx.x % group_threads / 32 * 16 + lane / 4;
+    const int channel = threadIdx.x % group_threads / 32 * 16;  // of this warp's rows, the first
     const bool speaks = threadIdx.x % group_threads == 0;
     const int64_t plane = static_cast<int64_t>(plan.batch) * plan.height * plan.width * plan.channels / 8;
+    float sums[2][64];
+    uint32_t done[2][2][16];  // of the last tile, rounded: mid and rad, channels and those eight further on, pixels
+    Work last = {};
+    int waiting = slices;  // the first slice of `done` that is not written yet
+    const auto write_slices = [&](int most) {
+        for (int n = 0; n < most && waiting < slices; ++n, ++waiting) {
+            // Eight channels of 32 pixels: first the transpose, as results lie in memory.
+            Words mid, rad;
+            const int half = waiting % 2, block = waiting / 2;
+            const auto take = [&](auto slice) {
+                constexpr int h = slice.value % 2, j = slice.value / 2 * 4;
+#pragma unroll
+                for (int i = 0; i < 4; ++i) mid.word[i] = done[0][h][j + i], rad.word[i] = done[1][h][j + i];
+            };
+            switch (waiting) {
+            case 0: take(std::integral_constant<int, 0>{}); break;
+            case 1: take(std::integral_constant<int, 1>{}); break;
+            case 2: take(std::integral_constant<int, 2>{}); break;
+            case 3: take(std::integral_constant<int, 3>{}); break;
+            case 4: take(std::integral_constant<int, 4>{}); break;
+            case 5: take(std::integral_constant<int, 5>{}); break;
+            case 6: take(std::integral_constant<int, 6>{}); break;
+            default: take(std::integral_constant<int, 7>{});
+            }
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                mid.word[i] = transposed(mid.word[i]), rad.word[i] = transposed(rad.word[i]);
+            exchange(mid.word, lane), exchange(rad.word, lane);
+            const int row = group * group_pixels + (block * 4 + lane % 4) * 8 + lane / 4;
+            const int x = last.x + (row & (plan.tile_width - 1)), line = row >> plan.tile_width_log;
+            const int y = last.y + (line & ((1 << plan.tile_rows_log) - 1));
+            const int b = last.b + (line >> plan.tile_rows_log);
+            const bool inside = b < plan.batch && y < plan.rows && x < plan.columns;
+            const Phase& written = plan.phase[last.phase];
+            const int64_t pixel =
+                (static_cast<int64_t>(b) * plan.height + written.y + y * plan.step_y) * plan.width + written.x +
+                x * plan.step_x;
+            if (inside)
+                finish<T, epilogue>(pixel * plan.channels + last.n * tile_channels + channel + half * 8, plane, mid,
+                                    rad, bits, out_mid, out_rad, out_bits);
+        }
+    };
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
         const Work work = work_of(plan, tile);
         const Phase& phase = plan.phase[work.phase];
-        float sums[2][blocks][columns / 2];
+        const int steps = phase.panels * plan.chunks, slices_a_step = (slices + steps - 1) / steps;
         int used = -1;  // the stage whose products may be unfinished
-        bool begun = false;
-        for (int p = phase.first_panel; p < phase.first_panel + phase.panels; ++p) {
+        for (int step = 0, p = phase.first_panel, chunk = 0; step < steps; ++step) {
             const Panel& panel = plan.panel[p];
-            for (int chunk = 0; chunk < plan.chunks; ++chunk) {
 #pragma unroll
-                for (int kind = 0; kind < 2; ++kind) {
-                    wait(ring.full + ring.stage, ring.parity);
-                    const uint8_t* const from = ring.memory + ring.stage * plan.stage_bytes;
-                    const Tile pixels = tile_at(from), weights = tile_at(from + plan.panel_bytes);
-                    // Without a loop at run time: the compiler would wait at the end of each round.
-                    const auto multiply_taps = [&](auto taps) {
-                        products_begin();
+            for (int kind = 0; kind < 2; ++kind) {
+                wait(ring.full + ring.stage, ring.parity);
+                const uint8_t* const from = ring.memory + ring.stage * plan.stage_bytes;
+                const Tile pixels = tile_at(from), weights = tile_at(from + plan.panel_bytes);
+                // Without a loop at run time: the compiler would wait at the end of each round.
+                const auto multiply_taps = [&](auto taps) {
+                    products_begin();
 #pragma unroll
-                        for (int t = 0; t < taps.value; ++t) {
-                            const int down = (panel.rows_down[t] << plan.tile_width_log) + first_row;
-                            const Tile a = moved(pixels, down * row_bytes), b = moved(weights, t * weight_bytes);
+                    for (int t = 0; t < taps.value; ++t) {
+                        const int down = (panel.rows_down[t] << plan.tile_width_log) + group * group_pixels;
+                        const Tile a = moved(weights, t * weight_bytes), b = moved(pixels, down * row_bytes);
 #pragma unroll
-                            for (int k = 0; k < depth / 16; ++k) {
-#pragma unroll
-                                for (int i = 0; i < blocks; ++i)
-                                    multiply<T>(sums[kind][i], moved(a, i * 64 * row_bytes + k * 32), moved(b, k * 32),
-                                                begun || t > 0 || k > 0);
-                            }
-                        }
-                        products_are_queued();
-                        products_wait<1>();
-                    };
-                    if (panel.taps == 3)
-                        multiply_taps(std::integral_constant<int, 3>{});
-                    else if (panel.taps == 2)
-                        multiply_taps(std::integral_constant<int, 2>{});
-                    else
-                        multiply_taps(std::integral_constant<int, 1>{});
+                        for (int k = 0; k < depth / 16; ++k)
+                            multiply<T>(sums[kind], moved(a, k * 32), moved(b, k * 32), step > 0 || t > 0 || k > 0);
+                    }
+                    products_are_queued();
+                };
+                if (panel.taps == 3)
+                    multiply_taps(std::integral_constant<int, 3>{});
+                else if (panel.taps == 2)
+                    multiply_taps(std::integral_constant<int, 2>{});
+                else
+                    multiply_taps(std::integral_constant<int, 1>{});
+                if (kind == 0) {
+                    products_wait<1>();
                     if (used >= 0 && speaks) arrive(ring.empty + used);
                     used = ring.stage;
                     ring.next();
                 }
-                begun = true;
             }
+            write_slices(slices_a_step);
+            products_wait<1>();
+            if (speaks) arrive(ring.empty + used);
+            used = ring.stage;
+            ring.next();
+            if (++chunk == plan.chunks) chunk = 0, ++p;
         }
         products_wait<0>();
-        if (used >= 0 && speaks) arrive(ring.empty + used);
-
+        if (speaks) arrive(ring.empty + used);
 #pragma unroll
-        for (int i = 0; i < blocks; ++i) {
+        for (int half = 0; half < 2; ++half) {
+            float b = 0;
+            if (epilogue <= relu && bias != nullptr)
+                b = widened(bias[work.n * tile_channels + channel + half * 8 + lane / 4]);
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int row = my_row + i * 64 + half * 8;
-                const int x = work.x + (row & (plan.tile_width - 1)), line = row >> plan.tile_width_log;
-                const int y = work.y + (line & ((1 << plan.tile_rows_log) - 1));
-                const int b = work.b + (line >> plan.tile_rows_log);
-                const bool inside = b < plan.batch && y < plan.rows && x < plan.columns;
-                const int64_t pixel = (static_cast<int64_t>(b) * plan.height + phase.y + y * plan.step_y) * plan.width +
-                                      phase.x + x * plan.step_x;
-#pragma unroll
-                for (int j = 0; j < columns / 32; ++j) {
-                    float mid[4][2], rad[4][2];
-#pragma unroll
-                    for (int l = 0; l < 8; ++l) {
-                        const int at = (j * 4 + l / 2) * 4 + half * 2 + l % 2;
-                        mid[l / 2][l % 2] = sums[0][i][at], rad[l / 2][l % 2] = sums[1][i][at];
-                    }
-                    exchange(mid, lane), exchange(rad, lane);
-                    const int channel = work.n * columns + (j * 4 + lane % 4) * 8;
-                    if (inside)
-                        finish<epilogue>(pixel * plan.channels + channel, plane, mid, rad,
-                                  bias == nullptr ? bias : bias + channel, bits, out_mid, out_rad, out_bits);
-                }
+            for (int j = 0; j < 16; ++j) {
+                const int at = 4 * j + 2 * half;
+                done[0][half][j] = packed<T>(sums[0][at] + b, sums[0][at + 1] + b);
+                done[1][half][j] = packed<T>(sums[1][at], sums[1][at + 1]);
             }
         }
+        last = work, waiting = 0;
     }
+    write_slices(slices);
 }
 
 // W and |W| as [2, taps, channels of the result, channels of the source], taps as the plan takes them.
@@ -354,7 +381,8 @@ struct Convolution {
 
 // Pixels of a tile, as [images, rows, width]: narrow and tall, so that few rows are brought twice; of small images,
 // several. False if none fits.
-bool shape_tile(Plan& plan, int pixels) {
+bool shape_tile(Plan& plan) {
+    constexpr int pixels = tile_pixels;
     int best = 0, width = 0;
     for (int w = 8; w <= 128 && w <= pixels; w *= 2) {
         const int rows = pixels / w, tiles = (plan.rows + rows - 1) / rows;
@@ -374,11 +402,11 @@ bool shape_tile(Plan& plan, int pixels) {
 }
 
 // Null, or why these kernels do not take it.
-const char* make_plan(const Convolution& c, int pixels, int columns, Plan& plan, Order& order) {
+const char* make_plan(const Convolution& c, Plan& plan, Order& order) {
     const int phases_y = c.transposed ? c.stride_y : 1, phases_x = c.transposed ? c.stride_x : 1;
     const int steps_y = c.transposed ? 1 : c.stride_y, steps_x = c.transposed ? 1 : c.stride_x;
-    if (c.source_channels % depth != 0 || c.target_channels % columns != 0)
-        return "the channels are no multiples of the tile's";
+    if (c.source_channels % depth != 0 || c.target_channels % tile_channels != 0)
+        return "channels are no multiples of 64";
     if (c.target_height % phases_y != 0 || c.target_width % phases_x != 0 || c.source_height % steps_y != 0 ||
         c.source_width % steps_x != 0)
         return "the image is no multiple of the stride";
@@ -389,8 +417,8 @@ const char* make_plan(const Convolution& c, int pixels, int columns, Plan& plan,
     plan.rows = c.target_height / phases_y, plan.columns = c.target_width / phases_x;
     plan.step_y = phases_y, plan.step_x = phases_x;
     plan.chunks = c.source_channels / depth, plan.taps = c.kernel_y * c.kernel_x;
-    plan.tiles_n = c.target_channels / columns;
-    if (!shape_tile(plan, pixels)) return "the image does not divide into tiles";
+    plan.tiles_n = c.target_channels / tile_channels;
+    if (!shape_tile(plan)) return "the image does not divide into tiles";
     const int share = plan.tile_images == 1 ? most_taps : 1;
     int panels = 0, packed_taps = 0;
     for (int y = 0; y < phases_y; ++y) {
@@ -427,7 +455,7 @@ const char* make_plan(const Convolution& c, int pixels, int columns, Plan& plan,
     const int rows = (1 << plan.tile_rows_log) + down;
     if (rows > 256) return "a panel has too many rows";
     plan.panel_bytes = plan.tile_images * rows * plan.tile_width * row_bytes;
-    plan.stage_bytes = plan.panel_bytes + taps * columns * row_bytes;
+    plan.stage_bytes = plan.panel_bytes + taps * weight_bytes;
     plan.stages = (most_memory - 2 * most_stages * static_cast<int>(sizeof(Barrier))) / plan.stage_bytes;
     if (plan.stages > most_stages) plan.stages = most_stages;
     if (plan.stages < 2) return "two stages are more than shared memory holds";
@@ -447,11 +475,11 @@ const T* at(std::uintptr_t address) {
     return reinterpret_cast<const T*>(address);
 }
 
-template <class T, int blocks, int columns>
+template <class T>
 const char* convolve(int device, std::uintptr_t stream, int epilogue, const Convolution& c, const Arrays& a) {
     Plan plan;
     Order order;
-    if (const char* wrong = make_plan(c, 2 * blocks * 64, columns, plan, order)) return wrong;
+    if (const char* wrong = make_plan(c, plan, order)) return wrong;
     if (a.out_mid == 0) return nullptr;  // only asked whether it can be done
     Map mid, rad, weight;
     {
@@ -468,7 +496,7 @@ const char* convolve(int device, std::uintptr_t stream, int epilogue, const Conv
         const uint64_t C = c.source_channels, N = c.target_channels, taps = 2 * static_cast<uint64_t>(plan.taps);
         const uint64_t sizes[5] = {C, N, taps, 1, 1};
         const uint64_t pitches[4] = {2 * C, 2 * C * N, 2 * C * N * taps, 2 * C * N * taps};
-        const uint32_t box[5] = {depth, columns, 1, 1, 1};
+        const uint32_t box[5] = {depth, tile_channels, 1, 1, 1};
         if (const char* wrong = make_map<T>(&weight, at<T>(a.packed), sizes, pitches, box)) return wrong;
     }
     const int64_t elements = static_cast<int64_t>(plan.taps) * c.target_channels * c.source_channels;
@@ -484,10 +512,10 @@ const char* convolve(int device, std::uintptr_t stream, int epilogue, const Conv
                       const_cast<T*>(at<T>(a.out_rad)), const_cast<uint8_t*>(at<uint8_t>(a.out_bits)));
     };
     switch (epilogue) {
-    case bias_only: return start(interval_conv2d_kernel<T, blocks, columns, bias_only>);
-    case relu: return start(interval_conv2d_kernel<T, blocks, columns, relu>);
-    case relu_backward: return start(interval_conv2d_kernel<T, blocks, columns, relu_backward>);
-    case gate: return start(interval_conv2d_kernel<T, blocks, columns, gate>);
+    case bias_only: return start(interval_conv2d_kernel<T, bias_only>);
+    case relu: return start(interval_conv2d_kernel<T, relu>);
+    case relu_backward: return start(interval_conv2d_kernel<T, relu_backward>);
+    case gate: return start(interval_conv2d_kernel<T, gate>);
     }
     return "there are four epilogues, 0 to 3";
 }
@@ -500,7 +528,7 @@ extern "C" const char* hopper_check(std::int64_t device) {
 }
 
 extern "C" const char* hopper_convolve(
-    std::int64_t device, std::uintptr_t stream, std::int64_t is_half, std::int64_t columns, std::int64_t epilogue,
+    std::int64_t device, std::uintptr_t stream, std::int64_t is_half, std::int64_t epilogue,
     std::int64_t transposed, std::int64_t batch, std::int64_t source_height, std::int64_t source_width,
     std::int64_t source_channels, std::int64_t target_height, std::int64_t target_width, std::int64_t target_channels,
     std::int64_t kernel_height, std::int64_t kernel_width, std::int64_t stride_height, std::int64_t stride_width,
@@ -526,9 +554,7 @@ extern "C" const char* hopper_convolve(
     const auto run = [&](auto element) -> const char* {
         using T = decltype(element);
         const int gpu = number(device), what = number(epilogue);
-        if (columns == 64) return convolve<T, 2, 64>(gpu, stream, what, c, a);
-        if (columns == 128) return convolve<T, 1, 128>(gpu, stream, what, c, a);
-        return "a tile has 64 or 128 columns";
+        return convolve<T>(gpu, stream, what, c, a);
     };
     return is_half ? run(Half{}) : run(BFloat16{});
 }

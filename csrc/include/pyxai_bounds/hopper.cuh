@@ -109,19 +109,12 @@ __device__ inline void products_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(unfinished) : "memory");
 }
 
-#define ACCUMULATORS_8(d, i) \
-    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define ACCUMULATORS_8(d, i)                                                                                 \
+    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
+        "+f"(d[i + 7])
 #define ACCUMULATORS_32(d, i) \
     ACCUMULATORS_8(d, i), ACCUMULATORS_8(d, i + 8), ACCUMULATORS_8(d, i + 16), ACCUMULATORS_8(d, i + 24)
-#define MULTIPLY_64(type)                                                                                  \
-    asm volatile(                                                                                          \
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"                                                       \
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                                        \
-        " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20," \
-        " %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, 0, 0;\n}"             \
-        : ACCUMULATORS_32(d, 0)                                                                            \
-        : "l"(a), "l"(b), "r"(add))
-#define MULTIPLY_128(type)                                                                                     \
+#define MULTIPLY(type)                                                                                         \
     asm volatile(                                                                                              \
         "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"                                                           \
         "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                                           \
@@ -130,25 +123,16 @@ __device__ inline void products_wait() {
         " %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60," \
         " %61, %62, %63}, %64, %65, p, 1, 1, 0, 0;\n}"                                                         \
         : ACCUMULATORS_32(d, 0), ACCUMULATORS_32(d, 32)                                                        \
-        : "l"(a), "l"(b), "r"(add))
+        : "l"(described(a)), "l"(described(b)), "r"(add))
 
-// d (+)= a·bᵀ for a of 64 rows and b of 64 or 128, sixteen terms each. The four warps of a group hold d: of rows
-// 16·warp + lane / 4 and eight further on, columns 8·j + lane % 4 · 2 and the next: d[4·j + 2·(row) + (column)].
+// d (+)= a·bᵀ for a of 64 rows and b of 128, sixteen terms each. The four warps of a group hold d: of rows
+// 16·warp + lane / 4 and eight further on, columns 8·j + 2·(lane % 4) and the next: d[4·j + 2·(which row) + (column)].
 template <class T>
-__device__ inline void multiply(float (&d)[32], Tile first, Tile second, int add) {
-    const uint64_t a = described(first), b = described(second);
+__device__ inline void multiply(float (&d)[64], Tile a, Tile b, int add) {
     if constexpr (std::is_same_v<T, Half>)
-        MULTIPLY_64("f16");
+        MULTIPLY("f16");
     else
-        MULTIPLY_64("bf16");
-}
-template <class T>
-__device__ inline void multiply(float (&d)[64], Tile first, Tile second, int add) {
-    const uint64_t a = described(first), b = described(second);
-    if constexpr (std::is_same_v<T, Half>)
-        MULTIPLY_128("f16");
-    else
-        MULTIPLY_128("bf16");
+        MULTIPLY("bf16");
 }
 
 // --- registers --------------------------------------------------------------------------------------------------
@@ -166,11 +150,18 @@ __device__ inline void take_registers() {
 __device__ inline int of_warp(int x) {
     return __shfl_sync(0xffffffffu, x, 0);
 }
-__device__ inline float swap_lanes(float x, int distance) {
+// What the thread has whose number differs by this bit.
+__device__ inline uint32_t swap_lanes(uint32_t x, int distance) {
     return __shfl_xor_sync(0xffffffffu, x, distance);
 }
+// Of eight rows of eight 16-bit numbers the transpose: thread i has of row i / 4 the numbers 2·(i % 4) and the next.
+__device__ inline uint32_t transposed(uint32_t x) {
+    uint32_t y;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
+}
 
-// Two numbers rounded to nearest, the first in the lower half.
+// Two numbers rounded to nearest in a word, the first in its lower half.
 template <class T>
 __device__ inline uint32_t packed(float first, float second) {
     uint32_t word;
@@ -182,6 +173,20 @@ __device__ inline uint32_t packed(float first, float second) {
         word = reinterpret_cast<const uint32_t&>(both);
     }
     return word;
+}
+template <class T>
+__device__ inline float first_of(uint32_t word) {
+    if constexpr (std::is_same_v<T, Half>)
+        return __low2float(reinterpret_cast<const __half2&>(word));
+    else
+        return __uint_as_float(word << 16);
+}
+template <class T>
+__device__ inline float second_of(uint32_t word) {
+    if constexpr (std::is_same_v<T, Half>)
+        return __high2float(reinterpret_cast<const __half2&>(word));
+    else
+        return __uint_as_float(word & 0xffff0000u);
 }
 __device__ inline float widened(Half x) {
     return __half2float(x);

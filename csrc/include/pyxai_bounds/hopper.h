@@ -9,8 +9,7 @@ extern "C" {
 const char* hopper_check(std::int64_t device);
 
 // A convolution of a box, (mid, rad) to (W·mid, |W|·rad), or with `transposed` its backward-data pass, to nearest, on
-// dense channels-last images of float16 or bfloat16: "source" is read, "target" written. A tile of the result is 256
-// pixels by 64 channels or 128 by 128: `columns`. The weight is
+// dense channels-last images of float16 or bfloat16: "source" is read, "target" written. The weight is
 //     weight[target channel·at_target + source channel·at_source + tap·at_tap],
 // and is packed into 2·taps·target channels·source channels elements at `packed`. What follows the product:
 //     0  + bias, if there is one
@@ -18,8 +17,8 @@ const char* hopper_check(std::int64_t device);
 //     2  ReLU′ by the state in bits; the gate that it applied is written to out_bits
 //     3  the gate in bits
 // With out_mid 0 nothing is done: the answer says whether these kernels take such a convolution, or why not.
-const char* hopper_convolve(std::int64_t device, std::uintptr_t stream, std::int64_t is_half, std::int64_t columns,
-                            std::int64_t epilogue, std::int64_t transposed, std::int64_t batch,
+const char* hopper_convolve(std::int64_t device, std::uintptr_t stream, std::int64_t is_half, std::int64_t epilogue,
+                            std::int64_t transposed, std::int64_t batch,
                             std::int64_t source_height, std::int64_t source_width, std::int64_t source_channels,
                             std::int64_t target_height, std::int64_t target_width, std::int64_t target_channels,
                             std::int64_t kernel_height, std::int64_t kernel_width, std::int64_t stride_height,

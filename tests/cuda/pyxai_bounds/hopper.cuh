@@ -61,6 +61,15 @@ uint32_t packed(float first, float second) {
     return rounded<T>(first) | rounded<T>(second) << 16;
 }
 
+template <class T>
+float first_of(uint32_t word) {
+    return widened(T{static_cast<uint16_t>(word)});
+}
+template <class T>
+float second_of(uint32_t word) {
+    return widened(T{static_cast<uint16_t>(word >> 16)});
+}
+
 inline void yield() {
     __syncthreads();
 }
@@ -177,8 +186,8 @@ void products_wait() {
         for (size_t i = 0; i < mine.groups.front(); ++i) mine.products.front()(), mine.products.pop_front();
     }
 }
-template <class T, int size>
-void multiply(float (&d)[size], Tile a, Tile b, int add) {
+template <class T>
+void multiply(float (&d)[64], Tile a, Tile b, int add) {
     const int thread = threadIdx.x % 128, lane = thread % 32;
     float* const sums = d;
     ++queue().open;
@@ -192,7 +201,7 @@ void multiply(float (&d)[size], Tile a, Tile b, int add) {
         float rows[2][16];
         for (int half = 0; half < 2; ++half)
             for (int k = 0; k < 16; ++k) rows[half][k] = value(a, thread / 32 * 16 + lane / 4 + half * 8, k);
-        for (int j = 0; j < size / 4; ++j) {
+        for (int j = 0; j < 16; ++j) {
             for (int c = 0; c < 2; ++c) {
                 float column[16];
                 for (int k = 0; k < 16; ++k) column[k] = value(b, j * 8 + lane % 4 * 2 + c, k);
@@ -214,11 +223,23 @@ void take_registers() {}
 inline int of_warp(int x) {
     return x;  // each thread has its warp's
 }
-inline float exchanged[1024];
-inline float swap_lanes(float x, int distance) {
+inline uint32_t exchanged[1024];
+inline uint32_t swap_lanes(uint32_t x, int distance) {
     exchanged[threadIdx.x] = x;
     yield();
-    const float got = exchanged[threadIdx.x ^ distance];
+    const uint32_t got = exchanged[threadIdx.x ^ distance];
+    yield();
+    return got;
+}
+inline uint32_t transposed(uint32_t x) {
+    exchanged[threadIdx.x] = x;
+    yield();
+    const int lane = threadIdx.x % 32, warp = threadIdx.x - lane;
+    uint32_t got = 0;
+    for (int c = 0; c < 2; ++c) {
+        const int row = lane % 4 * 2 + c, column = lane / 4;
+        got |= (exchanged[warp + row * 4 + column / 2] >> 16 * (column % 2) & 0xffff) << 16 * c;
+    }
     yield();
     return got;
 }
