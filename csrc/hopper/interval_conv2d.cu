@@ -16,12 +16,17 @@ namespace {
 
 constexpr int threads = 384, multipliers = 256, group_threads = 128;
 constexpr int tile_channels = 64, group_pixels = 128, tile_pixels = 2 * group_pixels;
-constexpr int slices = 8;           // of a tile's results, that are written one after the other
+// Registers that the warps which bring data keep, and that the others take: of 168 for each thread, no more in all.
+constexpr int few_registers = 24, many_registers = 240;
+static_assert(group_threads * few_registers + multipliers * many_registers <= threads * 168);
+constexpr int slice_pixels = 32, slices = group_pixels / slice_pixels;  // of a group's results, that are written together
+constexpr int slice_bytes = 2 * slice_pixels * tile_channels * 2;       // mid and rad
+constexpr int staging_bytes = 2 * 2 * slice_bytes;  // two buffers for either group
 constexpr int depth = 64;           // channels of a panel: 128 bytes, the longest row that is swizzled
 constexpr int row_bytes = 128;      // of one pixel in a panel, or of one channel of the result in the weights
 constexpr int weight_bytes = tile_channels * row_bytes;
 constexpr int most_memory = 232448; // bytes that a block may have
-constexpr int most_stages = 6;
+constexpr int most_stages = 6, barrier_bytes = 2 * most_stages * 8;
 constexpr int most_taps = 3;        // of one panel
 constexpr int most_panels = 25;     // in all
 constexpr int most_packed = 49;     // taps
@@ -80,20 +85,6 @@ __device__ inline void keep(float& mid, float& rad, bool keep_lower, bool keep_u
     const bool both = keep_lower && keep_upper;
     const float lower = keep_lower ? mid - rad : 0.0f, upper = keep_upper ? mid + rad : 0.0f;
     mid = both ? mid : (lower + upper) * 0.5f, rad = both ? rad : (upper - lower) * 0.5f;
-}
-
-// Neighbours in fours of a warp exchange words, so that thread i has of all four what they had at place i.
-__device__ inline void exchange(uint32_t (&v)[4], int lane) {
-#pragma unroll
-    for (int distance = 1; distance < 4; distance *= 2) {
-        const bool second = lane & distance;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            if (i & distance) continue;
-            const uint32_t got = swap_lanes(second ? v[i] : v[i + distance], distance);
-            v[i] = second ? got : v[i], v[i + distance] = second ? v[i + distance] : got;
-        }
-    }
 }
 
 struct alignas(16) Words {
@@ -159,7 +150,7 @@ __global__ void __launch_bounds__(threads, 1)
                            const __grid_constant__ Map rad_map, const __grid_constant__ Map weight_map, int tiles,
                            const T* bias, const uint8_t* bits, T* out_mid, T* out_rad, uint8_t* out_bits) {
     uint8_t* const memory = dynamic_memory();
-    Barrier* const barriers = reinterpret_cast<Barrier*>(memory + plan.stages * plan.stage_bytes);
+    Barrier* const barriers = reinterpret_cast<Barrier*>(memory + plan.stages * plan.stage_bytes + staging_bytes);
     Ring ring{memory, barriers, barriers + most_stages, plan.stages};
     if (threadIdx.x == 0) {
         for (int i = 0; i < plan.stages; ++i) barrier_init(ring.full + i, 1), barrier_init(ring.empty + i, 2);
@@ -168,7 +159,7 @@ __global__ void __launch_bounds__(threads, 1)
     __syncthreads();
 
     if (threadIdx.x >= multipliers) {
-        give_registers<40>();
+        give_registers<few_registers>();
         if (threadIdx.x != multipliers) return;
         for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
             const Work work = work_of(plan, tile);
@@ -195,7 +186,7 @@ __global__ void __launch_bounds__(threads, 1)
         return;
     }
 
-    take_registers<240>();
+    take_registers<many_registers>();
     const int group = of_warp(threadIdx.x / group_threads), lane = threadIdx.x % 32;
     const int channel = threadIdx.x % group_threads / 32 * 16;  // of this warp's rows, the first
     const bool speaks = threadIdx.x % group_threads == 0;
@@ -204,42 +195,54 @@ __global__ void __launch_bounds__(threads, 1)
     uint32_t done[2][2][16];  // of the last tile, rounded: mid and rad, channels and those eight further on, pixels
     Work last = {};
     int waiting = slices;  // the first slice of `done` that is not written yet
+    uint8_t* const staging = memory + plan.stages * plan.stage_bytes + group * 2 * slice_bytes;
     const auto write_slices = [&](int most) {
         for (int n = 0; n < most && waiting < slices; ++n, ++waiting) {
-            // Eight channels of 32 pixels: first the transpose, as results lie in memory.
-            Words mid, rad;
-            const int half = waiting % 2, block = waiting / 2;
-            const auto take = [&](auto slice) {
-                constexpr int h = slice.value % 2, j = slice.value / 2 * 4;
+            // Rows of the sums are channels; results lie in memory by pixels. Two buffers, so that one barrier does.
+            uint8_t* const buffer = staging + waiting % 2 * slice_bytes;
+            {
+                const int pixel = lane, turned = pixel % 8 ^ channel / 8;
+                uint8_t* const row = buffer + pixel * row_bytes;
+                const auto stage = [&](auto slice) {
 #pragma unroll
-                for (int i = 0; i < 4; ++i) mid.word[i] = done[0][h][j + i], rad.word[i] = done[1][h][j + i];
-            };
-            switch (waiting) {
-            case 0: take(std::integral_constant<int, 0>{}); break;
-            case 1: take(std::integral_constant<int, 1>{}); break;
-            case 2: take(std::integral_constant<int, 2>{}); break;
-            case 3: take(std::integral_constant<int, 3>{}); break;
-            case 4: take(std::integral_constant<int, 4>{}); break;
-            case 5: take(std::integral_constant<int, 5>{}); break;
-            case 6: take(std::integral_constant<int, 6>{}); break;
-            default: take(std::integral_constant<int, 7>{});
+                    for (int kind = 0; kind < 2; ++kind) {
+#pragma unroll
+                        for (int half = 0; half < 2; ++half) {
+                            uint32_t words[4];
+#pragma unroll
+                            for (int i = 0; i < 4; ++i) words[i] = done[kind][half][slice.value * 4 + i];
+                            store_transposed(row + kind * slice_bytes / 2 + (turned ^ half) * 16, words);
+                        }
+                    }
+                };
+                if (waiting == 0)
+                    stage(std::integral_constant<int, 0>{});
+                else if (waiting == 1)
+                    stage(std::integral_constant<int, 1>{});
+                else if (waiting == 2)
+                    stage(std::integral_constant<int, 2>{});
+                else
+                    stage(std::integral_constant<int, 3>{});
             }
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-                mid.word[i] = transposed(mid.word[i]), rad.word[i] = transposed(rad.word[i]);
-            exchange(mid.word, lane), exchange(rad.word, lane);
-            const int row = group * group_pixels + (block * 4 + lane % 4) * 8 + lane / 4;
-            const int x = last.x + (row & (plan.tile_width - 1)), line = row >> plan.tile_width_log;
-            const int y = last.y + (line & ((1 << plan.tile_rows_log) - 1));
-            const int b = last.b + (line >> plan.tile_rows_log);
-            const bool inside = b < plan.batch && y < plan.rows && x < plan.columns;
-            const Phase& written = plan.phase[last.phase];
-            const int64_t pixel =
-                (static_cast<int64_t>(b) * plan.height + written.y + y * plan.step_y) * plan.width + written.x +
-                x * plan.step_x;
-            if (inside)
-                finish<T, epilogue>(pixel * plan.channels + last.n * tile_channels + channel + half * 8, plane, mid,
-                                    rad, bits, out_mid, out_rad, out_bits);
+            group_barrier(1 + group);
+#pragma unroll 1
+            for (int i = 0; i < slice_pixels * tile_channels / 8 / group_threads; ++i) {
+                const int part = i * group_threads + threadIdx.x % group_threads, pixel = part / 8, octet = part % 8;
+                const int row = group * group_pixels + waiting * slice_pixels + pixel;
+                const int x = last.x + (row & (plan.tile_width - 1)), line = row >> plan.tile_width_log;
+                const int y = last.y + (line & ((1 << plan.tile_rows_log) - 1));
+                const int b = last.b + (line >> plan.tile_rows_log);
+                if (b >= plan.batch || y >= plan.rows || x >= plan.columns) continue;
+                const Phase& phase = plan.phase[last.phase];
+                const int64_t place =
+                    (static_cast<int64_t>(b) * plan.height + phase.y + y * plan.step_y) * plan.width + phase.x +
+                    x * plan.step_x;
+                const uint8_t* const from = buffer + pixel * row_bytes + (octet ^ pixel % 8) * 16;
+                finish<T, epilogue>(place * plan.channels + last.n * tile_channels + octet * 8, plane,
+                                    *reinterpret_cast<const Words*>(from),
+                                    *reinterpret_cast<const Words*>(from + slice_bytes / 2), bits, out_mid, out_rad,
+                                    out_bits);
+            }
         }
     };
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
@@ -456,7 +459,7 @@ const char* make_plan(const Convolution& c, Plan& plan, Order& order) {
     if (rows > 256) return "a panel has too many rows";
     plan.panel_bytes = plan.tile_images * rows * plan.tile_width * row_bytes;
     plan.stage_bytes = plan.panel_bytes + taps * weight_bytes;
-    plan.stages = (most_memory - 2 * most_stages * static_cast<int>(sizeof(Barrier))) / plan.stage_bytes;
+    plan.stages = (most_memory - staging_bytes - barrier_bytes) / plan.stage_bytes;
     if (plan.stages > most_stages) plan.stages = most_stages;
     if (plan.stages < 2) return "two stages are more than shared memory holds";
     const int64_t tiles =
@@ -505,7 +508,7 @@ const char* convolve(int device, std::uintptr_t stream, int epilogue, const Conv
                                c.target_channels, c.source_channels, a.at_target, a.at_source, a.at_tap);
     if (wrong != nullptr) return wrong;
     const int tiles = plan.tiles_x * plan.tiles_y * plan.tiles_b * plan.tiles_n * plan.phases;
-    const int there = processors(device), shared = plan.stages * plan.stage_bytes + 2 * most_stages * sizeof(Barrier);
+    const int there = processors(device), shared = plan.stages * plan.stage_bytes + staging_bytes + barrier_bytes;
     const auto start = [&](auto kernel) {
         return launch(kernel, device, stream, tiles < there ? tiles : there, threads, shared, plan, mid, rad, weight,
                       tiles, at<T>(a.bias), at<uint8_t>(a.bits), const_cast<T*>(at<T>(a.out_mid)),

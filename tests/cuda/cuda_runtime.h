@@ -50,7 +50,7 @@ struct Block {
     std::vector<unsigned> predicates;
     ucontext_t scheduler;
     std::function<void()> body;
-    unsigned current = 0;
+    unsigned current = 0, round = 0;
 };
 inline Block block;
 
@@ -72,7 +72,7 @@ inline void run(unsigned threads, const std::function<void()>& body) {
         makecontext(&block.fibers[i], start, 0);
     }
     bool backwards = false;
-    for (unsigned left = threads; left > 0; backwards = !backwards) {
+    for (unsigned left = threads; left > 0; backwards = !backwards, ++block.round) {
         for (unsigned i = 0; i < threads; ++i) {
             block.current = backwards ? threads - 1 - i : i;
             if (block.done[block.current]) continue;

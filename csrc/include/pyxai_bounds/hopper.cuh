@@ -150,15 +150,16 @@ __device__ inline void take_registers() {
 __device__ inline int of_warp(int x) {
     return __shfl_sync(0xffffffffu, x, 0);
 }
-// What the thread has whose number differs by this bit.
-__device__ inline uint32_t swap_lanes(uint32_t x, int distance) {
-    return __shfl_xor_sync(0xffffffffu, x, distance);
+// A barrier of 128 threads; the block's own has number 0.
+__device__ inline void group_barrier(int number) {
+    asm volatile("bar.sync %0, 128;" ::"r"(number) : "memory");
 }
-// Of eight rows of eight 16-bit numbers the transpose: thread i has of row i / 4 the numbers 2·(i % 4) and the next.
-__device__ inline uint32_t transposed(uint32_t x) {
-    uint32_t y;
-    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
-    return y;
+// Transposes of four tiles of eight rows of eight 16-bit numbers, of whose row i / 4 thread i has the numbers 2·(i % 4)
+// and the next. Thread i says where row i % 8 of the transpose of tile i / 8 goes.
+__device__ inline void store_transposed(void* row, const uint32_t (&words)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+                 "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+                 : "memory");
 }
 
 // Two numbers rounded to nearest in a word, the first in its lower half.

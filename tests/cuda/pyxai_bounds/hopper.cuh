@@ -223,25 +223,28 @@ void take_registers() {}
 inline int of_warp(int x) {
     return x;  // each thread has its warp's
 }
-inline uint32_t exchanged[1024];
-inline uint32_t swap_lanes(uint32_t x, int distance) {
-    exchanged[threadIdx.x] = x;
-    yield();
-    const uint32_t got = exchanged[threadIdx.x ^ distance];
-    yield();
-    return got;
+// All leave in one round, so that the threads of a warp stay together.
+struct GroupBarrier {
+    int arrived = 0;
+    unsigned generation = 0, left_in = 0;
+};
+inline GroupBarrier group_barriers[16];
+inline void group_barrier(int number) {
+    GroupBarrier& barrier = group_barriers[number];
+    const unsigned mine = barrier.generation;
+    if (++barrier.arrived == 128) barrier.arrived = 0, ++barrier.generation, barrier.left_in = emulation::block.round + 1;
+    while (barrier.generation == mine || emulation::block.round < barrier.left_in) yield();
 }
-inline uint32_t transposed(uint32_t x) {
-    exchanged[threadIdx.x] = x;
+inline uint32_t exchanged[1024][4];
+inline void store_transposed(void* row, const uint32_t (&words)[4]) {
+    std::memcpy(exchanged[threadIdx.x], words, sizeof(words));
     yield();
-    const int lane = threadIdx.x % 32, warp = threadIdx.x - lane;
-    uint32_t got = 0;
-    for (int c = 0; c < 2; ++c) {
-        const int row = lane % 4 * 2 + c, column = lane / 4;
-        got |= (exchanged[warp + row * 4 + column / 2] >> 16 * (column % 2) & 0xffff) << 16 * c;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x - lane, tile = lane / 8, place = lane % 8;
+    for (int column = 0; column < 8; ++column) {
+        const uint16_t number = exchanged[warp + column * 4 + place / 2][tile] >> 16 * (place % 2);
+        std::memcpy(static_cast<uint8_t*>(row) + 2 * column, &number, 2);
     }
     yield();
-    return got;
 }
 
 // --- the host ---------------------------------------------------------------------------------------------------
@@ -261,6 +264,7 @@ const char* launch(void (*kernel)(Parameters...), int device, std::uintptr_t, in
     gridDim.x = static_cast<unsigned>(blocks);
     for (int64_t i = 0; i < blocks; ++i) {
         blockIdx.x = static_cast<unsigned>(i);
+        for (GroupBarrier& barrier : group_barriers) barrier = {};
         std::memset(shared, 0xff, sizeof(shared));  // not a number
         emulation::run(static_cast<unsigned>(threads), [&] { kernel(arguments...); });
     }
