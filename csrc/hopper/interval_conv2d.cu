@@ -21,6 +21,7 @@ constexpr int few_registers = 24, many_registers = 240;
 static_assert(group_threads * few_registers + multipliers * many_registers <= threads * 168);
 constexpr int slice_pixels = 32, slices = group_pixels / slice_pixels;  // of a group's results, that are written together
 constexpr int slice_bytes = 2 * slice_pixels * tile_channels * 2;       // mid and rad
+constexpr int parts = slice_pixels * tile_channels / 8 / group_threads;  // of eight channels, that a thread writes
 constexpr int staging_bytes = 2 * 2 * slice_bytes;  // two buffers for either group
 constexpr int depth = 64;           // channels of a panel: 128 bytes, the longest row that is swizzled
 constexpr int row_bytes = 128;      // of one pixel in a panel, or of one channel of the result in the weights
@@ -93,12 +94,11 @@ struct alignas(16) Words {
 
 // Eight channels of one pixel, side by side: the epilogue, and the results.
 template <class T, int epilogue>
-__device__ inline void finish(int64_t at, int64_t plane, Words mid, Words rad, const uint8_t* bits, T* out_mid,
-                              T* out_rad, uint8_t* out_bits) {
+__device__ inline void finish(int64_t at, int64_t plane, Words mid, Words rad, unsigned lowers, unsigned uppers,
+                              T* out_mid, T* out_rad, uint8_t* out_bits) {
     if constexpr (epilogue != bias_only) {
         const int64_t byte = at / 8;
-        unsigned lowers = 0, uppers = 0, kept_lower = 0, kept_upper = 0;
-        if constexpr (epilogue >= relu_backward) lowers = bits[byte], uppers = bits[plane + byte];
+        unsigned kept_lower = 0, kept_upper = 0;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             float m[2] = {first_of<T>(mid.word[i]), second_of<T>(mid.word[i])};
@@ -189,66 +189,81 @@ __global__ void __launch_bounds__(threads, 1)
     take_registers<many_registers>();
     const int group = of_warp(threadIdx.x / group_threads), lane = threadIdx.x % 32;
     const int channel = threadIdx.x % group_threads / 32 * 16;  // of this warp's rows, the first
-    const bool speaks = threadIdx.x % group_threads == 0;
+    const int turn = threadIdx.x % group_threads;
+    const bool speaks = turn == 0;
     const int64_t plane = static_cast<int64_t>(plan.batch) * plan.height * plan.width * plan.channels / 8;
     float sums[2][64];
     uint32_t done[2][2][16];  // of the last tile, rounded: mid and rad, channels and those eight further on, pixels
     Work last = {};
-    int waiting = slices;  // the first slice of `done` that is not written yet
+    int progress = slices + 1;
     uint8_t* const staging = memory + plan.stages * plan.stage_bytes + group * 2 * slice_bytes;
-    const auto write_slices = [&](int most) {
-        for (int n = 0; n < most && waiting < slices; ++n, ++waiting) {
-            // Rows of the sums are channels; results lie in memory by pixels. Two buffers, so that one barrier does.
-            uint8_t* const buffer = staging + waiting % 2 * slice_bytes;
-            {
-                const int pixel = lane, turned = pixel % 8 ^ channel / 8;
-                uint8_t* const row = buffer + pixel * row_bytes;
-                const auto stage = [&](auto slice) {
+    // Where a thread's eight channels of its i-th pixel of a slice go, in elements; negative: nowhere.
+    const auto place_of = [&](int slice, int i) -> int64_t {
+        const int row = group * group_pixels + slice * slice_pixels + i * (slice_pixels / parts) + turn / 8;
+        const int x = last.x + (row & (plan.tile_width - 1)), line = row >> plan.tile_width_log;
+        const int y = last.y + (line & ((1 << plan.tile_rows_log) - 1)), b = last.b + (line >> plan.tile_rows_log);
+        if (b >= plan.batch || y >= plan.rows || x >= plan.columns) return -1;
+        const Phase& phase = plan.phase[last.phase];
+        const int64_t line_there = static_cast<int64_t>(b) * plan.height + phase.y + y * plan.step_y;
+        const int64_t pixel = line_there * plan.width + phase.x + x * plan.step_x;
+        return pixel * plan.channels + last.n * tile_channels + turn % 8 * 8;
+    };
+    unsigned lowers[parts] = {}, uppers[parts] = {};  // bits of the slice that is staged
+    // First slice n is staged, and its bits are asked for; later, when they have come, it is written and the next one
+    // staged. `turns` of these are left to do: none before the first tile.
+    const auto advance = [&](int most) {
+        for (int n = 0; n < most && progress <= slices; ++n, ++progress) {
+            if (progress > 0) {
+                const int slice = progress - 1;
+                const uint8_t* const buffer = staging + slice % 2 * slice_bytes;
+                group_barrier(1 + group);
 #pragma unroll
-                    for (int kind = 0; kind < 2; ++kind) {
-#pragma unroll
-                        for (int half = 0; half < 2; ++half) {
-                            uint32_t words[4];
-#pragma unroll
-                            for (int i = 0; i < 4; ++i) words[i] = done[kind][half][slice.value * 4 + i];
-                            store_transposed(row + kind * slice_bytes / 2 + (turned ^ half) * 16, words);
-                        }
-                    }
-                };
-                if (waiting == 0)
-                    stage(std::integral_constant<int, 0>{});
-                else if (waiting == 1)
-                    stage(std::integral_constant<int, 1>{});
-                else if (waiting == 2)
-                    stage(std::integral_constant<int, 2>{});
-                else
-                    stage(std::integral_constant<int, 3>{});
+                for (int i = 0; i < parts; ++i) {
+                    const int pixel = i * (slice_pixels / parts) + turn / 8;
+                    const int64_t place = place_of(slice, i);
+                    const uint8_t* const from = buffer + pixel * row_bytes + (turn % 8 ^ pixel % 8) * 16;
+                    if (place >= 0)
+                        finish<T, epilogue>(place, plane, *reinterpret_cast<const Words*>(from),
+                                            *reinterpret_cast<const Words*>(from + slice_bytes / 2), lowers[i],
+                                            uppers[i], out_mid, out_rad, out_bits);
+                }
             }
-            group_barrier(1 + group);
-#pragma unroll 1
-            for (int i = 0; i < slice_pixels * tile_channels / 8 / group_threads; ++i) {
-                const int part = i * group_threads + threadIdx.x % group_threads, pixel = part / 8, octet = part % 8;
-                const int row = group * group_pixels + waiting * slice_pixels + pixel;
-                const int x = last.x + (row & (plan.tile_width - 1)), line = row >> plan.tile_width_log;
-                const int y = last.y + (line & ((1 << plan.tile_rows_log) - 1));
-                const int b = last.b + (line >> plan.tile_rows_log);
-                if (b >= plan.batch || y >= plan.rows || x >= plan.columns) continue;
-                const Phase& phase = plan.phase[last.phase];
-                const int64_t place =
-                    (static_cast<int64_t>(b) * plan.height + phase.y + y * plan.step_y) * plan.width + phase.x +
-                    x * plan.step_x;
-                const uint8_t* const from = buffer + pixel * row_bytes + (octet ^ pixel % 8) * 16;
-                finish<T, epilogue>(place * plan.channels + last.n * tile_channels + octet * 8, plane,
-                                    *reinterpret_cast<const Words*>(from),
-                                    *reinterpret_cast<const Words*>(from + slice_bytes / 2), bits, out_mid, out_rad,
-                                    out_bits);
+            if (progress == slices) continue;
+            // Rows of the sums are channels; results lie in memory by pixels. Two buffers, so that one barrier does.
+            uint8_t* const row = staging + progress % 2 * slice_bytes + lane * row_bytes;
+            const auto stage = [&](auto slice) {
+#pragma unroll
+                for (int kind = 0; kind < 2; ++kind) {
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        uint32_t words[4];
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) words[i] = done[kind][half][slice.value * 4 + i];
+                        store_transposed(row + kind * slice_bytes / 2 + (lane % 8 ^ channel / 8 ^ half) * 16, words);
+                    }
+                }
+            };
+            if (progress == 0)
+                stage(std::integral_constant<int, 0>{});
+            else if (progress == 1)
+                stage(std::integral_constant<int, 1>{});
+            else if (progress == 2)
+                stage(std::integral_constant<int, 2>{});
+            else
+                stage(std::integral_constant<int, 3>{});
+            if constexpr (epilogue >= relu_backward) {
+#pragma unroll
+                for (int i = 0; i < parts; ++i) {
+                    const int64_t place = place_of(progress, i);
+                    if (place >= 0) lowers[i] = bits[place / 8], uppers[i] = bits[plane + place / 8];
+                }
             }
         }
     };
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
         const Work work = work_of(plan, tile);
         const Phase& phase = plan.phase[work.phase];
-        const int steps = phase.panels * plan.chunks, slices_a_step = (slices + steps - 1) / steps;
+        const int steps = phase.panels * plan.chunks, most = (slices + 1 + 2 * steps - 1) / (2 * steps);
         int used = -1;  // the stage whose products may be unfinished
         for (int step = 0, p = phase.first_panel, chunk = 0; step < steps; ++step) {
             const Panel& panel = plan.panel[p];
@@ -276,18 +291,12 @@ __global__ void __launch_bounds__(threads, 1)
                     multiply_taps(std::integral_constant<int, 2>{});
                 else
                     multiply_taps(std::integral_constant<int, 1>{});
-                if (kind == 0) {
-                    products_wait<1>();
-                    if (used >= 0 && speaks) arrive(ring.empty + used);
-                    used = ring.stage;
-                    ring.next();
-                }
+                products_wait<1>();
+                if (used >= 0 && speaks) arrive(ring.empty + used);
+                used = ring.stage;
+                ring.next();
+                advance(most);
             }
-            write_slices(slices_a_step);
-            products_wait<1>();
-            if (speaks) arrive(ring.empty + used);
-            used = ring.stage;
-            ring.next();
             if (++chunk == plan.chunks) chunk = 0, ++p;
         }
         products_wait<0>();
@@ -304,9 +313,9 @@ __global__ void __launch_bounds__(threads, 1)
                 done[1][half][j] = packed<T>(sums[1][at], sums[1][at + 1]);
             }
         }
-        last = work, waiting = 0;
+        last = work, progress = 0;
     }
-    write_slices(slices);
+    advance(slices + 1);
 }
 
 // W and |W| as [2, taps, channels of the result, channels of the source], taps as the plan takes them.
