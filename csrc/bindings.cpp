@@ -20,6 +20,7 @@
 #include "pyxai_bounds/stages.h"
 #ifdef PYXAI_BOUNDS_CUDA
 #include "pyxai_bounds/cuda.h"
+#include "pyxai_bounds/hopper.h"
 #endif
 #ifdef _OPENMP
 #include <omp.h>
@@ -1028,6 +1029,10 @@ PYBIND11_MODULE(_native, m) {
     m.def("cuda_relu_backward", &Checked<&cuda_relu_backward>::call, no_gil);
     m.def("cuda_scale_shift", &Checked<&cuda_scale_shift>::call, no_gil);
     m.def("cuda_mul", &Checked<&cuda_mul>::call, no_gil);
+#endif
+#ifdef PYXAI_BOUNDS_HOPPER
+    m.def("hopper_check", &Checked<&hopper_check>::call, no_gil);
+    m.def("hopper_convolve", &Checked<&hopper_convolve>::call, no_gil);
 #endif
     m.def("threads", &threads, "The number of threads that a large stage would use.");
     m.def("level", [] { return active.load()->name; }, "The instruction-set level in use.");

@@ -1,0 +1,123 @@
+"""Convolutions of boxes of 16-bit numbers on the tensor cores of Hopper GPUs (compute capability 9.0), in CUDA C++.
+
+One more candidate of the triton backend, which allocates, checks and measures; this file says which convolutions the
+kernels of ``csrc/hopper`` take, and calls them. None of this may serve a run with outward rounding: sums are in any
+order, and are rounded to nearest.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyxai_bounds.ops import native
+
+DTYPES = (torch.float16, torch.bfloat16)
+
+
+class Epilogue(enum.IntEnum):
+    """What follows the product: see hopper.h."""
+
+    NONE = 0  # but a bias, if there is one
+    RELU = 1
+    RELU_BACKWARD = 2
+    GATE = 3
+
+
+def supports(t: Tensor) -> bool:
+    """Whether the kernels were built, and run where ``t`` is on numbers as it has."""
+    return t.is_cuda and t.dtype in DTYPES and not why_not(t.get_device())
+
+
+@functools.cache
+def why_not(index: int) -> str:
+    """Why the kernels do not run on this CUDA device; empty if they do."""
+    if not hasattr(native._native, "hopper_check"):
+        return "pyxai_bounds was built without it (nvcc 12.0 or newer builds it)"
+    try:
+        native._native.hopper_check(index)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+@functools.cache
+def takes(
+    source: tuple[int, ...],
+    target: tuple[int, ...],
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    transposed: bool,
+) -> bool:
+    """Whether the kernels take a convolution of ``source`` [B, C, H, W] to ``target``, or backward: gradients to inputs."""
+    if groups != 1:
+        return False
+    try:
+        _run(0, 0, 0, 0, transposed, _sizes(source, target), (*kernel, *stride, *padding, *dilation), *(0,) * 12)
+    except RuntimeError:
+        return False
+    return True
+
+
+def convolve_into(
+    mid: Tensor,
+    rad: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    out_mid: Tensor,
+    out_rad: Tensor,
+    epilogue: Epilogue = Epilogue.NONE,
+    bias: Tensor | None = None,
+    bits: Tensor | None = None,
+    out_bits: Tensor | None = None,
+) -> None:
+    """The convolution with weight [K, C, kh, kw] of a box that ``takes`` accepts, or its backward-data pass.
+
+    Boxes and results are dense and channels-last; ``bits`` are read by RELU_BACKWARD and GATE, ``out_bits`` written by
+    RELU and RELU_BACKWARD, packed in that order. Runs on the current stream and waits for nothing.
+    """
+    of_target, of_source, _, of_tap = weight.stride()
+    if weight.stride(2) != weight.shape[3] * of_tap:  # taps are counted through
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        of_target, of_source, _, of_tap = weight.stride()
+    if transposed:
+        of_target, of_source = of_source, of_target
+    scratch = weight.new_empty(2 * weight.numel())
+    tensors = (mid, rad, weight, scratch, bias, bits, out_mid, out_rad, out_bits)
+    if any(t is not None and t.device != mid.device for t in tensors):
+        raise RuntimeError(f"A kernel on {mid.device} was given tensors of other devices.")
+    addresses = [0 if t is None else t.data_ptr() for t in tensors]
+    index, stream = _current(mid)
+    _run(
+        index, stream, mid.dtype is torch.float16, epilogue, transposed, _sizes(mid.shape, out_mid.shape),
+        (*weight.shape[2:], *stride, *padding, *dilation), of_target, of_source, of_tap, *addresses,
+    )  # fmt: skip
+
+
+def _sizes(source: Sequence[int], target: Sequence[int]) -> tuple[int, ...]:
+    return source[0], *source[2:], source[1], *target[2:], target[1]
+
+
+def _run(
+    index: int, stream: int, is_half: int, epilogue: int, transposed: bool, sizes: tuple, geometry: tuple, *rest: int
+) -> None:
+    _module().hopper_convolve(index, stream, is_half, epilogue, transposed, *sizes, *geometry, *rest)
+
+
+def _module():  # noqa: ANN202  (a module, or what stands in for it in tests)
+    return native._native
+
+
+def _current(t: Tensor) -> tuple[int, int]:
+    """The index of the device of ``t``, and the stream that is current there."""
+    return t.get_device(), torch.cuda.current_stream(t.device).cuda_stream

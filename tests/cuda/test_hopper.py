@@ -1,0 +1,192 @@
+"""Convolutions of boxes on Hopper's tensor cores against the reference: on such a GPU, else as C++ on the CPU."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyxai_bounds.ops import hopper, reference
+from pyxai_bounds.ops.hopper import Epilogue
+from pyxai_bounds.ops.layout import state_size, unpack
+from tests.cuda.emulator import SOURCES
+
+ON_A_GPU = torch.cuda.is_available() and not hopper.why_not(0)
+LAST = torch.channels_last
+
+
+@pytest.fixture(autouse=True)
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if ON_A_GPU:
+        return
+    emulated = request.getfixturevalue("emulator")
+    monkeypatch.setattr(hopper, "_module", lambda: emulated)
+    monkeypatch.setattr(hopper, "_current", lambda t: (0, 0))
+    hopper.takes.cache_clear()
+    request.addfinalizer(hopper.takes.cache_clear)
+
+
+class Problem:
+    """A box, a weight and bits; images [B, C, H, W] to [B, K, OH, OW], or with ``back`` gradients the other way."""
+
+    def __init__(self, size, outputs, kernel, stride, padding, dilation, back, dtype=torch.bfloat16) -> None:
+        g = torch.Generator().manual_seed(0)
+        channels = size[1]
+        out = [(n + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1 for n in size[2:]]
+        image, result = tuple(size), (size[0], outputs, *out)
+        self.source, self.target = (result, image) if back else (image, result)
+        self.back, self.kernel = back, (kernel, kernel)
+        self.geometry = ((stride, stride), (padding, padding), (dilation, dilation))
+        weight = torch.randn(outputs, channels, kernel, kernel, generator=g) / (channels**0.5 * kernel)
+        self.weight = weight.to(dtype).contiguous(memory_format=LAST)
+        self.mid = torch.randn(self.source, generator=g).to(dtype).contiguous(memory_format=LAST)
+        self.rad = (0.3 * torch.rand(self.source, generator=g)).to(dtype).contiguous(memory_format=LAST)
+        self.bias = torch.randn(self.target[1], generator=g).to(dtype)
+        self.bits = torch.randint(0, 256, self.bits_size(), generator=g).to(torch.uint8)
+        self.bits[1] |= self.bits[0]  # no end is kept without the other of its sign
+
+    def empty(self) -> Tensor:
+        return torch.full(self.target, torch.nan, dtype=self.mid.dtype).contiguous(memory_format=LAST)
+
+    def bits_size(self) -> tuple[int, ...]:
+        return state_size(torch.empty(self.target, device="meta").contiguous(memory_format=LAST))
+
+    def takes(self) -> bool:
+        return hopper.takes(self.source, self.target, self.kernel, *self.geometry, 1, self.back)
+
+    def run(self, epilogue: Epilogue) -> tuple[Tensor, Tensor, Tensor]:
+        out = self.empty(), self.empty(), torch.zeros(self.bits_size(), dtype=torch.uint8)
+        bias = self.bias if epilogue <= Epilogue.RELU and not self.back else None
+        tensors = (self.mid, self.rad, self.weight, *out, self.bits, *([] if bias is None else [bias]))
+        mid, rad, weight, out_mid, out_rad, out_bits, bits, *bias = (t.cuda() if ON_A_GPU else t for t in tensors)
+        hopper.convolve_into(
+            mid, rad, weight, *self.geometry, self.back, out_mid, out_rad, epilogue, *bias, bits=bits, out_bits=out_bits
+        )
+        return out_mid.cpu(), out_rad.cpu(), out_bits.cpu()
+
+    def product(self) -> tuple[Tensor, Tensor]:
+        """Of the reference, in float64."""
+        mid, rad, weight = self.mid.double(), self.rad.double(), self.weight.double()
+        if self.back:
+            return reference.interval_conv2d_backward(mid, rad, weight, None, self.target, *self.geometry, 1)
+        return reference.interval_conv2d(mid, rad, weight, None, *self.geometry, 1, False)[:2]
+
+
+CASES = {
+    "tall tiles": ((3, 64, 32, 32), 64, 3, 1, 1, 1),
+    "one image a tile": ((5, 128, 16, 16), 128, 3, 1, 1, 1),
+    "four images a tile": ((5, 64, 8, 8), 64, 3, 1, 1, 1),
+    "sixteen images a tile": ((17, 64, 4, 4), 64, 3, 1, 1, 1),
+    "rows past the image": ((1, 64, 56, 56), 64, 3, 1, 1, 1),
+    "stride 2": ((2, 64, 32, 32), 128, 3, 2, 1, 1),
+    "even kernel, stride 2": ((2, 64, 32, 32), 64, 4, 2, 1, 1),
+    "dilation": ((2, 64, 16, 16), 64, 3, 1, 2, 2),
+    "columns of five taps": ((2, 64, 16, 16), 64, 5, 1, 2, 1),
+    "one tap": ((3, 64, 16, 16), 192, 1, 1, 0, 1),
+    "no padding": ((2, 64, 18, 18), 64, 3, 1, 0, 1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("back", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("case", CASES)
+def test_product(case, back, dtype):
+    """Within half a unit in the last place of the exact product, and what sums in float32 lose."""
+    problem = Problem(*CASES[case], back, dtype)
+    if back and case == "no padding":
+        assert not problem.takes()  # 18 x 18
+        return
+    assert problem.takes()
+    mid, rad, _ = problem.run(Epilogue.NONE)
+    exact = problem.product()
+    if not back:
+        exact = exact[0] + problem.bias.double().reshape(1, -1, 1, 1), exact[1]
+    size = problem.mid.double().abs(), problem.weight.double().abs()
+    terms = problem.weight[0].numel()
+    unit = torch.finfo(dtype).eps / 2
+    for value, wanted in zip((mid, rad), exact, strict=True):
+        lost = terms * 2**-23 * size[0].amax() * size[1].amax() * terms**0.5 + 1e-7
+        assert ((value.double() - wanted).abs() <= 1.01 * unit * wanted.abs() + lost).all()
+
+
+@pytest.mark.parametrize("back", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("epilogue", [Epilogue.RELU, Epilogue.RELU_BACKWARD, Epilogue.GATE], ids=lambda e: e.name)
+@pytest.mark.parametrize("case", ["tall tiles", "sixteen images a tile", "rows past the image", "stride 2", "one tap"])
+def test_epilogue(case, epilogue, back):
+    """To the last bit what the elementwise operator makes of the product that the kernel rounds."""
+    problem = Problem(*CASES[case], back)
+    product = problem.run(Epilogue.NONE)[:2]
+    *box, bits = problem.run(epilogue)
+    mid, rad = (t.float() for t in product)
+    if epilogue is Epilogue.RELU:
+        *wanted, state = reference.interval_relu(mid, rad)
+    elif epilogue is Epilogue.RELU_BACKWARD:
+        *wanted, state = reference.interval_relu_backward(mid, rad, problem.bits)
+    else:
+        wanted, state = reference.interval_gate(mid, rad, problem.bits), torch.zeros_like(bits)
+    assert torch.equal(bits, state.reshape(bits.shape))
+    for value, expected in zip(box, wanted, strict=True):
+        assert torch.equal(value, expected.to(value.dtype))
+
+
+def test_not_a_number_and_infinity():
+    """They spread to where they are summed, as in the reference, and leave a ReLU unstable."""
+    problem = Problem(*CASES["one image a tile"], False)
+    problem.mid[0, 3, 5, 5] = torch.nan
+    problem.rad[1, 7, 2, 9] = torch.inf
+    mid, rad, bits = problem.run(Epilogue.RELU)
+    exact = problem.product()
+    assert torch.equal(mid.isnan() | mid.isinf(), exact[0].isnan() | (exact[1].isinf()))
+    lower, upper = unpack(bits, mid)
+    assert upper[exact[0].isnan()].all() and not lower[exact[0].isnan()].any()
+    assert (rad[exact[1].isinf()] == torch.inf).all()
+
+
+def test_many_tiles_for_a_block():
+    """Blocks walk over several tiles each; the last images fill no tile."""
+    problem = Problem((37, 64, 8, 8), 128, 3, 1, 1, 1, False)
+    mid, rad, _ = problem.run(Epilogue.NONE)
+    exact = problem.product()
+    torch.testing.assert_close(mid.double(), exact[0] + problem.bias.double().reshape(1, -1, 1, 1), rtol=5e-3, atol=5e-3)
+    torch.testing.assert_close(rad.double(), exact[1], rtol=5e-3, atol=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("size", "outputs", "kernel", "stride", "groups"),
+    [
+        ((2, 48, 16, 16), 64, 3, 1, 1),  # channels that are no multiples of 64
+        ((2, 64, 16, 16), 80, 3, 1, 1),
+        ((2, 64, 14, 14), 64, 3, 1, 1),  # an image that does not divide into tiles
+        ((2, 64, 15, 16), 64, 3, 2, 1),  # one that is no multiple of the stride
+        ((2, 64, 16, 16), 64, 9, 1, 1),  # too many taps
+        ((2, 128, 16, 16), 128, 3, 1, 2),
+    ],
+)
+def test_what_is_left_to_others(size, outputs, kernel, stride, groups):
+    out = [(n - 1) // stride + 1 for n in size[2:]]
+    geometry = ((kernel, kernel), (stride, stride), (kernel // 2, kernel // 2), (1, 1), groups)
+    assert not hopper.takes(size, (size[0], outputs, *out), *geometry, False)
+
+
+def test_a_pixel_that_no_tap_reaches_is_left_to_others():
+    assert not hopper.takes((2, 64, 8, 8), (2, 64, 16, 16), (1, 1), (2, 2), (0, 0), (1, 1), 1, True)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None or not SOURCES.is_dir(), reason="needs nvcc and the sources")
+def test_compiles(tmp_path):
+    """Without a warning or a spilled register, and so that products overlap: ptxas says where it must serialise them."""
+    source = SOURCES / "hopper" / "interval_conv2d.cu"
+    flags = ["-std=c++17", "-fmad=false", "-Werror=all-warnings", "-Xptxas=-v", "-Xcompiler=-Wall,-Wextra,-Werror"]
+    flags += ["-gencode=arch=compute_90a,code=[sm_90a,compute_90a]", f"-I{SOURCES / 'include'}", "-keep"]
+    command = ["nvcc", *flags, "-c", str(source), "-o", "kernel.o"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert set(re.findall(r"(\d+) bytes spill", result.stderr)) == {"0"}, result.stderr
+    assert not re.findall(r"\(C75\d\d\)", result.stderr), result.stderr
+    (ptx,) = tmp_path.glob("*.ptx")
+    text = ptx.read_text()
+    assert "wgmma.mma_async" in text and "cp.async.bulk.tensor.5d" in text and "stmatrix" in text
