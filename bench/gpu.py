@@ -265,9 +265,11 @@ def layers(batch: int) -> Iterator[Row]:
         weight = torch.randn(outputs, channels, 3, 3, **like).contiguous(memory_format=torch.channels_last)
         bias = torch.randn(outputs, **like)
         out, rad, state = ops.triton.interval_conv2d(x, x.abs(), weight, bias, *args, True)
+        relu = ops.triton.interval_relu(x, x.abs() * 0.1)[2] if channels > 3 else None  # the image has none
         jobs = [
             ("interval_conv2d", (x, x.abs(), weight, bias, *args, True)),
-            ("interval_conv2d_backward", (out, rad, weight, state, list(x.shape), *args)),
+            ("interval_conv2d_gate", (x, x.abs(), weight, state, *args)),
+            ("interval_conv2d_backward_relu", (out, rad, weight, relu, list(x.shape), *args)),
             ("interval_conv2d_weight", (out, rad, x, x.abs(), weight, *args)),
         ]
         for op, arguments in jobs:

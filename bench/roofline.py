@@ -32,8 +32,8 @@ def products(layer: tuple[int, int, int, int, int]) -> dict[str, tuple[float, fl
     weight = outputs * channels * kernel**2
     operations = 2 * 2 * out * channels * kernel**2
     return {
-        "forward + ReLU": (ELEMENT * (2 * box + weight + 2 * out) + STATE * out, operations),
-        "ReLU′ + backward": (ELEMENT * (2 * out + weight + 2 * box) + STATE * out, operations),
+        "forward + ReLU or gate": (ELEMENT * (2 * box + weight + 2 * out) + STATE * out, operations),
+        "backward + ReLU′": (ELEMENT * (2 * out + weight + 2 * box) + 2 * STATE * box, operations),
         "weight gradient": (ELEMENT * (2 * out + 2 * box + 2 * weight), operations),
     }
 

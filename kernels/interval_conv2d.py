@@ -57,7 +57,8 @@ def interval_conv2d_fwd_kernel(
     bias_ptr,  # [OC], or anything without HAS_BIAS
     out_mid_ptr,  # [B, OH, OW, OC], M = B·OH·OW pixels
     out_rad_ptr,  # [B, OH, OW, OC]
-    state_ptr,  # [2, M·OC / 8], or anything without RELU
+    bits_ptr,  # [2, M·OC / 8] that the epilogue reads, or anything,
+    made_ptr,  # [2, M·OC / 8] that it writes, or anything
     M,
     H,
     W,
@@ -77,7 +78,7 @@ def interval_conv2d_fwd_kernel(
     DW,
     out_plane,
     HAS_BIAS: tl.constexpr,
-    RELU: tl.constexpr,  # needs OG to be a multiple of 8
+    EPILOGUE: tl.constexpr,  # of `store_columns`; all but "none" need OG to be a multiple of 8
     FLAT: tl.constexpr,
     EVEN: tl.constexpr,  # is CG a multiple of BLOCK_K?
     WIDE: tl.constexpr,  # do places in memory need 64 bits?
@@ -132,8 +133,8 @@ def interval_conv2d_fwd_kernel(
     if HAS_BIAS:
         acc_mid += tl.load(bias_ptr + group * OG + n, n < OG, 0.0).to(COMPUTE)[None, :]
     store_box(
-        out_mid_ptr, out_rad_ptr, state_ptr, out_plane, acc_mid, acc_rad, m, M, OC, group * OG, tile_n * BLOCK_N, OG,
-        RELU, BLOCK_M, BLOCK_N,
+        out_mid_ptr, out_rad_ptr, bits_ptr, made_ptr, out_plane, acc_mid, acc_rad, m.to(tl.int64) * OC + group * OG,
+        m < M, tile_n * BLOCK_N, OG, EPILOGUE, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
 
@@ -146,7 +147,7 @@ def first_tap(remainder, padding, stride, dilation, taps, tap_step):
     return first
 
 
-@triton.jit(do_not_specialize=[*_GEOMETRY, "TAP_STEP_H", "TAP_STEP_W", "OUT_STEP_H", "OUT_STEP_W"])
+@triton.jit(do_not_specialize=[*_GEOMETRY, "TAP_STEP_H", "TAP_STEP_W", "OUT_STEP_H", "OUT_STEP_W", "out_plane"])
 def interval_conv2d_bwd_kernel(
     grad_mid_ptr,  # [B, OH, OW, OC]
     grad_rad_ptr,  # [B, OH, OW, OC]
@@ -154,6 +155,8 @@ def interval_conv2d_bwd_kernel(
     magnitude_ptr,  # |weight|, laid out as the weight
     out_mid_ptr,  # [B, H, W, C]
     out_rad_ptr,  # [B, H, W, C]
+    bits_ptr,  # [2, B·H·W·C / 8] that the epilogue reads, or anything,
+    made_ptr,  # [2, B·H·W·C / 8] that it writes, or anything
     B,
     H,
     W,
@@ -175,6 +178,8 @@ def interval_conv2d_bwd_kernel(
     TAP_STEP_W,
     OUT_STEP_H,  # dilation / gcd(stride, dilation): and this far apart in the output
     OUT_STEP_W,
+    out_plane,
+    EPILOGUE: tl.constexpr,  # of `store_columns`; all but "none" need CG to be a multiple of 8
     EVEN: tl.constexpr,  # is OG a multiple of BLOCK_K?
     WIDE: tl.constexpr,  # do places in memory need 64 bits?
     BLOCK_M: tl.constexpr,
@@ -228,10 +233,10 @@ def interval_conv2d_bwd_kernel(
         acc_mid, acc_rad = dual_dot(mid, rad, weight, magnitude, acc_mid, acc_rad, PRECISION, WIDEN)
         start, tap_h, tap_w = next_block(start, tap_h, tap_w, BLOCK_K, OG, taps_w)
     pixel = (image.to(tl.int64) * H + row * SH + remainder_h) * W + column * SW + remainder_w
-    at = (pixel * C + group * CG)[:, None] + n[None, :]
-    inside = (m < M)[:, None] & (n < CG)[None, :]
-    tl.store(out_mid_ptr + at, acc_mid, inside)
-    tl.store(out_rad_ptr + at, acc_rad, inside)
+    store_box(
+        out_mid_ptr, out_rad_ptr, bits_ptr, made_ptr, out_plane, acc_mid, acc_rad, pixel * C + group * CG, m < M,
+        tile_n * BLOCK_N, CG, EPILOGUE, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=[*_GEOMETRY, "rows_of_part"])
@@ -343,11 +348,16 @@ def forward_into(
     groups: int,
     out_mid: Tensor,
     out_rad: Tensor,
-    out_state: Tensor | None,
+    epilogue: str,
+    bits: Tensor | None,
+    made: Tensor | None,
     block: Block,
     tf32: bool,
 ) -> None:
-    """The convolution of the box; then ReLU if a state is given, which needs OC / groups to be a multiple of 8."""
+    """The convolution of the box, then an epilogue of ``store_columns`` with the bits that it reads and makes.
+
+    Any epilogue but "none" needs OC / groups to be a multiple of 8.
+    """
     if is_flat(mid.shape[1]) and groups == 1 and not block.flat:
         mid, rad, weight = (_with_more_channels(t) for t in (mid, rad, weight))
     _, C, H, W = mid.shape
@@ -358,9 +368,9 @@ def forward_into(
     with on_device(mid):
         interval_conv2d_fwd_kernel[grid](
             mid, rad, weight, weight.abs(), mid if bias is None else bias,
-            out_mid, out_rad, mid if out_state is None else out_state,
+            out_mid, out_rad, mid if bits is None else bits, mid if made is None else made,
             M, H, W, C, OH, OW, OC, CG, OG, KH, KW, *stride, *padding, *dilation, M * OC // 8,
-            HAS_BIAS=bias is not None, RELU=out_state is not None,
+            HAS_BIAS=bias is not None, EPILOGUE=epilogue,
             FLAT=block.flat, EVEN=CG % block.k == 0, WIDE=max(mid.numel(), out_mid.numel()) >= 2**30,
             BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=block.k, num_warps=block.warps, num_stages=block.stages,
             **dot_options(mid, tf32),
@@ -382,10 +392,13 @@ def backward_into(
     groups: int,
     out_mid: Tensor,
     out_rad: Tensor,
+    epilogue: str,
+    bits: Tensor | None,
+    made: Tensor | None,
     block: Block,
     tf32: bool,
 ) -> None:
-    """The convolution's backward-data pass on the gradient box."""
+    """The convolution's backward-data pass on the gradient box, then an epilogue as in ``forward_into``, for C."""
     B, OC, OH, OW = mid.shape
     _, C, H, W = out_mid.shape
     CG, KH, KW = weight.shape[1:]
@@ -399,8 +412,9 @@ def backward_into(
     with on_device(mid):
         interval_conv2d_bwd_kernel[grid](
             mid, rad, weight, weight.abs(), out_mid, out_rad,
+            mid if bits is None else bits, mid if made is None else made,
             B, H, W, C, OH, OW, OC, CG, OG, KH, KW, *stride, *padding, *dilation, *tap_steps, *out_steps,
-            EVEN=OG % block.k == 0, WIDE=mid.numel() >= 2**30,
+            out_mid.numel() // 8, EPILOGUE=epilogue, EVEN=OG % block.k == 0, WIDE=mid.numel() >= 2**30,
             BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=block.k, num_warps=block.warps, num_stages=block.stages,
             **dot_options(mid, tf32),
         )  # fmt: skip

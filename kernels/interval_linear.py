@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .ends import gated, relu_keeps
+from .ends import gated, relu_backward_keeps, relu_keeps
 from .launch import Block, dot_options, on_device, parts_of, sum_type
 
 
@@ -38,29 +38,39 @@ def dual_dot(mid, rad, w, magnitude, acc_mid, acc_rad, PRECISION: tl.constexpr, 
 
 @triton.jit
 def store_columns(
-    out_mid_ptr, out_rad_ptr, state_ptr, plane, mid, rad, m, M, row_length, first_column, first_n, N,
-    RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    out_mid_ptr, out_rad_ptr, bits_ptr, made_ptr, plane, mid, rad, row, row_inside, first_n, N,
+    EPILOGUE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Write results mid, rad [BLOCK_M, BLOCK_N] to rows m of length row_length, at first_column + first_n.
+    """Write what becomes of mid, rad [BLOCK_M, BLOCK_N] to columns first_n … of N, rows beginning at ``row``.
 
-    With RELU, of what they become, and its state too: eight neighbours of a row to a byte.
+    EPILOGUE: "none"; "relu" writes the state; "relu_backward" reads a state and writes the gate; "gate" reads a gate.
+    Eight neighbours of a row are a byte, so that all but "none" need N and the beginnings of rows to be multiples of 8.
     """
     n = first_n + tl.arange(0, BLOCK_N)
-    row = m.to(tl.int64) * row_length + first_column
-    if RELU:
-        keep_lower, keep_upper = relu_keeps(mid, rad)
-        mid, rad = gated(mid, rad, keep_lower, keep_upper)
+    if EPILOGUE != "none":
         bit = tl.arange(0, 8)[None, None, :]
         octet = first_n // 8 + tl.arange(0, BLOCK_N // 8)
         byte = (row // 8)[:, None] + octet[None, :]
-        inside = (m < M)[:, None] & (octet < N // 8)[None, :]
-        # Both in one number: neighbours that make a byte are in other threads, and meet once instead of twice.
-        keep = keep_lower.to(tl.int16) | (keep_upper.to(tl.int16) << 8)
-        packed = tl.sum(tl.reshape(keep, (BLOCK_M, BLOCK_N // 8, 8)).to(tl.int32) << bit, 2)
-        tl.store(state_ptr + byte, (packed & 255).to(tl.uint8), inside)
-        tl.store(state_ptr + plane + byte, (packed >> 8).to(tl.uint8), inside)
+        byte_inside = row_inside[:, None] & (octet < N // 8)[None, :]
+        # Both planes in one number: neighbours that share a byte are in other threads, and meet once instead of twice.
+        if EPILOGUE == "relu":
+            keep_lower, keep_upper = relu_keeps(mid, rad)
+        else:
+            both = tl.load(bits_ptr + byte, byte_inside, 0).to(tl.int16)
+            both |= tl.load(bits_ptr + plane + byte, byte_inside, 0).to(tl.int16) << 8
+            spread = tl.broadcast_to(both[:, :, None], (BLOCK_M, BLOCK_N // 8, 8)) >> bit.to(tl.int16)
+            spread = tl.reshape(spread, (BLOCK_M, BLOCK_N))
+            keep_lower, keep_upper = (spread & 1) != 0, (spread & 256) != 0
+        if EPILOGUE == "relu_backward":
+            keep_lower, keep_upper = relu_backward_keeps(mid, rad, keep_lower, keep_upper)
+        mid, rad = gated(mid, rad, keep_lower, keep_upper)
+        if EPILOGUE != "gate":
+            keep = keep_lower.to(tl.int16) | (keep_upper.to(tl.int16) << 8)
+            packed = tl.sum(tl.reshape(keep, (BLOCK_M, BLOCK_N // 8, 8)).to(tl.int32) << bit, 2)
+            tl.store(made_ptr + byte, (packed & 255).to(tl.uint8), byte_inside)
+            tl.store(made_ptr + plane + byte, (packed >> 8).to(tl.uint8), byte_inside)
     at = row[:, None] + n[None, :]
-    inside = (m < M)[:, None] & (n < N)[None, :]
+    inside = row_inside[:, None] & (n < N)[None, :]
     tl.store(out_mid_ptr + at, mid, inside)
     tl.store(out_rad_ptr + at, rad, inside)
 
@@ -73,25 +83,25 @@ def halves(t, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def store_box(
-    out_mid_ptr, out_rad_ptr, state_ptr, plane, mid, rad, m, M, row_length, first_column, first_n, N,
-    RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    out_mid_ptr, out_rad_ptr, bits_ptr, made_ptr, plane, mid, rad, row, row_inside, first_n, N,
+    EPILOGUE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Write a tile as ``store_columns`` does; large ones half by half, or their accumulators would spill here."""
     if BLOCK_M * BLOCK_N >= 128 * 64:
         left_mid, right_mid = halves(mid, BLOCK_M, BLOCK_N)
         left_rad, right_rad = halves(rad, BLOCK_M, BLOCK_N)
         store_columns(
-            out_mid_ptr, out_rad_ptr, state_ptr, plane, left_mid, left_rad, m, M, row_length, first_column,
-            first_n, N, RELU, BLOCK_M, BLOCK_N // 2,
+            out_mid_ptr, out_rad_ptr, bits_ptr, made_ptr, plane, left_mid, left_rad, row, row_inside,
+            first_n, N, EPILOGUE, BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
         store_columns(
-            out_mid_ptr, out_rad_ptr, state_ptr, plane, right_mid, right_rad, m, M, row_length, first_column,
-            first_n + BLOCK_N // 2, N, RELU, BLOCK_M, BLOCK_N // 2,
+            out_mid_ptr, out_rad_ptr, bits_ptr, made_ptr, plane, right_mid, right_rad, row, row_inside,
+            first_n + BLOCK_N // 2, N, EPILOGUE, BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
     else:
         store_columns(
-            out_mid_ptr, out_rad_ptr, state_ptr, plane, mid, rad, m, M, row_length, first_column, first_n, N,
-            RELU, BLOCK_M, BLOCK_N,
+            out_mid_ptr, out_rad_ptr, bits_ptr, made_ptr, plane, mid, rad, row, row_inside,
+            first_n, N, EPILOGUE, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
 
@@ -104,7 +114,7 @@ def interval_linear_kernel(
     bias_ptr,  # [N], or anything without HAS_BIAS
     out_mid_ptr,  # [M, N]
     out_rad_ptr,  # [M, N]
-    out_state_ptr,  # [2, M·N / 8], or anything without RELU
+    out_state_ptr,  # [2, M·N / 8], or anything without "relu"
     M,
     N,
     K,
@@ -112,7 +122,7 @@ def interval_linear_kernel(
     weight_stride_k,
     out_plane,
     HAS_BIAS: tl.constexpr,
-    RELU: tl.constexpr,  # needs N to be a multiple of 8
+    EPILOGUE: tl.constexpr,  # "none" or "relu", of `store_columns`
     EVEN: tl.constexpr,  # is K a multiple of BLOCK_K?
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -145,8 +155,8 @@ def interval_linear_kernel(
     if HAS_BIAS:
         acc_mid += tl.load(bias_ptr + n, n < N, 0.0).to(COMPUTE)[None, :]
     store_box(
-        out_mid_ptr, out_rad_ptr, out_state_ptr, out_plane, acc_mid, acc_rad, m, M, N, 0, tile_n * BLOCK_N, N,
-        RELU, BLOCK_M, BLOCK_N,
+        out_mid_ptr, out_rad_ptr, out_state_ptr, out_state_ptr, out_plane, acc_mid, acc_rad, m.to(tl.int64) * N, m < M,
+        tile_n * BLOCK_N, N, EPILOGUE, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
 
@@ -235,7 +245,7 @@ def box_product_into(
             mid, rad, weight, magnitude, mid if bias is None else bias,
             out_mid, out_rad, mid if out_state is None else out_state,
             M, N, K, *weight.stride(), M * N // 8,
-            HAS_BIAS=bias is not None, RELU=out_state is not None, EVEN=K % block.k == 0,
+            HAS_BIAS=bias is not None, EPILOGUE="none" if out_state is None else "relu", EVEN=K % block.k == 0,
             BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=block.k, num_warps=block.warps, num_stages=block.stages,
             **dot_options(mid, tf32),
         )  # fmt: skip

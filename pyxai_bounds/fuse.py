@@ -37,6 +37,8 @@ def optimise(graph: fx.GraphModule) -> None:
         _fold_scale_of_gradient_into_affine,
         _share_equal_nodes,
         _fuse_relu_into_affine,
+        _fuse_relu_backward_after_convolution,
+        _gate_gradients_where_they_are_made,
         _fuse_relu_backward_into_affine_backward,
         _reshape_instead_of_view,
         _flatten_as_images_lie,
@@ -286,6 +288,62 @@ def _fuse_relu_into_affine(graph: fx.GraphModule) -> None:
             with graph.graph.inserting_before(node):
                 args = (*affine.args[:relu_at], True, *affine.args[relu_at + 1 :])
                 _replace(graph.graph, node, target, args, node.meta["val"])
+
+
+_GATE, _GATED = 9, 10  # positions in interval_conv2d_backward_relu
+
+
+def _fuse_relu_backward_after_convolution(graph: fx.GraphModule) -> None:
+    """Where kernels run, ReLU′ is an epilogue of the backward-data product before it."""
+    for node in _nodes(graph, ops.interval_relu_backward):
+        mid, rad, state, *rounding = node.args
+        product = _both_from(mid, rad, ops.interval_conv2d_backward)
+        if product is None or any(rounding) or not _only_used_by([mid, rad], node):  # type: ignore[list-item]
+            continue
+        args = _with_epilogue(product)
+        if args is not None:
+            with graph.graph.inserting_before(node):
+                args[3] = state
+                _replace(graph.graph, node, ops.interval_conv2d_backward_relu, tuple(args), node.meta["val"])
+
+
+def _gate_gradients_where_they_are_made(graph: fx.GraphModule) -> None:
+    """The derivative of ReLU′ is a gate, and an epilogue of the product in the derivative of who reads the gated box.
+
+    So that no other gradient reaches that box, which nobody would gate, it must have one reader and no other use.
+    """
+    for relu_backward in list(graph.graph.nodes):
+        if is_call(relu_backward, ops.interval_relu_backward) and not any(relu_backward.args[3:]):
+            gated: tuple = (*relu_backward.args[:3], 0, True)
+        elif is_call(relu_backward, ops.interval_conv2d_backward_relu) and relu_backward.args[3] is not None:
+            gated = (*relu_backward.args[:_GATED], True)
+        else:
+            continue
+        results = parts(relu_backward)
+        box = [results.get(0), results.get(1)]
+        readers = {user for part in box if part is not None for user in part.users}
+        reader = readers.pop() if len(readers) == 1 else None
+        args = None if reader is None or list(reader.args[:2]) != box else _with_epilogue(reader)
+        if reader is None or args is None or any(part is arg for part in box for arg in args[2:]):
+            continue
+        with graph.graph.inserting_before(reader):
+            args[_GATE] = results.get(2) or graph.graph.call_function(operator.getitem, (relu_backward, 2))
+            args[_GATE].meta["val"] = relu_backward.meta["val"][2]
+            if reader.target is ops.interval_conv2d_backward:
+                value = (*reader.meta["val"], args[_GATE].meta["val"].new_empty(0))
+                _replace(graph.graph, reader, ops.interval_conv2d_backward_relu, tuple(args), value)
+            else:
+                reader.args = tuple(args)
+        relu_backward.args = gated
+
+
+def _with_epilogue(node: fx.Node) -> list[Any] | None:
+    """The arguments of a backward-data product as an operator with an epilogue, if there are kernels for it."""
+    if is_call(node, ops.interval_conv2d_backward_relu):
+        return list(node.args)
+    if not is_call(node, ops.interval_conv2d_backward) or node.args[3] is not None or any(node.args[9:]):
+        return None
+    return [*node.args[:9], None, False] if ops.has_kernels(node.meta["val"][0]) else None
 
 
 def _fuse_relu_backward_into_affine_backward(graph: fx.GraphModule) -> None:
@@ -580,6 +638,8 @@ def _inner_bytes(node: fx.Node) -> int:
     if node.target in (ops.interval_mul, ops.interval_scale_shift) and any(node.args[4:]):
         result = node.meta["val"][0]
         return 0 if result.device.type == "cpu" and ops.native.available() else _TEMPORARIES * _bytes_of(result)
+    if node.target is ops.interval_conv2d_backward_relu:
+        return _bytes_of(node.args[2].meta["val"])  # type: ignore[union-attr]
     rounding_at = ROUNDING.get(node.target)
     if rounding_at is None:
         return 0

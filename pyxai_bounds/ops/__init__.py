@@ -120,20 +120,27 @@ def _call(operator: Any, *args: Any) -> Any:
     return undispatched[operator](*args)
 
 
-def _define(signature: str, fake: Callable[..., Any], backward: Callable, setup_context: Callable) -> Any:
+def _define(
+    signature: str, fake: Callable[..., Any], backward: Callable, setup_context: Callable, unseen: int = 0
+) -> Any:
     """Define one operator; its implementation is looked up in the selected backend at each call.
 
-    The backward pass runs on the backend of the forward pass: autograd's threads do not know who forced which.
+    The backward pass runs on the backend of the forward pass: autograd's threads do not know who forced which. The last
+    arguments, ``unseen`` of them, concern the derivative alone: no backend sees them.
     """
-    name = signature.split("(")[0]
-    rounding_at = signature.split(")")[0].count(",") - 1 if "int rounding" in signature else None
+    name, arguments = signature.split(")")[0].split("(")
+    names = [argument.split()[-1] for argument in arguments.split(", ")[1:]]
+    rounding_at = names.index("rounding=0") if "rounding=0" in names else None
+    seen = len(names) - unseen
     _library.define(signature, tags=(torch.Tag.pt2_compliant_tag,))
 
     def run(mid: Tensor, *args: Any) -> Any:
-        # Its last argument says how an operator rounds (the dispatcher leaves it out where it is the default).
+        # How an operator rounds is the last that a backend sees (the dispatcher leaves it out where it is the default).
         if rounding_at is not None and len(args) > rounding_at and args[rounding_at] != Rounding.NEAREST:
-            return getattr(_select_outward(mid), name)(mid, *args)
-        return getattr(_select(mid), name, getattr(reference, name))(mid, *args[:rounding_at])
+            return getattr(_select_outward(mid), name)(mid, *args[:seen])
+        return getattr(_select(mid), name, getattr(reference, name))(
+            mid, *args[: seen if rounding_at is None else rounding_at]
+        )
 
     def remember(ctx: Any, inputs: tuple, output: Any) -> None:
         ctx.backend = _forced.get()
@@ -215,15 +222,23 @@ interval_gate = _define(
 
 # --- interval_relu, interval_relu_backward: their derivative is the gate they applied ----------------------
 
+# A gate costs nothing as an epilogue of the product that makes what it is applied to. And a gated box stays the same
+# if it is gated again, so that its reader may be told the gate and return gradients that are gated already (see
+# interval_conv2d_backward_relu). `gated` says that all gradients of a result come from such readers, and are not to be
+# gated here: `fuse` says so where a box has one reader and no other use.
+
 
 def _relu_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(output[2])
+    gated = len(inputs) > 4 and inputs[4]
+    ctx.save_for_backward(None if gated else output[2])
     ctx.nones = (None,) * (len(inputs) - 2)
 
 
 def _relu_backward(ctx: Any, mid_grad: Tensor, rad_grad: Tensor, _: Any) -> Any:
-    return *_gate_adjoint(mid_grad, rad_grad, ctx.saved_tensors[0]), *ctx.nones
+    (gate,) = ctx.saved_tensors
+    box_grad = (mid_grad, rad_grad) if gate is None else _gate_adjoint(mid_grad, rad_grad, gate)
+    return *box_grad, *ctx.nones
 
 
 interval_relu = _define(
@@ -234,10 +249,12 @@ interval_relu = _define(
 )
 
 interval_relu_backward = _define(
-    "interval_relu_backward(Tensor mid, Tensor rad, Tensor state, int rounding=0) -> (Tensor, Tensor, Tensor)",
-    lambda mid, rad, state, rounding=0: (_like(mid, bits=state), _like(mid, bits=state), torch.empty_like(state)),
+    "interval_relu_backward(Tensor mid, Tensor rad, Tensor state, int rounding=0, bool gated=False) -> "
+    "(Tensor, Tensor, Tensor)",
+    lambda mid, rad, state, *_: (_like(mid, bits=state), _like(mid, bits=state), torch.empty_like(state)),
     _relu_backward,
     _relu_setup,
+    unseen=1,
 )
 
 
@@ -442,7 +459,7 @@ def _conv2d_fake(mid, rad, weight, bias, stride, padding, dilation, groups, relu
     return out, torch.empty_like(out), _bits(out, relu)
 
 
-def _conv2d_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None, _: Any) -> Any:
+def _conv2d_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None, *_: Any) -> Any:
     mid, rad, weight, state = ctx.saved_tensors  # once: who checkpoints refuses a second time
     need_mid, need_rad, need_weight, need_bias = ctx.needs_input_grad[:4]
     if ctx.relu:
@@ -476,30 +493,68 @@ interval_conv2d = _define(
 )
 
 
+# --- interval_conv2d_gate: a convolution, then a gate ------------------------------------------------------
+
+
+def _conv2d_gate_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    mid, rad, weight, gate, *ctx.args = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(mid, rad, weight, gate)
+    ctx.relu, ctx.input_size = True, mid.shape  # of which the derivative is a gate, too
+
+
+interval_conv2d_gate = _define(
+    "interval_conv2d_gate(Tensor mid, Tensor rad, Tensor weight, Tensor gate, int[] stride, int[] padding, "
+    "int[] dilation, int groups) -> (Tensor, Tensor)",
+    lambda mid, rad, weight, gate, stride, padding, dilation, groups: tuple(
+        _like(out, bits=gate)
+        for out in _conv2d_fake(mid, rad, weight, None, stride, padding, dilation, groups, False)[:2]
+    ),
+    _conv2d_backward,
+    _conv2d_gate_setup,
+)
+
+
 # --- interval_conv2d_backward -------------------------------------------------------------------------------
 
 
 def _conv2d_data_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None) -> Any:
     mid, rad, weight, state = ctx.saved_tensors
     mid, rad, gate = _gated(mid, rad, state)
-    # In the box's own order: the results are gated in it, and channels-last convolutions are the faster ones.
-    mid_grad, rad_grad = (None if grad is None else dense(mid, grad)[1] for grad in (mid_grad, rad_grad))
     args = ctx.args[1:5]
-    weight_grad = None
-    box_grad: Any = (None, None)
-    if ctx.needs_input_grad[2]:  # the roles of input and output gradient are exchanged
-        weight_grad = _weight_gradient("interval_conv2d_weight", mid, rad, mid_grad, rad_grad, weight, *args)
+    mid_grad, rad_grad, weight_grad = _conv2d_data_weight(ctx, mid_grad, rad_grad, mid, rad, weight, args)
     del mid, rad  # the gated copies: the rest takes their place in memory
-    if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-        if has_kernels(weight) or (mid_grad is not None and rad_grad is not None):
-            box_grad = _call(interval_conv2d, *_both(mid_grad, rad_grad), weight, None, *args, False)[:2]
-        else:
-            box_grad = (
-                None if mid_grad is None else torch.conv2d(mid_grad, weight, None, *args),
-                None if rad_grad is None else torch.conv2d(rad_grad, weight.abs(), None, *args),
-            )
-        box_grad = _ungate(box_grad[0], box_grad[1], gate)
-    return *box_grad, weight_grad, *(None,) * 7
+    return *_conv2d_data_box(ctx, mid_grad, rad_grad, weight, gate, args), weight_grad, *(None,) * 7
+
+
+def _conv2d_data_weight(
+    ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None, mid: Tensor, rad: Tensor, weight: Tensor, args: Any
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients in the box's own order, and the gradient of the weight if it is needed."""
+    # The results are gated in that order, and channels-last convolutions are the faster ones.
+    mid_grad, rad_grad = (None if grad is None else dense(mid, grad)[1] for grad in (mid_grad, rad_grad))
+    if not ctx.needs_input_grad[2]:
+        return mid_grad, rad_grad, None
+    # The roles of input and output gradient are exchanged.
+    return mid_grad, rad_grad, _weight_gradient("interval_conv2d_weight", mid, rad, mid_grad, rad_grad, weight, *args)
+
+
+def _conv2d_data_box(
+    ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None, weight: Tensor, gate: Tensor | None, args: Any
+) -> Any:
+    """The gradient of the box if it is needed, gated if there is a gate."""
+    if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
+        return None, None
+    if gate is not None and has_kernels(weight):
+        return _call(interval_conv2d_gate, *_both(mid_grad, rad_grad), weight, gate, *args)
+    if has_kernels(weight) or (mid_grad is not None and rad_grad is not None):
+        box_grad = _call(interval_conv2d, *_both(mid_grad, rad_grad), weight, None, *args, False)[:2]
+    else:
+        box_grad = (
+            None if mid_grad is None else torch.conv2d(mid_grad, weight, None, *args),
+            None if rad_grad is None else torch.conv2d(rad_grad, weight.abs(), None, *args),
+        )
+    return _ungate(box_grad[0], box_grad[1], gate)
 
 
 interval_conv2d_backward = _define(
@@ -511,6 +566,43 @@ interval_conv2d_backward = _define(
     ),
     _conv2d_data_backward,
     _data_setup,
+)
+
+
+# --- interval_conv2d_backward_relu: the same, then ReLU′ as an epilogue -------------------------------------
+
+
+def _conv2d_data_relu_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    mid, rad, weight, state, _, *ctx.args, before, gated = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(mid, rad, weight, before, None if state is None or gated else output[2])
+
+
+def _conv2d_data_relu_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None, _: Any) -> Any:
+    mid, rad, weight, before, after = ctx.saved_tensors
+    if after is not None:
+        mid_grad, rad_grad = _gate_adjoint(mid_grad, rad_grad, after)
+    if before is not None and torch.is_grad_enabled():
+        # A second derivative reaches the box through the weight's gradient as well, and must be gated on that way.
+        mid, rad = interval_gate(mid, rad, before)
+    mid_grad, rad_grad, weight_grad = _conv2d_data_weight(ctx, mid_grad, rad_grad, mid, rad, weight, ctx.args)
+    return *_conv2d_data_box(ctx, mid_grad, rad_grad, weight, before, ctx.args), weight_grad, *(None,) * 8
+
+
+# `gate`: the box has been gated by it. `gated`: the gradients of the results come gated. See interval_relu_backward.
+interval_conv2d_backward_relu = _define(
+    "interval_conv2d_backward_relu(Tensor mid, Tensor rad, Tensor weight, Tensor? state, int[] input_size, "
+    "int[] stride, int[] padding, int[] dilation, int groups, Tensor? gate, bool gated) -> "
+    "(Tensor, Tensor, Tensor)",
+    lambda mid, rad, weight, state, input_size, *_: (
+        _like(mid, input_size, state),
+        _like(mid, input_size, state),
+        mid.new_empty(0, dtype=torch.uint8) if state is None else torch.empty_like(state),
+    ),
+    _conv2d_data_relu_backward,
+    _conv2d_data_relu_setup,
+    unseen=2,
 )
 
 

@@ -157,6 +157,20 @@ def interval_conv2d(
     return _maybe_relu(out_mid, out_rad, relu, rounding)
 
 
+def interval_conv2d_gate(
+    mid: Tensor,
+    rad: Tensor,
+    weight: Tensor,
+    gate: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    """A convolution of the box without a bias, then ``interval_gate``: what becomes of the gradient of a gated box."""
+    return interval_gate(*interval_conv2d(mid, rad, weight, None, stride, padding, dilation, groups, False)[:2], gate)
+
+
 def interval_conv2d_backward(
     mid: Tensor,
     rad: Tensor,
@@ -185,6 +199,24 @@ def interval_conv2d_backward(
 
         out_mid, out_rad = _blocked(convolve, mid, rad, weight, None, 0, groups, rounding, stages)
     return out_mid.contiguous(memory_format=order), out_rad.contiguous(memory_format=order)
+
+
+def interval_conv2d_backward_relu(
+    mid: Tensor,
+    rad: Tensor,
+    weight: Tensor,
+    state: Tensor | None,
+    input_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The convolution's backward-data pass, then ReLU′ if a state is given: the box, and the gate that was applied."""
+    out = interval_conv2d_backward(mid, rad, weight, None, input_size, stride, padding, dilation, groups)
+    if state is None:
+        return *out, mid.new_empty(0, dtype=torch.uint8)
+    return interval_relu_backward(*out, state)
 
 
 def interval_conv2d_weight(

@@ -15,15 +15,17 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyxai_bounds.ops import reference
-from pyxai_bounds.ops.layout import dense_like, in_order_of, memory_format, state_size
+from pyxai_bounds.ops.layout import dense_like, in_order_of, memory_format, order_of, state_size
 from pyxai_bounds.ops.native import _bits_of, _boxes, _describe, _per_channel
 from pyxai_bounds.ops.smooth import smooth
+
+Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]  # stride, padding, dilation, groups
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CAPABILITY = (8, 0)  # the oldest that the kernels are compiled for in the tests
@@ -72,7 +74,11 @@ def interval_gate(mid: Tensor, rad: Tensor, gate: Tensor) -> tuple[Tensor, Tenso
 
 def interval_relu(mid: Tensor, rad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mid, rad = _boxes(mid, rad)
-    return _relu_into(mid, rad, dense_like(mid), dense_like(mid))
+    out_mid, out_rad = dense_like(mid), dense_like(mid)
+    state = torch.empty(state_size(mid), dtype=torch.uint8, device=mid.device)
+    if mid.numel():
+        _kernels("interval_relu").relu_into(mid, rad, out_mid, out_rad, state)
+    return out_mid, out_rad, state
 
 
 def interval_relu_backward(mid: Tensor, rad: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,23 +92,23 @@ def interval_linear(
     mid, rad = _boxes(mid, rad)
     _check_weight(weight, mid, (weight.shape[0], mid.shape[-1]))
     _check_bias(bias, mid, weight.shape[0])
+    epilogue = Epilogue("relu" if relu else "none", bias)
     out_mid = mid.new_empty(*mid.shape[:-1], weight.shape[0])
     out_rad = torch.empty_like(out_mid)
     fused = relu and weight.shape[0] % 8 == 0  # or a byte of the state would belong to two rows
-    state = torch.empty(state_size(out_mid) if fused else 0, dtype=torch.uint8, device=mid.device)
 
     def run(block: Any) -> tuple[Tensor, Tensor, Tensor]:
         if block is None:
-            out = reference.interval_linear(mid, rad, weight, bias, False)
-            return _relu_into(out[0], out[1], out[0], out[1]) if relu else out
+            return _finish(epilogue, *reference.interval_linear(mid, rad, weight, bias, False)[:2])
+        state = epilogue.made(out_mid) if fused else None
         _kernels("interval_linear").box_product_into(
             _rows(mid), _rows(rad), weight, None if bias is None else bias.contiguous(),
-            _rows(out_mid), _rows(out_rad), state if fused else None, block, _tf32_matmul(mid),
+            _rows(out_mid), _rows(out_rad), state, block, _tf32_matmul(mid),
         )  # fmt: skip
-        return _relu_into(out_mid, out_rad, out_mid, out_rad) if relu and not fused else (out_mid, out_rad, state)
+        return _finish(epilogue, out_mid, out_rad) if state is None else (out_mid, out_rad, state)
 
     if out_mid.numel() == 0:
-        return out_mid, out_rad, torch.empty(state_size(out_mid) if relu else 0, dtype=torch.uint8, device=mid.device)
+        return _finish(epilogue, out_mid, out_rad)
     key = ("linear", mid.shape, weight.shape, weight.stride(), bias is None, relu)
     return _fastest(key, mid, _box_blocks(mid, weight.shape[0], weight.shape[1], _tf32_matmul(mid)), library, run)
 
@@ -112,23 +118,22 @@ def interval_linear_backward(
 ) -> tuple[Tensor, Tensor]:
     mid, rad = _boxes(mid, rad)
     _check_weight(weight, mid, (mid.shape[-1], weight.shape[1]))
-    state = None if state is None else _bits_of(state, mid)
+    if state is not None:
+        mid, rad = _relu_backward(mid, rad, state, None)
     out_mid = mid.new_empty(*mid.shape[:-1], weight.shape[1])
     out_rad = torch.empty_like(out_mid)
 
     def run(block: Any) -> tuple[Tensor, Tensor]:
-        box = (mid, rad) if state is None else _relu_backward(mid, rad, state, None)
         if block is None:
-            return reference.interval_linear_backward(*box, weight, None)
+            return reference.interval_linear_backward(mid, rad, weight, None)
         _kernels("interval_linear").box_product_into(
-            _rows(box[0]), _rows(box[1]), weight.t(), None, _rows(out_mid), _rows(out_rad), None, block,
-            _tf32_matmul(mid),
-        )  # fmt: skip
+            _rows(mid), _rows(rad), weight.t(), None, _rows(out_mid), _rows(out_rad), None, block, _tf32_matmul(mid)
+        )
         return out_mid, out_rad
 
     if out_mid.numel() == 0:
         return out_mid, out_rad
-    key = ("linear_backward", mid.shape, weight.shape, weight.stride(), state is None)
+    key = ("linear_backward", mid.shape, weight.shape, weight.stride())
     return _fastest(key, mid, _box_blocks(mid, weight.shape[1], weight.shape[0], _tf32_matmul(mid)), library, run)
 
 
@@ -166,40 +171,24 @@ def interval_conv2d(
     *,
     library: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    mid, rad = _boxes(mid, rad)
-    outputs, channels, *kernel = weight.shape
-    _check_weight(weight, mid, (outputs, mid.shape[1] // groups, *kernel))
-    _check_bias(bias, mid, outputs)
-    order = memory_format(mid)
-    size = [mid.shape[0], outputs, *_output_size(mid.shape[2:], kernel, stride, padding, dilation)]
-    if math.prod(size) == 0:
-        out_mid = mid.new_empty(size)
-        state = torch.empty(state_size(out_mid) if relu else 0, dtype=torch.uint8, device=mid.device)
-        return out_mid, torch.empty_like(out_mid), state
-    args = (stride, padding, dilation, groups)
-    tf32 = _tf32_convolution(mid)
+    epilogue = Epilogue("relu" if relu else "none", bias)
+    return _convolve(mid, rad, weight, (stride, padding, dilation, groups), epilogue, library)
 
-    def run(block: Any) -> tuple[Tensor, Tensor, Tensor]:
-        if block is None:
-            # cuDNN's bias is a pass of its own; ReLU's adds it on the way, where eight neighbours have eight channels.
-            later = relu and order is torch.channels_last and outputs % 8 == 0
-            out_mid, out_rad, state = reference.interval_conv2d(mid, rad, weight, None if later else bias, *args, False)
-            if not relu:
-                return out_mid, out_rad, state
-            return _relu_into(out_mid, out_rad, out_mid, out_rad, bias if later else None)
-        out_mid, out_rad = _empty_last(mid, size, order), _empty_last(mid, size, order)
-        # The kernel packs the state as the results lie in memory, eight channels of a group to a byte.
-        fused = relu and outputs // groups % 8 == 0 and out_mid.is_contiguous(memory_format=order)
-        state = torch.empty(state_size(out_mid) if fused else 0, dtype=torch.uint8, device=mid.device)
-        _kernels("interval_conv2d").forward_into(
-            *_last(mid, rad, weight), None if bias is None else bias.contiguous(), *args, out_mid, out_rad,
-            state if fused else None, block, tf32,
-        )  # fmt: skip
-        out_mid, out_rad = out_mid.contiguous(memory_format=order), out_rad.contiguous(memory_format=order)
-        return _relu_into(out_mid, out_rad, out_mid, out_rad) if relu and not fused else (out_mid, out_rad, state)
 
-    key = ("conv2d", mid.shape, order, weight.shape, *_flat(args), bias is None, relu)
-    return _fastest(key, mid, _box_blocks(mid, outputs // groups, channels, tf32, groups), library, run)
+def interval_conv2d_gate(
+    mid: Tensor,
+    rad: Tensor,
+    weight: Tensor,
+    gate: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    *,
+    library: bool = False,
+) -> tuple[Tensor, Tensor]:
+    epilogue = Epilogue("gate", bits=gate)
+    return _convolve(mid, rad, weight, (stride, padding, dilation, groups), epilogue, library)[:2]
 
 
 def interval_conv2d_backward(
@@ -215,31 +204,27 @@ def interval_conv2d_backward(
     *,
     library: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    mid, rad = _boxes(mid, rad)
-    outputs, channels, *kernel = weight.shape
-    _check_weight(weight, mid, (mid.shape[1], input_size[1] // groups, *kernel))
-    expected = _output_size(input_size[2:], kernel, stride, padding, dilation)
-    _check_same(mid, mid, (input_size[0], outputs, *expected))
     if state is not None:
-        mid, rad = in_order_of(state, mid, rad)
-        state = _bits_of(state, mid)
-    order = memory_format(mid)
-    if math.prod(input_size) == 0 or mid.numel() == 0:
-        out_mid = torch.empty(input_size, dtype=mid.dtype, device=mid.device, memory_format=order).zero_()
-        return out_mid, torch.zeros_like(out_mid)
-    args: tuple[Any, ...] = (stride, padding, dilation, groups)
-    tf32 = _tf32_convolution(mid)
+        mid, rad = _relu_backward(mid, rad, state, None)
+    args = (stride, padding, dilation, groups)
+    return _convolve_back(mid, rad, weight, input_size, args, Epilogue(), library)[:2]
 
-    def run(block: Any) -> tuple[Tensor, Tensor]:
-        box = (mid, rad) if state is None else _relu_backward(mid, rad, state, None)
-        if block is None:
-            return reference.interval_conv2d_backward(*box, weight, None, input_size, *args)
-        out_mid, out_rad = _empty_last(mid, input_size, order), _empty_last(mid, input_size, order)
-        _kernels("interval_conv2d").backward_into(*_last(*box, weight), *args, out_mid, out_rad, block, tf32)
-        return out_mid.contiguous(memory_format=order), out_rad.contiguous(memory_format=order)
 
-    key = ("conv2d_backward", mid.shape, order, weight.shape, tuple(input_size), *_flat(args), state is None)
-    return _fastest(key, mid, _box_blocks(mid, channels, outputs // groups, tf32), library, run)
+def interval_conv2d_backward_relu(
+    mid: Tensor,
+    rad: Tensor,
+    weight: Tensor,
+    state: Tensor | None,
+    input_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    *,
+    library: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    epilogue = Epilogue() if state is None else Epilogue("relu_backward", bits=state)
+    return _convolve_back(mid, rad, weight, input_size, (stride, padding, dilation, groups), epilogue, library)
 
 
 def interval_conv2d_weight(
@@ -432,7 +417,9 @@ _products: tuple[Callable, ...] = (
     interval_linear_backward,
     interval_linear_weight,
     interval_conv2d,
+    interval_conv2d_gate,
     interval_conv2d_backward,
+    interval_conv2d_backward_relu,
     interval_conv2d_weight,
 )
 measured = SimpleNamespace(
@@ -441,21 +428,136 @@ measured = SimpleNamespace(
 )
 
 
-# --- stages that two operators share ------------------------------------------------------------------------
+# --- products and their epilogues ---------------------------------------------------------------------------
 
 
-def _relu_into(
-    mid: Tensor, rad: Tensor, out_mid: Tensor, out_rad: Tensor, bias: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """ReLU of a dense box, written where it is told to: the box itself after a matrix product.
+class Epilogue(NamedTuple):
+    """What becomes of a product before anybody reads it.
 
-    ``bias`` is added to the midpoint before, one value a channel of channels-last images, a multiple of 8 of them.
+    ``kind``: "none"; "relu", which makes the packed state; "relu_backward", which reads a state and makes the gate that
+    it applied; "gate", which reads a gate. Bits lie in the memory order of the results, as ``ops/layout.py`` says.
     """
-    state = torch.empty(state_size(mid), dtype=torch.uint8, device=mid.device)
+
+    kind: str = "none"
+    bias: Tensor | None = None  # added to the midpoint first, one value a channel
+    bits: Tensor | None = None  # that are read
+
+    def order(self, mid: Tensor) -> torch.memory_format:
+        """Of the results: that of the bits that are read, else of the box."""
+        return memory_format(mid) if self.bits is None else order_of(self.bits)
+
+    def made(self, out: Tensor) -> Tensor:
+        """Room for the bits that it makes."""
+        makes = self.kind in ("relu", "relu_backward")
+        return torch.empty(state_size(out) if makes else 0, dtype=torch.uint8, device=out.device)
+
+
+def _convolve(
+    mid: Tensor, rad: Tensor, weight: Tensor, args: Geometry, epilogue: Epilogue, library: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    mid, rad = _boxes(mid, rad)
+    stride, padding, dilation, groups = args
+    outputs, channels, *kernel = weight.shape
+    _check_weight(weight, mid, (outputs, mid.shape[1] // groups, *kernel))
+    bias = epilogue.bias
+    _check_bias(bias, mid, outputs)
+    order = epilogue.order(mid)
+    size = [mid.shape[0], outputs, *_output_size(mid.shape[2:], kernel, stride, padding, dilation)]
+    if math.prod(size) == 0:
+        out_mid = torch.empty(size, dtype=mid.dtype, device=mid.device, memory_format=order)
+        return _finish(epilogue, out_mid, torch.empty_like(out_mid))
+    tf32 = _tf32_convolution(mid)
+
+    def run(block: Any) -> tuple[Tensor, Tensor, Tensor]:
+        if block is None:
+            # cuDNN's bias is a pass of its own; ReLU's adds it on the way, where eight neighbours have eight channels.
+            later = bias if epilogue.kind == "relu" and order is torch.channels_last and outputs % 8 == 0 else None
+            out = reference.interval_conv2d(mid, rad, weight, None if later is not None else bias, *args, False)
+            return _finish(epilogue, out[0], out[1], later)
+        return _in_one_kernel(
+            epilogue, mid, size, outputs // groups,
+            lambda *results: _kernels("interval_conv2d").forward_into(
+                *_last(mid, rad, weight), None if bias is None else bias.contiguous(), *args, *results, block, tf32
+            ),
+        )  # fmt: skip
+
+    key = ("conv2d", mid.shape, memory_format(mid), weight.shape, *_flat(args), bias is None, epilogue.kind, order)
+    return _fastest(key, mid, _box_blocks(mid, outputs // groups, channels, tf32, groups), library, run)
+
+
+def _convolve_back(
+    mid: Tensor,
+    rad: Tensor,
+    weight: Tensor,
+    input_size: Sequence[int],
+    args: Geometry,
+    epilogue: Epilogue,
+    library: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    mid, rad = _boxes(mid, rad)
+    stride, padding, dilation, groups = args
+    outputs, channels, *kernel = weight.shape
+    _check_weight(weight, mid, (mid.shape[1], input_size[1] // groups, *kernel))
+    expected = _output_size(input_size[2:], kernel, stride, padding, dilation)
+    _check_same(mid, mid, (input_size[0], outputs, *expected))
+    order = epilogue.order(mid)
+    if math.prod(input_size) == 0 or mid.numel() == 0:
+        out_mid = torch.empty(input_size, dtype=mid.dtype, device=mid.device, memory_format=order).zero_()
+        return _finish(epilogue, out_mid, torch.zeros_like(out_mid))
+    tf32 = _tf32_convolution(mid)
+
+    def run(block: Any) -> tuple[Tensor, Tensor, Tensor]:
+        if block is None:
+            return _finish(epilogue, *reference.interval_conv2d_backward(mid, rad, weight, None, input_size, *args))
+        return _in_one_kernel(
+            epilogue, mid, input_size, channels,
+            lambda *results: _kernels("interval_conv2d").backward_into(
+                *_last(mid, rad, weight), *args, *results, block, tf32
+            ),
+        )  # fmt: skip
+
+    key = ("conv2d_backward", mid.shape, memory_format(mid), weight.shape, tuple(input_size), *_flat(args),
+           epilogue.kind, order)  # fmt: skip
+    return _fastest(key, mid, _box_blocks(mid, channels, outputs // groups, tf32), library, run)
+
+
+def _in_one_kernel(
+    epilogue: Epilogue, mid: Tensor, size: Sequence[int], channels: int, launch: Callable[..., None]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Results of a kernel that writes images channels-last, ``channels`` of them by one program.
+
+    ``launch`` is given midpoints and radii to write, the kind of epilogue, bits to read and bits to make. The epilogue
+    is left to a kernel of its own where bits lie in another order, or a byte of them would belong to two programs.
+    """
+    order = epilogue.order(mid)
+    out_mid, out_rad = _empty_last(mid, size, order), _empty_last(mid, size, order)
+    if epilogue.kind != "none" and channels % 8 == 0 and out_mid.is_contiguous(memory_format=order):
+        bits = None if epilogue.bits is None else _bits_of(epilogue.bits, out_mid)
+        made = epilogue.made(out_mid)
+        launch(out_mid, out_rad, epilogue.kind, bits, made)
+        return out_mid, out_rad, made
+    launch(out_mid, out_rad, "none", None, None)
+    return _finish(epilogue, out_mid.contiguous(memory_format=order), out_rad.contiguous(memory_format=order))
+
+
+def _finish(epilogue: Epilogue, mid: Tensor, rad: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The epilogue as a kernel of its own, over a box that nobody has seen yet; of biases, the one that is left to it.
+
+    That is one value a channel of channels-last images, a multiple of 8 of them, and before ReLU.
+    """
+    if epilogue.bits is not None:
+        mid, rad = in_order_of(epilogue.bits, mid, rad)
+    made = epilogue.made(mid)
+    bits = None if epilogue.bits is None else _bits_of(epilogue.bits, mid)
     if mid.numel():
-        bias = None if bias is None else bias.contiguous()
-        _kernels("interval_relu").relu_into(mid, rad, out_mid, out_rad, state, bias)
-    return out_mid, out_rad, state
+        kernels = _kernels("interval_relu")
+        if epilogue.kind == "relu":
+            kernels.relu_into(mid, rad, mid, rad, made, None if bias is None else bias.contiguous())
+        elif epilogue.kind == "relu_backward":
+            kernels.relu_backward_into(mid, rad, bits, mid, rad, made)
+        elif epilogue.kind == "gate":
+            kernels.gate_into(mid, rad, bits, mid, rad)
+    return mid, rad, made
 
 
 def _relu_backward(mid: Tensor, rad: Tensor, state: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:

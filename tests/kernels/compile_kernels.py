@@ -55,29 +55,37 @@ def gemm_variants() -> dict[str, tuple[Any, dict[str, Any], list[str], list[str]
     channels = ["C", "OC", "CG", "OG"]
     even = {"EVEN": True}
     conv = even | {"WIDE": False}
-    plain = even | {"HAS_BIAS": False, "RELU": False}
+    plain = even | {"HAS_BIAS": False, "EPILOGUE": "none"}
     return {
         "linear": (
             linear,
-            plain | {"HAS_BIAS": True, "RELU": True},
+            plain | {"HAS_BIAS": True, "EPILOGUE": "relu"},
             ["weight_stride_k"],
             ["N", "K", "weight_stride_n"],
         ),
         "linear_backward": (linear, plain, ["weight_stride_n"], ["N", "K", "weight_stride_k"]),
         "linear_weight": (linear_weight, {}, ["weight_stride_k"], ["N", "K", "weight_stride_n"]),
-        "conv2d": (forward, conv | {"HAS_BIAS": True, "RELU": True, "FLAT": False}, [], channels),
-        "conv2d_linear": (forward, conv | {"HAS_BIAS": False, "RELU": False, "FLAT": False}, [], channels),
-        "conv2d_few": (forward, conv | {"HAS_BIAS": True, "RELU": True, "FLAT": False}, [], channels),  # of 16 channels
-        "conv2d_flat": (forward, conv | {"HAS_BIAS": True, "RELU": True, "FLAT": True}, [], ["OC", "OG"]),
-        "conv2d_backward": (backward, conv, [], channels),
-        "conv2d_backward_narrow": (backward, conv, [], ["OC", "OG"]),  # to 3 channels
+        "conv2d": (forward, conv | {"HAS_BIAS": True, "EPILOGUE": "relu", "FLAT": False}, [], channels),
+        "conv2d_linear": (forward, conv | {"HAS_BIAS": False, "EPILOGUE": "none", "FLAT": False}, [], channels),
+        "conv2d_few": (
+            forward,
+            conv | {"HAS_BIAS": True, "EPILOGUE": "relu", "FLAT": False},
+            [],
+            channels,
+        ),  # of 16 channels
+        "conv2d_flat": (forward, conv | {"HAS_BIAS": True, "EPILOGUE": "relu", "FLAT": True}, [], ["OC", "OG"]),
+        "conv2d_gate": (forward, conv | {"HAS_BIAS": False, "EPILOGUE": "gate", "FLAT": False}, [], channels),
+        "conv2d_gate_flat": (forward, conv | {"HAS_BIAS": False, "EPILOGUE": "gate", "FLAT": True}, [], ["OC", "OG"]),
+        "conv2d_backward": (backward, conv | {"EPILOGUE": "none"}, [], channels),
+        "conv2d_backward_relu": (backward, conv | {"EPILOGUE": "relu_backward"}, [], channels),
+        "conv2d_backward_narrow": (backward, conv | {"EPILOGUE": "none"}, [], ["OC", "OG"]),  # to 3 channels
         "conv2d_weight": (weight, conv | {"FLAT": False}, [], channels),
         "conv2d_weight_flat": (weight, conv | {"FLAT": True, "EVEN": False}, [], ["OC", "OG"]),
         # Integers that are 1 are constants to the compiler: one output of one input, and one channel to a group.
         "linear_of_one": (linear, plain | {"HAS_BIAS": True}, ["N", "K", "weight_stride_n", "weight_stride_k"], []),
         "conv2d_depthwise_flat": (
             forward,
-            conv | {"HAS_BIAS": True, "RELU": False, "FLAT": True},
+            conv | {"HAS_BIAS": True, "EPILOGUE": "none", "FLAT": True},
             ["CG", "OG"],
             ["C", "OC"],
         ),
@@ -134,7 +142,7 @@ def compile_one(
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            bits = {"state": "*u8", "gate": "*u8", "must": "*i32", "may": "*i32"}
+            bits = {"state": "*u8", "gate": "*u8", "bits": "*u8", "made": "*u8", "must": "*i32", "may": "*i32"}
             signature[name] = next((kind for word, kind in bits.items() if word in name), pointer)
         else:
             signature[name] = "fp32" if name in NUMBERS else "i32"

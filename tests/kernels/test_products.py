@@ -164,6 +164,41 @@ def test_conv2d(kernels, case, dtype, layout):
     assert found.stride() == expected.stride()
 
 
+@pytest.mark.parametrize("layout", [channels_last, torch.clone])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", CONV)
+@pytest.mark.parametrize("library", [False, True])
+def test_gate_and_relu_backward_after_conv2d(kernels, case, dtype, layout, library, monkeypatch):
+    """By the kernel and by one after the library's product; in float32 they see the very sums that are stored."""
+    mid, rad, weight, _, grad, gate, args = conv_tensors(case, dtype, layout)
+    state = reference.interval_relu(*(layout(t) for t in box(*mid.shape, seed=9)))[2]
+    assert state.any() and gate.any()
+    if library:
+        monkeypatch.setattr(triton._kernels("tuning"), "fastest", lambda key, candidates, run: candidates[-1])
+    run = triton.measured if library else triton
+    size, terms = list(mid.shape), weight[0].numel()
+    magnitude = weight.double().abs()
+    forward = torch.conv2d(mid.double().abs() + rad.double(), magnitude, None, *args)
+    back = reference.conv2d_input(grad[0].double().abs() + grad[1].double(), magnitude, mid.shape, *args)
+    for op, tensors, rest, plain, stage, scale in (
+        ("interval_conv2d_gate", (mid, rad, weight, gate), args,
+         ("interval_conv2d", (mid, rad, weight, None), (*args, False)), reference.interval_gate, forward),
+        ("interval_conv2d_backward_relu", (*grad, weight, state), (size, *args),
+         ("interval_conv2d_backward", (*grad, weight, None), (size, *args)), reference.interval_relu_backward,
+         back),
+    ):  # fmt: skip
+        found = getattr(run, op)(*on(kernels, *tensors), *rest)
+        expected = getattr(reference, op)(*double(*tensors[:3]), tensors[3], *rest)
+        for a, e in zip(found, expected, strict=True):
+            assert (a.shape, a.stride()) == (e.shape, e.stride())
+        assert_close(found[0], expected[0], 2 * scale, dtype, terms)
+        assert_close(found[1], expected[1], 2 * scale, dtype, terms)
+        if dtype is torch.float32:
+            product = getattr(run, plain[0])(*on(kernels, *plain[1]), *plain[2])[:2]
+            for a, e in zip(found, stage(*(t.cpu() for t in product), tensors[3]), strict=True):
+                assert_identical(a.cpu(), e)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_few_channels_are_filled_up(kernels, dtype):
     """What spans taps and what is filled up with zeros give the same sums."""
@@ -176,7 +211,8 @@ def test_few_channels_are_filled_up(kernels, dtype):
     for flat in (True, False):
         out = [channels_last(torch.empty(2, 16, 5, 8, dtype=dtype, device=kernels)) for _ in range(2)]
         block = Block(64, 32, 32, 4, 2, flat)
-        interval_conv2d.forward_into(mid, rad, weight, None, [2, 1], [1, 1], [1, 1], 1, *out, None, block, False)
+        args = ([2, 1], [1, 1], [1, 1], 1)
+        interval_conv2d.forward_into(mid, rad, weight, None, *args, *out, "none", None, None, block, False)
         results.append(out)
     for one, other in zip(*results, strict=True):
         assert torch.allclose(one, other, rtol=1e-2 if dtype is torch.bfloat16 else 1e-5, atol=1e-5)
@@ -323,6 +359,11 @@ def real_layer(op, channels, outputs, stride, dtype):
         size = (list(mid.shape),)
     if op.endswith("_backward"):
         return (*grad, weight, state), (*size, *args)
+    if op.endswith("_relu"):
+        state = reference.interval_relu(*(channels_last(t) for t in box(*size[0], seed=9)))[2]
+        return (*grad, weight, state), (*size, *args)
+    if op.endswith("_gate"):
+        return (mid, rad, weight, state), args
     if op.endswith("_weight"):
         return (*grad, mid, rad, weight), args
     return (mid, rad, weight, bias), args
@@ -331,7 +372,8 @@ def real_layer(op, channels, outputs, stride, dtype):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="sizes that fill a GPU")
 @pytest.mark.parametrize("channels, outputs, stride", [(3, 64, 1), (64, 128, 2), (128, 128, 1)])
 @pytest.mark.parametrize("op", ["interval_linear", "interval_linear_backward", "interval_linear_weight",
-                                "interval_conv2d", "interval_conv2d_backward", "interval_conv2d_weight"])  # fmt: skip
+                                "interval_conv2d", "interval_conv2d_gate", "interval_conv2d_backward",
+                                "interval_conv2d_backward_relu", "interval_conv2d_weight"])  # fmt: skip
 @pytest.mark.parametrize("precision", ["bf16", "tf32", "ieee"])
 def test_every_block_on_the_layers_of_a_real_network(kernels, precision, op, channels, outputs, stride, monkeypatch):
     """Each candidate, not only the default, at shapes where all tiles and stages are in use."""

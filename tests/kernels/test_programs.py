@@ -53,6 +53,129 @@ def test_bounds_and_parameter_gradients(device, compiled):
         assert torch.allclose(a, e, rtol=1e-9, atol=1e-12 + 1e-10 * e.abs().max().item())
 
 
+# --- ReLU′ and its derivative as epilogues ---------------------------------------------------------------------
+
+
+class Residual(nn.Module):
+    """A gradient box with two readers, and inside of the block one with a single one."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 2)
+        self.block = nn.Sequential(nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 8, 1))
+        self.skip = nn.Conv2d(8, 8, 1, 2)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        return self.last((self.block(x) + self.skip(x)).relu()).sum((2, 3))
+
+
+def explained_twice(model):
+    """The gradient in the input and in what the second convolution makes, which is read on the way to the former."""
+
+    def explain(x, target):
+        x = x.detach().requires_grad_()
+        hidden = model[:3](x)
+        chosen = model[3:](hidden).gather(1, target[:, None]).sum()
+        return torch.autograd.grad(chosen, (x, hidden))
+
+    return explain
+
+
+def convolutions():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 16, 2, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 2 * 2, 3),
+    )  # fmt: skip
+
+
+# The network, what explains it, and how many of its backward products make ReLU′ and how many boxes come gated.
+EPILOGUES = {
+    "convolutions": (convolutions, xb.explain.gradient, 2, 3),
+    "odd channels": (lambda: nn.Sequential(*convolutions()[:5], nn.Conv2d(16, 5, 1), nn.ReLU(), nn.Conv2d(5, 3, 3)),
+                     lambda model: xb.explain.gradient(lambda x: model(x).sum((2, 3))), 2, 3),
+    "a second reader": (Residual, xb.explain.gradient, 1, 2),
+    "also a result": (convolutions, explained_twice, 2, 2),
+    "max pooling": (lambda: nn.Sequential(*convolutions()[:2], nn.MaxPool2d(2), *convolutions()[2:5], nn.Flatten(),
+                                          nn.Linear(64, 3)), xb.explain.gradient, 0, 2),
+}  # fmt: skip
+
+
+def bounded_example(name, device, **options):
+    torch.manual_seed(0)
+    make, explain, *_ = EPILOGUES[name]
+    model = make().double().eval().to(device, memory_format=torch.channels_last)
+    x = torch.rand(2, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(device)
+    box = xb.Interval.linf(x.contiguous(memory_format=torch.channels_last), 1 / 255)
+    return model, xb.bound(explain(model), **options), (box, torch.tensor([1, 2], device=device))
+
+
+def loss_of(explained):
+    return sum(e.rad.square().mean() + e.mid.pow(3).sum() for e in tree_leaves(explained, is_leaf=is_interval))
+
+
+def is_interval(value):
+    return isinstance(value, xb.Interval)
+
+
+def explained_and_differentiated(name, device, **options):
+    """Bounds, the gradients of parameters, and those of a loss on these, which the kernels of a max pool have not."""
+    model, bounded, args = bounded_example(name, device, **options)
+    out = bounded(*args)
+    parameters = list(model.parameters())
+    twice = name != "max pooling"
+    first = torch.autograd.grad(loss_of(out), parameters, create_graph=twice, allow_unused=True)
+    squares = sum(g.square().sum() for g in first if g is not None)
+    second = torch.autograd.grad(squares, parameters, allow_unused=True) if twice else ()
+    once = torch.autograd.grad(loss_of(bounded(*args)), parameters, allow_unused=True)
+    ends = [t for e in tree_leaves(out, is_leaf=is_interval) for t in (e.mid, e.rad)]
+    return [None if t is None else t.detach().cpu() for t in (*ends, *first, *second, *once)]
+
+
+@pytest.mark.parametrize("options", [{}, {"checkpoint": True}], ids=str)
+@pytest.mark.parametrize("name", EPILOGUES)
+def test_epilogues_change_neither_bounds_nor_derivatives(kernels, monkeypatch, name, options):
+    actual = explained_and_differentiated(name, kernels, **options)
+    _, bounded, args = bounded_example(name, kernels)
+    products = bounded.graph(*args).graph.find_nodes(
+        op="call_function", target=ops.interval_conv2d_backward_relu
+    )  # fmt: skip
+    assert sum(node.args[3] is not None for node in products) == EPILOGUES[name][2]
+    assert sum(node.args[fuse._GATE] is not None for node in products) == EPILOGUES[name][3]
+    monkeypatch.setattr(fuse, "_fuse_relu_backward_after_convolution", lambda graph: None)
+    monkeypatch.setattr(fuse, "_gate_gradients_where_they_are_made", lambda graph: None)
+    expected = explained_and_differentiated(name, kernels)
+    for a, e in zip(actual, expected, strict=True):
+        assert (a is None) == (e is None)
+        assert a is None or torch.allclose(a, e, rtol=1e-9, atol=1e-12 + 1e-10 * e.abs().max().item())
+    assert sum(bool(e.any()) for e in expected if e is not None) >= 8
+
+
+def test_no_pass_is_left_for_relu_backward_and_gates(kernels, monkeypatch):
+    """Of three ReLU one stands before the first convolution on the way back; no gate is applied by itself."""
+    _, bounded, args = bounded_example("convolutions", kernels)
+    bounded.graph(*args)
+    launched = Counter()
+    module = ops.triton._kernels("interval_relu")
+    for name in ("relu_into", "relu_backward_into", "gate_into"):
+        run = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, name=name, run=run: launched.update([name]) or run(*a))
+    loss_of(bounded(*args)).backward()
+    assert launched == {"relu_backward_into": 1}
+
+
+def test_epilogues_compiled(kernels):
+    torch._dynamo.reset()
+    model, bounded, args = bounded_example("convolutions", kernels)
+    program, (box, target) = bounded.graph(*args), args
+    mid, rad = torch.compile(program, fullgraph=True, backend="aot_eager")(box.mid, box.rad, target)
+    expected = bounded(*args)
+    assert torch.equal(mid, expected.mid) and torch.equal(rad, expected.rad)
+    weights = [p for p in model.parameters() if p.dim() == 4]
+    found, gradients = torch.autograd.grad(rad.sum(), weights), torch.autograd.grad(expected.rad.sum(), weights)
+    assert all(torch.allclose(a, e, rtol=1e-12) and e.any() for a, e in zip(found, gradients, strict=True))
+
+
 # --- flattened images: columns of weights are moved, boxes are not --------------------------------------------
 
 

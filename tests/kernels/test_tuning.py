@@ -99,6 +99,7 @@ def test_measured_offers_the_library_and_triton_does_not(monkeypatch):
         ("interval_linear_weight", (torch.randn(4, 6), torch.rand(4, 6), mid, rad, weight)),
         ("interval_conv2d", (image, image.abs(), kernel, None, *args, False)),
         ("interval_conv2d_backward", (image, image.abs(), kernel, None, [2, 8, 5, 5], *args)),
+        ("interval_conv2d_backward_relu", (image, image.abs(), kernel, None, [2, 8, 5, 5], *args)),
         ("interval_conv2d_weight", (image, image.abs(), image, image.abs(), kernel, *args)),
     ]:
         actual, expected = (getattr(module, name)(*arguments) for module in (triton.measured, reference))

@@ -427,3 +427,99 @@ def test_operators_pass_opcheck(backend, layout):
     size = list(mid.shape)
     opcheck(torch.ops.pyxai_bounds.interval_conv2d_backward.default, (*inputs, state, size, *ARGS))
     opcheck(torch.ops.pyxai_bounds.interval_conv2d_backward.default, (*inputs, None, size, *ARGS))
+
+
+def assert_agree(actual, expected):
+    """Up to the rounding of sums in another order; bits, and memory order, exactly."""
+    for a, e in zip(actual, expected, strict=True):
+        assert (a.shape, a.dtype, a.stride()) == (e.shape, e.dtype, e.stride())
+        assert torch.allclose(a, e, rtol=1e-12, atol=1e-12) if a.is_floating_point() else torch.equal(a, e)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_products_with_a_gate_or_relu_backward_behind_them(backend, layout):
+    mid, rad, weight, _, grad, gate = problem(layout=layout)
+    size = list(mid.shape)
+    out = ops.interval_conv2d(mid, rad, weight, None, *ARGS, False)[:2]
+    assert_agree(ops.interval_conv2d_gate(mid, rad, weight, gate, *ARGS), ops.interval_gate(*out, gate))
+    state = ops.interval_relu(*(layout(t) for t in box(*size, seed=5)))[2]
+    back = ops.interval_conv2d_backward(*grad, weight, None, size, *ARGS)
+    found = ops.interval_conv2d_backward_relu(*grad, weight, state, size, *ARGS, None, False)
+    assert_agree(found, ops.interval_relu_backward(*back, state))
+    *found, none = ops.interval_conv2d_backward_relu(*grad, weight, None, size, *ARGS, None, False)
+    assert none.numel() == 0 and none.dtype is torch.uint8
+    assert_agree(found, back)
+
+
+def test_derivatives_of_products_with_a_gate_or_relu_backward_behind_them(backend):
+    mid, rad, weight, _, grad, gate = problem(shape=(1, 4, 4, 3), outputs=2)
+    size = list(mid.shape)
+    state = ops.interval_relu(*box(*size, seed=5))[2]
+    check = torch.autograd.gradcheck, torch.autograd.gradgradcheck
+    for derivative in check:
+        assert derivative(lambda *a: ops.interval_conv2d_gate(*a, gate, *ARGS), leaves(mid, rad, weight))
+        for used in (0, 1):
+            assert derivative(lambda *a, used=used: ops.interval_conv2d_gate(*a, gate, *ARGS)[used],
+                              leaves(mid, rad, weight))  # fmt: skip
+        for bits in (state, None):
+            assert derivative(
+                lambda *a, bits=bits: ops.interval_conv2d_backward_relu(*a, bits, size, *ARGS, None, False)[:2],
+                leaves(*grad, weight),
+            )
+
+
+def gated_chain(fused: bool, box_and_weights: tuple, states: list) -> tuple:
+    """ReLU′, then three backward-data products with ReLU′ between them; each gate by the reader of the gated box."""
+    mid, rad, *weights = box_and_weights
+    if not fused:
+        for weight, state in zip(weights, states, strict=True):
+            mid, rad, _ = ops.interval_relu_backward(mid, rad, state)
+            mid, rad = ops.interval_conv2d_backward(mid, rad, weight, None, size_behind(mid, weight), *PLAIN)
+        return mid, rad
+    mid, rad, gate = ops.interval_relu_backward(mid, rad, states[0], 0, True)
+    for weight, state in zip(weights, [*states[1:], None], strict=True):
+        mid, rad, gate = ops.interval_conv2d_backward_relu(
+            mid, rad, weight, state, size_behind(mid, weight), *PLAIN, gate, state is not None
+        )
+    return mid, rad
+
+
+def size_behind(mid: torch.Tensor, weight: torch.Tensor) -> list[int]:
+    """Of the image that a PLAIN convolution with this weight makes ``mid`` of."""
+    return [len(mid), weight.shape[1], *(n + k - 1 for n, k in zip(mid.shape[2:], weight.shape[2:], strict=True))]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_gate_may_be_applied_where_gradients_are_made(backend, layout):
+    weights = [box(*shape, seed=seed)[0] for seed, shape in enumerate([(2, 3, 2, 1), (3, 2, 1, 2), (2, 2, 2, 2)])]
+    inputs = (*(layout(t) for t in box(1, 2, 1, 2, seed=7)), *weights)
+    shapes, states = [(1, 2, 1, 2), (1, 3, 2, 2), (1, 2, 2, 3)], []
+    for seed, shape in enumerate(shapes):
+        states.append(ops.interval_relu(*(layout(t) for t in box(*shape, seed=20 + seed)))[2])
+    found, expected = (gated_chain(fused, leaves(*inputs), states) for fused in (True, False))
+    assert_agree(found, expected)
+    results = []
+    for fused in (True, False):
+        variables = leaves(*inputs)
+        out = gated_chain(fused, variables, states)
+        loss = out[0].square().sum() + (out[1] * out[1].detach().cos()).sum()
+        first = torch.autograd.grad(loss, variables, create_graph=True)
+        second = torch.autograd.grad(sum(g.pow(3).sum() for g in first), variables)
+        plain = torch.autograd.grad(gated_chain(fused, variables, states)[1].sum(), variables)
+        results.append((*first, *second, *plain))
+    assert_agree(*results)
+    assert all(any(e.count_nonzero() for e in results[1][k : k + 5]) for k in (0, 5, 10))
+    assert torch.autograd.gradgradcheck(lambda *a: gated_chain(True, a, states), leaves(*inputs))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_products_with_a_gate_or_relu_backward_pass_opcheck(backend, layout):
+    mid, rad, weight, _, grad, gate = problem(layout=layout)
+    size, operators = list(mid.shape), torch.ops.pyxai_bounds
+    opcheck(operators.interval_conv2d_gate.default, (*leaves(mid, rad, weight), gate, *ARGS))
+    state = ops.interval_relu(*(layout(t) for t in box(*size, seed=5)))[2]
+    before = ops.interval_relu_backward(*grad, gate)[2]
+    grad = ops.interval_gate(*grad, before)
+    inputs = leaves(*grad, weight)
+    for bits, given, gated in ((state, None, False), (state, before, True), (None, before, False)):
+        opcheck(operators.interval_conv2d_backward_relu.default, (*inputs, bits, size, *ARGS, given, gated))
