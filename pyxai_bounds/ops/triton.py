@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyxai_bounds.ops import reference
+from pyxai_bounds.ops import hopper, reference
 from pyxai_bounds.ops.layout import dense_like, in_order_of, memory_format, order_of, state_size
 from pyxai_bounds.ops.native import _bits_of, _boxes, _describe, _per_channel
 from pyxai_bounds.ops.smooth import smooth
@@ -28,6 +28,8 @@ from pyxai_bounds.ops.smooth import smooth
 Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]  # stride, padding, dilation, groups
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+HOPPER = "hopper"  # a candidate: the kernels of csrc/hopper
+_FILLED = 256 * 64 * 132  # results of so many of their tiles that each multiprocessor has one
 CAPABILITY = (8, 0)  # the oldest that the kernels are compiled for in the tests
 
 
@@ -474,15 +476,17 @@ def _convolve(
             later = bias if epilogue.kind == "relu" and order is torch.channels_last and outputs % 8 == 0 else None
             out = reference.interval_conv2d(mid, rad, weight, None if later is not None else bias, *args, False)
             return _finish(epilogue, out[0], out[1], later)
+        forward = _hopper_into if block is HOPPER else _kernels("interval_conv2d").forward_into
         return _in_one_kernel(
             epilogue, mid, size, outputs // groups,
-            lambda *results: _kernels("interval_conv2d").forward_into(
+            lambda *results: forward(
                 *_last(mid, rad, weight), None if bias is None else bias.contiguous(), *args, *results, block, tf32
             ),
         )  # fmt: skip
 
     key = ("conv2d", mid.shape, memory_format(mid), weight.shape, *_flat(args), bias is None, epilogue.kind, order)
-    return _fastest(key, mid, _box_blocks(mid, outputs // groups, channels, tf32, groups), library, run)
+    blocks = _box_blocks(mid, outputs // groups, channels, tf32, groups)
+    return _fastest(key, mid, _with_hopper(blocks, mid, size, kernel, args, False, library), library, run)
 
 
 def _convolve_back(
@@ -509,16 +513,44 @@ def _convolve_back(
     def run(block: Any) -> tuple[Tensor, Tensor, Tensor]:
         if block is None:
             return _finish(epilogue, *reference.interval_conv2d_backward(mid, rad, weight, None, input_size, *args))
+        backward = _hopper_back_into if block is HOPPER else _kernels("interval_conv2d").backward_into
         return _in_one_kernel(
             epilogue, mid, input_size, channels,
-            lambda *results: _kernels("interval_conv2d").backward_into(
+            lambda *results: backward(
                 *_last(mid, rad, weight), *args, *results, block, tf32
             ),
         )  # fmt: skip
 
     key = ("conv2d_backward", mid.shape, memory_format(mid), weight.shape, tuple(input_size), *_flat(args),
            epilogue.kind, order)  # fmt: skip
-    return _fastest(key, mid, _box_blocks(mid, channels, outputs // groups, tf32), library, run)
+    blocks = _with_hopper(
+        _box_blocks(mid, channels, outputs // groups, tf32), mid, input_size, kernel, args, True, library
+    )
+    return _fastest(key, mid, blocks, library, run)
+
+
+def _with_hopper(
+    blocks: list[Any], mid: Tensor, size: Sequence[int], kernel: Sequence[int], args: Geometry, back: bool, auto: bool
+) -> list[Any]:
+    """The candidates, and the kernels of csrc/hopper where they take the problem; on large ones Triton's never win."""
+    if not (auto and hopper.supports(mid)):
+        return blocks
+    geometry = (tuple(mid.shape), tuple(size), tuple(kernel), *_flat(args), back)
+    if not hopper.takes(*geometry):
+        return blocks
+    return [HOPPER] if math.prod(size) >= _FILLED else [*blocks, HOPPER]
+
+
+def _hopper_into(
+    mid: Tensor, rad: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any, back: bool = False
+) -> None:
+    *geometry, _, out_mid, out_rad, kind, bits, made, _, _ = rest
+    epilogue = hopper.Epilogue[kind.upper()]
+    hopper.convolve_into(mid, rad, weight, *geometry, back, out_mid, out_rad, epilogue, bias, bits, made)
+
+
+def _hopper_back_into(mid: Tensor, rad: Tensor, weight: Tensor, *rest: Any) -> None:
+    _hopper_into(mid, rad, weight, None, *rest, back=True)
 
 
 def _in_one_kernel(

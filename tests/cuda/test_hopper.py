@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyxai_bounds.ops import hopper, reference
+from pyxai_bounds.ops import hopper, reference, triton
 from pyxai_bounds.ops.hopper import Epilogue
 from pyxai_bounds.ops.layout import state_size, unpack
 from tests.cuda.emulator import SOURCES
@@ -58,9 +58,9 @@ class Problem:
     def takes(self) -> bool:
         return hopper.takes(self.source, self.target, self.kernel, *self.geometry, 1, self.back)
 
-    def run(self, epilogue: Epilogue) -> tuple[Tensor, Tensor, Tensor]:
+    def run(self, epilogue: Epilogue, biased: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         out = self.empty(), self.empty(), torch.zeros(self.bits_size(), dtype=torch.uint8)
-        bias = self.bias if epilogue <= Epilogue.RELU and not self.back else None
+        bias = self.bias if biased and epilogue <= Epilogue.RELU and not self.back else None  # gradients have none
         tensors = (self.mid, self.rad, self.weight, *out, self.bits, *([] if bias is None else [bias]))
         mid, rad, weight, out_mid, out_rad, out_bits, bits, *bias = (t.cuda() if ON_A_GPU else t for t in tensors)
         hopper.convolve_into(
@@ -119,7 +119,7 @@ def test_product(case, back, dtype):
 def test_epilogue(case, epilogue, back):
     """To the last bit what the elementwise operator makes of the product that the kernel rounds."""
     problem = Problem(*CASES[case], back)
-    product = problem.run(Epilogue.NONE)[:2]
+    product = problem.run(Epilogue.NONE, biased=epilogue is Epilogue.RELU)[:2]
     *box, bits = problem.run(epilogue)
     mid, rad = (t.float() for t in product)
     if epilogue is Epilogue.RELU:
@@ -153,6 +153,41 @@ def test_many_tiles_for_a_block():
     exact = problem.product()
     torch.testing.assert_close(mid.double(), exact[0] + problem.bias.double().reshape(1, -1, 1, 1), rtol=5e-3, atol=5e-3)
     torch.testing.assert_close(rad.double(), exact[1], rtol=5e-3, atol=5e-3)
+
+
+def test_operators_of_auto_use_it(monkeypatch):
+    """With the results of the kernel, and the bits that belong to them, for each operator that ends in an epilogue."""
+    offered = []
+
+    def fastest(key, candidates, run):
+        offered.append(candidates)
+        return triton.HOPPER
+
+    monkeypatch.setattr(triton._kernels("tuning"), "fastest", fastest)
+    monkeypatch.setattr(hopper, "supports", lambda t: True)
+    where = "cuda" if ON_A_GPU else "cpu"
+    for back in (False, True):
+        problem = Problem(*CASES["one image a tile"], back)
+        mid, rad, weight, bias, bits = (
+            t.to(where) for t in (problem.mid, problem.rad, problem.weight, problem.bias, problem.bits)
+        )
+        args = (*problem.geometry, 1)
+        if back:
+            size = problem.target
+            got = {
+                Epilogue.NONE: triton.measured.interval_conv2d_backward(mid, rad, weight, None, size, *args),
+                Epilogue.RELU_BACKWARD: triton.measured.interval_conv2d_backward_relu(mid, rad, weight, bits, size, *args),
+            }
+        else:
+            got = {
+                Epilogue.RELU: triton.measured.interval_conv2d(mid, rad, weight, bias, *args, True),
+                Epilogue.GATE: triton.measured.interval_conv2d_gate(mid, rad, weight, bits, *args),
+            }
+        for epilogue, results in got.items():
+            wanted = problem.run(epilogue)
+            for value, expected in zip(results, wanted, strict=False):
+                assert torch.equal(value.cpu(), expected.reshape(value.shape))
+    assert all(triton.HOPPER in candidates for candidates in offered) and len(offered) == 4
 
 
 @pytest.mark.parametrize(
