@@ -77,12 +77,13 @@ def _loss(model: nn.Module, x: Tensor, target: Tensor, width: Tensor) -> Tensor:
     return F.cross_entropy(model(x), target) + width.square().mean()
 
 
-def _contender(case: Case, x: Tensor, bounds: Step, loss: Step, graphed: bool = False) -> Contender:
-    """Of functions of (x, target); ``graphed``: on a GPU each is recorded as a CUDA graph at its third call."""
+def _contender(case: Case, x: Tensor, bounds: Step, loss: Step, graphed: bool = False, pieces: int = 1) -> Contender:
+    """Of functions of (x, target); ``graphed``: on a GPU each is recorded as a CUDA graph at its third call, the
+    training step with its batch in ``pieces``."""
     model, target = case.model, case.target
     if graphed:
         certify = _Graphed(bounds, (x, target))
-        training = GraphedStep(loss, model.parameters())
+        training = GraphedStep(loss, model.parameters(), pieces)
         return Contender(certify, lambda: training(x, target))
 
     def certify_launched() -> Any:
@@ -161,10 +162,20 @@ def peer(case: Case, layout: str, make: Callable[..., Step], trains: bool) -> Co
     return Contender(one.bounds, one.step if trains else None, ends=True)
 
 
-def engine(case: Case, layout: str, backend: str, graphed: bool = False, checkpoint: bool = False) -> Contender:
+def engine(
+    case: Case,
+    layout: str,
+    backend: str,
+    graphed: bool = False,
+    checkpoint: bool = False,
+    compiled: bool = False,
+    pieces: int = 1,
+) -> Contender:
+    """``compiled``: the network in the cross entropy is, and the bounds run as the program that they are."""
     import pyxai_bounds as xb
 
     bound = xb.bound(xb.explain.gradient(case.model), checkpoint=checkpoint)
+    model = _compiled(case.model) if compiled else case.model
 
     def run(x: Tensor, target: Tensor) -> Any:
         with xb.backend(backend):
@@ -175,18 +186,21 @@ def engine(case: Case, layout: str, backend: str, graphed: bool = False, checkpo
         return out.mid, out.rad
 
     def loss(x: Tensor, target: Tensor) -> Tensor:
-        return _loss(case.model, x, target, run(x, target).width)
+        return _loss(model, x, target, run(x, target).width)
 
-    return _contender(case, case.input(layout), bounds, loss, graphed)
+    return _contender(case, case.input(layout), bounds, loss, graphed, pieces)
 
 
-def compiled_engine(case: Case, layout: str, graphed: bool = False) -> Contender:
+def compiled_engine(case: Case, layout: str, graphed: bool = False, pieces: int = 1) -> Contender:
     """The engine's programs, one with gradients and one without, inside of functions that are compiled whole."""
     import pyxai_bounds as xb
 
     x = case.input(layout)
     bound = xb.bound(xb.explain.gradient(case.model))
-    trained = bound.graph(xb.Interval.linf(x, EPS), case.target)
+    piece, target = x.chunk(pieces)[0], case.target.chunk(pieces)[0]
+    if len(piece) * pieces != len(x):
+        raise ValueError(f"A program is for one batch size: {len(x)} samples make no {pieces} equal pieces.")
+    trained = bound.graph(xb.Interval.linf(piece, EPS), target)
     with torch.no_grad():
         fixed = bound.graph(xb.Interval.linf(x, EPS), case.target)
     bounds = _compiled(lambda mid, rad, target: fixed(mid, rad, target))
@@ -199,7 +213,7 @@ def compiled_engine(case: Case, layout: str, graphed: bool = False) -> Contender
 
         return run
 
-    return _contender(case, x, boxed(bounds), boxed(loss), graphed)
+    return _contender(case, x, boxed(bounds), boxed(loss), graphed, pieces)
 
 
 def floor(case: Case, layout: str) -> Contender:

@@ -225,13 +225,15 @@ class GraphedStep:
 
 def _check_can_be_cut(tensors: Sequence[Tensor]) -> None:
     if not tensors or not tensors[0].dim() or not len(tensors[0]):
-        raise ValueError("The first argument must hold the samples along dimension 0, at least one, to be cut in pieces.")
+        raise ValueError(
+            "The first argument must hold the samples along dimension 0, at least one, to be cut in pieces."
+        )
     for place, given in enumerate(tensors):
         if given.dim() and len(given) != len(tensors[0]):
             raise ValueError(
-                f"Argument {place} has shape {list(given.shape)}, but the batch has {len(tensors[0])} samples (argument "
-                "0): it can neither be cut in pieces nor be given to each. A number is a tensor without dimensions; "
-                "what belongs to no sample is for the loss to close over."
+                f"Argument {place} has shape {list(given.shape)}, but the batch has {len(tensors[0])} samples, as "
+                "argument 0 says: it can neither be cut in pieces nor be given to each. Give a number as a tensor "
+                "without dimensions, and let the loss close over what belongs to no sample."
             )
 
 

@@ -318,7 +318,7 @@ def test_gradients_are_set_and_not_added(device, steps):
 
 @pytest.mark.parametrize(("pieces", "sizes"), [(1, [5]), (2, [3, 2]), (3, [2, 2, 1]), (5, [1] * 5), (9, [1] * 5)])
 def test_pieces_add_up_to_the_batch(device, steps, monkeypatch, pieces, sizes):
-    """In float64, to rounding, in one recording; what has the batch's length is cut, a number is given to each piece."""
+    """In float64, to rounding, in one recording; arguments of the batch's length are cut, a number is given whole."""
     model, x, _ = case(device)
     model, x = model.double(), torch.cat([x, x[:1] / 2]).double()
     target, weight = torch.tensor([0, 1, 2, 1, 0], device=device), torch.arange(1.0, 6.0, device=device).double()
