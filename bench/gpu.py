@@ -42,7 +42,7 @@ NETWORKS: dict[str, Callable[[], torch.nn.Sequential]] = {
 }
 ALL = ("auto", "engine-graphed", "launched", "eager", "floor", "plain", "triton")
 GRAPHED = ("engine-compiled", "engine-compiled-graphed", "eager-graphed", "compiled-graphed")
-PIECES = ("engine-compiled-graphed-2", "engine-graphed-2", "engine-graphed-model")
+PIECES = ("engine-compiled-graphed-2", "engine-compiled-graphed-1", "engine-graphed-2", "engine-graphed-model")
 # Network, batch, pixels, precision, and what is done with it.
 PLAN: list[tuple[str, int, int, str, tuple[str, ...]]] = [
     ("cnn7", 512, 32, "bf16", ("errors", *ALL, "compiled", *GRAPHED, *PIECES, "checkpointed")),
@@ -195,8 +195,9 @@ CONTENDERS: dict[str, Callable[[Case], Contender]] = {
     "triton": lambda case: measure.engine(case, LAYOUT, "triton"),
     "launched": launched,
     "engine-compiled": lambda case: measure.compiled_engine(case, LAYOUT),
-    **{name: functools.partial(make, pieces=1) for name, make in RECORDED.items()},
-    **{f"{name}-{k}": functools.partial(in_pieces, name=name, pieces=k) for name in RECORDED for k in (2, 3, 4)},
+    **{name: functools.partial(make, pieces=0) for name, make in RECORDED.items()},
+    # The batch in so many pieces, each differentiated term by term; in one: term by term alone.
+    **{f"{name}-{k}": functools.partial(in_pieces, name=name, pieces=k) for name in RECORDED for k in (1, 2, 4)},
     "checkpointed": lambda case: replace(measure.engine(case, LAYOUT, "auto", checkpoint=True), bounds=None),
     "eager": lambda case: measure.eager(case, LAYOUT),
     "eager-graphed": lambda case: measure.eager(case, LAYOUT, graphed=True),

@@ -117,6 +117,9 @@ class GraphedStep:
     while ``PYXAI_BOUNDS_CUDA_GRAPHS=0`` is set. After parameters were moved, and with another backend or other
     arithmetic, it begins anew.
 
+    ``loss`` may be several functions, the terms of a sum: each is differentiated before the next is computed, so that
+    what they keep for their backward passes is never in memory together.
+
     ``pieces``: the batch is taken in as many pieces (at most: of ⌈B / pieces⌉ samples each, the last may be smaller),
     one after the other, so that memory is needed for one piece at a time. Each adds its share of the batch times its
     gradients, and the mean loss of the batch is returned, all within one recording. That is the loss of the whole
@@ -135,12 +138,19 @@ class GraphedStep:
     RuntimeError where recording fails. Source: PyTorch's notes on CUDA semantics, "Whole-network capture".
     """
 
-    def __init__(self, loss: Callable[..., Tensor], parameters: Iterable[Tensor], pieces: int = 1) -> None:
-        self.loss = loss
+    def __init__(
+        self,
+        loss: Callable[..., Tensor] | Sequence[Callable[..., Tensor]],
+        parameters: Iterable[Tensor],
+        pieces: int = 1,
+    ) -> None:
+        self.terms = (loss,) if callable(loss) else tuple(loss)
         self.parameters = [p for p in parameters if p.requires_grad]
         self.pieces = pieces
         if not self.parameters:
             raise ValueError("None of the parameters requires a gradient: there is nothing to train.")
+        if not self.terms:
+            raise ValueError("loss holds no function: give one, or the terms of a sum.")
         if not isinstance(pieces, int) or isinstance(pieces, bool) or pieces < 1:
             raise ValueError(f"pieces={pieces!r} must be a whole number of at least 1; 1 takes the batch as a whole.")
         self._forget(None)
@@ -207,20 +217,25 @@ class GraphedStep:
     def _run(self, *tensors: Tensor) -> Tensor:
         for parameter in self.parameters:
             parameter.grad = None
-        if self.pieces == 1:
-            return self._differentiate(tensors, 1.0)
-        cut = [t.chunk(self.pieces) if t.dim() else itertools.repeat(t) for t in tensors]
-        losses = [self._differentiate(piece, len(piece[0]) / len(tensors[0])) for piece in zip(*cut, strict=False)]
-        return torch.stack(losses).sum()
+        losses = [_differentiate(term, piece, share) for piece, share in self._cut(tensors) for term in self.terms]
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
-    def _differentiate(self, tensors: Sequence[Tensor], share: float) -> Tensor:
-        """Add gradients of the share of the loss that these samples have; nothing of its graph outlives the call."""
-        with torch.enable_grad():
-            loss = self.loss(*tensors)
-            if share != 1:
-                loss = share * loss
-            loss.backward()
-        return loss.detach()
+    def _cut(self, tensors: Sequence[Tensor]) -> list[tuple[Sequence[Tensor], float]]:
+        """The pieces of the batch, and the share of it that each is."""
+        if self.pieces == 1:
+            return [(tensors, 1.0)]
+        cut = [t.chunk(self.pieces) if t.dim() else itertools.repeat(t) for t in tensors]
+        return [(piece, len(piece[0]) / len(tensors[0])) for piece in zip(*cut, strict=False)]
+
+
+def _differentiate(term: Callable[..., Tensor], tensors: Sequence[Tensor], share: float) -> Tensor:
+    """Share · term, whose gradients are added to the parameters'; nothing of its graph outlives the call."""
+    with torch.enable_grad():
+        loss = term(*tensors)
+        if share != 1:
+            loss = share * loss
+        loss.backward()
+    return loss.detach()
 
 
 def _check_can_be_cut(tensors: Sequence[Tensor]) -> None:

@@ -347,6 +347,40 @@ def test_pieces_add_up_to_the_batch(device, steps, monkeypatch, pieces, sizes):
     assert len(steps) == 1
 
 
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_terms_add_up_to_the_loss_and_each_is_differentiated_before_the_next(device, steps, pieces):
+    model, x, target = case(device)
+    model, x, eps = model.double(), x.double(), torch.tensor(0.05, device=device)
+    seen = []
+
+    def watched(term):
+        def run(*tensors):
+            loss = term(*tensors)
+            seen.append("computed")
+            loss.register_hook(lambda gradient: seen.append("differentiated"))
+            return loss
+
+        return run
+
+    terms = (
+        lambda x, y, eps: F.cross_entropy(model(x), y),
+        lambda x, y, eps: explanation_width(model, x, y, eps, clip=(0.0, 1.0)),
+    )
+    step = GraphedStep([watched(term) for term in terms], model.parameters(), pieces)
+    for k in range(5):
+        tensors = (x + 0.1 * k) % 1, target, eps
+        value, gradients = step(*tensors), [p.grad.clone() for p in model.parameters()]
+        assert seen == ["computed", "differentiated"] * 2 * pieces * min(k + 1, 3)
+        model.zero_grad()
+        (expected := terms[0](*tensors) + terms[1](*tensors)).backward()
+        torch.testing.assert_close(value, expected.detach(), rtol=1e-13, atol=0)
+        for found, p in zip(gradients, model.parameters(), strict=True):
+            torch.testing.assert_close(found, p.grad, rtol=1e-11, atol=1e-13)
+    assert len(steps) == 1
+    with pytest.raises(ValueError, match="loss holds no function"):
+        GraphedStep([], model.parameters())
+
+
 def test_a_step_in_pieces_says_what_it_cannot_cut(device):
     model, x, target = case(device)
     eps = torch.tensor(0.05, device=device)
