@@ -97,15 +97,16 @@ def fit(
     names is ``run``'s business. The natural epochs minimise cross entropy alone, so that the bounds start at a sensible
     scale. In the others ``objective(model, x, y, eps)`` takes over; eps ramps up, and so may its weight s in
     (1 − s)·cross entropy + s·objective. The gradient of a step is the mean over its parts (``accumulate``) and
-    processes: an objective that is a mean over samples gives the same in one part as in many.
+    processes: an objective that is a mean over samples gives the same in one part as in many, one that mixes samples
+    does not, nor do batch statistics, which are those of a part.
 
     Cross entropy trains in training mode, an objective in evaluation mode, since bounds refuse batch statistics.
-    ``batch_norm`` says what then becomes of batch norm: "update", the running statistics first learn from a natural
-    forward pass over the same samples; "frozen", they stay; "batch", training mode throughout, for objectives that
+    ``batch_norm`` says what then becomes of batch norm: "update", the running statistics first learn from natural
+    forward passes over all parts; "frozen", they stay; "batch", training mode throughout, for objectives that
     bound nothing. Afterwards every module is in the mode that it was given in.
 
-    ``cuda_graph`` records a step of the objective, on a GPU and in a single process (:class:`GraphedStep` says what it
-    must not do); to the objective, eps is then a tensor without dimensions.
+    ``cuda_graph`` records a step of the objective with all its parts, on a GPU and in a single process
+    (:class:`GraphedStep` says what it must not do); to the objective, eps is then a tensor without dimensions.
 
     ``on_epoch`` and ``on_progress`` hear how far it is, ``on_checkpoint`` gets the whole state before the first step
     and every ``checkpoint_every`` steps, and ``resume`` is such a state to go on from. Only the first of several
