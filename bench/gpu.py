@@ -105,7 +105,8 @@ AHEAD = [
     ),
     *(
         Job("cnn7", 512, 32, "bf16", what)
-        for what in ("compiled", "engine-compiled", "engine-compiled-graphed-2", "engine-graphed-model")
+        for what in ("compiled", "engine-compiled", *PIECES)
+        if what != "engine-graphed-2"
     ),
 ]
 PARTS = [(job, part) for job in AHEAD for part in range(2 if job.what == "auto" else 1)]
