@@ -42,10 +42,10 @@ NETWORKS: dict[str, Callable[[], torch.nn.Sequential]] = {
 }
 ALL = ("auto", "engine-graphed", "launched", "eager", "floor", "plain", "triton")
 GRAPHED = ("engine-compiled", "engine-compiled-graphed", "eager-graphed", "compiled-graphed")
-PIECES = ("engine-compiled-graphed-2", "engine-compiled-graphed-1", "engine-graphed-2", "engine-graphed-model")
+STEPS = ("engine-compiled-graphed-2", "engine-compiled-graphed-1", "engine-graphed-2", "engine-graphed-model")
 # Network, batch, pixels, precision, and what is done with it.
 PLAN: list[tuple[str, int, int, str, tuple[str, ...]]] = [
-    ("cnn7", 512, 32, "bf16", ("errors", *ALL, "compiled", *GRAPHED, *PIECES, "checkpointed")),
+    ("cnn7", 512, 32, "bf16", ("errors", *ALL, "compiled", *GRAPHED, *STEPS, "checkpointed")),
     ("cnn7", 128, 32, "fp32", ("sound", "sound-reference")),
     ("resnet18", 256, 32, "bf16", ALL),
     ("wrn16-4", 256, 32, "bf16", ALL),
@@ -73,7 +73,7 @@ PLAN: list[tuple[str, int, int, str, tuple[str, ...]]] = [
 # and in 16 bits many are: no kernel is tested here (tests/kernels does that), only that no contender is wild.
 TOLERANCE = {"fp32": 2e-2, "tf32": 1e-1, "bf16": 5e-1}
 # Seconds for one job: these wait for a compiler.
-LIMITS = dict.fromkeys(("errors", "compiled", *GRAPHED, *PIECES), 120.0)
+LIMITS = dict.fromkeys(("errors", "compiled", *GRAPHED, *STEPS), 120.0)
 LIMIT = 80.0
 LEAST = 10.0  # no job is begun with less
 GRACE = 15.0  # after a job's limit, until its process is ended
@@ -105,7 +105,7 @@ AHEAD = [
     ),
     *(
         Job("cnn7", 512, 32, "bf16", what)
-        for what in ("compiled", "engine-compiled", *PIECES)
+        for what in ("compiled", "engine-compiled", *STEPS)
         if what != "engine-graphed-2"
     ),
 ]
