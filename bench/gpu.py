@@ -42,9 +42,10 @@ NETWORKS: dict[str, Callable[[], torch.nn.Sequential]] = {
 }
 ALL = ("auto", "engine-graphed", "launched", "eager", "floor", "plain", "triton")
 GRAPHED = ("engine-compiled", "engine-compiled-graphed", "eager-graphed", "compiled-graphed")
+STEPS = ("engine-compiled-graphed-2", "engine-compiled-graphed-1", "engine-graphed-2", "engine-graphed-model")
 # Network, batch, pixels, precision, and what is done with it.
 PLAN: list[tuple[str, int, int, str, tuple[str, ...]]] = [
-    ("cnn7", 512, 32, "bf16", ("errors", *ALL, "compiled", *GRAPHED, "checkpointed")),
+    ("cnn7", 512, 32, "bf16", ("errors", *ALL, "compiled", *GRAPHED, *STEPS, "checkpointed")),
     ("cnn7", 128, 32, "fp32", ("sound", "sound-reference")),
     ("resnet18", 256, 32, "bf16", ALL),
     ("wrn16-4", 256, 32, "bf16", ALL),
@@ -72,9 +73,7 @@ PLAN: list[tuple[str, int, int, str, tuple[str, ...]]] = [
 # and in 16 bits many are: no kernel is tested here (tests/kernels does that), only that no contender is wild.
 TOLERANCE = {"fp32": 2e-2, "tf32": 1e-1, "bf16": 5e-1}
 # Seconds for one job: these wait for a compiler.
-LIMITS = dict.fromkeys(
-    ("errors", "compiled", "compiled-graphed", "engine-compiled", "engine-compiled-graphed"), 120.0
-)  # fmt: skip
+LIMITS = dict.fromkeys(("errors", "compiled", *GRAPHED, *STEPS), 120.0)
 LIMIT = 80.0
 LEAST = 10.0  # no job is begun with less
 GRACE = 15.0  # after a job's limit, until its process is ended
@@ -104,7 +103,11 @@ AHEAD = [
         Job(network, batch, 32, "bf16", "auto")
         for network, batch in (("cnn7", 512), ("resnet18", 256), ("wrn16-4", 256))
     ),
-    *(Job("cnn7", 512, 32, "bf16", what) for what in ("compiled", "engine-compiled")),
+    *(
+        Job("cnn7", 512, 32, "bf16", what)
+        for what in ("compiled", "engine-compiled", *STEPS)
+        if what != "engine-graphed-2"
+    ),
 ]
 PARTS = [(job, part) for job in AHEAD for part in range(2 if job.what == "auto" else 1)]
 
@@ -172,14 +175,30 @@ def sound(case: Case, backend: str) -> Contender:
     return Contender(bounds, None)
 
 
+# Training steps of the engine as CUDA graphs; where there is no certify here, it is that of auto.
+RECORDED: dict[str, Callable[..., Contender]] = {
+    "engine-graphed": lambda case, pieces: replace(
+        measure.engine(case, LAYOUT, "auto", graphed=True, pieces=pieces), bounds=None
+    ),
+    "engine-graphed-model": lambda case, pieces: replace(
+        measure.engine(case, LAYOUT, "auto", graphed=True, compiled=True, pieces=pieces), bounds=None
+    ),
+    "engine-compiled-graphed": lambda case, pieces: measure.compiled_engine(case, LAYOUT, graphed=True, pieces=pieces),
+}
+
+
+def in_pieces(case: Case, name: str, pieces: int) -> Contender:
+    return replace(RECORDED[name](case, pieces), bounds=None)
+
+
 CONTENDERS: dict[str, Callable[[Case], Contender]] = {
     "auto": lambda case: measure.engine(case, LAYOUT, "auto"),
     "triton": lambda case: measure.engine(case, LAYOUT, "triton"),
     "launched": launched,
-    # Its certify is that of auto, which records it by itself.
-    "engine-graphed": lambda case: replace(measure.engine(case, LAYOUT, "auto", graphed=True), bounds=None),
     "engine-compiled": lambda case: measure.compiled_engine(case, LAYOUT),
-    "engine-compiled-graphed": lambda case: measure.compiled_engine(case, LAYOUT, graphed=True),
+    **{name: functools.partial(make, pieces=0) for name, make in RECORDED.items()},
+    # The batch in so many pieces, each differentiated term by term; in one: term by term alone.
+    **{f"{name}-{k}": functools.partial(in_pieces, name=name, pieces=k) for name in RECORDED for k in (1, 2, 4)},
     "checkpointed": lambda case: replace(measure.engine(case, LAYOUT, "auto", checkpoint=True), bounds=None),
     "eager": lambda case: measure.eager(case, LAYOUT),
     "eager-graphed": lambda case: measure.eager(case, LAYOUT, graphed=True),

@@ -11,7 +11,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,13 +77,22 @@ def _loss(model: nn.Module, x: Tensor, target: Tensor, width: Tensor) -> Tensor:
     return F.cross_entropy(model(x), target) + width.square().mean()
 
 
-def _contender(case: Case, x: Tensor, bounds: Step, loss: Step, graphed: bool = False) -> Contender:
-    """Of functions of (x, target); ``graphed``: on a GPU each is recorded as a CUDA graph at its third call."""
+def _contender(
+    case: Case,
+    x: Tensor,
+    bounds: Step,
+    loss: Step | Sequence[Step],
+    graphed: bool = False,
+    pieces: int = 1,
+) -> Contender:
+    """Of functions of (x, target); ``graphed``: on a GPU each is recorded as a CUDA graph at its third call. Such a
+    step may have several losses, which are differentiated one by one, and its batch in pieces."""
     model, target = case.model, case.target
     if graphed:
         certify = _Graphed(bounds, (x, target))
-        training = GraphedStep(loss, model.parameters())
+        training = GraphedStep(loss, model.parameters(), pieces)
         return Contender(certify, lambda: training(x, target))
+    assert callable(loss) and pieces == 1
 
     def certify_launched() -> Any:
         with torch.no_grad():
@@ -161,10 +170,23 @@ def peer(case: Case, layout: str, make: Callable[..., Step], trains: bool) -> Co
     return Contender(one.bounds, one.step if trains else None, ends=True)
 
 
-def engine(case: Case, layout: str, backend: str, graphed: bool = False, checkpoint: bool = False) -> Contender:
+def engine(
+    case: Case,
+    layout: str,
+    backend: str,
+    graphed: bool = False,
+    checkpoint: bool = False,
+    compiled: bool = False,
+    pieces: int = 0,
+) -> Contender:
+    """``compiled``: the network in the cross entropy is, and the bounds run as the program that they are.
+
+    ``pieces``: a recorded step takes the batch in so many, in each the cross entropy first and then the bounds.
+    """
     import pyxai_bounds as xb
 
     bound = xb.bound(xb.explain.gradient(case.model), checkpoint=checkpoint)
+    model = _compiled(case.model) if compiled else case.model
 
     def run(x: Tensor, target: Tensor) -> Any:
         with xb.backend(backend):
@@ -175,31 +197,49 @@ def engine(case: Case, layout: str, backend: str, graphed: bool = False, checkpo
         return out.mid, out.rad
 
     def loss(x: Tensor, target: Tensor) -> Tensor:
-        return _loss(case.model, x, target, run(x, target).width)
+        return _loss(model, x, target, run(x, target).width)
 
-    return _contender(case, case.input(layout), bounds, loss, graphed)
+    terms = [
+        lambda x, target: F.cross_entropy(model(x), target),
+        lambda x, target: run(x, target).width.square().mean(),
+    ]
+    return _contender(case, case.input(layout), bounds, terms if pieces else loss, graphed, pieces or 1)
 
 
-def compiled_engine(case: Case, layout: str, graphed: bool = False) -> Contender:
-    """The engine's programs, one with gradients and one without, inside of functions that are compiled whole."""
+def compiled_engine(case: Case, layout: str, graphed: bool = False, pieces: int = 0) -> Contender:
+    """The engine's programs, one with gradients and one without, inside of functions that are compiled whole.
+
+    ``pieces``: as for ``engine``, of equal size, since a program is for one batch size.
+    """
     import pyxai_bounds as xb
 
     x = case.input(layout)
     bound = xb.bound(xb.explain.gradient(case.model))
-    trained = bound.graph(xb.Interval.linf(x, EPS), case.target)
+    size = len(x) // (pieces or 1)
+    if size * (pieces or 1) != len(x):
+        raise ValueError(f"{len(x)} samples make no {pieces} equal pieces.")
+    trained = bound.graph(xb.Interval.linf(x[:size], EPS), case.target[:size])
     with torch.no_grad():
         fixed = bound.graph(xb.Interval.linf(x, EPS), case.target)
-    bounds = _compiled(lambda mid, rad, target: fixed(mid, rad, target))
-    loss = _compiled(lambda mid, rad, target: _loss(case.model, mid, target, 2 * trained(mid, rad, target)[1]))
+
+    def penalty(mid: Tensor, rad: Tensor, target: Tensor) -> Tensor:
+        return (2 * trained(mid, rad, target)[1]).square().mean()
 
     def boxed(function: Step) -> Step:
+        function = _compiled(function)
+
         def run(x: Tensor, target: Tensor) -> Any:
             box = xb.Interval.linf(x, EPS)
             return function(box.mid, box.rad, target)
 
         return run
 
-    return _contender(case, x, boxed(bounds), boxed(loss), graphed)
+    bounds = boxed(lambda mid, rad, target: fixed(mid, rad, target))
+    if not pieces:
+        loss = boxed(lambda mid, rad, target: _loss(case.model, mid, target, 2 * trained(mid, rad, target)[1]))
+        return _contender(case, x, bounds, loss, graphed)
+    cross_entropy = _compiled(lambda x, target: F.cross_entropy(case.model(x), target))
+    return _contender(case, x, bounds, [cross_entropy, boxed(penalty)], graphed, pieces)
 
 
 def floor(case: Case, layout: str) -> Contender:

@@ -86,6 +86,17 @@ def test_a_recipe_from_a_file_or_a_run(capsys, tmp_path, tiny):
         assert recipe_of(tmp_path / "b") == {**first, "seed": 5}
 
 
+def test_a_step_in_parts_may_be_recorded(capsys, tmp_path):
+    """Without a GPU it runs as it is written."""
+    flags = ("train", "--data", "wine", "--model", "linear", "--epochs", 2, "--natural-epochs", 1, "--batch-size", 20)
+    found = []
+    for name, parts in (("whole", ()), ("parts", ("--accumulate", 4, "--cuda-graph"))):
+        assert call(capsys, *flags, *parts, "--out", tmp_path / name)[0] == 0
+        found.append(json.loads((tmp_path / name / "run.json").read_text()))
+    assert (found[1]["recipe"]["accumulate"], found[1]["recipe"]["cuda_graph"]) == (4, True)
+    assert found[1]["losses"] == pytest.approx(found[0]["losses"], rel=1e-5)
+
+
 def test_training_says_when_nothing_is_left_of_the_task(capsys, tmp_path):
     flags = ("train", "--data", "wine", "--model", "linear", "--out", tmp_path / "run", "--objective", "natural")
     assert "Always naming" not in call(capsys, *flags, "--epochs", 40, "--lr", 0.02)[1]

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ def test_a_program_without_gradients_compiles_and_returns_the_bounds():
 
 def test_the_compiled_contenders_of_the_benchmarks_agree(monkeypatch):
     """Built as a user would: the box outside, the program and the loss compiled as one graph, with gradients and
-    without."""
+    without; so is a recorded step in pieces, or with the network alone compiled."""
     case = measure.make_case("small", models.n4, 2, measure.IMAGE)
     make = functools.partial(torch.compile, dynamic=False, fullgraph=True, backend="aot_eager")
     monkeypatch.setattr(measure, "_compiled", make)
@@ -85,3 +86,12 @@ def test_the_compiled_contenders_of_the_benchmarks_agree(monkeypatch):
     case.model.zero_grad()
     expected = measure.outcome(case, measure.engine(case, "channels-last", "auto"))
     assert max(measure.disagreement(found, expected).values()) < 1e-5
+    recorded = [
+        measure.compiled_engine(case, "channels-last", graphed=True, pieces=2),
+        measure.engine(case, "channels-last", "auto", graphed=True, compiled=True, pieces=2),
+    ]
+    for one in recorded:
+        found = measure.outcome(case, replace(one, bounds=lambda: (expected["mid"][0], expected["rad"][0])))
+        assert max(measure.disagreement(found, expected).values()) < 1e-5
+    with pytest.raises(ValueError, match="2 samples make no 3 equal pieces"):
+        measure.compiled_engine(case, "channels-last", graphed=True, pieces=3)

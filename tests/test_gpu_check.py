@@ -133,13 +133,14 @@ def test_contenders_are_measured_as_the_table_says(monkeypatch: pytest.MonkeyPat
     recorded: list[str] = []
     record = replay._Graph.record
     monkeypatch.setattr(replay._Graph, "record", lambda self, fn: (recorded.append(name), record(self, fn)))
-    for name in ("auto", "launched", "eager", "floor", "plain", "sound", "engine-graphed", *gpu.GRAPHED):
+    for name in ("auto", "launched", "eager", "floor", "plain", "sound", "engine-graphed", *gpu.GRAPHED, *gpu.STEPS):
         found = list(gpu.timed(gpu.Job("cnn7", 2, 32, "fp32", name)))
-        certify, train = name != "engine-graphed", name not in ("launched", "sound")
+        certify, train = name not in ("engine-graphed", *gpu.STEPS), name not in ("launched", "sound")
         assert [r["op"] for r in found] == ["certify"] * certify + ["train"] * train, name
         assert {r["peak_bytes"] for r in found} == {250} and found[0]["device"] == "one"
         small.model.zero_grad(set_to_none=True)
-    assert recorded == ["engine-graphed", *(name for name in gpu.GRAPHED if "graphed" in name for _ in range(2))]
+    both = [name for name in gpu.GRAPHED if "graphed" in name for _ in range(2)]
+    assert recorded == ["engine-graphed", *both, *gpu.STEPS]
     assert set(peaks) == {"0"} and "PYXAI_BOUNDS_CUDA_GRAPHS" not in os.environ
 
 

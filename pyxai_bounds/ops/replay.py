@@ -7,6 +7,7 @@ out of date. ``GraphedStep`` does both for the loss and the gradients of a train
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import threading
@@ -116,21 +117,42 @@ class GraphedStep:
     while ``PYXAI_BOUNDS_CUDA_GRAPHS=0`` is set. After parameters were moved, and with another backend or other
     arithmetic, it begins anew.
 
+    ``loss`` may be several functions, the terms of a sum: each is differentiated before the next is computed, so that
+    what they keep for their backward passes is never in memory together.
+
+    ``pieces``: the batch is taken in as many pieces (at most: of ⌈B / pieces⌉ samples each, the last may be smaller),
+    one after the other, so that memory is needed for one piece at a time. Each adds its share of the batch times its
+    gradients, and the mean loss of the batch is returned, all within one recording. That is the loss of the whole
+    batch, to rounding in the parameters' type, where it is a mean over samples; not where it mixes samples (batch
+    statistics, contrastive terms, a maximum over the batch) or sums over them, and random draws are others. The length
+    of the first argument is the batch's: arguments of that length are cut along dimension 0, those without dimensions
+    are given to each piece, and others are refused. The loss may close over what belongs to no sample.
+
     Only the values of the tensors given, of parameters and of buffers may change from call to call, and random draws.
     All else is as it was when recorded: numbers in Python (give a radius or a weight as a tensor), modes of modules,
     which parameters are trained. Learning rates belong to the optimiser, which is not recorded. Calls belong on one
     stream, and no loss of an earlier step may be alive with its graph (keep ``loss.detach()``).
 
     ``loss`` must return one number, not look at values on the host and not be wrapped in DistributedDataParallel.
-    Raises TypeError for an argument that is no tensor, ValueError for one on another device, RuntimeError where
-    recording fails. Source: PyTorch's notes on CUDA semantics, "Whole-network capture".
+    Raises TypeError for an argument that is no tensor, ValueError for one on another device or that cannot be cut,
+    RuntimeError where recording fails. Source: PyTorch's notes on CUDA semantics, "Whole-network capture".
     """
 
-    def __init__(self, loss: Callable[..., Tensor], parameters: Iterable[Tensor]) -> None:
-        self.loss = loss
+    def __init__(
+        self,
+        loss: Callable[..., Tensor] | Sequence[Callable[..., Tensor]],
+        parameters: Iterable[Tensor],
+        pieces: int = 1,
+    ) -> None:
+        self.terms = (loss,) if callable(loss) else tuple(loss)
         self.parameters = [p for p in parameters if p.requires_grad]
+        self.pieces = pieces
         if not self.parameters:
             raise ValueError("None of the parameters requires a gradient: there is nothing to train.")
+        if not self.terms:
+            raise ValueError("loss holds no function: give one, or the terms of a sum.")
+        if not isinstance(pieces, int) or isinstance(pieces, bool) or pieces < 1:
+            raise ValueError(f"pieces={pieces!r} must be a whole number of at least 1; 1 takes the batch as a whole.")
         self._forget(None)
 
     def __call__(self, *tensors: Tensor) -> Tensor:
@@ -145,6 +167,8 @@ class GraphedStep:
                 raise ValueError(
                     f"Argument {place} is on {given.device}, the parameters on {device}: move one of them."
                 )
+        if self.pieces > 1:
+            _check_can_be_cut(tensors)
         if not _recordable((*tensors, self.parameters[0])):
             return self._run(*tensors)
         with torch.cuda.device(device):
@@ -193,10 +217,39 @@ class GraphedStep:
     def _run(self, *tensors: Tensor) -> Tensor:
         for parameter in self.parameters:
             parameter.grad = None
-        with torch.enable_grad():
-            loss = self.loss(*tensors)
-            loss.backward()
-        return loss.detach()
+        losses = [_differentiate(term, piece, share) for piece, share in self._cut(tensors) for term in self.terms]
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def _cut(self, tensors: Sequence[Tensor]) -> list[tuple[Sequence[Tensor], float]]:
+        """The pieces of the batch, and the share of it that each is."""
+        if self.pieces == 1:
+            return [(tensors, 1.0)]
+        cut = [t.chunk(self.pieces) if t.dim() else itertools.repeat(t) for t in tensors]
+        return [(piece, len(piece[0]) / len(tensors[0])) for piece in zip(*cut, strict=False)]
+
+
+def _differentiate(term: Callable[..., Tensor], tensors: Sequence[Tensor], share: float) -> Tensor:
+    """Share · term, whose gradients are added to the parameters'; nothing of its graph outlives the call."""
+    with torch.enable_grad():
+        loss = term(*tensors)
+        if share != 1:
+            loss = share * loss
+        loss.backward()
+    return loss.detach()
+
+
+def _check_can_be_cut(tensors: Sequence[Tensor]) -> None:
+    if not tensors or not tensors[0].dim() or not len(tensors[0]):
+        raise ValueError(
+            "The first argument must hold the samples along dimension 0, at least one, to be cut in pieces."
+        )
+    for place, given in enumerate(tensors):
+        if given.dim() and len(given) != len(tensors[0]):
+            raise ValueError(
+                f"Argument {place} has shape {list(given.shape)}, but the batch has {len(tensors[0])} samples, as "
+                "argument 0 says: it can neither be cut in pieces nor be given to each. Give a number as a tensor "
+                "without dimensions, and let the loss close over what belongs to no sample."
+            )
 
 
 class Recorder:

@@ -97,15 +97,16 @@ def fit(
     names is ``run``'s business. The natural epochs minimise cross entropy alone, so that the bounds start at a sensible
     scale. In the others ``objective(model, x, y, eps)`` takes over; eps ramps up, and so may its weight s in
     (1 − s)·cross entropy + s·objective. The gradient of a step is the mean over its parts (``accumulate``) and
-    processes: an objective that is a mean over samples gives the same in one part as in many.
+    processes: an objective that is a mean over samples gives the same in one part as in many, one that mixes samples
+    does not, nor do batch statistics, which are those of a part.
 
     Cross entropy trains in training mode, an objective in evaluation mode, since bounds refuse batch statistics.
-    ``batch_norm`` says what then becomes of batch norm: "update", the running statistics first learn from a natural
-    forward pass over the same samples; "frozen", they stay; "batch", training mode throughout, for objectives that
+    ``batch_norm`` says what then becomes of batch norm: "update", the running statistics first learn from natural
+    forward passes over all parts; "frozen", they stay; "batch", training mode throughout, for objectives that
     bound nothing. Afterwards every module is in the mode that it was given in.
 
-    ``cuda_graph`` records a step of the objective, on a GPU and in a single process (:class:`GraphedStep` says what it
-    must not do); to the objective, eps is then a tensor without dimensions.
+    ``cuda_graph`` records a step of the objective with all its parts, on a GPU and in a single process
+    (:class:`GraphedStep` says what it must not do); to the objective, eps is then a tensor without dimensions.
 
     ``on_epoch`` and ``on_progress`` hear how far it is, ``on_checkpoint`` gets the whole state before the first step
     and every ``checkpoint_every`` steps, and ``resume`` is such a state to go on from. Only the first of several
@@ -197,7 +198,7 @@ class _Training:
         self.share_of = _sampling_weights(y[self.train], recipe.class_weights)
         self.loss = _Step(model, objective, recipe.recompute)
         self.parallel = _parallel(self.loss, processes)
-        self.recorded = _recorded(self.loss) if recipe.cuda_graph and processes.size == 1 else None
+        self.recorded = _recorded(self.loss, recipe.accumulate) if recipe.cuda_graph and processes.size == 1 else None
         self.optimiser = _optimiser(model, recipe)
         self.order = torch.Generator()
         self.state = _State()
@@ -266,32 +267,38 @@ class _Training:
     def _take_step(self, batch: Tensor, eps: float, weight: float, lr: float) -> Tensor:
         """One step of the optimiser on this process's part of the batch; returns the part's loss."""
         recipe, processes = self.recipe, self.processes
-        parts = batch.reshape(recipe.accumulate, processes.size, -1)[:, processes.rank]
+        x, y = self._samples(batch.reshape(recipe.accumulate, processes.size, -1)[:, processes.rank].flatten())
         for group in self.optimiser.param_groups:
             group["lr"] = lr
         self.optimiser.zero_grad()
-        total = torch.zeros((), dtype=torch.float64, device=processes.device)
         self._set_mode(batch_statistics=weight == 0 or recipe.batch_norm == "batch")
-        for i, part in enumerate(parts):
-            x, y = self._samples(part)
-            if self.norms and weight > 0 and recipe.batch_norm == "update":
-                self._learn_statistics(x)
-            if self.recorded is not None and weight > 0:
-                total += self._replay(x, y, eps, weight)
-                continue
-            with self._exchange_gradients(i + 1 == len(parts)):
-                loss = self.parallel(x, y, eps, weight)
-                (loss / len(parts)).backward()
-            total += loss.detach()
+        if self.norms and weight > 0 and recipe.batch_norm == "update":
+            self._learn_statistics(x)
+        differentiate = self._replay if self.recorded is not None and weight > 0 else self._differentiate
+        loss = differentiate(x, y, eps, weight)
         if recipe.clip_gradient:
             nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_gradient)
         self.optimiser.step()
         if weight == 0 or recipe.batch_norm == "batch":
             self._share_statistics()
+        return loss.double()
+
+    def _differentiate(self, x: Tensor, y: Tensor, eps: float, weight: float) -> Tensor:
+        """The mean loss of the parts; adds the mean of their gradients to the parameters'."""
+        total = torch.zeros((), dtype=torch.float64, device=x.device)
+        parts = list(zip(self._parts(x), self._parts(y), strict=True))
+        for i, part in enumerate(parts):
+            with self._exchange_gradients(i + 1 == len(parts)):
+                loss = self.parallel(*part, eps, weight)
+                (loss / len(parts)).backward()
+            total += loss.detach()
         return total / len(parts)
 
+    def _parts(self, samples: Tensor) -> tuple[Tensor, ...]:
+        return samples.chunk(self.recipe.accumulate)
+
     def _replay(self, x: Tensor, y: Tensor, eps: float, weight: float) -> Tensor:
-        """The loss and its gradients by a recorded step, whose eps and weight are tensors: numbers would stay."""
+        """The same by a recorded step, whose eps and weight are tensors: numbers would stay."""
         assert self.recorded is not None
         # Filled on the device: a copy from the host would wait for the step before.
         radius = torch.full((), eps, dtype=torch.float64, device=x.device)
@@ -320,10 +327,14 @@ class _Training:
 
     @torch.no_grad()
     def _learn_statistics(self, x: Tensor) -> None:
-        """A natural forward pass in which batch norm alone is in training mode: only running statistics change."""
+        """A natural forward pass in which batch norm alone is in training mode: only running statistics change.
+
+        All parts learn before the first loss, so that all losses are of one network.
+        """
         for norm in self.norms:
             norm.train()
-        self.model(x)
+        for part in self._parts(x):
+            self.model(part)
         for norm in self.norms:
             norm.eval()
         self._share_statistics()
@@ -511,13 +522,13 @@ def _parallel(step: _Step, processes: World) -> nn.Module:
     return DistributedDataParallel(step, find_unused_parameters=True, **{_SYNC_BUFFERS: False})  # type: ignore[arg-type]
 
 
-def _recorded(step: _Step) -> tuple[GraphedStep, GraphedStep]:
+def _recorded(step: _Step, parts: int) -> tuple[GraphedStep, GraphedStep]:
     """The objective alone, (x, y, eps), and beside cross entropy, (x, y, eps, weight)."""
 
     def mixed(x: Tensor, y: Tensor, eps: Any, weight: Tensor) -> Tensor:
         return step.mixed(step.alone(x, y, eps), x, y, weight)
 
-    return GraphedStep(step.alone, step.parameters()), GraphedStep(mixed, step.parameters())
+    return GraphedStep(step.alone, step.parameters(), parts), GraphedStep(mixed, step.parameters(), parts)
 
 
 def _optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

@@ -112,8 +112,6 @@ class Recipe:
             if get_origin(hint) is Literal:
                 value = getattr(self, name)
                 _require(value in get_args(hint), name, value, f"must be one of {', '.join(get_args(hint))}")
-        _require(not self.cuda_graph or self.accumulate == 1, "cuda_graph", self.cuda_graph,
-                 "needs accumulate=1: what is recorded sets gradients, and adds none up")  # fmt: skip
         _require(0 <= self.beta2 < 1, "beta2", self.beta2, "must be ≥ 0 and below 1")
         _require(0 < self.lr < math.inf, "lr", self.lr, "must be positive and finite")
         _require(all(r > 0 for _, r in self.lr_steps), "lr_steps", self.lr_steps, "must hold positive rates")

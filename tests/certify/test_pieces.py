@@ -176,3 +176,28 @@ def test_nonsense_is_refused(options: dict, error: type[Exception], says: str) -
         xb.certify(mlp(), x, eps=0.1, property=xb.TopK(1), **options)
     with pytest.raises(error, match=says):
         xb.certified_radius(mlp(), x, property=xb.TopK(1), max_eps=0.1, **options)
+
+
+def test_a_training_step_takes_the_memory_of_a_piece_and_of_one_term() -> None:
+    layers = [layer for _ in range(6) for layer in (nn.Conv2d(16, 16, 3, padding=1), nn.ReLU())]
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), *layers, nn.AvgPool2d(4), nn.Flatten(), nn.Linear(256, 10))
+    x, target, eps = torch.rand(16, 3, 16, 16), torch.arange(16) % 10, torch.tensor(1e-3)
+
+    def cross_entropy(x: torch.Tensor, y: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(model(x), y)
+
+    def width(x: torch.Tensor, y: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+        return xb.train.explanation_width(model, x, y, eps)
+
+    def loss(*given: torch.Tensor) -> torch.Tensor:
+        return cross_entropy(*given) + width(*given)
+
+    peaks = []
+    for terms, count in ((loss, 1), ([cross_entropy, width], 1), ([cross_entropy, width], 4)):
+        step = xb.train.GraphedStep(terms, model.parameters(), count)
+        with xb.backend("reference"):  # whose memory the profiler sees
+            for _ in range(2):
+                step(x, target, eps)
+            model.zero_grad()
+            peaks.append(measured_peak(lambda step=step: step(x, target, eps)))  # type: ignore[misc]
+    assert peaks[1] < 0.9 * peaks[0] and peaks[2] < 0.3 * peaks[1]

@@ -316,6 +316,86 @@ def test_gradients_are_set_and_not_added(device, steps):
     assert len(steps) == 1
 
 
+@pytest.mark.parametrize(("pieces", "sizes"), [(1, [5]), (2, [3, 2]), (3, [2, 2, 1]), (5, [1] * 5), (9, [1] * 5)])
+def test_pieces_add_up_to_the_batch(device, steps, monkeypatch, pieces, sizes):
+    """In float64, to rounding, in one recording; arguments of the batch's length are cut, a number is given whole."""
+    model, x, _ = case(device)
+    model, x = model.double(), torch.cat([x, x[:1] / 2]).double()
+    target, weight = torch.tensor([0, 1, 2, 1, 0], device=device), torch.arange(1.0, 6.0, device=device).double()
+    seen = []
+
+    def loss(x, target, weight, eps):
+        seen.append(len(x))
+        plain = F.cross_entropy(model(x), target, reduction="none")
+        return (weight * plain).mean() + explanation_width(model, x, target, eps, clip=(0.0, 1.0))
+
+    step = GraphedStep(loss, model.parameters(), pieces=pieces)
+    for k in range(5):
+        tensors = (x + 0.1 * k) % 1, (target + k) % 3, weight + k, torch.tensor(0.01 * (k + 1), device=device)
+        seen.clear()
+        value, gradients = step(*tensors), [p.grad.clone() for p in model.parameters()]
+        assert seen == (sizes if k < 3 else [])
+        model.zero_grad()
+        (expected := loss(*tensors)).backward()
+        torch.testing.assert_close(value, expected.detach(), rtol=1e-13, atol=0)
+        for found, p in zip(gradients, model.parameters(), strict=True):
+            torch.testing.assert_close(found, p.grad, rtol=1e-11, atol=1e-13)
+        monkeypatch.setenv("PYXAI_BOUNDS_CUDA_GRAPHS", "0")
+        assert torch.equal(step(*tensors), value)
+        assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
+        monkeypatch.delenv("PYXAI_BOUNDS_CUDA_GRAPHS")
+    assert len(steps) == 1
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_terms_add_up_to_the_loss_and_each_is_differentiated_before_the_next(device, steps, pieces):
+    model, x, target = case(device)
+    model, x, eps = model.double(), x.double(), torch.tensor(0.05, device=device)
+    seen = []
+
+    def watched(term):
+        def run(*tensors):
+            loss = term(*tensors)
+            seen.append("computed")
+            loss.register_hook(lambda gradient: seen.append("differentiated"))
+            return loss
+
+        return run
+
+    terms = (
+        lambda x, y, eps: F.cross_entropy(model(x), y),
+        lambda x, y, eps: explanation_width(model, x, y, eps, clip=(0.0, 1.0)),
+    )
+    step = GraphedStep([watched(term) for term in terms], model.parameters(), pieces)
+    for k in range(5):
+        tensors = (x + 0.1 * k) % 1, target, eps
+        value, gradients = step(*tensors), [p.grad.clone() for p in model.parameters()]
+        assert seen == ["computed", "differentiated"] * 2 * pieces * min(k + 1, 3)
+        model.zero_grad()
+        (expected := terms[0](*tensors) + terms[1](*tensors)).backward()
+        torch.testing.assert_close(value, expected.detach(), rtol=1e-13, atol=0)
+        for found, p in zip(gradients, model.parameters(), strict=True):
+            torch.testing.assert_close(found, p.grad, rtol=1e-11, atol=1e-13)
+    assert len(steps) == 1
+    with pytest.raises(ValueError, match="loss holds no function"):
+        GraphedStep([], model.parameters())
+
+
+def test_a_step_in_pieces_says_what_it_cannot_cut(device):
+    model, x, target = case(device)
+    eps = torch.tensor(0.05, device=device)
+    step = GraphedStep(lambda x, *rest: model(x).mean(), model.parameters(), pieces=2)
+    with pytest.raises(ValueError, match=r"Argument 2 has shape \[1\], but the batch has 4 samples"):
+        step(x, target, eps[None])
+    for tensors in ((), (eps, x), (x[:0], target[:0])):
+        with pytest.raises(ValueError, match="first argument must hold the samples along dimension 0"):
+            step(*tensors)
+    assert not GraphedStep(lambda eps, x: model(x).mean() * eps, model.parameters())(eps, x).requires_grad
+    for pieces in (0, -1, 1.5, True, "auto"):
+        with pytest.raises(ValueError, match=r"pieces=.* must be a whole number of at least 1"):
+            GraphedStep(lambda x: model(x).mean(), model.parameters(), pieces=pieces)
+
+
 def test_what_a_recorded_step_reads_may_change_and_what_moves_is_recorded_anew(device, steps, monkeypatch):
     model, x, target = case(device)
     eps = torch.tensor(0.05, device=device)

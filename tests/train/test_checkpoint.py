@@ -14,6 +14,7 @@ from torch import nn
 
 from pyxai_bounds.train import Recipe, run
 from pyxai_bounds.train.checkpoint import load_checkpoint, save_checkpoint
+from tests.cuda_graphs import imitate
 
 # Dropout draws from the generator in natural steps, batch norm keeps statistics, 10 steps make an epoch.
 NETWORK = """
@@ -222,5 +223,15 @@ def test_early_stopping_goes_on_where_it_was(network):
     epochs = len(without_seconds(network / "whole"))
     assert 2 < epochs < 12
     stopped(network / "out", at=(epochs - 1) * 10, recipe=recipe)
+    assert same(run(recipe, network / "out", checkpoint_every=3, resume=True, tell=lambda _: None), whole)
+    assert without_seconds(network / "out") == without_seconds(network / "whole")
+
+
+def test_recorded_steps_in_parts_go_on_to_the_same_result(network, monkeypatch):
+    """What is recorded is not kept: the run that goes on records anew. On an imitation of CUDA graphs."""
+    imitate(monkeypatch)
+    recipe = replace(RECIPE, accumulate=3, cuda_graph=True)
+    whole = run(recipe, network / "whole", checkpoint_every=3)
+    stopped(network / "out", at=31, recipe=recipe)
     assert same(run(recipe, network / "out", checkpoint_every=3, resume=True, tell=lambda _: None), whole)
     assert without_seconds(network / "out") == without_seconds(network / "whole")

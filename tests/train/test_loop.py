@@ -438,7 +438,9 @@ def test_recomputed_bounds_train_the_same_network():
     assert all(torch.allclose(outcomes[0][name], outcomes[1][name], rtol=1e-9, atol=1e-12) for name in outcomes[0])
 
 
-@pytest.mark.parametrize("settings", [{}, {"weight": 0.5, "weight_ramp": "linear", "recompute": True}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"weight": 0.5, "weight_ramp": "linear", "recompute": True}, {"accumulate": 4}]
+)
 def test_recorded_steps_train_the_same_network(settings, monkeypatch):
     """Radius, weight and learning rate change at every step, and batch norm learns; on an imitation of CUDA graphs."""
     imitate(monkeypatch)
@@ -457,6 +459,21 @@ def test_recorded_steps_train_the_same_network(settings, monkeypatch):
     assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(*found, strict=True))
 
 
-def test_recorded_steps_do_not_add_gradients_up():
-    with pytest.raises(ValueError, match="cuda_graph=True needs accumulate=1"):
-        fit(nn.Linear(3, 2), *problem(), rec, cuda_graph=True, accumulate=2)
+def test_all_parts_see_the_network_that_all_parts_taught(monkeypatch):
+    """Batch norm learns from every part of a step before the first one's loss."""
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: None)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)).double()
+    norm = model[1]
+    norm.reset_running_stats()
+    x, y = problem(24)
+    seen = []
+
+    def objective(model, x, y, eps):
+        assert not model.training
+        seen.append((len(x), int(norm.num_batches_tracked), norm.running_mean.clone()))
+        return natural(model, x, y)
+
+    fit(model, x.double(), y, objective, optimiser="sgd", epochs=2, natural_epochs=0, batch_size=24, accumulate=3)
+    assert [(size, learned) for size, learned, _ in seen] == [(8, 3)] * 3 + [(8, 6)] * 3
+    assert torch.equal(seen[0][2], seen[2][2])
