@@ -114,21 +114,24 @@ __device__ inline void products_wait() {
         "+f"(d[i + 7])
 #define ACCUMULATORS_32(d, i) \
     ACCUMULATORS_8(d, i), ACCUMULATORS_8(d, i + 8), ACCUMULATORS_8(d, i + 16), ACCUMULATORS_8(d, i + 24)
-#define MULTIPLY(type)                                                                                         \
-    asm volatile(                                                                                              \
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"                                                           \
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                                           \
-        " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20,"     \
-        " %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40," \
-        " %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60," \
-        " %61, %62, %63}, %64, %65, p, 1, 1, 0, 0;\n}"                                                         \
-        : ACCUMULATORS_32(d, 0), ACCUMULATORS_32(d, 32)                                                        \
+#define MULTIPLY(type)                                                                                                              \
+    asm volatile(                                                                                                                   \
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"                                                                               \
+        "wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type                                                                \
+        " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "                         \
+        " %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "                          \
+        " %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, "                          \
+        " %59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, "                          \
+        " %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, "                          \
+        " %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, "                            \
+        " %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, %128, %129, p, 1, 1, 0, 0;\n}" \
+        : ACCUMULATORS_32(d, 0), ACCUMULATORS_32(d, 32), ACCUMULATORS_32(d, 64), ACCUMULATORS_32(d, 96)                             \
         : "l"(described(a)), "l"(described(b)), "r"(add))
 
-// d (+)= a·bᵀ for a of 64 rows and b of 128, sixteen terms each. The four warps of a group hold d: of rows
+// d (+)= a·bᵀ for a of 64 rows and b of 256, sixteen terms each. The four warps of a group hold d: of rows
 // 16·warp + lane / 4 and eight further on, columns 8·j + 2·(lane % 4) and the next: d[4·j + 2·(which row) + (column)].
 template <class T>
-__device__ inline void multiply(float (&d)[64], Tile a, Tile b, int add) {
+__device__ inline void multiply(float (&d)[128], Tile a, Tile b, int add) {
     if constexpr (std::is_same_v<T, Half>)
         MULTIPLY("f16");
     else
@@ -150,9 +153,9 @@ __device__ inline void take_registers() {
 __device__ inline int of_warp(int x) {
     return __shfl_sync(0xffffffffu, x, 0);
 }
-// A barrier of 128 threads; the block's own has number 0.
-__device__ inline void group_barrier(int number) {
-    asm volatile("bar.sync %0, 128;" ::"r"(number) : "memory");
+// A barrier of the block's first 256 threads.
+__device__ inline void multipliers_barrier() {
+    asm volatile("bar.sync 1, 256;" ::: "memory");
 }
 // Transposes of four tiles of eight rows of eight 16-bit numbers, of whose row i / 4 thread i has the numbers 2·(i % 4)
 // and the next. Thread i says where row i % 8 of the transpose of tile i / 8 goes.

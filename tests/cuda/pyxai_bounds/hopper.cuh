@@ -187,7 +187,7 @@ void products_wait() {
     }
 }
 template <class T>
-void multiply(float (&d)[64], Tile a, Tile b, int add) {
+void multiply(float (&d)[128], Tile a, Tile b, int add) {
     const int thread = threadIdx.x % 128, lane = thread % 32;
     float* const sums = d;
     ++queue().open;
@@ -201,7 +201,7 @@ void multiply(float (&d)[64], Tile a, Tile b, int add) {
         float rows[2][16];
         for (int half = 0; half < 2; ++half)
             for (int k = 0; k < 16; ++k) rows[half][k] = value(a, thread / 32 * 16 + lane / 4 + half * 8, k);
-        for (int j = 0; j < 16; ++j) {
+        for (int j = 0; j < 32; ++j) {
             for (int c = 0; c < 2; ++c) {
                 float column[16];
                 for (int k = 0; k < 16; ++k) column[k] = value(b, j * 8 + lane % 4 * 2 + c, k);
@@ -228,11 +228,11 @@ struct GroupBarrier {
     int arrived = 0;
     unsigned generation = 0, left_in = 0;
 };
-inline GroupBarrier group_barriers[16];
-inline void group_barrier(int number) {
-    GroupBarrier& barrier = group_barriers[number];
+inline GroupBarrier multipliers;
+inline void multipliers_barrier() {
+    GroupBarrier& barrier = multipliers;
     const unsigned mine = barrier.generation;
-    if (++barrier.arrived == 128) barrier.arrived = 0, ++barrier.generation, barrier.left_in = emulation::block.round + 1;
+    if (++barrier.arrived == 256) barrier.arrived = 0, ++barrier.generation, barrier.left_in = emulation::block.round + 1;
     while (barrier.generation == mine || emulation::block.round < barrier.left_in) yield();
 }
 inline uint32_t exchanged[1024][4];
@@ -264,7 +264,7 @@ const char* launch(void (*kernel)(Parameters...), int device, std::uintptr_t, in
     gridDim.x = static_cast<unsigned>(blocks);
     for (int64_t i = 0; i < blocks; ++i) {
         blockIdx.x = static_cast<unsigned>(i);
-        for (GroupBarrier& barrier : group_barriers) barrier = {};
+        multipliers = {};
         std::memset(shared, 0xff, sizeof(shared));  // not a number
         emulation::run(static_cast<unsigned>(threads), [&] { kernel(arguments...); });
     }
