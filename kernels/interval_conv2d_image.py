@@ -16,6 +16,7 @@ not finite makes NaN of neighbouring outputs too, where a zero of the weight mee
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -106,20 +107,24 @@ def interval_conv2d_image_fwd_kernel(
     RELU: tl.constexpr,  # needs OC to be a multiple of 8
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # a multiple of SPAN
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
     tile_n = tl.program_id(1)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, SPAN)
+    k = tl.arange(0, BLOCK_K)
+    kh = k // SPAN
     c = (k % CHANNELS)[:, None]
-    tap, reached = tap_of(k[:, None], n[None, :], KW, OC, SW, DW, CHANNELS)
+    tap, reached = tap_of((k % SPAN)[:, None], n[None, :], KW, OC, SW, DW, CHANNELS)
+    reached &= (c < C) & (n < PIXELS * OC)[None, :]
+    ROWS: tl.constexpr = BLOCK_K // SPAN  # of the kernel, in one block of the sum
     weights = ()
     magnitudes = ()
-    for kh in tl.static_range(KH):
-        weight_at = (((n % OC)[None, :] * KH + kh) * KW + tap) * C + c
-        weight = tl.load(weight_ptr + weight_at, reached & (c < C) & (n < PIXELS * OC)[None, :], 0.0)
+    for row in tl.static_range(0, KH, ROWS):
+        weight_at = (((n % OC)[None, :] * KH + (kh + row)[:, None]) * KW + tap) * C + c
+        weight = tl.load(weight_ptr + weight_at, reached & (kh + row < KH)[:, None], 0.0)
         if WIDEN:
             weight = weight.to(tl.float32)
         weights = weights + (weight,)
@@ -130,16 +135,17 @@ def interval_conv2d_image_fwd_kernel(
     for tile in range(first, min(first + tiles_of_program, tl.cdiv(M, BLOCK_M))):
         m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         start = window_start(tl.minimum(m, M - 1), OH, COLUMNS, SH, SW, CHANNELS, PIXELS, HEIGHT, WIDTH)
-        at = start[:, None] + k[None, :]
         acc_mid = tl.zeros((BLOCK_M, BLOCK_N), COMPUTE)
         acc_rad = tl.zeros((BLOCK_M, BLOCK_N), COMPUTE)
-        for kh in tl.static_range(KH):
-            mid = tl.load(mid_ptr + at + kh * DH * WIDTH * CHANNELS)
-            rad = tl.load(rad_ptr + at + kh * DH * WIDTH * CHANNELS)
+        for row in tl.static_range(0, KH, ROWS):
+            at = start[:, None] + ((row + kh) * (DH * WIDTH * CHANNELS) + k % SPAN)[None, :]
+            inside = (row + kh < KH)[None, :]
+            mid = tl.load(mid_ptr + at, inside, 0.0)
+            rad = tl.load(rad_ptr + at, inside, 0.0)
             if WIDEN:
                 mid, rad = mid.to(tl.float32), rad.to(tl.float32)
-            acc_mid = tl.dot(mid, weights[kh], acc_mid, input_precision=PRECISION, out_dtype=COMPUTE)
-            acc_rad = tl.dot(rad, magnitudes[kh], acc_rad, input_precision=PRECISION, out_dtype=COMPUTE)
+            acc_mid = tl.dot(mid, weights[row // ROWS], acc_mid, input_precision=PRECISION, out_dtype=COMPUTE)
+            acc_rad = tl.dot(rad, magnitudes[row // ROWS], acc_rad, input_precision=PRECISION, out_dtype=COMPUTE)
         if HAS_BIAS:
             acc_mid += bias
         store_box(
@@ -339,6 +345,65 @@ def interval_conv2d_image_weight_kernel(
 # --- launchers: as in interval_conv2d.py, of one group ---------------------------------------------------------------
 
 LONGEST_LOAD = 16  # bytes of one instruction
+MOST_CHANNELS = 4
+FARTHEST_TAP = 6  # pixels of a window beyond its first, in each direction: what is open at once is in registers
+MOST_SUMMED = 128  # channels of the gradient, in one tile
+MOST_SUMS = 256  # of a column of the gradient, and as many of radii: these are the registers
+
+
+def image_blocks(
+    op: str,  # "forward", "backward" or "weight"
+    size: Sequence[int],  # of the layer's input, [B, C, H, W]
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    tf32: bool,
+) -> list[Block]:
+    """Candidates of these kernels, the default first; none for a layer that is not theirs."""
+    OC, C, *kernel = weight.shape
+    reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    filled_up = size[0] * math.prod(n + 2 * p + 32 for n, p in zip(size[2:], padding, strict=True)) * MOST_CHANNELS
+    if groups > 1 or C > MOST_CHANNELS or max(stride) > 2 or max(reach) > FARTHEST_TAP or filled_up >= 2**31:
+        return []
+    if weight.dtype is torch.float64:
+        return []
+    cores = weight.dtype is not torch.float32 or tf32
+    blocks = {"forward": _forward_blocks, "backward": _backward_blocks, "weight": _weight_blocks}[op](
+        OC, triton.next_power_of_2(C), kernel, max(reach[0] + 1, stride[0]), cores, weight.element_size() == 2
+    )
+    return [block._replace(image=True) for block in blocks]
+
+
+def _forward_blocks(OC: int, C: int, kernel: list[int], open_rows: int, cores: bool, short: bool) -> list[Block]:
+    if interpreting():
+        return [Block(64, 32, 32, 4, 1)]
+    if not cores:
+        return [Block(64, 64, 16, 8, 3)]
+    if kernel[0] * kernel[1] > 16:  # all taps of the pixels that are on their way must find place in shared memory
+        return [Block(64, 64, 16, 4, 2)]
+    return [Block(64, 64, 16, 4, 3), Block(64, 64, 64, 4, 3), Block(128, 64, 16, 8, 3)]
+
+
+def _backward_blocks(OC: int, C: int, kernel: list[int], open_rows: int, cores: bool, short: bool) -> list[Block]:
+    k = max(TENSOR_CORE_TERMS, triton.next_power_of_2(OC))
+    n = max(TENSOR_CORE_TERMS, C * triton.next_power_of_2(kernel[1]))
+    if k > MOST_SUMMED or n * open_rows > MOST_SUMS:
+        return []
+    warps = 4 if n * open_rows <= 64 and cores else 8
+    if interpreting() or not cores:
+        return [Block(64, n, k, warps, 3)]
+    return [Block(64, n, k, warps, 4), Block(64, n, k, warps, 3)]
+
+
+def _weight_blocks(OC: int, C: int, kernel: list[int], open_rows: int, cores: bool, short: bool) -> list[Block]:
+    if interpreting():
+        return [Block(64, 32, 32, 4, 1)]
+    if not cores:
+        return [Block(16, 64, 64, 8, 3)]
+    narrow = [Block(64, 64, 64, 4, 3)] if short else []
+    return [Block(32, 128, 64, 8, 3), Block(32, 128, 64, 8, 4), *narrow]
 
 
 class Windows(NamedTuple):
@@ -410,7 +475,7 @@ def forward_into(
             M, tiles_of_program, M * N // 8,
             C, OC, OH, OW // windows.PIXELS, KH, KW, *stride, *dilation, **windows._asdict(),
             HAS_BIAS=bias is not None, RELU=out_state is not None,
-            BLOCK_M=block.m, BLOCK_N=block.n, num_warps=block.warps, num_stages=block.stages,
+            BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=max(block.k, windows.SPAN), num_warps=block.warps, num_stages=block.stages,
             **dot_options(mid, tf32),
         )  # fmt: skip
 

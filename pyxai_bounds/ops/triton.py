@@ -191,7 +191,7 @@ def interval_conv2d(
         # The kernel packs the state as the results lie in memory, eight channels of a group to a byte.
         fused = relu and outputs // groups % 8 == 0 and out_mid.is_contiguous(memory_format=order)
         state = torch.empty(state_size(out_mid) if fused else 0, dtype=torch.uint8, device=mid.device)
-        _kernels("interval_conv2d").forward_into(
+        _convolution(block).forward_into(
             *_last(mid, rad, weight), None if bias is None else bias.contiguous(), *args, out_mid, out_rad,
             state if fused else None, block, tf32,
         )  # fmt: skip
@@ -199,7 +199,10 @@ def interval_conv2d(
         return _relu_into(out_mid, out_rad, out_mid, out_rad) if relu and not fused else (out_mid, out_rad, state)
 
     key = ("conv2d", mid.shape, order, weight.shape, *_flat(args), bias is None, relu)
-    return _fastest(key, mid, _box_blocks(mid, outputs // groups, channels, tf32, groups), library, run)
+    blocks = _image_blocks("forward", mid.shape, weight, args, tf32)
+    # Of the kernels that gather a pixel's taps one by one, the one that won before there were any for images.
+    blocks += _box_blocks(mid, outputs // groups, channels, tf32, groups)[: 1 if blocks else None]
+    return _fastest(key, mid, blocks, library, run)
 
 
 def interval_conv2d_backward(
@@ -235,11 +238,12 @@ def interval_conv2d_backward(
         if block is None:
             return reference.interval_conv2d_backward(*box, weight, None, input_size, *args)
         out_mid, out_rad = _empty_last(mid, input_size, order), _empty_last(mid, input_size, order)
-        _kernels("interval_conv2d").backward_into(*_last(*box, weight), *args, out_mid, out_rad, block, tf32)
+        _convolution(block).backward_into(*_last(*box, weight), *args, out_mid, out_rad, block, tf32)
         return out_mid.contiguous(memory_format=order), out_rad.contiguous(memory_format=order)
 
     key = ("conv2d_backward", mid.shape, order, weight.shape, tuple(input_size), *_flat(args), state is None)
-    return _fastest(key, mid, _box_blocks(mid, channels, outputs // groups, tf32), library, run)
+    blocks = _image_blocks("backward", input_size, weight, args, tf32)
+    return _fastest(key, mid, blocks + _box_blocks(mid, channels, outputs // groups, tf32), library, run)
 
 
 def interval_conv2d_weight(
@@ -268,7 +272,7 @@ def interval_conv2d_weight(
     def run(block: Any) -> Tensor:
         if block is None:
             return reference.interval_conv2d_weight(grad_mid, grad_rad, mid, rad, weight, *args)
-        grad = _kernels("interval_conv2d").weight_gradient(
+        grad = _convolution(block).weight_gradient(
             *_last(grad_mid, grad_rad, mid, rad, weight), *args, block, tf32
         )
         return dense_like(weight).copy_(grad) if grad.stride() != dense_like(weight).stride() else grad
@@ -276,7 +280,8 @@ def interval_conv2d_weight(
     if weight.numel() == 0 or grad_mid.numel() == 0 or mid.numel() == 0:
         return torch.zeros_like(weight, memory_format=order)
     key = ("conv2d_weight", mid.shape, memory_format(mid), memory_format(grad_mid), weight.shape, order, *_flat(args))
-    return _fastest(key, mid, _weight_blocks(mid, outputs // groups, tf32, channels), library, run)
+    blocks = _image_blocks("weight", mid.shape, weight, args, tf32)
+    return _fastest(key, mid, blocks + _weight_blocks(mid, outputs // groups, tf32, channels), library, run)
 
 
 def interval_scale_shift(
@@ -485,6 +490,15 @@ def _box_blocks(mid: Tensor, columns: int, summed: int, tf32: bool, groups: int 
     if groups is not None and launch.is_flat(summed):
         return launch.few_channels_blocks(mid.dtype, columns, groups, tf32, _is_hopper(mid))
     return launch.box_blocks(mid.dtype, columns, summed, tf32, _is_hopper(mid))
+
+
+def _image_blocks(op: str, size: Sequence[int], weight: Tensor, args: tuple, tf32: bool) -> list[Any]:
+    return _kernels("interval_conv2d_image").image_blocks(op, size, weight, *args, tf32)
+
+
+def _convolution(block: Any) -> ModuleType:
+    """The launchers that a candidate belongs to."""
+    return _kernels("interval_conv2d_image" if block.image else "interval_conv2d")
 
 
 def _weight_blocks(mid: Tensor, rows: int, tf32: bool, channels: int | None = None) -> list[Any]:
