@@ -69,6 +69,7 @@ class Block(NamedTuple):
     warps: int
     stages: int
     flat: bool = False  # of a convolution: a block of the sum spans taps
+    image: bool = False  # it is that of an image: the kernels of interval_conv2d_image.py
 
 
 # A program of the interpreter costs milliseconds; these tiles still have edges on the shapes of the tests.

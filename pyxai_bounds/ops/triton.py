@@ -255,7 +255,7 @@ def interval_conv2d_weight(
     def run(block: Any) -> Tensor:
         if block is None:
             return reference.interval_conv2d_weight(grad_mid, grad_rad, mid, rad, weight, *args)
-        grad = _kernels("interval_conv2d").weight_gradient(
+        grad = _convolution(block).weight_gradient(
             *_last(grad_mid, grad_rad, mid, rad, weight), *args, block, tf32
         )
         return dense_like(weight).copy_(grad) if grad.stride() != dense_like(weight).stride() else grad
@@ -263,7 +263,8 @@ def interval_conv2d_weight(
     if weight.numel() == 0 or grad_mid.numel() == 0 or mid.numel() == 0:
         return torch.zeros_like(weight, memory_format=order)
     key = ("conv2d_weight", mid.shape, memory_format(mid), memory_format(grad_mid), weight.shape, order, *_flat(args))
-    return _fastest(key, mid, _weight_blocks(mid, outputs // groups, tf32, channels), library, run)
+    blocks = _image_blocks("weight", mid.shape, weight, args, tf32)
+    return _fastest(key, mid, blocks + _weight_blocks(mid, outputs // groups, tf32, channels), library, run)
 
 
 def interval_scale_shift(
@@ -476,7 +477,7 @@ def _convolve(
             later = bias if epilogue.kind == "relu" and order is torch.channels_last and outputs % 8 == 0 else None
             out = reference.interval_conv2d(mid, rad, weight, None if later is not None else bias, *args, False)
             return _finish(epilogue, out[0], out[1], later)
-        forward = _hopper_into if block is HOPPER else _kernels("interval_conv2d").forward_into
+        forward = _hopper_into if block is HOPPER else _convolution(block).forward_into
         return _in_one_kernel(
             epilogue, mid, size, outputs // groups,
             lambda *results: forward(
@@ -485,7 +486,9 @@ def _convolve(
         )  # fmt: skip
 
     key = ("conv2d", mid.shape, memory_format(mid), weight.shape, *_flat(args), bias is None, epilogue.kind, order)
-    blocks = _box_blocks(mid, outputs // groups, channels, tf32, groups)
+    blocks = _image_blocks("forward", mid.shape, weight, args, tf32)
+    # Of the kernels that gather a pixel's taps one by one, the one that won before there were any for images.
+    blocks += _box_blocks(mid, outputs // groups, channels, tf32, groups)[: 1 if blocks else None]
     return _fastest(key, mid, _with_hopper(blocks, mid, size, kernel, args, False, library), library, run)
 
 
@@ -513,7 +516,7 @@ def _convolve_back(
     def run(block: Any) -> tuple[Tensor, Tensor, Tensor]:
         if block is None:
             return _finish(epilogue, *reference.interval_conv2d_backward(mid, rad, weight, None, input_size, *args))
-        backward = _hopper_back_into if block is HOPPER else _kernels("interval_conv2d").backward_into
+        backward = _hopper_back_into if block is HOPPER else _convolution(block).backward_into
         return _in_one_kernel(
             epilogue, mid, input_size, channels,
             lambda *results: backward(
@@ -523,10 +526,9 @@ def _convolve_back(
 
     key = ("conv2d_backward", mid.shape, memory_format(mid), weight.shape, tuple(input_size), *_flat(args),
            epilogue.kind, order)  # fmt: skip
-    blocks = _with_hopper(
-        _box_blocks(mid, channels, outputs // groups, tf32), mid, input_size, kernel, args, True, library
-    )
-    return _fastest(key, mid, blocks, library, run)
+    blocks = _image_blocks("backward", input_size, weight, args, tf32)
+    blocks += _box_blocks(mid, channels, outputs // groups, tf32)
+    return _fastest(key, mid, _with_hopper(blocks, mid, input_size, kernel, args, True, library), library, run)
 
 
 def _with_hopper(
@@ -619,6 +621,15 @@ def _box_blocks(mid: Tensor, columns: int, summed: int, tf32: bool, groups: int 
     if groups is not None and launch.is_flat(summed):
         return launch.few_channels_blocks(mid.dtype, columns, groups, tf32, _is_hopper(mid))
     return launch.box_blocks(mid.dtype, columns, summed, tf32, _is_hopper(mid))
+
+
+def _image_blocks(op: str, size: Sequence[int], weight: Tensor, args: tuple, tf32: bool) -> list[Any]:
+    return _kernels("interval_conv2d_image").image_blocks(op, size, weight, *args, tf32)
+
+
+def _convolution(block: Any) -> ModuleType:
+    """The launchers that a candidate belongs to."""
+    return _kernels("interval_conv2d_image" if block.image else "interval_conv2d")
 
 
 def _weight_blocks(mid: Tensor, rows: int, tf32: bool, channels: int | None = None) -> list[Any]:

@@ -115,6 +115,20 @@ CONV = [
 ]
 
 
+# Few channels: outputs side by side that share a window, images wider than a tile, taps far apart, taps that miss.
+IMAGES = [
+    ((2, 1, 8, 8), 8, (5, 5), ([1, 1], [2, 2], [1, 1], 1)),
+    ((3, 3, 7, 9), 10, (3, 3), ([2, 2], [1, 1], [1, 1], 1)),
+    ((1, 3, 14, 15), 8, (7, 7), ([2, 2], [3, 3], [1, 1], 1)),
+    ((2, 4, 5, 6), 24, (3, 4), ([1, 2], [2, 0], [1, 1], 1)),
+    ((2, 2, 6, 70), 72, (2, 3), ([1, 1], [0, 2], [2, 2], 1)),
+    ((1, 3, 5, 150), 9, (3, 3), ([2, 2], [1, 1], [1, 1], 1)),
+    ((5, 3, 6, 6), 8, (1, 1), ([2, 2], [0, 0], [1, 1], 1)),
+    ((1, 3, 9, 9), 130, (3, 3), ([1, 1], [4, 4], [1, 1], 1)),
+    ((5, 3, 32, 32), 16, (3, 3), ([1, 1], [1, 1], [1, 1], 1)),
+]
+
+
 def conv_tensors(case, dtype, layout):
     shape, outputs, kernel, args = case
     mid, rad = (layout(t) for t in box(*shape, dtype=dtype))
@@ -130,6 +144,16 @@ def conv_tensors(case, dtype, layout):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", CONV)
 def test_conv2d(kernels, case, dtype, layout):
+    check_conv2d(kernels, case, dtype, layout)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", IMAGES)
+def test_conv2d_of_images(kernels, case, dtype):
+    check_conv2d(kernels, case, dtype, channels_last)
+
+
+def check_conv2d(kernels, case, dtype, layout):
     mid, rad, weight, bias, grad, state, args = conv_tensors(case, dtype, layout)
     terms = weight[0].numel()
     ours = on(kernels, mid, rad, weight, bias)

@@ -1,0 +1,567 @@
+"""interval_conv2d and its two gradients where input channels are few, as on an image: memory should be all that limits.
+
+What is large is the box at the outputs. Each of its elements passes once, in 16 bytes at a time, and the sums over the
+few channels and the taps cost few instructions:
+
+* Forward and weight gradient read a copy of the image that is padded, its channels filled up to 1, 2 or 4: a row of a
+  window is then one stretch of memory, read without masks. PIXELS outputs side by side, whose windows overlap, are one
+  row of the product; their weights are those of one output, shifted, with zeros where its window does not reach.
+* Backward-data multiplies first and gathers after. A program walks down a strip of the gradient, each row of which is
+  multiplied by the weights of all taps; the sums over the taps of a column are kept from row to row, in registers, and
+  once a row of the result is complete its columns are shifted against one another and added.
+
+Sizes are constants to the compiler: there are few such layers, and divisions become multiplications. A pixel that is
+not finite makes NaN of neighbouring outputs too, where a zero of the weight meets it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .interval_linear import sign, store_box
+from .launch import PROGRAMS, TENSOR_CORE_TERMS, Block, dot_options, interpreting, on_device, parts_of, sum_type
+
+
+@triton.jit(do_not_specialize=["pixels"])
+def fill_up_kernel(
+    mid_ptr,  # [B, H, W, C]
+    rad_ptr,  # [B, H, W, C]
+    out_mid_ptr,  # [B, HEIGHT, WIDTH, CHANNELS]: `pixels` of them
+    out_rad_ptr,  # [B, HEIGHT, WIDTH, CHANNELS]
+    pixels,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    c = tl.arange(0, CHANNELS)
+    h = pixel // WIDTH % HEIGHT - PH
+    w = pixel % WIDTH - PW
+    there = (pixel < pixels) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+    at = (((pixel // WIDTH // HEIGHT * H + h) * W + w) * C)[:, None] + c[None, :]
+    inside = there[:, None] & (c < C)[None, :]
+    out_at = pixel[:, None] * CHANNELS + c[None, :]
+    out_inside = (pixel < pixels)[:, None] & (c < CHANNELS)[None, :]
+    tl.store(out_mid_ptr + out_at, tl.load(mid_ptr + at, inside, 0.0), out_inside)
+    tl.store(out_rad_ptr + out_at, tl.load(rad_ptr + at, inside, 0.0), out_inside)
+
+
+@triton.jit
+def window_start(
+    row, OH: tl.constexpr, COLUMNS: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, CHANNELS: tl.constexpr,
+    PIXELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Where the windows of PIXELS outputs, row number ``row`` of the product, begin in the filled-up image."""
+    line = row // COLUMNS // OH * HEIGHT + row // COLUMNS % OH * SH
+    return line * (WIDTH * CHANNELS) + row % COLUMNS * (PIXELS * SW * CHANNELS)
+
+
+@triton.jit
+def tap_of(element, n, KW: tl.constexpr, OC: tl.constexpr, SW: tl.constexpr, DW: tl.constexpr, CHANNELS: tl.constexpr):
+    """The tap at which an element of a window's row is summed for channel ``n`` of PIXELS outputs; is there one?"""
+    column = element // CHANNELS - n // OC * SW
+    return column // DW, (column >= 0) & (column < KW * DW) & (column % DW == 0)
+
+
+@triton.jit(do_not_specialize=["M", "tiles_of_program", "out_plane"])
+def interval_conv2d_image_fwd_kernel(
+    mid_ptr,  # [B, HEIGHT, WIDTH, CHANNELS], filled up
+    rad_ptr,  # [B, HEIGHT, WIDTH, CHANNELS]
+    weight_ptr,  # [OC, KH, KW, C]
+    bias_ptr,  # [OC], or anything without HAS_BIAS
+    out_mid_ptr,  # [B, OH, OW, OC], also [M, PIXELS·OC]
+    out_rad_ptr,  # [B, OH, OW, OC]
+    bits_ptr,  # [2, B·OH·OW·OC / 8] that EPILOGUE reads, or anything
+    made_ptr,  # the same that it makes
+    M,
+    tiles_of_program,
+    out_plane,
+    C: tl.constexpr,
+    OC: tl.constexpr,
+    OH: tl.constexpr,
+    COLUMNS: tl.constexpr,  # OW / PIXELS
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    SH: tl.constexpr,
+    SW: tl.constexpr,
+    DH: tl.constexpr,
+    DW: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PIXELS: tl.constexpr,
+    SPAN: tl.constexpr,  # elements of a window's row
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EPILOGUE: tl.constexpr,  # of store_columns; any but "none" needs OC to be a multiple of 8
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # a multiple of SPAN
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    tile_n = tl.program_id(1)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    kh = k // SPAN
+    c = (k % CHANNELS)[:, None]
+    tap, reached = tap_of((k % SPAN)[:, None], n[None, :], KW, OC, SW, DW, CHANNELS)
+    reached &= (c < C) & (n < PIXELS * OC)[None, :]
+    ROWS: tl.constexpr = BLOCK_K // SPAN  # of the kernel, in one block of the sum
+    weights = ()
+    magnitudes = ()
+    for row in tl.static_range(0, KH, ROWS):
+        weight_at = (((n % OC)[None, :] * KH + (kh + row)[:, None]) * KW + tap) * C + c
+        weight = tl.load(weight_ptr + weight_at, reached & (kh + row < KH)[:, None], 0.0)
+        if WIDEN:
+            weight = weight.to(tl.float32)
+        weights = weights + (weight,)
+        magnitudes = magnitudes + (tl.abs(weight),)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + n % OC).to(COMPUTE)[None, :]
+    first = tl.program_id(0) * tiles_of_program
+    for tile in range(first, min(first + tiles_of_program, tl.cdiv(M, BLOCK_M))):
+        m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        start = window_start(tl.minimum(m, M - 1), OH, COLUMNS, SH, SW, CHANNELS, PIXELS, HEIGHT, WIDTH)
+        acc_mid = tl.zeros((BLOCK_M, BLOCK_N), COMPUTE)
+        acc_rad = tl.zeros((BLOCK_M, BLOCK_N), COMPUTE)
+        for row in tl.static_range(0, KH, ROWS):
+            at = start[:, None] + ((row + kh) * (DH * WIDTH * CHANNELS) + k % SPAN)[None, :]
+            inside = (row + kh < KH)[None, :]
+            mid = tl.load(mid_ptr + at, inside, 0.0)
+            rad = tl.load(rad_ptr + at, inside, 0.0)
+            if WIDEN:
+                mid, rad = mid.to(tl.float32), rad.to(tl.float32)
+            acc_mid = tl.dot(mid, weights[row // ROWS], acc_mid, input_precision=PRECISION, out_dtype=COMPUTE)
+            acc_rad = tl.dot(rad, magnitudes[row // ROWS], acc_rad, input_precision=PRECISION, out_dtype=COMPUTE)
+        if HAS_BIAS:
+            acc_mid += bias
+        store_box(
+            out_mid_ptr, out_rad_ptr, bits_ptr, made_ptr, out_plane, acc_mid, acc_rad,
+            m.to(tl.int64) * (PIXELS * OC), m < M, tile_n * BLOCK_N, PIXELS * OC, EPILOGUE, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+
+
+NOWHERE = tl.constexpr(2**20)  # a lane that no strip has, whatever a tap adds
+
+
+@triton.jit
+def gathered(
+    sums, lane, phase, KW: tl.constexpr, SW: tl.constexpr, PW: tl.constexpr, DW: tl.constexpr, CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr, LANES: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Σ over taps of sums [BLOCK_M, TAPS·CHANNELS], each from the column that it reaches: [BLOCK_M, CHANNELS]."""
+    n = tl.arange(0, TAPS * CHANNELS)
+    # In pixels of the image; + SW·KW·DW because remainders of negative numbers are nobody's friend.
+    reach = phase + PW + SW * KW * DW - n // CHANNELS * DW
+    shift = reach // SW - KW * DW
+    other = lane[:, None] + shift[None, :]
+    inside = (other >= 0) & (other < LANES) & (reach % SW == 0)[None, :]
+    index = tl.where(inside, tl.arange(0, BLOCK_M)[:, None] + shift[None, :], 0)
+    found = tl.where(inside, tl.gather(sums, index, 0), 0.0)
+    return tl.sum(tl.reshape(found, (BLOCK_M, TAPS, CHANNELS)), 1)
+
+
+@triton.jit(do_not_specialize=["strips"])
+def interval_conv2d_image_bwd_kernel(
+    grad_mid_ptr,  # [B, OH, OW, OC]
+    grad_rad_ptr,  # [B, OH, OW, OC]
+    weight_ptr,  # [OC, KH, KW, C]
+    out_mid_ptr,  # [B, H, W, C]
+    out_rad_ptr,  # [B, H, W, C]
+    strips,  # B·STRIPS
+    C: tl.constexpr,
+    OC: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    OH: tl.constexpr,
+    OW: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    SH: tl.constexpr,
+    SW: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    DH: tl.constexpr,
+    DW: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    TAPS: tl.constexpr,  # of a row of the kernel, with zeros
+    LANES: tl.constexpr,  # columns of the gradient that a strip holds,
+    LEFT: tl.constexpr,  # the first of which that it computes results for,
+    USED: tl.constexpr,  # and how many
+    STRIPS: tl.constexpr,  # of an image
+    STEPS: tl.constexpr,  # rows of the gradient after each of which a program writes results
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # OC or more
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    m = tl.arange(0, BLOCK_M)
+    lane = tl.where(m < BLOCK_M // LANES * LANES, m % LANES, NOWHERE)
+    strip = tl.program_id(0) * (BLOCK_M // LANES) + m // LANES
+    there = (lane < LANES) & (strip < strips)
+    image = strip // STRIPS
+    column = strip % STRIPS * USED - LEFT + lane
+    o = tl.arange(0, BLOCK_K)
+    n = tl.arange(0, TAPS * CHANNELS)
+    tap, c = n // CHANNELS, n % CHANNELS
+    weight_inside = (o < OC)[:, None] & ((tap < KW) & (c < C))[None, :]
+    weights = ()
+    magnitudes = ()
+    for kh in tl.static_range(KH):
+        weight_at = (o * (KH * KW * C))[:, None] + ((kh * KW + tap) * C + c)[None, :]
+        weight = tl.load(weight_ptr + weight_at, weight_inside, 0.0)
+        if WIDEN:
+            weight = weight.to(tl.float32)
+        weights = weights + (weight,)
+        magnitudes = magnitudes + (tl.abs(weight),)
+    # Of the results' rows r·SH - PH + 0, 1, … that row r of the gradient adds to, the first SH are then complete.
+    OPEN: tl.constexpr = max((KH - 1) * DH + 1, SH)
+    sums_mid = ()
+    sums_rad = ()
+    for _ in tl.static_range(OPEN):
+        sums_mid = sums_mid + (tl.zeros((BLOCK_M, TAPS * CHANNELS), COMPUTE),)
+        sums_rad = sums_rad + (tl.zeros((BLOCK_M, TAPS * CHANNELS), COMPUTE),)
+    grad_row = ((image.to(tl.int64) * OH * OW + column) * OC)[:, None] + o[None, :]
+    grad_inside = (there & (column >= 0) & (column < OW))[:, None] & (o < OC)[None, :]
+    out_c = tl.arange(0, CHANNELS)
+    out_row = (image.to(tl.int64) * H * W + column * SW) * C
+    out_there = there & (lane >= LEFT) & (lane < LEFT + USED)
+    first = PH // SH + tl.program_id(1) * STEPS
+    for row in range(max(first - (KH - 1) * DH // SH, 0), min(first + STEPS, (H - 1 + PH) // SH + 1)):
+        rows = row + tl.zeros((BLOCK_M,), tl.int32)
+        inside = grad_inside & (rows < OH)[:, None]
+        mid = tl.load(grad_mid_ptr + row * (OW * OC) + grad_row, inside, 0.0)
+        rad = tl.load(grad_rad_ptr + row * (OW * OC) + grad_row, inside, 0.0)
+        if WIDEN:
+            mid, rad = mid.to(tl.float32), rad.to(tl.float32)
+        new_mid = ()
+        new_rad = ()
+        for i in tl.static_range(OPEN):
+            if i % DH == 0 and i // DH < KH:
+                mids = tl.dot(mid, weights[i // DH], sums_mid[i], input_precision=PRECISION, out_dtype=COMPUTE)
+                rads = tl.dot(rad, magnitudes[i // DH], sums_rad[i], input_precision=PRECISION, out_dtype=COMPUTE)
+                new_mid, new_rad = new_mid + (mids,), new_rad + (rads,)
+            else:
+                new_mid, new_rad = new_mid + (sums_mid[i],), new_rad + (sums_rad[i],)
+        for i in tl.static_range(SH):
+            h = rows * SH - PH + i
+            row_inside = out_there & (rows >= first) & (h >= 0) & (h < H)
+            for phase in tl.static_range(SW):
+                out_mid = gathered(new_mid[i], lane, phase, KW, SW, PW, DW, CHANNELS, TAPS, LANES, BLOCK_M)
+                out_rad = gathered(new_rad[i], lane, phase, KW, SW, PW, DW, CHANNELS, TAPS, LANES, BLOCK_M)
+                at = (out_row + (h * W + phase) * C)[:, None] + out_c[None, :]
+                out_inside = row_inside & (column * SW + phase < W)
+                tl.store(out_mid_ptr + at, out_mid, out_inside[:, None] & (out_c < C)[None, :])
+                tl.store(out_rad_ptr + at, out_rad, out_inside[:, None] & (out_c < C)[None, :])
+        sums_mid = ()
+        sums_rad = ()
+        for i in tl.static_range(OPEN):
+            if i + SH < OPEN:
+                sums_mid, sums_rad = sums_mid + (new_mid[i + SH],), sums_rad + (new_rad[i + SH],)
+            else:
+                sums_mid = sums_mid + (tl.zeros((BLOCK_M, TAPS * CHANNELS), COMPUTE),)
+                sums_rad = sums_rad + (tl.zeros((BLOCK_M, TAPS * CHANNELS), COMPUTE),)
+
+
+@triton.jit(do_not_specialize=["M", "rows_of_part"])
+def interval_conv2d_image_weight_kernel(
+    grad_mid_ptr,  # [B, OH, OW, OC], also [M, PIXELS·OC]
+    grad_rad_ptr,  # [B, OH, OW, OC]
+    mid_ptr,  # [B, HEIGHT, WIDTH, CHANNELS], filled up
+    rad_ptr,  # [B, HEIGHT, WIDTH, CHANNELS]
+    weight_ptr,  # [OC, KH, KW, C]
+    out_ptr,  # [parts, PIXELS, OC, KH, KW, C]; program_id(1) sums its part of the rows
+    M,
+    rows_of_part,
+    C: tl.constexpr,
+    OC: tl.constexpr,
+    OH: tl.constexpr,
+    COLUMNS: tl.constexpr,  # OW / PIXELS
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    SH: tl.constexpr,
+    SW: tl.constexpr,
+    DH: tl.constexpr,
+    DW: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PIXELS: tl.constexpr,
+    SPAN: tl.constexpr,  # elements of a window's row
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    TILES_K: tl.constexpr = (KH * SPAN + BLOCK_K - 1) // BLOCK_K
+    n = tl.program_id(0) // TILES_K * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.program_id(0) % TILES_K * BLOCK_K + tl.arange(0, BLOCK_K)
+    part = tl.program_id(1)
+    kh = k // SPAN
+    offset = kh * (DH * WIDTH * CHANNELS) + k % SPAN
+    acc_mid = tl.zeros((BLOCK_N, BLOCK_K), COMPUTE)
+    acc_rad = tl.zeros((BLOCK_N, BLOCK_K), COMPUTE)
+    stop = min(M, (part + 1) * rows_of_part)
+    for first in range(part * rows_of_part, stop, BLOCK_M):
+        m = first + tl.arange(0, BLOCK_M)
+        at = window_start(m, OH, COLUMNS, SH, SW, CHANNELS, PIXELS, HEIGHT, WIDTH)[:, None] + offset[None, :]
+        inside = (m < stop)[:, None] & (kh < KH)[None, :]
+        grad_at = m[:, None].to(tl.int64) * (PIXELS * OC) + n[None, :]
+        grad_inside = (m < stop)[:, None] & (n < PIXELS * OC)[None, :]
+        grad_mid = tl.trans(tl.load(grad_mid_ptr + grad_at, grad_inside, 0.0))
+        grad_rad = tl.trans(tl.load(grad_rad_ptr + grad_at, grad_inside, 0.0))
+        mid = tl.load(mid_ptr + at, inside, 0.0)
+        rad = tl.load(rad_ptr + at, inside, 0.0)
+        if WIDEN:
+            grad_mid, grad_rad = grad_mid.to(tl.float32), grad_rad.to(tl.float32)
+            mid, rad = mid.to(tl.float32), rad.to(tl.float32)
+        acc_mid = tl.dot(grad_mid, mid, acc_mid, input_precision=PRECISION, out_dtype=COMPUTE)
+        acc_rad = tl.dot(grad_rad, rad, acc_rad, input_precision=PRECISION, out_dtype=COMPUTE)
+    tap, reached = tap_of((k % SPAN)[None, :], n[:, None], KW, OC, SW, DW, CHANNELS)
+    c = (k % CHANNELS)[None, :]
+    at = (((n % OC)[:, None] * KH + kh[None, :]) * KW + tap) * C + c
+    inside = reached & (c < C) & (kh < KH)[None, :] & (n < PIXELS * OC)[:, None]
+    weight = tl.load(weight_ptr + at, inside, 0.0).to(COMPUTE)
+    place = (part * PIXELS + n // OC).to(tl.int64)[:, None]
+    tl.store(out_ptr + place * (OC * KH * KW * C) + at, acc_mid + sign(weight) * acc_rad, inside)
+
+
+# --- launchers: as in interval_conv2d.py, of one group ---------------------------------------------------------------
+
+LONGEST_LOAD = 16  # bytes of one instruction
+MOST_CHANNELS = 4
+FARTHEST_TAP = 6  # pixels of a window beyond its first, in each direction: what is open at once is in registers
+MOST_SUMMED = 128  # channels of the gradient, in one tile
+MOST_SUMS = 256  # of a column of the gradient, and as many of radii: these are the registers
+
+
+def image_blocks(
+    op: str,  # "forward", "backward" or "weight"
+    size: Sequence[int],  # of the layer's input, [B, C, H, W]
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    tf32: bool,
+) -> list[Block]:
+    """Candidates of these kernels, the default first; none for a layer that is not theirs."""
+    OC, C, *kernel = weight.shape
+    reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    filled_up = size[0] * math.prod(n + 2 * p + 32 for n, p in zip(size[2:], padding, strict=True)) * MOST_CHANNELS
+    if groups > 1 or C > MOST_CHANNELS or max(stride) > 2 or max(reach) > FARTHEST_TAP or filled_up >= 2**31:
+        return []
+    if weight.dtype is torch.float64:
+        return []
+    cores = weight.dtype is not torch.float32 or tf32
+    blocks = {"forward": _forward_blocks, "backward": _backward_blocks, "weight": _weight_blocks}[op](
+        OC, triton.next_power_of_2(C), kernel, max(reach[0] + 1, stride[0]), cores, weight.element_size() == 2
+    )
+    return [block._replace(image=True) for block in blocks]
+
+
+def _forward_blocks(OC: int, C: int, kernel: list[int], open_rows: int, cores: bool, short: bool) -> list[Block]:
+    if interpreting():
+        return [Block(64, 32, 32, 4, 1)]
+    if not cores:
+        return [Block(64, 64, 16, 8, 3)]
+    if kernel[0] * kernel[1] > 16:  # all taps of the pixels that are on their way must find place in shared memory
+        return [Block(64, 64, 16, 4, 2)]
+    return [Block(64, 64, 16, 4, 3), Block(64, 64, 64, 4, 3), Block(128, 64, 16, 8, 3)]
+
+
+def _backward_blocks(OC: int, C: int, kernel: list[int], open_rows: int, cores: bool, short: bool) -> list[Block]:
+    k = max(TENSOR_CORE_TERMS, triton.next_power_of_2(OC))
+    n = max(TENSOR_CORE_TERMS, C * triton.next_power_of_2(kernel[1]))
+    if k > MOST_SUMMED or n * open_rows > MOST_SUMS:
+        return []
+    warps = 4 if n * open_rows <= 64 and cores else 8
+    if interpreting() or not cores:
+        return [Block(64, n, k, warps, 3)]
+    return [Block(64, n, k, warps, 4), Block(64, n, k, warps, 3)]
+
+
+def _weight_blocks(OC: int, C: int, kernel: list[int], open_rows: int, cores: bool, short: bool) -> list[Block]:
+    if interpreting():
+        return [Block(64, 32, 32, 4, 1)]
+    if not cores:
+        return [Block(16, 64, 64, 8, 3)]
+    narrow = [Block(64, 64, 64, 4, 3)] if short else []
+    return [Block(32, 128, 64, 8, 3), Block(32, 128, 64, 8, 4), *narrow]
+
+
+class Windows(NamedTuple):
+    """How the windows of outputs side by side lie in the filled-up image; the constants of the kernels."""
+
+    CHANNELS: int
+    PIXELS: int
+    SPAN: int
+    HEIGHT: int
+    WIDTH: int
+
+
+def windows_of(
+    weight: Tensor, size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]  # size: of the output
+) -> Windows:
+    _, C, KH, KW = weight.shape
+    channels = triton.next_power_of_2(C)
+    pixel = channels * weight.element_size()
+    pixels = 1
+    while size[1] % (2 * pixels) == 0 and 2 * pixels * stride[1] * pixel <= LONGEST_LOAD:
+        pixels *= 2
+    columns = (pixels - 1) * stride[1] + (KW - 1) * dilation[1] + 1
+    span = max(TENSOR_CORE_TERMS, triton.next_power_of_2(columns * channels))
+    height = (size[0] - 1) * stride[0] + (KH - 1) * dilation[0] + 1
+    aligned = max(1, LONGEST_LOAD // pixel)
+    width = triton.cdiv((size[1] - pixels) * stride[1] + span // channels, aligned) * aligned
+    return Windows(channels, pixels, span, height, width)
+
+
+def _filled_up(mid: Tensor, rad: Tensor, padding: Sequence[int], windows: Windows) -> tuple[Tensor, Tensor]:
+    """The box [B, C, H, W] as [B, HEIGHT, WIDTH, CHANNELS], zeros around and between."""
+    B, C, H, W = mid.shape
+    out_mid = mid.new_empty(B, windows.HEIGHT, windows.WIDTH, windows.CHANNELS)
+    out_rad = torch.empty_like(out_mid)
+    pixels = out_mid.numel() // windows.CHANNELS
+    block = 8192 if interpreting() else 512  # a program of the interpreter costs milliseconds, whatever its size
+    fill_up_kernel[(triton.cdiv(pixels, block),)](
+        mid, rad, out_mid, out_rad, pixels, C, H, W, *padding, windows.CHANNELS, windows.HEIGHT, windows.WIDTH, block
+    )
+    return out_mid, out_rad
+
+
+def forward_into(
+    mid: Tensor,
+    rad: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    out_mid: Tensor,
+    out_rad: Tensor,
+    epilogue: str,
+    bits: Tensor | None,
+    made: Tensor | None,
+    block: Block,
+    tf32: bool,
+) -> None:
+    """The convolution of the box, then an epilogue of ``store_columns``; any but "none" needs OC to be a multiple of 8."""
+    (OC, C, KH, KW), (B, _, OH, OW) = weight.shape, out_mid.shape
+    windows = windows_of(weight, (OH, OW), stride, dilation)
+    M, N = B * OH * OW // windows.PIXELS, OC * windows.PIXELS
+    tiles = triton.cdiv(M, block.m)
+    columns = triton.cdiv(N, block.n)
+    tiles_of_program = triton.cdiv(tiles * columns, PROGRAMS)
+    with on_device(mid):
+        mid, rad = _filled_up(mid, rad, padding, windows)
+        interval_conv2d_image_fwd_kernel[(triton.cdiv(tiles, tiles_of_program), columns)](
+            mid, rad, weight, mid if bias is None else bias,
+            out_mid, out_rad, mid if bits is None else bits, mid if made is None else made,
+            M, tiles_of_program, M * N // 8,
+            C, OC, OH, OW // windows.PIXELS, KH, KW, *stride, *dilation, **windows._asdict(),
+            HAS_BIAS=bias is not None, EPILOGUE=epilogue, BLOCK_M=block.m, BLOCK_N=block.n,
+            BLOCK_K=max(block.k, windows.SPAN), num_warps=block.warps, num_stages=block.stages,
+            **dot_options(mid, tf32),
+        )  # fmt: skip
+
+
+def strips_of(
+    size: Sequence[int], out_size: Sequence[int], taps: int, stride: int, padding: int, dilation: int, lanes: int
+) -> dict[str, int]:
+    """How a tile of ``lanes`` columns of the gradient (of width out_size[1]) covers the image: constants of the kernel.
+
+    Lane j computes the columns of the image from stride·j on, for which it needs those of its neighbours.
+    """
+    wanted = triton.cdiv(size[1], stride)
+    if max(wanted, out_size[1]) <= lanes:  # whole rows, with nothing beyond
+        return {"LANES": max(wanted, out_size[1]), "LEFT": 0, "USED": wanted, "STRIPS": 1}
+    left = max(0, triton.cdiv((taps - 1) * dilation - padding, stride))
+    right = max(0, (stride - 1 + padding) // stride)
+    used = lanes - left - right
+    return {"LANES": lanes, "LEFT": left, "USED": used, "STRIPS": triton.cdiv(wanted, used)}
+
+
+def backward_into(
+    mid: Tensor,
+    rad: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    out_mid: Tensor,
+    out_rad: Tensor,
+    epilogue: str,
+    bits: Tensor | None,
+    made: Tensor | None,
+    block: Block,
+    tf32: bool,
+) -> None:
+    """The convolution's backward-data pass on the gradient box. So few channels make no byte: the epilogue is "none"."""
+    assert epilogue == "none", epilogue
+    (OC, C, KH, KW), (B, _, OH, OW), (H, W) = weight.shape, mid.shape, out_mid.shape[2:]
+    strip = strips_of((H, W), (OH, OW), KW, stride[1], padding[1], dilation[1], block.m)
+    strips = B * strip["STRIPS"]
+    tiles = triton.cdiv(strips, block.m // strip["LANES"])
+    steps = (H - 1 + padding[0]) // stride[0] + 1 - padding[0] // stride[0]
+    # Each part of an image begins with the rows that the part above ends with: as few parts as fill the device.
+    parts = max(1, PROGRAMS // 2 // tiles)
+    steps_of_program = triton.cdiv(steps, parts)
+    with on_device(mid):
+        interval_conv2d_image_bwd_kernel[(tiles, triton.cdiv(steps, steps_of_program))](
+            mid, rad, weight, out_mid, out_rad, strips,
+            C, OC, H, W, OH, OW, KH, KW, *stride, *padding, *dilation,
+            CHANNELS=triton.next_power_of_2(C), TAPS=block.n // triton.next_power_of_2(C), **strip,
+            STEPS=steps_of_program, BLOCK_M=block.m, BLOCK_K=block.k, num_warps=block.warps, num_stages=block.stages,
+            **dot_options(mid, tf32),
+        )  # fmt: skip
+
+
+def weight_gradient(
+    grad_mid: Tensor,
+    grad_rad: Tensor,
+    mid: Tensor,
+    rad: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    block: Block,
+    tf32: bool,
+) -> Tensor:
+    """The gradient of the weight, channels-last: the convolution's at midpoints, plus sign(weight) ⊙ its at radii."""
+    (OC, C, KH, KW), (B, _, OH, OW) = weight.shape, grad_mid.shape
+    windows = windows_of(weight, (OH, OW), stride, dilation)
+    M, N = B * OH * OW // windows.PIXELS, OC * windows.PIXELS
+    tiles = triton.cdiv(N, block.n) * triton.cdiv(KH * windows.SPAN, block.k)
+    parts, rows = parts_of(M, tiles, block.m)
+    out = torch.empty(parts * windows.PIXELS, OC, KH, KW, C, dtype=sum_type(weight), device=weight.device)
+    with on_device(mid):
+        mid, rad = _filled_up(mid, rad, padding, windows)
+        interval_conv2d_image_weight_kernel[(tiles, parts)](
+            grad_mid, grad_rad, mid, rad, weight, out, M, rows,
+            C, OC, OH, OW // windows.PIXELS, KH, KW, *stride, *dilation, **windows._asdict(),
+            BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=block.k, num_warps=block.warps, num_stages=block.stages,
+            **dot_options(mid, tf32),
+        )  # fmt: skip
+    return out.sum(0).to(weight.dtype).permute(0, 3, 1, 2)
