@@ -15,14 +15,14 @@ namespace pyxai_bounds::hopper {
 namespace {
 
 constexpr int threads = 384, multipliers = 256, group_threads = 128;
-constexpr int tile_channels = 64, tile_pixels = 256;
+constexpr int tile_channels = 64, group_pixels = 128, tile_pixels = 2 * group_pixels;
 // Registers that the warps which bring data keep, and that the others take: of 168 for each thread, no more in all.
 constexpr int few_registers = 24, many_registers = 240;
 static_assert(group_threads * few_registers + multipliers * many_registers <= threads * 168);
-constexpr int slice_pixels = 64, slices = tile_pixels / slice_pixels;  // of the results, that are written together
+constexpr int slice_pixels = 32, slices = group_pixels / slice_pixels;  // of a group's results, that are written together
 constexpr int slice_bytes = 2 * slice_pixels * tile_channels * 2;       // mid and rad
-constexpr int parts = slice_pixels * tile_channels / 8 / multipliers;   // of eight channels, that a thread writes
-constexpr int staging_bytes = 2 * slice_bytes;                          // two buffers
+constexpr int parts = slice_pixels * tile_channels / 8 / group_threads;  // of eight channels, that a thread writes
+constexpr int staging_bytes = 2 * 2 * slice_bytes;  // two buffers for either group
 constexpr int depth = 64;           // channels of a panel: 128 bytes, the longest row that is swizzled
 constexpr int row_bytes = 128;      // of one pixel in a panel, or of one channel of the result in the weights
 constexpr int weight_bytes = tile_channels * row_bytes;
@@ -31,6 +31,8 @@ constexpr int most_stages = 6, barrier_bytes = 2 * most_stages * 8;
 constexpr int most_taps = 3;        // of one panel
 constexpr int most_panels = 25;     // in all
 constexpr int most_packed = 49;     // taps
+
+constexpr uint32_t none = 0xffffffff;  // no octet
 
 enum Epilogue { bias_only, relu, relu_backward, gate };
 
@@ -54,6 +56,7 @@ struct Plan {
     int step_y, step_x;        // between pixels of a phase
     int phases, chunks;        // of the source's channels
     int channels;              // of the result
+    uint32_t octets;           // of channels, in all the result
     int taps;
     int tile_width, tile_width_log, tile_rows_log;  // pixels of a tile: [images, rows, width]
     int tile_images;
@@ -77,74 +80,75 @@ __device__ inline Work work_of(const Plan& plan, int tile) {
     return work;
 }
 
-__device__ inline bool bit(unsigned byte, int i) {
-    return byte >> i & 1;
-}
-
-// Each end kept or zeroed, as in kernels/ends.py.
-__device__ inline void keep(float& mid, float& rad, bool keep_lower, bool keep_upper) {
-    const bool both = keep_lower && keep_upper;
-    const float lower = keep_lower ? mid - rad : 0.0f, upper = keep_upper ? mid + rad : 0.0f;
-    mid = both ? mid : (lower + upper) * 0.5f, rad = both ? rad : (upper - lower) * 0.5f;
-}
-
 struct alignas(16) Words {
     uint32_t word[4];
 };
 
-// Eight channels of one pixel, side by side: the epilogue, and the results.
-template <class T, int epilogue>
-__device__ inline void finish(int64_t at, int64_t plane, Words mid, Words rad, unsigned lowers, unsigned uppers,
-                              T* out_mid, T* out_rad, uint8_t* out_bits) {
-    if constexpr (epilogue != bias_only) {
-        const int64_t byte = at / 8;
-        unsigned kept_lower = 0, kept_upper = 0;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            float m[2] = {first_of<T>(mid.word[i]), second_of<T>(mid.word[i])};
-            float r[2] = {first_of<T>(rad.word[i]), second_of<T>(rad.word[i])};
-#pragma unroll
-            for (int c = 0; c < 2; ++c) {
-                const int place = 2 * i + c;
-                const float lower = m[c] - r[c], upper = m[c] + r[c];
-                bool keep_lower = bit(lowers, place), keep_upper = bit(uppers, place);
-                if (epilogue == relu) keep_lower = lower > 0.0f, keep_upper = !(upper <= 0.0f);
-                if (epilogue == relu_backward) {
-                    const bool active = keep_lower, alive = keep_upper;
-                    keep_lower = active || (alive && !(lower >= 0.0f));
-                    keep_upper = active || (alive && !(upper <= 0.0f));
-                }
-                keep(m[c], r[c], keep_lower, keep_upper);
-                kept_lower |= static_cast<unsigned>(keep_lower) << place;
-                kept_upper |= static_cast<unsigned>(keep_upper) << place;
-            }
-            mid.word[i] = packed<T>(m[0], m[1]), rad.word[i] = packed<T>(r[0], r[1]);
-        }
-        if constexpr (epilogue != gate) {
-            out_bits[byte] = static_cast<uint8_t>(kept_lower);
-            out_bits[plane + byte] = static_cast<uint8_t>(kept_upper);
-        }
-    }
-    *reinterpret_cast<Words*>(out_mid + at) = mid;
-    *reinterpret_cast<Words*>(out_rad + at) = rad;
+// All bits of the lower half of a word by one bit of the byte, of the upper half by the next.
+__device__ inline uint32_t spread(unsigned byte, int bit) {
+    const uint32_t two = byte >> bit & 3;
+    return ((two | two << 15) & 0x10001) * 0xffff;
 }
 
-// Where stages lie: `full` says that a stage's bytes have come, `empty` that they have been used.
+// What a word of eight channels says of them, gathered by `gather`, as a byte.
+__device__ inline uint32_t gather(uint32_t gathered, uint32_t mask, int bit) {
+    return gathered | (mask & 0x10001u << bit);
+}
+__device__ inline uint8_t byte_of(uint32_t gathered) {
+    return static_cast<uint8_t>((gathered & 0x55) | (gathered >> 15 & 0xaa));
+}
+
+// Eight channels of one pixel, side by side, number `octet` of all: the epilogue, and the results. Ends are kept or zeroed
+// as in kernels/ends.py; where one alone is kept the box is half of it wide, which rounds like its sum with zero.
+template <class T, int epilogue>
+__device__ inline void finish(uint32_t octet, uint32_t octets, Words mid, Words rad, unsigned lowers, unsigned uppers,
+                              T* out_mid, T* out_rad, uint8_t* out_bits) {
+    if constexpr (epilogue != bias_only) {
+        uint32_t kept_lower = 0, kept_upper = 0;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const uint32_t m = mid.word[i], r = rad.word[i], lower = minus<T>(m, r), upper = plus<T>(m, r);
+            uint32_t keep_lower, keep_upper;
+            if constexpr (epilogue == relu) {
+                keep_lower = is_positive<T>(lower), keep_upper = ~is_not_above<T>(upper);
+            } else {
+                keep_lower = spread(lowers, 2 * i), keep_upper = spread(uppers, 2 * i);
+            }
+            if constexpr (epilogue == relu_backward) {
+                const uint32_t active = keep_lower, alive = keep_upper;
+                keep_lower = active | (alive & ~is_not_below<T>(lower));
+                keep_upper = active | (alive & ~is_not_above<T>(upper));
+            }
+            const uint32_t both = keep_lower & keep_upper;
+            const uint32_t half = halved<T>((lower & keep_lower) | (upper & keep_upper & ~keep_lower));
+            mid.word[i] = (m & both) | (half & ~both);
+            rad.word[i] = (r & both) | ((half ^ (keep_lower & 0x80008000u)) & ~both);
+            kept_lower = gather(kept_lower, keep_lower, 2 * i), kept_upper = gather(kept_upper, keep_upper, 2 * i);
+        }
+        if constexpr (epilogue != gate) {
+            out_bits[octet] = byte_of(kept_lower);
+            out_bits[octets + static_cast<int64_t>(octet)] = byte_of(kept_upper);
+        }
+    }
+    reinterpret_cast<Words*>(out_mid)[octet] = mid;
+    reinterpret_cast<Words*>(out_rad)[octet] = rad;
+}
+
+// Where stages lie: `full` says that a stage's bytes have come, `empty` that both groups of warps have used them.
 struct Ring {
     uint8_t* memory;
     Barrier *full, *empty;
     int stages, stage = 0;
     uint32_t parity = 0;
 
-    __device__ void next(int steps) {
-        stage += steps;
-        if (stage >= stages) stage -= stages, parity ^= 1;
+    __device__ void next() {
+        if (++stage == stages) stage = 0, parity ^= 1;
     }
 };
 
-// A tile is 64 channels of the result and 256 pixels; one group of four warps sums midpoints, the other radii. Sums are
-// rounded as soon as they are complete, which frees their registers for the next tile's; what is left to do with them is
-// done while the tensor cores are busy with that.
+// A tile is 64 channels of the result and 256 pixels, 128 for either group of warps. Its sums are rounded as soon as they
+// are complete, which frees their registers for the next tile's; what is left to do with them is done while the tensor
+// cores are busy with that.
 template <class T, int epilogue>
 __global__ void __launch_bounds__(threads, 1)
     interval_conv2d_kernel(const __grid_constant__ Plan plan, const __grid_constant__ Map mid_map,
@@ -154,7 +158,7 @@ __global__ void __launch_bounds__(threads, 1)
     Barrier* const barriers = reinterpret_cast<Barrier*>(memory + plan.stages * plan.stage_bytes + staging_bytes);
     Ring ring{memory, barriers, barriers + most_stages, plan.stages};
     if (threadIdx.x == 0) {
-        for (int i = 0; i < plan.stages; ++i) barrier_init(ring.full + i, 1), barrier_init(ring.empty + i, 1);
+        for (int i = 0; i < plan.stages; ++i) barrier_init(ring.full + i, 1), barrier_init(ring.empty + i, 2);
         barriers_are_made();
     }
     __syncthreads();
@@ -179,7 +183,7 @@ __global__ void __launch_bounds__(threads, 1)
                         for (int t = 0; t < panel.taps; ++t)
                             copy_box(to + plan.panel_bytes + t * weight_bytes, &weight_map, full, chunk * depth,
                                      work.n * tile_channels, kind * plan.taps + panel.first_tap + t, 0, 0);
-                        ring.next(1);
+                        ring.next();
                     }
                 }
             }
@@ -188,28 +192,27 @@ __global__ void __launch_bounds__(threads, 1)
     }
 
     take_registers<many_registers>();
-    const int kind = of_warp(threadIdx.x / group_threads), lane = threadIdx.x % 32;
+    const int group = of_warp(threadIdx.x / group_threads), lane = threadIdx.x % 32;
     const int channel = threadIdx.x % group_threads / 32 * 16;  // of this warp's rows, the first
-    const bool speaks = threadIdx.x % group_threads == 0;
-    const int64_t plane = static_cast<int64_t>(plan.batch) * plan.height * plan.width * plan.channels / 8;
-    uint8_t* const staging = memory + plan.stages * plan.stage_bytes;
-    ring.next(kind);  // stages of midpoints and radii take turns
-    float sums[128];
-    uint32_t done[2][32];  // of the last tile, rounded: channels and those eight further on, pixels
+    const int turn = threadIdx.x % group_threads;
+    const bool speaks = turn == 0;
+    float sums[2][64];
+    uint32_t done[2][2][16];  // of the last tile, rounded: mid and rad, channels and those eight further on, pixels
     Work last = {};
     int progress = slices + 1;
-    // Where a thread's eight channels of its i-th pixel of a slice go, in elements; negative: nowhere.
-    const auto place_of = [&](int slice, int i) -> int64_t {
-        const int row = slice * slice_pixels + i * (slice_pixels / parts) + static_cast<int>(threadIdx.x) / 8;
+    uint8_t* const staging = memory + plan.stages * plan.stage_bytes + group * 2 * slice_bytes;
+    // Which octet of the results' channels a thread has of its i-th pixel of a slice; none past the image or the batch.
+    const auto octet_of = [&](int slice, int i) -> uint32_t {
+        const int row = group * group_pixels + slice * slice_pixels + i * (slice_pixels / parts) + turn / 8;
         const int x = last.x + (row & (plan.tile_width - 1)), line = row >> plan.tile_width_log;
         const int y = last.y + (line & ((1 << plan.tile_rows_log) - 1)), b = last.b + (line >> plan.tile_rows_log);
-        if (b >= plan.batch || y >= plan.rows || x >= plan.columns) return -1;
+        if (b >= plan.batch || y >= plan.rows) return none;
         const Phase& phase = plan.phase[last.phase];
-        const int64_t line_there = static_cast<int64_t>(b) * plan.height + phase.y + y * plan.step_y;
-        const int64_t pixel = line_there * plan.width + phase.x + x * plan.step_x;
-        return pixel * plan.channels + last.n * tile_channels + threadIdx.x % 8 * 8;
+        const uint32_t pixel = (b * plan.height + phase.y + y * plan.step_y) * plan.width + phase.x + x * plan.step_x;
+        return pixel * (plan.channels / 8) + last.n * (tile_channels / 8) + turn % 8;
     };
-    unsigned lowers[parts] = {}, uppers[parts] = {};  // bits of the slice that is staged
+    uint32_t octets[parts];                           // of the slice that is staged,
+    unsigned lowers[parts] = {}, uppers[parts] = {};  // and its bits
     // First slice n is staged, and its bits are asked for; later, when they have come, it is written and the next one
     // staged. `turns` of these are left to do: none before the first tile.
     const auto advance = [&](int most) {
@@ -217,31 +220,29 @@ __global__ void __launch_bounds__(threads, 1)
             if (progress > 0) {
                 const int slice = progress - 1;
                 const uint8_t* const buffer = staging + slice % 2 * slice_bytes;
-                multipliers_barrier();
+                group_barrier(1 + group);
 #pragma unroll
                 for (int i = 0; i < parts; ++i) {
-                    const int pixel = i * (slice_pixels / parts) + static_cast<int>(threadIdx.x) / 8;
-                    const int64_t place = place_of(slice, i);
-                    const uint8_t* const from = buffer + pixel * row_bytes + (threadIdx.x % 8 ^ pixel % 8) * 16;
-                    if (place >= 0)
-                        finish<T, epilogue>(place, plane, *reinterpret_cast<const Words*>(from),
+                    const int pixel = i * (slice_pixels / parts) + turn / 8;
+                    const uint8_t* const from = buffer + pixel * row_bytes + (turn % 8 ^ pixel % 8) * 16;
+                    if (octets[i] != none)
+                        finish<T, epilogue>(octets[i], plan.octets, *reinterpret_cast<const Words*>(from),
                                             *reinterpret_cast<const Words*>(from + slice_bytes / 2), lowers[i],
                                             uppers[i], out_mid, out_rad, out_bits);
                 }
             }
             if (progress == slices) continue;
             // Rows of the sums are channels; results lie in memory by pixels. Two buffers, so that one barrier does.
-            uint8_t* const rows = staging + progress % 2 * slice_bytes + kind * slice_bytes / 2;
+            uint8_t* const row = staging + progress % 2 * slice_bytes + lane * row_bytes;
             const auto stage = [&](auto slice) {
 #pragma unroll
-                for (int half = 0; half < 2; ++half) {
+                for (int kind = 0; kind < 2; ++kind) {
 #pragma unroll
-                    for (int j = 0; j < slice_pixels / 8; j += 4) {
+                    for (int half = 0; half < 2; ++half) {
                         uint32_t words[4];
 #pragma unroll
-                        for (int i = 0; i < 4; ++i) words[i] = done[half][slice.value * (slice_pixels / 8) + j + i];
-                        const int pixel = j * 8 + lane, octet = channel / 8 + half;
-                        store_transposed(rows + pixel * row_bytes + (octet ^ pixel % 8) * 16, words);
+                        for (int i = 0; i < 4; ++i) words[i] = done[kind][half][slice.value * 4 + i];
+                        store_transposed(row + kind * slice_bytes / 2 + (lane % 8 ^ channel / 8 ^ half) * 16, words);
                     }
                 }
             };
@@ -253,50 +254,51 @@ __global__ void __launch_bounds__(threads, 1)
                 stage(std::integral_constant<int, 2>{});
             else
                 stage(std::integral_constant<int, 3>{});
-            if constexpr (epilogue >= relu_backward) {
 #pragma unroll
-                for (int i = 0; i < parts; ++i) {
-                    const int64_t place = place_of(progress, i);
-                    if (place >= 0) lowers[i] = bits[place / 8], uppers[i] = bits[plane + place / 8];
-                }
+            for (int i = 0; i < parts; ++i) {
+                octets[i] = octet_of(progress, i);
+                if (epilogue >= relu_backward && octets[i] != none)
+                    lowers[i] = bits[octets[i]], uppers[i] = bits[plan.octets + static_cast<int64_t>(octets[i])];
             }
         }
     };
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
         const Work work = work_of(plan, tile);
         const Phase& phase = plan.phase[work.phase];
-        const int steps = phase.panels * plan.chunks, most = (slices + 1 + steps - 1) / steps;
+        const int steps = phase.panels * plan.chunks, most = (slices + 1 + 2 * steps - 1) / (2 * steps);
         int used = -1;  // the stage whose products may be unfinished
         for (int step = 0, p = phase.first_panel, chunk = 0; step < steps; ++step) {
             const Panel& panel = plan.panel[p];
-            wait(ring.full + ring.stage, ring.parity);
-            const uint8_t* const from = ring.memory + ring.stage * plan.stage_bytes;
-            const Tile pixels = tile_at(from), weights = tile_at(from + plan.panel_bytes);
-            // Without a loop at run time: the compiler would wait at the end of each round.
-            const auto multiply_taps = [&](auto taps) {
-                products_begin();
 #pragma unroll
-                for (int t = 0; t < taps.value; ++t) {
-                    const int down = panel.rows_down[t] << plan.tile_width_log;
-                    const Tile a = moved(weights, t * weight_bytes), b = moved(pixels, down * row_bytes);
+            for (int kind = 0; kind < 2; ++kind) {
+                wait(ring.full + ring.stage, ring.parity);
+                const uint8_t* const from = ring.memory + ring.stage * plan.stage_bytes;
+                const Tile pixels = tile_at(from), weights = tile_at(from + plan.panel_bytes);
+                // Without a loop at run time: the compiler would wait at the end of each round.
+                const auto multiply_taps = [&](auto taps) {
+                    products_begin();
 #pragma unroll
-                    for (int k = 0; k < depth / 16; ++k)
-                        multiply<T>(sums, moved(a, k * 32), moved(b, k * 32), step > 0 || t > 0 || k > 0);
-                }
-                products_are_queued();
-            };
-            if (panel.taps == 3)
-                multiply_taps(std::integral_constant<int, 3>{});
-            else if (panel.taps == 2)
-                multiply_taps(std::integral_constant<int, 2>{});
-            else
-                multiply_taps(std::integral_constant<int, 1>{});
-            products_wait<1>();
-            // Before the groups meet in `advance`: the other one may wait for what comes into this stage.
-            if (used >= 0 && speaks) arrive(ring.empty + used);
-            used = ring.stage;
-            ring.next(2);
-            advance(most);
+                    for (int t = 0; t < taps.value; ++t) {
+                        const int down = (panel.rows_down[t] << plan.tile_width_log) + group * group_pixels;
+                        const Tile a = moved(weights, t * weight_bytes), b = moved(pixels, down * row_bytes);
+#pragma unroll
+                        for (int k = 0; k < depth / 16; ++k)
+                            multiply<T>(sums[kind], moved(a, k * 32), moved(b, k * 32), step > 0 || t > 0 || k > 0);
+                    }
+                    products_are_queued();
+                };
+                if (panel.taps == 3)
+                    multiply_taps(std::integral_constant<int, 3>{});
+                else if (panel.taps == 2)
+                    multiply_taps(std::integral_constant<int, 2>{});
+                else
+                    multiply_taps(std::integral_constant<int, 1>{});
+                products_wait<1>();
+                if (used >= 0 && speaks) arrive(ring.empty + used);
+                used = ring.stage;
+                ring.next();
+                advance(most);
+            }
             if (++chunk == plan.chunks) chunk = 0, ++p;
         }
         products_wait<0>();
@@ -304,12 +306,13 @@ __global__ void __launch_bounds__(threads, 1)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             float b = 0;
-            if (epilogue <= relu && bias != nullptr && kind == 0)
+            if (epilogue <= relu && bias != nullptr)
                 b = widened(bias[work.n * tile_channels + channel + half * 8 + lane / 4]);
 #pragma unroll
-            for (int j = 0; j < 32; ++j) {
+            for (int j = 0; j < 16; ++j) {
                 const int at = 4 * j + 2 * half;
-                done[half][j] = packed<T>(sums[at] + b, sums[at + 1] + b);
+                done[0][half][j] = packed<T>(sums[0][at] + b, sums[0][at + 1] + b);
+                done[1][half][j] = packed<T>(sums[1][at], sums[1][at + 1]);
             }
         }
         last = work, progress = 0;
@@ -425,6 +428,9 @@ const char* make_plan(const Convolution& c, Plan& plan, Order& order) {
     plan = {}, order = {};
     plan.batch = c.batch, plan.height = c.target_height, plan.width = c.target_width;
     plan.channels = c.target_channels;
+    const int64_t elements = static_cast<int64_t>(c.batch) * c.target_height * c.target_width * c.target_channels;
+    if (elements / 8 >= none) return "the result has more elements than 32 bits count in eights";
+    plan.octets = static_cast<uint32_t>(elements / 8);
     plan.rows = c.target_height / phases_y, plan.columns = c.target_width / phases_x;
     plan.step_y = phases_y, plan.step_x = phases_x;
     plan.chunks = c.source_channels / depth, plan.taps = c.kernel_y * c.kernel_x;
@@ -469,8 +475,7 @@ const char* make_plan(const Convolution& c, Plan& plan, Order& order) {
     plan.stage_bytes = plan.panel_bytes + taps * weight_bytes;
     plan.stages = (most_memory - staging_bytes - barrier_bytes) / plan.stage_bytes;
     if (plan.stages > most_stages) plan.stages = most_stages;
-    // One of each kind in use, and one on its way: with fewer, the two groups of warps would wait for one another.
-    if (plan.stages < 3) return "three stages are more than shared memory holds";
+    if (plan.stages < 2) return "two stages are more than shared memory holds";
     const int64_t tiles =
         static_cast<int64_t>(plan.tiles_x) * plan.tiles_y * plan.tiles_b * plan.tiles_n * plan.phases;
     return tiles > 0x7fffffff ? "the result has more tiles than one launch can have" : nullptr;

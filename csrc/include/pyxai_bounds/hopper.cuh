@@ -114,24 +114,21 @@ __device__ inline void products_wait() {
         "+f"(d[i + 7])
 #define ACCUMULATORS_32(d, i) \
     ACCUMULATORS_8(d, i), ACCUMULATORS_8(d, i + 8), ACCUMULATORS_8(d, i + 16), ACCUMULATORS_8(d, i + 24)
-#define MULTIPLY(type)                                                                                                              \
-    asm volatile(                                                                                                                   \
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"                                                                               \
-        "wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type                                                                \
-        " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "                         \
-        " %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "                          \
-        " %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, "                          \
-        " %59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, "                          \
-        " %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, "                          \
-        " %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, "                            \
-        " %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, %128, %129, p, 1, 1, 0, 0;\n}" \
-        : ACCUMULATORS_32(d, 0), ACCUMULATORS_32(d, 32), ACCUMULATORS_32(d, 64), ACCUMULATORS_32(d, 96)                             \
+#define MULTIPLY(type)                                                                                         \
+    asm volatile(                                                                                              \
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"                                                           \
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                                           \
+        " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20,"     \
+        " %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40," \
+        " %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60," \
+        " %61, %62, %63}, %64, %65, p, 1, 1, 0, 0;\n}"                                                         \
+        : ACCUMULATORS_32(d, 0), ACCUMULATORS_32(d, 32)                                                        \
         : "l"(described(a)), "l"(described(b)), "r"(add))
 
-// d (+)= a·bᵀ for a of 64 rows and b of 256, sixteen terms each. The four warps of a group hold d: of rows
+// d (+)= a·bᵀ for a of 64 rows and b of 128, sixteen terms each. The four warps of a group hold d: of rows
 // 16·warp + lane / 4 and eight further on, columns 8·j + 2·(lane % 4) and the next: d[4·j + 2·(which row) + (column)].
 template <class T>
-__device__ inline void multiply(float (&d)[128], Tile a, Tile b, int add) {
+__device__ inline void multiply(float (&d)[64], Tile a, Tile b, int add) {
     if constexpr (std::is_same_v<T, Half>)
         MULTIPLY("f16");
     else
@@ -153,9 +150,9 @@ __device__ inline void take_registers() {
 __device__ inline int of_warp(int x) {
     return __shfl_sync(0xffffffffu, x, 0);
 }
-// A barrier of the block's first 256 threads.
-__device__ inline void multipliers_barrier() {
-    asm volatile("bar.sync 1, 256;" ::: "memory");
+// A barrier of 128 threads; the block's own has number 0.
+__device__ inline void group_barrier(int number) {
+    asm volatile("bar.sync %0, 128;" ::"r"(number) : "memory");
 }
 // Transposes of four tiles of eight rows of eight 16-bit numbers, of whose row i / 4 thread i has the numbers 2·(i % 4)
 // and the next. Thread i says where row i % 8 of the transpose of tile i / 8 goes.
@@ -165,32 +162,51 @@ __device__ inline void store_transposed(void* row, const uint32_t (&words)[4]) {
                  : "memory");
 }
 
-// Two numbers rounded to nearest in a word, the first in its lower half.
+// --- pairs of 16-bit numbers in a word, the first in its lower half -----------------------------------------------
+
+template <class T>
+using Pair = std::conditional_t<std::is_same_v<T, Half>, __half2, __nv_bfloat162>;
+
+template <class T>
+__device__ inline Pair<T> pair_of(uint32_t word) {
+    return reinterpret_cast<const Pair<T>&>(word);
+}
+template <class P>
+__device__ inline uint32_t word_of(P pair) {
+    return reinterpret_cast<const uint32_t&>(pair);
+}
+// Rounded to nearest.
 template <class T>
 __device__ inline uint32_t packed(float first, float second) {
-    uint32_t word;
-    if constexpr (std::is_same_v<T, Half>) {
-        const __half2 both = __floats2half2_rn(first, second);
-        word = reinterpret_cast<const uint32_t&>(both);
-    } else {
-        const __nv_bfloat162 both = __floats2bfloat162_rn(first, second);
-        word = reinterpret_cast<const uint32_t&>(both);
-    }
-    return word;
+    if constexpr (std::is_same_v<T, Half>)
+        return word_of(__floats2half2_rn(first, second));
+    else
+        return word_of(__floats2bfloat162_rn(first, second));
 }
 template <class T>
-__device__ inline float first_of(uint32_t word) {
-    if constexpr (std::is_same_v<T, Half>)
-        return __low2float(reinterpret_cast<const __half2&>(word));
-    else
-        return __uint_as_float(word << 16);
+__device__ inline uint32_t plus(uint32_t a, uint32_t b) {
+    return word_of(__hadd2(pair_of<T>(a), pair_of<T>(b)));
 }
 template <class T>
-__device__ inline float second_of(uint32_t word) {
-    if constexpr (std::is_same_v<T, Half>)
-        return __high2float(reinterpret_cast<const __half2&>(word));
-    else
-        return __uint_as_float(word & 0xffff0000u);
+__device__ inline uint32_t minus(uint32_t a, uint32_t b) {
+    return word_of(__hsub2(pair_of<T>(a), pair_of<T>(b)));
+}
+template <class T>
+__device__ inline uint32_t halved(uint32_t a) {
+    return word_of(__hmul2(pair_of<T>(a), pair_of<T>(packed<T>(0.5f, 0.5f))));
+}
+// All bits of a half where its number is positive, where it is at least 0, at most 0: none of these of a NaN.
+template <class T>
+__device__ inline uint32_t is_positive(uint32_t a) {
+    return __hgt2_mask(pair_of<T>(a), pair_of<T>(0));
+}
+template <class T>
+__device__ inline uint32_t is_not_below(uint32_t a) {
+    return __hge2_mask(pair_of<T>(a), pair_of<T>(0));
+}
+template <class T>
+__device__ inline uint32_t is_not_above(uint32_t a) {
+    return __hle2_mask(pair_of<T>(a), pair_of<T>(0));
 }
 __device__ inline float widened(Half x) {
     return __half2float(x);

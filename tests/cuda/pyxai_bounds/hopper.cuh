@@ -61,13 +61,34 @@ uint32_t packed(float first, float second) {
     return rounded<T>(first) | rounded<T>(second) << 16;
 }
 
-template <class T>
-float first_of(uint32_t word) {
-    return widened(T{static_cast<uint16_t>(word)});
+template <class T, class Operation>
+uint32_t each(uint32_t word, Operation operation) {
+    const auto number = [&](int c) { return widened(T{static_cast<uint16_t>(word >> 16 * c)}); };
+    return operation(number(0), 0) | operation(number(1), 1) << 16;
 }
 template <class T>
-float second_of(uint32_t word) {
-    return widened(T{static_cast<uint16_t>(word >> 16)});
+uint32_t plus(uint32_t a, uint32_t b) {
+    return each<T>(a, [&](float x, int c) { return rounded<T>(x + widened(T{static_cast<uint16_t>(b >> 16 * c)})); });
+}
+template <class T>
+uint32_t minus(uint32_t a, uint32_t b) {
+    return each<T>(a, [&](float x, int c) { return rounded<T>(x - widened(T{static_cast<uint16_t>(b >> 16 * c)})); });
+}
+template <class T>
+uint32_t halved(uint32_t a) {
+    return each<T>(a, [](float x, int) { return rounded<T>(0.5f * x); });
+}
+template <class T>
+uint32_t is_positive(uint32_t a) {
+    return each<T>(a, [](float x, int) -> uint32_t { return x > 0 ? 0xffff : 0; });
+}
+template <class T>
+uint32_t is_not_below(uint32_t a) {
+    return each<T>(a, [](float x, int) -> uint32_t { return x >= 0 ? 0xffff : 0; });
+}
+template <class T>
+uint32_t is_not_above(uint32_t a) {
+    return each<T>(a, [](float x, int) -> uint32_t { return x <= 0 ? 0xffff : 0; });
 }
 
 inline void yield() {
@@ -187,7 +208,7 @@ void products_wait() {
     }
 }
 template <class T>
-void multiply(float (&d)[128], Tile a, Tile b, int add) {
+void multiply(float (&d)[64], Tile a, Tile b, int add) {
     const int thread = threadIdx.x % 128, lane = thread % 32;
     float* const sums = d;
     ++queue().open;
@@ -201,7 +222,7 @@ void multiply(float (&d)[128], Tile a, Tile b, int add) {
         float rows[2][16];
         for (int half = 0; half < 2; ++half)
             for (int k = 0; k < 16; ++k) rows[half][k] = value(a, thread / 32 * 16 + lane / 4 + half * 8, k);
-        for (int j = 0; j < 32; ++j) {
+        for (int j = 0; j < 16; ++j) {
             for (int c = 0; c < 2; ++c) {
                 float column[16];
                 for (int k = 0; k < 16; ++k) column[k] = value(b, j * 8 + lane % 4 * 2 + c, k);
@@ -228,11 +249,11 @@ struct GroupBarrier {
     int arrived = 0;
     unsigned generation = 0, left_in = 0;
 };
-inline GroupBarrier multipliers;
-inline void multipliers_barrier() {
-    GroupBarrier& barrier = multipliers;
+inline GroupBarrier group_barriers[16];
+inline void group_barrier(int number) {
+    GroupBarrier& barrier = group_barriers[number];
     const unsigned mine = barrier.generation;
-    if (++barrier.arrived == 256) barrier.arrived = 0, ++barrier.generation, barrier.left_in = emulation::block.round + 1;
+    if (++barrier.arrived == 128) barrier.arrived = 0, ++barrier.generation, barrier.left_in = emulation::block.round + 1;
     while (barrier.generation == mine || emulation::block.round < barrier.left_in) yield();
 }
 inline uint32_t exchanged[1024][4];
@@ -264,7 +285,7 @@ const char* launch(void (*kernel)(Parameters...), int device, std::uintptr_t, in
     gridDim.x = static_cast<unsigned>(blocks);
     for (int64_t i = 0; i < blocks; ++i) {
         blockIdx.x = static_cast<unsigned>(i);
-        multipliers = {};
+        for (GroupBarrier& barrier : group_barriers) barrier = {};
         std::memset(shared, 0xff, sizeof(shared));  // not a number
         emulation::run(static_cast<unsigned>(threads), [&] { kernel(arguments...); });
     }
