@@ -168,7 +168,7 @@ def gathered(
     reach = phase + PW + SW * KW * DW - n // CHANNELS * DW
     shift = reach // SW - KW * DW
     other = lane[:, None] + shift[None, :]
-    inside = (other >= 0) & (other < LANES) & (reach % SW == 0)[None, :]
+    inside = (other >= 0) & (other < LANES) & ((reach % SW == 0) & (n // CHANNELS < KW))[None, :]
     index = tl.where(inside, tl.arange(0, BLOCK_M)[:, None] + shift[None, :], 0)
     found = tl.where(inside, tl.gather(sums, index, 0), 0.0)
     return tl.sum(tl.reshape(found, (BLOCK_M, TAPS, CHANNELS)), 1)
@@ -526,7 +526,7 @@ def backward_into(
     block: Block,
     tf32: bool,
 ) -> None:
-    """The convolution's backward-data pass on the gradient box. So few channels make no byte: the epilogue is "none"."""
+    """The convolution's backward-data pass on the gradient box. So few channels make no byte: epilogue is "none"."""
     assert epilogue == "none", epilogue
     sizes = strip_sizes(weight, out_mid.shape[2:], mid.shape[2:], stride, padding, dilation, block)
     strips = mid.shape[0] * sizes["STRIPS"]

@@ -151,9 +151,7 @@ def test_many_tiles_for_a_block():
     problem = Problem((37, 64, 8, 8), 128, 3, 1, 1, 1, False)
     mid, rad, _ = problem.run(Epilogue.NONE)
     exact = problem.product()
-    torch.testing.assert_close(
-        mid.double(), exact[0] + problem.bias.double().reshape(1, -1, 1, 1), rtol=5e-3, atol=5e-3
-    )
+    torch.testing.assert_close(mid.double(), exact[0] + problem.bias.double().reshape(1, -1, 1, 1), rtol=5e-3, atol=5e-3)
     torch.testing.assert_close(rad.double(), exact[1], rtol=5e-3, atol=5e-3)
 
 
@@ -178,9 +176,7 @@ def test_operators_of_auto_use_it(monkeypatch):
             size = problem.target
             got = {
                 Epilogue.NONE: triton.measured.interval_conv2d_backward(mid, rad, weight, None, size, *args),
-                Epilogue.RELU_BACKWARD: triton.measured.interval_conv2d_backward_relu(
-                    mid, rad, weight, bits, size, *args
-                ),
+                Epilogue.RELU_BACKWARD: triton.measured.interval_conv2d_backward_relu(mid, rad, weight, bits, size, *args),
             }
         else:
             got = {
