@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -41,9 +40,9 @@ def fill_up_kernel(
     W: tl.constexpr,
     PH: tl.constexpr,
     PW: tl.constexpr,
-    CHANNELS: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -113,7 +112,7 @@ def interval_conv2d_image_fwd_kernel(
     WIDEN: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    tile_n = tl.program_id(1)
+    tile_n = tl.program_id(0)  # the first axis: neighbours in memory are written at about the same time
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     kh = k // SPAN
@@ -128,11 +127,11 @@ def interval_conv2d_image_fwd_kernel(
         weight = tl.load(weight_ptr + weight_at, reached & (kh + row < KH)[:, None], 0.0)
         if WIDEN:
             weight = weight.to(tl.float32)
-        weights = weights + (weight,)
-        magnitudes = magnitudes + (tl.abs(weight),)
+        weights += (weight,)
+        magnitudes += (tl.abs(weight),)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + n % OC).to(COMPUTE)[None, :]
-    first = tl.program_id(0) * tiles_of_program
+    first = tl.program_id(1) * tiles_of_program
     for tile in range(first, min(first + tiles_of_program, tl.cdiv(M, BLOCK_M))):
         m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         start = window_start(tl.minimum(m, M - 1), OH, COLUMNS, SH, SW, CHANNELS, PIXELS, HEIGHT, WIDTH)
@@ -169,13 +168,13 @@ def gathered(
     reach = phase + PW + SW * KW * DW - n // CHANNELS * DW
     shift = reach // SW - KW * DW
     other = lane[:, None] + shift[None, :]
-    inside = (other >= 0) & (other < LANES) & (reach % SW == 0)[None, :]
+    inside = (other >= 0) & (other < LANES) & ((reach % SW == 0) & (n // CHANNELS < KW))[None, :]
     index = tl.where(inside, tl.arange(0, BLOCK_M)[:, None] + shift[None, :], 0)
     found = tl.where(inside, tl.gather(sums, index, 0), 0.0)
     return tl.sum(tl.reshape(found, (BLOCK_M, TAPS, CHANNELS)), 1)
 
 
-@triton.jit(do_not_specialize=["strips"])
+@triton.jit(do_not_specialize=["strips", "steps_of_part"])
 def interval_conv2d_image_bwd_kernel(
     grad_mid_ptr,  # [B, OH, OW, OC]
     grad_rad_ptr,  # [B, OH, OW, OC]
@@ -183,6 +182,7 @@ def interval_conv2d_image_bwd_kernel(
     out_mid_ptr,  # [B, H, W, C]
     out_rad_ptr,  # [B, H, W, C]
     strips,  # B·STRIPS
+    steps_of_part,  # rows of the gradient after each of which a program writes results; program_id(1) is its part
     C: tl.constexpr,
     OC: tl.constexpr,
     H: tl.constexpr,
@@ -203,7 +203,6 @@ def interval_conv2d_image_bwd_kernel(
     LEFT: tl.constexpr,  # the first of which that it computes results for,
     USED: tl.constexpr,  # and how many
     STRIPS: tl.constexpr,  # of an image
-    STEPS: tl.constexpr,  # rows of the gradient after each of which a program writes results
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,  # OC or more
     PRECISION: tl.constexpr,
@@ -227,22 +226,22 @@ def interval_conv2d_image_bwd_kernel(
         weight = tl.load(weight_ptr + weight_at, weight_inside, 0.0)
         if WIDEN:
             weight = weight.to(tl.float32)
-        weights = weights + (weight,)
-        magnitudes = magnitudes + (tl.abs(weight),)
+        weights += (weight,)
+        magnitudes += (tl.abs(weight),)
     # Of the results' rows r·SH - PH + 0, 1, … that row r of the gradient adds to, the first SH are then complete.
     OPEN: tl.constexpr = max((KH - 1) * DH + 1, SH)
     sums_mid = ()
     sums_rad = ()
     for _ in tl.static_range(OPEN):
-        sums_mid = sums_mid + (tl.zeros((BLOCK_M, TAPS * CHANNELS), COMPUTE),)
-        sums_rad = sums_rad + (tl.zeros((BLOCK_M, TAPS * CHANNELS), COMPUTE),)
+        sums_mid += (tl.zeros((BLOCK_M, TAPS * CHANNELS), COMPUTE),)
+        sums_rad += (tl.zeros((BLOCK_M, TAPS * CHANNELS), COMPUTE),)
     grad_row = ((image.to(tl.int64) * OH * OW + column) * OC)[:, None] + o[None, :]
     grad_inside = (there & (column >= 0) & (column < OW))[:, None] & (o < OC)[None, :]
     out_c = tl.arange(0, CHANNELS)
     out_row = (image.to(tl.int64) * H * W + column * SW) * C
     out_there = there & (lane >= LEFT) & (lane < LEFT + USED)
-    first = PH // SH + tl.program_id(1) * STEPS
-    for row in range(max(first - (KH - 1) * DH // SH, 0), min(first + STEPS, (H - 1 + PH) // SH + 1)):
+    first = PH // SH + tl.program_id(1) * steps_of_part
+    for row in range(max(first - (KH - 1) * DH // SH, 0), min(first + steps_of_part, (H - 1 + PH) // SH + 1)):
         rows = row + tl.zeros((BLOCK_M,), tl.int32)
         inside = grad_inside & (rows < OH)[:, None]
         mid = tl.load(grad_mid_ptr + row * (OW * OC) + grad_row, inside, 0.0)
@@ -255,9 +254,11 @@ def interval_conv2d_image_bwd_kernel(
             if i % DH == 0 and i // DH < KH:
                 mids = tl.dot(mid, weights[i // DH], sums_mid[i], input_precision=PRECISION, out_dtype=COMPUTE)
                 rads = tl.dot(rad, magnitudes[i // DH], sums_rad[i], input_precision=PRECISION, out_dtype=COMPUTE)
-                new_mid, new_rad = new_mid + (mids,), new_rad + (rads,)
+                new_mid += (mids,)
+                new_rad += (rads,)
             else:
-                new_mid, new_rad = new_mid + (sums_mid[i],), new_rad + (sums_rad[i],)
+                new_mid += (sums_mid[i],)
+                new_rad += (sums_rad[i],)
         for i in tl.static_range(SH):
             h = rows * SH - PH + i
             row_inside = out_there & (rows >= first) & (h >= 0) & (h < H)
@@ -272,10 +273,11 @@ def interval_conv2d_image_bwd_kernel(
         sums_rad = ()
         for i in tl.static_range(OPEN):
             if i + SH < OPEN:
-                sums_mid, sums_rad = sums_mid + (new_mid[i + SH],), sums_rad + (new_rad[i + SH],)
+                sums_mid += (new_mid[i + SH],)
+                sums_rad += (new_rad[i + SH],)
             else:
-                sums_mid = sums_mid + (tl.zeros((BLOCK_M, TAPS * CHANNELS), COMPUTE),)
-                sums_rad = sums_rad + (tl.zeros((BLOCK_M, TAPS * CHANNELS), COMPUTE),)
+                sums_mid += (tl.zeros((BLOCK_M, TAPS * CHANNELS), COMPUTE),)
+                sums_rad += (tl.zeros((BLOCK_M, TAPS * CHANNELS), COMPUTE),)
 
 
 @triton.jit(do_not_specialize=["M", "rows_of_part"])
@@ -345,6 +347,7 @@ def interval_conv2d_image_weight_kernel(
 
 # --- launchers: as in interval_conv2d.py, of one group ---------------------------------------------------------------
 
+FORWARD_PROGRAMS = 2 * PROGRAMS  # fewer would read the weights less often, but not all end at the same time
 LONGEST_LOAD = 16  # bytes of one instruction
 MOST_CHANNELS = 4
 FARTHEST_TAP = 6  # pixels of a window beyond its first, in each direction: what is open at once is in registers
@@ -403,46 +406,39 @@ def _weight_blocks(OC: int, C: int, kernel: list[int], open_rows: int, cores: bo
         return [Block(64, 32, 32, 4, 1)]
     if not cores:
         return [Block(16, 64, 64, 8, 3)]
-    narrow = [Block(64, 64, 64, 4, 3)] if short else []
-    return [Block(32, 128, 64, 8, 3), Block(32, 128, 64, 8, 4), *narrow]
+    if not short:
+        return [Block(32, 64, 64, 8, 3), Block(32, 64, 64, 4, 1)]
+    return [Block(32, 128, 64, 8, 3), Block(32, 128, 64, 8, 4), Block(64, 64, 64, 4, 3)]
 
 
-class Windows(NamedTuple):
-    """How the windows of outputs side by side lie in the filled-up image; the constants of the kernels."""
-
-    CHANNELS: int
-    PIXELS: int
-    SPAN: int
-    HEIGHT: int
-    WIDTH: int
-
-
-def windows_of(
-    weight: Tensor, size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]  # size: of the output
-) -> Windows:
-    _, C, KH, KW = weight.shape
+def window_sizes(weight: Tensor, size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> dict[str, int]:
+    """How the windows of outputs of this size, [OH, OW], lie in the filled-up image: constants of the kernels."""
+    OC, C, KH, KW = weight.shape
+    (OH, OW), (SH, SW), (DH, DW) = size, stride, dilation
     channels = triton.next_power_of_2(C)
-    pixel = channels * weight.element_size()
+    aligned = max(1, LONGEST_LOAD // (channels * weight.element_size()))  # pixels
     pixels = 1
-    while size[1] % (2 * pixels) == 0 and 2 * pixels * stride[1] * pixel <= LONGEST_LOAD:
+    while OW % (2 * pixels) == 0 and 2 * pixels * SW <= aligned:
         pixels *= 2
-    columns = (pixels - 1) * stride[1] + (KW - 1) * dilation[1] + 1
-    span = max(TENSOR_CORE_TERMS, triton.next_power_of_2(columns * channels))
-    height = (size[0] - 1) * stride[0] + (KH - 1) * dilation[0] + 1
-    aligned = max(1, LONGEST_LOAD // pixel)
-    width = triton.cdiv((size[1] - pixels) * stride[1] + span // channels, aligned) * aligned
-    return Windows(channels, pixels, span, height, width)
+    span = max(TENSOR_CORE_TERMS, triton.next_power_of_2(((pixels - 1) * SW + (KW - 1) * DW + 1) * channels))
+    return {
+        "C": C, "OC": OC, "OH": OH, "COLUMNS": OW // pixels, "KH": KH, "KW": KW, "SH": SH, "SW": SW, "DH": DH, "DW": DW,
+        "CHANNELS": channels, "PIXELS": pixels, "SPAN": span,
+        "HEIGHT": (OH - 1) * SH + (KH - 1) * DH + 1,
+        "WIDTH": triton.cdiv((OW - pixels) * SW + span // channels, aligned) * aligned,
+    }  # fmt: skip
 
 
-def _filled_up(mid: Tensor, rad: Tensor, padding: Sequence[int], windows: Windows) -> tuple[Tensor, Tensor]:
+def _filled_up(mid: Tensor, rad: Tensor, padding: Sequence[int], sizes: dict[str, int]) -> tuple[Tensor, Tensor]:
     """The box [B, C, H, W] as [B, HEIGHT, WIDTH, CHANNELS], zeros around and between."""
     B, C, H, W = mid.shape
-    out_mid = mid.new_empty(B, windows.HEIGHT, windows.WIDTH, windows.CHANNELS)
+    filled_up = sizes["HEIGHT"], sizes["WIDTH"], sizes["CHANNELS"]
+    out_mid = mid.new_empty(B, *filled_up)
     out_rad = torch.empty_like(out_mid)
-    pixels = out_mid.numel() // windows.CHANNELS
+    pixels = B * filled_up[0] * filled_up[1]
     block = 8192 if interpreting() else 512  # a program of the interpreter costs milliseconds, whatever its size
     fill_up_kernel[(triton.cdiv(pixels, block),)](
-        mid, rad, out_mid, out_rad, pixels, C, H, W, *padding, windows.CHANNELS, windows.HEIGHT, windows.WIDTH, block
+        mid, rad, out_mid, out_rad, pixels, C, H, W, *padding, *filled_up, block
     )
     return out_mid, out_rad
 
@@ -464,40 +460,54 @@ def forward_into(
     block: Block,
     tf32: bool,
 ) -> None:
-    """The convolution of the box, then an epilogue of ``store_columns``; any but "none" needs OC to be a multiple of 8."""
-    (OC, C, KH, KW), (B, _, OH, OW) = weight.shape, out_mid.shape
-    windows = windows_of(weight, (OH, OW), stride, dilation)
-    M, N = B * OH * OW // windows.PIXELS, OC * windows.PIXELS
+    """The convolution of the box, then an epilogue of ``store_columns``; any but "none" needs OC % 8 to be 0."""
+    sizes = window_sizes(weight, out_mid.shape[2:], stride, dilation)
+    N = sizes["PIXELS"] * sizes["OC"]
+    M = out_mid.numel() // N
     tiles = triton.cdiv(M, block.m)
     columns = triton.cdiv(N, block.n)
-    tiles_of_program = triton.cdiv(tiles * columns, PROGRAMS)
+    tiles_of_program = triton.cdiv(tiles * columns, FORWARD_PROGRAMS)
     with on_device(mid):
-        mid, rad = _filled_up(mid, rad, padding, windows)
-        interval_conv2d_image_fwd_kernel[(triton.cdiv(tiles, tiles_of_program), columns)](
+        mid, rad = _filled_up(mid, rad, padding, sizes)
+        interval_conv2d_image_fwd_kernel[(columns, triton.cdiv(tiles, tiles_of_program))](
             mid, rad, weight, mid if bias is None else bias,
             out_mid, out_rad, mid if bits is None else bits, mid if made is None else made,
-            M, tiles_of_program, M * N // 8,
-            C, OC, OH, OW // windows.PIXELS, KH, KW, *stride, *dilation, **windows._asdict(),
-            HAS_BIAS=bias is not None, EPILOGUE=epilogue, BLOCK_M=block.m, BLOCK_N=block.n,
-            BLOCK_K=max(block.k, windows.SPAN), num_warps=block.warps, num_stages=block.stages,
-            **dot_options(mid, tf32),
+            M, tiles_of_program, M * N // 8, **sizes, HAS_BIAS=bias is not None, EPILOGUE=epilogue,
+            BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=max(block.k, sizes["SPAN"]),
+            num_warps=block.warps, num_stages=block.stages, **dot_options(mid, tf32),
         )  # fmt: skip
 
 
-def strips_of(
-    size: Sequence[int], out_size: Sequence[int], taps: int, stride: int, padding: int, dilation: int, lanes: int
+def strip_sizes(
+    weight: Tensor,
+    size: Sequence[int],  # of the image, [H, W],
+    grad_size: Sequence[int],  # and of the gradient, [OH, OW]
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    block: Block,
 ) -> dict[str, int]:
-    """How a tile of ``lanes`` columns of the gradient (of width out_size[1]) covers the image: constants of the kernel.
+    """How tiles of ``block.m`` columns of the gradient cover the image: constants of the kernel.
 
-    Lane j computes the columns of the image from stride·j on, for which it needs those of its neighbours.
+    Lane j computes the columns of the image from stride · j on, for which it needs the sums of its neighbours.
     """
-    wanted = triton.cdiv(size[1], stride)
-    if max(wanted, out_size[1]) <= lanes:  # whole rows, with nothing beyond
-        return {"LANES": max(wanted, out_size[1]), "LEFT": 0, "USED": wanted, "STRIPS": 1}
-    left = max(0, triton.cdiv((taps - 1) * dilation - padding, stride))
-    right = max(0, (stride - 1 + padding) // stride)
-    used = lanes - left - right
-    return {"LANES": lanes, "LEFT": left, "USED": used, "STRIPS": triton.cdiv(wanted, used)}
+    OC, C, KH, KW = weight.shape
+    channels = triton.next_power_of_2(C)
+    (H, W), (OH, OW), (SH, SW), (PH, PW), (DH, DW) = size, grad_size, stride, padding, dilation
+    lanes = used = triton.cdiv(W, SW)
+    left, strips = 0, 1
+    if max(lanes, OW) <= block.m:  # whole rows, and nothing beyond them
+        lanes = max(lanes, OW)
+    else:
+        left = max(0, triton.cdiv((KW - 1) * DW - PW, SW))
+        lanes, used = block.m, block.m - left - (SW - 1 + PW) // SW
+        strips = triton.cdiv(triton.cdiv(W, SW), used)
+    return {
+        "C": C, "OC": OC, "H": H, "W": W, "OH": OH, "OW": OW, "KH": KH, "KW": KW,
+        "SH": SH, "SW": SW, "PH": PH, "PW": PW, "DH": DH, "DW": DW,
+        "CHANNELS": channels, "TAPS": block.n // channels,
+        "LANES": lanes, "LEFT": left, "USED": used, "STRIPS": strips,
+    }  # fmt: skip
 
 
 def backward_into(
@@ -516,22 +526,18 @@ def backward_into(
     block: Block,
     tf32: bool,
 ) -> None:
-    """The convolution's backward-data pass on the gradient box. So few channels make no byte: the epilogue is "none"."""
+    """The convolution's backward-data pass on the gradient box. So few channels make no byte: epilogue is "none"."""
     assert epilogue == "none", epilogue
-    (OC, C, KH, KW), (B, _, OH, OW), (H, W) = weight.shape, mid.shape, out_mid.shape[2:]
-    strip = strips_of((H, W), (OH, OW), KW, stride[1], padding[1], dilation[1], block.m)
-    strips = B * strip["STRIPS"]
-    tiles = triton.cdiv(strips, block.m // strip["LANES"])
-    steps = (H - 1 + padding[0]) // stride[0] + 1 - padding[0] // stride[0]
+    sizes = strip_sizes(weight, out_mid.shape[2:], mid.shape[2:], stride, padding, dilation, block)
+    strips = mid.shape[0] * sizes["STRIPS"]
+    tiles = triton.cdiv(strips, block.m // sizes["LANES"])
+    steps = (sizes["H"] - 1 + padding[0]) // stride[0] + 1 - padding[0] // stride[0]
     # Each part of an image begins with the rows that the part above ends with: as few parts as fill the device.
-    parts = max(1, PROGRAMS // 2 // tiles)
-    steps_of_program = triton.cdiv(steps, parts)
+    steps_of_part = triton.cdiv(steps, max(1, PROGRAMS // 2 // tiles))
     with on_device(mid):
-        interval_conv2d_image_bwd_kernel[(tiles, triton.cdiv(steps, steps_of_program))](
-            mid, rad, weight, out_mid, out_rad, strips,
-            C, OC, H, W, OH, OW, KH, KW, *stride, *padding, *dilation,
-            CHANNELS=triton.next_power_of_2(C), TAPS=block.n // triton.next_power_of_2(C), **strip,
-            STEPS=steps_of_program, BLOCK_M=block.m, BLOCK_K=block.k, num_warps=block.warps, num_stages=block.stages,
+        interval_conv2d_image_bwd_kernel[(tiles, triton.cdiv(steps, steps_of_part))](
+            mid, rad, weight, out_mid, out_rad, strips, steps_of_part, **sizes,
+            BLOCK_M=block.m, BLOCK_K=block.k, num_warps=block.warps, num_stages=block.stages,
             **dot_options(mid, tf32),
         )  # fmt: skip
 
@@ -550,17 +556,17 @@ def weight_gradient(
     tf32: bool,
 ) -> Tensor:
     """The gradient of the weight, channels-last: the convolution's at midpoints, plus sign(weight) ⊙ its at radii."""
-    (OC, C, KH, KW), (B, _, OH, OW) = weight.shape, grad_mid.shape
-    windows = windows_of(weight, (OH, OW), stride, dilation)
-    M, N = B * OH * OW // windows.PIXELS, OC * windows.PIXELS
-    tiles = triton.cdiv(N, block.n) * triton.cdiv(KH * windows.SPAN, block.k)
+    sizes = window_sizes(weight, grad_mid.shape[2:], stride, dilation)
+    OC, C, KH, KW = weight.shape
+    N = sizes["PIXELS"] * OC
+    M = grad_mid.numel() // N
+    tiles = triton.cdiv(N, block.n) * triton.cdiv(KH * sizes["SPAN"], block.k)
     parts, rows = parts_of(M, tiles, block.m)
-    out = torch.empty(parts * windows.PIXELS, OC, KH, KW, C, dtype=sum_type(weight), device=weight.device)
+    out = torch.empty(parts * sizes["PIXELS"], OC, KH, KW, C, dtype=sum_type(weight), device=weight.device)
     with on_device(mid):
-        mid, rad = _filled_up(mid, rad, padding, windows)
+        mid, rad = _filled_up(mid, rad, padding, sizes)
         interval_conv2d_image_weight_kernel[(tiles, parts)](
-            grad_mid, grad_rad, mid, rad, weight, out, M, rows,
-            C, OC, OH, OW // windows.PIXELS, KH, KW, *stride, *dilation, **windows._asdict(),
+            grad_mid, grad_rad, mid, rad, weight, out, M, rows, **sizes,
             BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=block.k, num_warps=block.warps, num_stages=block.stages,
             **dot_options(mid, tf32),
         )  # fmt: skip

@@ -255,9 +255,7 @@ def interval_conv2d_weight(
     def run(block: Any) -> Tensor:
         if block is None:
             return reference.interval_conv2d_weight(grad_mid, grad_rad, mid, rad, weight, *args)
-        grad = _convolution(block).weight_gradient(
-            *_last(grad_mid, grad_rad, mid, rad, weight), *args, block, tf32
-        )
+        grad = _convolution(block).weight_gradient(*_last(grad_mid, grad_rad, mid, rad, weight), *args, block, tf32)
         return dense_like(weight).copy_(grad) if grad.stride() != dense_like(weight).stride() else grad
 
     if weight.numel() == 0 or grad_mid.numel() == 0 or mid.numel() == 0:

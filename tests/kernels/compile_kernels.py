@@ -27,6 +27,7 @@ from triton.compiler import ASTSource
 
 from pyxai_bounds.kernels import (
     interval_conv2d,
+    interval_conv2d_image,
     interval_linear,
     interval_max_pool2d,
     interval_mul,
@@ -89,8 +90,35 @@ def gemm_variants() -> dict[str, tuple[Any, dict[str, Any], list[str], list[str]
             ["CG", "OG"],
             ["C", "OC"],
         ),
+        **{f"conv2d_image_{op}": (kernel, {}, [], []) for op, kernel in image_kernels().items()},
         "conv2d_weight_depthwise_flat": (weight, conv | {"FLAT": True, "EVEN": False}, ["CG", "OG"], ["C", "OC"]),
     }
+
+
+def image_kernels() -> dict[str, Any]:
+    return {
+        "forward": interval_conv2d_image.interval_conv2d_image_fwd_kernel,
+        "backward": interval_conv2d_image.interval_conv2d_image_bwd_kernel,
+        "weight": interval_conv2d_image.interval_conv2d_image_weight_kernel,
+    }
+
+
+IMAGE = ([1, 1], [1, 1], [1, 1])  # stride, padding, dilation of the layer that they are compiled for
+
+
+def image_weight(dtype: str) -> torch.Tensor:
+    return torch.empty(64, 3, 3, 3, dtype=DTYPES[dtype])
+
+
+def image_flags(op: str, dtype: str, block: Block) -> dict[str, Any]:
+    """Constants of a kernel at images of 32 × 32."""
+    weight, (stride, padding, dilation) = image_weight(dtype), IMAGE
+    if op == "backward":
+        return interval_conv2d_image.strip_sizes(weight, (32, 32), (32, 32), stride, padding, dilation, block)
+    sizes = interval_conv2d_image.window_sizes(weight, (32, 32), stride, dilation)
+    if op == "weight":
+        return sizes
+    return sizes | {"HAS_BIAS": True, "EPILOGUE": "relu", "BLOCK_K": max(block.k, sizes["SPAN"])}
 
 
 def smooth(kernel: str, *names: str) -> dict[str, tuple[Any, dict[str, Any]]]:
@@ -123,6 +151,9 @@ def elementwise_kernels() -> dict[str, tuple[Any, dict[str, Any]]]:
 
 def blocks_of(variant: str, dtype: str, capability: int) -> list[Block]:
     flat, tf32, hopper = variant.endswith("flat"), dtype == "tf32", capability >= 90
+    if "image" in variant:
+        op = variant.removeprefix("conv2d_image_")
+        return interval_conv2d_image.image_blocks(op, (512, 3, 32, 32), image_weight(dtype), *IMAGE, 1, tf32)
     if "weight" in variant:
         return weight_blocks(DTYPES[dtype], 512, flat, tf32, hopper)
     columns = 3 if variant.endswith("narrow") else 512
@@ -209,6 +240,9 @@ def main() -> None:
             "PRECISION": "tf32" if dtype == "tf32" else "ieee",
             "COMPUTE": tl.float64 if dtype == "fp64" else tl.float32,
         }  # fmt: skip
+        if "image" in variant:
+            flags |= image_flags(variant.removeprefix("conv2d_image_"), dtype, block)
+            flags = {name: value for name, value in flags.items() if name in kernel.arg_names}
         options = {"num_warps": block.warps, "num_stages": block.stages, "enable_fp_fusion": True}
         found = compile_one(kernel, flags, dtype, capability, ones, sixteens, options)
         print(json.dumps({"kernel": variant, "dtype": dtype, "sm": capability, "block": block, **found}), flush=True)

@@ -32,7 +32,8 @@ def test_every_kernel_type_and_architecture_is_there(compiled):
     assert len(products) == 17
     for kernel in products:
         seen = {(entry["dtype"], entry["sm"]) for entry in compiled if entry["kernel"] == kernel}
-        assert seen >= {(d, 90) for d in ("bf16", "fp16", "fp32", "tf32", "fp64")} | {("bf16", 80), ("fp32", 80)}
+        others = {(d, 90) for d in ("bf16", "fp16", "fp32", "tf32")} | {("bf16", 80), ("fp32", 80)}
+        assert seen == others if "image" in kernel else seen >= others | {("fp64", 90)}
 
 
 def test_shared_memory_fits(compiled):
@@ -59,7 +60,8 @@ def test_products_run_on_tensor_cores(compiled):
 def test_loads_are_wide(compiled):
     """16 bytes at a time, where channels are many and stand side by side."""
     for entry in compiled:
-        if entry["block"] and not entry["kernel"].endswith(("flat", "of_one")):
+        transposed = entry["dtype"] == "tf32" and entry["kernel"] == "conv2d_image_weight"  # as tensor cores want it
+        if entry["block"] and not transposed and not entry["kernel"].endswith(("flat", "of_one")):
             assert entry["wide loads"] > 0, entry
 
 
