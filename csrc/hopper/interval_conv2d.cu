@@ -1,10 +1,10 @@
 // The convolution of a box and its backward-data pass on Hopper's tensor cores: 16-bit numbers, sums in float32, with
 // what follows them (bias, ReLU, ReLU′, a gate) done before anything is written.
 //
-// A box needs two sums, of mid·W and of rad·|W|, and so twice the accumulators of an ordinary product: tiles are half as
-// large, and cuDNN's way of reading each pixel once for each tap would ask for more of L2 than it gives. Here the pixels
-// that a column of taps reaches are brought into shared memory once, a panel of rows on top of one another, in which the
-// next tap of the column begins a row further down. Where the image's edge is, the copy engine writes zeros.
+// A box needs two sums, of mid·W and of rad·|W|, and so twice the accumulators of an ordinary product: tiles are half
+// as large, and cuDNN's way of reading each pixel once for each tap would ask for more of L2 than it gives. Here the
+// pixels that a column of taps reaches are brought into shared memory once, a panel of rows on top of one another, in
+// which the next tap of the column begins a row further down. Where the image's edge is, the copy engine writes zeros.
 //
 // One warp brings panels and weights, eight multiply; a block walks over tiles, so that the next tile's panels arrive
 // while this one's results are written. Training only: sums are in any order, and nothing is rounded outward.
@@ -19,18 +19,19 @@ constexpr int tile_channels = 64, group_pixels = 128, tile_pixels = 2 * group_pi
 // Registers that the warps which bring data keep, and that the others take: of 168 for each thread, no more in all.
 constexpr int few_registers = 24, many_registers = 240;
 static_assert(group_threads * few_registers + multipliers * many_registers <= threads * 168);
-constexpr int slice_pixels = 32, slices = group_pixels / slice_pixels;  // of a group's results, that are written together
-constexpr int slice_bytes = 2 * slice_pixels * tile_channels * 2;       // mid and rad
+constexpr int slice_pixels = 32,
+              slices = group_pixels / slice_pixels;                // of a group's results, that are written together
+constexpr int slice_bytes = 2 * slice_pixels * tile_channels * 2;  // mid and rad
 constexpr int parts = slice_pixels * tile_channels / 8 / group_threads;  // of eight channels, that a thread writes
-constexpr int staging_bytes = 2 * 2 * slice_bytes;  // two buffers for either group
-constexpr int depth = 64;           // channels of a panel: 128 bytes, the longest row that is swizzled
-constexpr int row_bytes = 128;      // of one pixel in a panel, or of one channel of the result in the weights
+constexpr int staging_bytes = 2 * 2 * slice_bytes;                       // two buffers for either group
+constexpr int depth = 64;       // channels of a panel: 128 bytes, the longest row that is swizzled
+constexpr int row_bytes = 128;  // of one pixel in a panel, or of one channel of the result in the weights
 constexpr int weight_bytes = tile_channels * row_bytes;
-constexpr int most_memory = 232448; // bytes that a block may have
+constexpr int most_memory = 232448;  // bytes that a block may have
 constexpr int most_stages = 6, barrier_bytes = 2 * most_stages * 8;
-constexpr int most_taps = 3;        // of one panel
-constexpr int most_panels = 25;     // in all
-constexpr int most_packed = 49;     // taps
+constexpr int most_taps = 3;     // of one panel
+constexpr int most_panels = 25;  // in all
+constexpr int most_packed = 49;  // taps
 
 constexpr uint32_t none = 0xffffffff;  // no octet
 
@@ -38,7 +39,7 @@ enum Epilogue { bias_only, relu, relu_backward, gate };
 
 // A column of taps that read one panel: where it begins in the source, and which row of it each tap begins at.
 struct Panel {
-    signed char y, x;            // of the first row and column, from the tile's, in steps of the stride,
+    signed char y, x;              // of the first row and column, from the tile's, in steps of the stride,
     signed char y_phase, x_phase;  // and between two steps
     signed char first_tap, taps;   // in the order of the packed weights
     signed char rows_down[most_taps];
@@ -98,8 +99,9 @@ __device__ inline uint8_t byte_of(uint32_t gathered) {
     return static_cast<uint8_t>((gathered & 0x55) | (gathered >> 15 & 0xaa));
 }
 
-// Eight channels of one pixel, side by side, number `octet` of all: the epilogue, and the results. Ends are kept or zeroed
-// as in kernels/ends.py; where one alone is kept the box is half of it wide, which rounds like its sum with zero.
+// Eight channels of one pixel, side by side, number `octet` of all: the epilogue, and the results. Ends are kept or
+// zeroed as in kernels/ends.py; where one alone is kept the box is half of it wide, which rounds like its sum with
+// zero.
 template <class T, int epilogue>
 __device__ inline void finish(uint32_t octet, uint32_t octets, Words mid, Words rad, unsigned lowers, unsigned uppers,
                               T* out_mid, T* out_rad, uint8_t* out_bits) {
@@ -146,9 +148,9 @@ struct Ring {
     }
 };
 
-// A tile is 64 channels of the result and 256 pixels, 128 for either group of warps. Its sums are rounded as soon as they
-// are complete, which frees their registers for the next tile's; what is left to do with them is done while the tensor
-// cores are busy with that.
+// A tile is 64 channels of the result and 256 pixels, 128 for either group of warps. Its sums are rounded as soon as
+// they are complete, which frees their registers for the next tile's; what is left to do with them is done while the
+// tensor cores are busy with that.
 template <class T, int epilogue>
 __global__ void __launch_bounds__(threads, 1)
     interval_conv2d_kernel(const __grid_constant__ Plan plan, const __grid_constant__ Map mid_map,
@@ -326,14 +328,13 @@ struct Order {
 };
 template <class T>
 __global__ void __launch_bounds__(group_threads)
-    pack_weight_kernel(const T* weight, T* to, Order order, int taps, int targets, int sources, int64_t at_target,
-                       int64_t at_source, int64_t at_tap) {
-    const int64_t i = static_cast<int64_t>(blockIdx.x) * group_threads + threadIdx.x;
-    const int64_t size = static_cast<int64_t>(taps) * targets * sources;
+    pack_weight_kernel(const T* weight, T* to, Order order, unsigned taps, unsigned targets, unsigned sources,
+                       int64_t at_target, int64_t at_source, int64_t at_tap) {
+    const unsigned i = blockIdx.x * group_threads + threadIdx.x, size = taps * targets * sources;
     if (i >= size) return;
-    const int64_t source = i % sources, target = i / sources % targets, tap = i / sources / targets;
+    const unsigned source = i % sources, target = i / sources % targets, tap = i / sources / targets;
     const T w = weight[target * at_target + source * at_source + order.tap[tap] * at_tap];
-    to[i] = w, to[size + i] = magnitude(w);
+    to[i] = w, to[static_cast<int64_t>(size) + i] = magnitude(w);
 }
 
 // --- the plan -------------------------------------------------------------------------------------------------------
@@ -353,7 +354,8 @@ struct Tap {
 };
 
 // Appends the phase's panels; false if there are too many.
-bool add_phase(Plan& plan, Order& order, Tap (&taps)[most_packed], int count, int& panels, int& packed_taps, int share) {
+bool add_phase(Plan& plan, Order& order, Tap (&taps)[most_packed], int count, int& panels, int& packed_taps,
+               int share) {
     // Taps that read the same columns, one row after the other.
     for (int i = 1; i < count; ++i) {
         const auto before = [](const Tap& a, const Tap& b) {
@@ -375,9 +377,13 @@ bool add_phase(Plan& plan, Order& order, Tap (&taps)[most_packed], int count, in
         if (!fits) {
             if (panels == most_panels) return false;
             last = &plan.panel[panels++];
-            *last = {static_cast<signed char>(tap.y), static_cast<signed char>(tap.x),
-                     static_cast<signed char>(tap.y_phase), static_cast<signed char>(tap.x_phase),
-                     static_cast<signed char>(packed_taps), 0, {}};
+            *last = {static_cast<signed char>(tap.y),
+                     static_cast<signed char>(tap.x),
+                     static_cast<signed char>(tap.y_phase),
+                     static_cast<signed char>(tap.x_phase),
+                     static_cast<signed char>(packed_taps),
+                     0,
+                     {}};
         }
         last->rows_down[last->taps++] = static_cast<signed char>(tap.y - last->y);
         order.tap[packed_taps++] = static_cast<signed char>(tap.index);
@@ -430,6 +436,8 @@ const char* make_plan(const Convolution& c, Plan& plan, Order& order) {
     plan.channels = c.target_channels;
     const int64_t elements = static_cast<int64_t>(c.batch) * c.target_height * c.target_width * c.target_channels;
     if (elements / 8 >= none) return "the result has more elements than 32 bits count in eights";
+    if (static_cast<int64_t>(c.source_channels) * c.target_channels * c.kernel_y * c.kernel_x > 0x7fffffff)
+        return "the weight has more elements than 31 bits count";
     plan.octets = static_cast<uint32_t>(elements / 8);
     plan.rows = c.target_height / phases_y, plan.columns = c.target_width / phases_x;
     plan.step_y = phases_y, plan.step_x = phases_x;
@@ -476,8 +484,7 @@ const char* make_plan(const Convolution& c, Plan& plan, Order& order) {
     plan.stages = (most_memory - staging_bytes - barrier_bytes) / plan.stage_bytes;
     if (plan.stages > most_stages) plan.stages = most_stages;
     if (plan.stages < 2) return "two stages are more than shared memory holds";
-    const int64_t tiles =
-        static_cast<int64_t>(plan.tiles_x) * plan.tiles_y * plan.tiles_b * plan.tiles_n * plan.phases;
+    const int64_t tiles = static_cast<int64_t>(plan.tiles_x) * plan.tiles_y * plan.tiles_b * plan.tiles_n * plan.phases;
     return tiles > 0x7fffffff ? "the result has more tiles than one launch can have" : nullptr;
 }
 
@@ -518,8 +525,9 @@ const char* convolve(int device, std::uintptr_t stream, int epilogue, const Conv
     }
     const int64_t elements = static_cast<int64_t>(plan.taps) * c.target_channels * c.source_channels;
     const char* wrong = launch(pack_weight_kernel<T>, device, stream, (elements + group_threads - 1) / group_threads,
-                               group_threads, 0, at<T>(a.weight), const_cast<T*>(at<T>(a.packed)), order, plan.taps,
-                               c.target_channels, c.source_channels, a.at_target, a.at_source, a.at_tap);
+                               group_threads, 0, at<T>(a.weight), const_cast<T*>(at<T>(a.packed)), order,
+                               static_cast<unsigned>(plan.taps), static_cast<unsigned>(c.target_channels),
+                               static_cast<unsigned>(c.source_channels), a.at_target, a.at_source, a.at_tap);
     if (wrong != nullptr) return wrong;
     const int tiles = plan.tiles_x * plan.tiles_y * plan.tiles_b * plan.tiles_n * plan.phases;
     const int there = processors(device), shared = plan.stages * plan.stage_bytes + staging_bytes + barrier_bytes;
@@ -529,10 +537,14 @@ const char* convolve(int device, std::uintptr_t stream, int epilogue, const Conv
                       const_cast<T*>(at<T>(a.out_rad)), const_cast<uint8_t*>(at<uint8_t>(a.out_bits)));
     };
     switch (epilogue) {
-    case bias_only: return start(interval_conv2d_kernel<T, bias_only>);
-    case relu: return start(interval_conv2d_kernel<T, relu>);
-    case relu_backward: return start(interval_conv2d_kernel<T, relu_backward>);
-    case gate: return start(interval_conv2d_kernel<T, gate>);
+        case bias_only:
+            return start(interval_conv2d_kernel<T, bias_only>);
+        case relu:
+            return start(interval_conv2d_kernel<T, relu>);
+        case relu_backward:
+            return start(interval_conv2d_kernel<T, relu_backward>);
+        case gate:
+            return start(interval_conv2d_kernel<T, gate>);
     }
     return "there are four epilogues, 0 to 3";
 }
@@ -541,18 +553,20 @@ const char* convolve(int device, std::uintptr_t stream, int epilogue, const Conv
 }  // namespace pyxai_bounds::hopper
 
 extern "C" const char* hopper_check(std::int64_t device) {
-    return pyxai_bounds::hopper::is_hopper(static_cast<int>(device)) ? nullptr : "its compute capability is not 9.0";
+    using namespace pyxai_bounds::hopper;
+    if (!is_hopper(static_cast<int>(device))) return "its compute capability is not 9.0";
+    return can_make_maps() ? nullptr : "its driver has no cuTensorMapEncodeTiled";
 }
 
 extern "C" const char* hopper_convolve(
-    std::int64_t device, std::uintptr_t stream, std::int64_t is_half, std::int64_t epilogue,
-    std::int64_t transposed, std::int64_t batch, std::int64_t source_height, std::int64_t source_width,
-    std::int64_t source_channels, std::int64_t target_height, std::int64_t target_width, std::int64_t target_channels,
-    std::int64_t kernel_height, std::int64_t kernel_width, std::int64_t stride_height, std::int64_t stride_width,
-    std::int64_t padding_height, std::int64_t padding_width, std::int64_t dilation_height,
-    std::int64_t dilation_width, std::int64_t at_target, std::int64_t at_source, std::int64_t at_tap,
-    std::uintptr_t mid, std::uintptr_t rad, std::uintptr_t weight, std::uintptr_t packed, std::uintptr_t bias,
-    std::uintptr_t bits, std::uintptr_t out_mid, std::uintptr_t out_rad, std::uintptr_t out_bits) {
+    std::int64_t device, std::uintptr_t stream, std::int64_t is_half, std::int64_t epilogue, std::int64_t transposed,
+    std::int64_t batch, std::int64_t source_height, std::int64_t source_width, std::int64_t source_channels,
+    std::int64_t target_height, std::int64_t target_width, std::int64_t target_channels, std::int64_t kernel_height,
+    std::int64_t kernel_width, std::int64_t stride_height, std::int64_t stride_width, std::int64_t padding_height,
+    std::int64_t padding_width, std::int64_t dilation_height, std::int64_t dilation_width, std::int64_t at_target,
+    std::int64_t at_source, std::int64_t at_tap, std::uintptr_t mid, std::uintptr_t rad, std::uintptr_t weight,
+    std::uintptr_t packed, std::uintptr_t bias, std::uintptr_t bits, std::uintptr_t out_mid, std::uintptr_t out_rad,
+    std::uintptr_t out_bits) {
     using namespace pyxai_bounds::hopper;
     constexpr std::int64_t most = 1 << 24;
     for (const std::int64_t size : {batch, source_height, source_width, source_channels, target_height, target_width,
@@ -561,12 +575,11 @@ extern "C" const char* hopper_convolve(
     for (const std::int64_t size : {padding_height, padding_width, dilation_height, dilation_width})
         if (size < 0 || size > most) return "a size is out of range";
     const auto number = [](std::int64_t n) { return static_cast<int>(n); };
-    const Convolution c{transposed != 0,          number(batch),         number(source_height),
-                        number(source_width),     number(source_channels), number(target_height),
-                        number(target_width),     number(target_channels), number(kernel_height),
-                        number(kernel_width),     number(stride_height), number(stride_width),
-                        number(padding_height),   number(padding_width), number(dilation_height),
-                        number(dilation_width)};
+    const Convolution c{
+        transposed != 0,         number(batch),         number(source_height),   number(source_width),
+        number(source_channels), number(target_height), number(target_width),    number(target_channels),
+        number(kernel_height),   number(kernel_width),  number(stride_height),   number(stride_width),
+        number(padding_height),  number(padding_width), number(dilation_height), number(dilation_width)};
     const Arrays a{mid, rad, weight, at_target, at_source, at_tap, packed, bias, bits, out_mid, out_rad, out_bits};
     const auto run = [&](auto element) -> const char* {
         using T = decltype(element);

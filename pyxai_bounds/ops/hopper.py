@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ def takes(
     groups: int,
     transposed: bool,
 ) -> bool:
-    """Whether the kernels take a convolution of ``source`` [B, C, H, W] to ``target``, or backward: gradients to inputs."""
+    """Whether the kernels take a convolution of ``source`` [B, C, H, W] to ``target``, or its backward-data pass."""
     if groups != 1:
         return False
     try:
@@ -114,7 +115,7 @@ def _run(
     _module().hopper_convolve(index, stream, is_half, epilogue, transposed, *sizes, *geometry, *rest)
 
 
-def _module():  # noqa: ANN202  (a module, or what stands in for it in tests)
+def _module() -> Any:
     return native._native
 
 

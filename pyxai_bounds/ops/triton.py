@@ -541,9 +541,7 @@ def _with_hopper(
     return [HOPPER] if math.prod(size) >= _FILLED else [*blocks, HOPPER]
 
 
-def _hopper_into(
-    mid: Tensor, rad: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any, back: bool = False
-) -> None:
+def _hopper_into(mid: Tensor, rad: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any, back: bool = False) -> None:
     *geometry, _, out_mid, out_rad, kind, bits, made, _, _ = rest
     epilogue = hopper.Epilogue[kind.upper()]
     hopper.convolve_into(mid, rad, weight, *geometry, back, out_mid, out_rad, epilogue, bias, bits, made)

@@ -151,7 +151,9 @@ def test_many_tiles_for_a_block():
     problem = Problem((37, 64, 8, 8), 128, 3, 1, 1, 1, False)
     mid, rad, _ = problem.run(Epilogue.NONE)
     exact = problem.product()
-    torch.testing.assert_close(mid.double(), exact[0] + problem.bias.double().reshape(1, -1, 1, 1), rtol=5e-3, atol=5e-3)
+    torch.testing.assert_close(
+        mid.double(), exact[0] + problem.bias.double().reshape(1, -1, 1, 1), rtol=5e-3, atol=5e-3
+    )
     torch.testing.assert_close(rad.double(), exact[1], rtol=5e-3, atol=5e-3)
 
 
@@ -176,7 +178,9 @@ def test_operators_of_auto_use_it(monkeypatch):
             size = problem.target
             got = {
                 Epilogue.NONE: triton.measured.interval_conv2d_backward(mid, rad, weight, None, size, *args),
-                Epilogue.RELU_BACKWARD: triton.measured.interval_conv2d_backward_relu(mid, rad, weight, bits, size, *args),
+                Epilogue.RELU_BACKWARD: triton.measured.interval_conv2d_backward_relu(
+                    mid, rad, weight, bits, size, *args
+                ),
             }
         else:
             got = {
@@ -213,7 +217,7 @@ def test_a_pixel_that_no_tap_reaches_is_left_to_others():
 
 @pytest.mark.skipif(shutil.which("nvcc") is None or not SOURCES.is_dir(), reason="needs nvcc and the sources")
 def test_compiles(tmp_path):
-    """Without a warning or a spilled register, and so that products overlap: ptxas says where it must serialise them."""
+    """Without a warning or a spilled register, and so that products overlap: ptxas says where they do not."""
     source = SOURCES / "hopper" / "interval_conv2d.cu"
     flags = ["-std=c++17", "-fmad=false", "-Werror=all-warnings", "-Xptxas=-v", "-Xcompiler=-Wall,-Wextra,-Werror"]
     flags += ["-gencode=arch=compute_90a,code=[sm_90a,compute_90a]", f"-I{SOURCES / 'include'}", "-keep"]

@@ -1,6 +1,7 @@
-// The instructions of compute capability 9.0 that csrc/hopper uses, one function each: barriers that count bytes, copies
-// of boxes of tensors into shared memory, products of tiles in shared memory. Kernels name nothing else of the machine,
-// so that tests/cuda can run them on the CPU: there, pyxai_bounds/hopper.cuh of that folder stands in for this file.
+// The instructions of compute capability 9.0 that csrc/hopper uses, one function each: barriers that count bytes,
+// copies of boxes of tensors into shared memory, products of tiles in shared memory. Kernels name nothing else of the
+// machine, so that tests/cuda can run them on the CPU: there, pyxai_bounds/hopper.cuh of that folder stands in for this
+// file.
 #pragma once
 
 #include <cuda.h>
@@ -81,8 +82,8 @@ __device__ inline void copy_box(void* to, const Map* map, Barrier* barrier, int 
 
 // --- products ---------------------------------------------------------------------------------------------------
 
-// The lower half of what tensor cores are told of a tile: where it begins in shared memory, in units of 16 bytes. Rows are
-// of 128 bytes, swizzled, the first of eight at a multiple of 1024: as copy_box leaves them.
+// The lower half of what tensor cores are told of a tile: where it begins in shared memory, in units of 16 bytes. Rows
+// are of 128 bytes, swizzled, the first of eight at a multiple of 1024: as copy_box leaves them.
 using Tile = uint32_t;
 __device__ inline Tile tile_at(const void* p) {
     constexpr uint32_t no_leading_offset = 1u << 16;
@@ -109,7 +110,7 @@ __device__ inline void products_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(unfinished) : "memory");
 }
 
-#define ACCUMULATORS_8(d, i)                                                                                 \
+#define ACCUMULATORS_8(d, i)                                                                                    \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
         "+f"(d[i + 7])
 #define ACCUMULATORS_32(d, i) \
@@ -234,29 +235,35 @@ inline bool is_hopper(int device) {
     return major == 9;
 }
 
-// The copy engine's view of a dense tensor of 16-bit numbers; null, or what is wrong. Pitches are bytes, of the outer
-// four dimensions. A box is 64 numbers wide, and its rows of 128 bytes are swizzled.
-template <class T>
-const char* make_map(Map* map, const void* tensor, const uint64_t (&sizes)[5], const uint64_t (&pitches)[4],
-                     const uint32_t (&box)[5]) {
+inline auto map_encoder() {
     static const auto encode = [] {
         void* function = nullptr;
-        cudaDriverEntryPointQueryResult found;
+        cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
 #if CUDART_VERSION >= 12050
         cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
 #else
         cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
 #endif
-        return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found == cudaDriverEntryPointSuccess ? function
-                                                                                                        : nullptr);
+        if (found != cudaDriverEntryPointSuccess) function = nullptr;
+        return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
     }();
-    if (encode == nullptr) return "this driver has no cuTensorMapEncodeTiled";
+    return encode;
+}
+inline bool can_make_maps() {
+    return map_encoder() != nullptr;
+}
+
+// The copy engine's view of a dense tensor of 16-bit numbers; null, or what is wrong. Pitches are bytes, of the outer
+// four dimensions. A box is 64 numbers wide, and its rows of 128 bytes are swizzled.
+template <class T>
+const char* make_map(Map* map, const void* tensor, const uint64_t (&sizes)[5], const uint64_t (&pitches)[4],
+                     const uint32_t (&box)[5]) {
     const uint32_t steps[5] = {1, 1, 1, 1, 1};
     const CUtensorMapDataType type =
         std::is_same_v<T, Half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-    const CUresult status =
-        encode(map, type, 5, const_cast<void*>(tensor), sizes, pitches, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    const CUresult status = map_encoder()(map, type, 5, const_cast<void*>(tensor), sizes, pitches, box, steps,
+                                          CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                          CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return status == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refused the shape";
 }
 

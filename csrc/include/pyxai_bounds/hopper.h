@@ -18,14 +18,14 @@ const char* hopper_check(std::int64_t device);
 //     3  the gate in bits
 // With out_mid 0 nothing is done: the answer says whether these kernels take such a convolution, or why not.
 const char* hopper_convolve(std::int64_t device, std::uintptr_t stream, std::int64_t is_half, std::int64_t epilogue,
-                            std::int64_t transposed, std::int64_t batch,
-                            std::int64_t source_height, std::int64_t source_width, std::int64_t source_channels,
-                            std::int64_t target_height, std::int64_t target_width, std::int64_t target_channels,
-                            std::int64_t kernel_height, std::int64_t kernel_width, std::int64_t stride_height,
-                            std::int64_t stride_width, std::int64_t padding_height, std::int64_t padding_width,
-                            std::int64_t dilation_height, std::int64_t dilation_width, std::int64_t at_target,
-                            std::int64_t at_source, std::int64_t at_tap, std::uintptr_t mid, std::uintptr_t rad,
-                            std::uintptr_t weight, std::uintptr_t packed, std::uintptr_t bias, std::uintptr_t bits,
-                            std::uintptr_t out_mid, std::uintptr_t out_rad, std::uintptr_t out_bits);
+                            std::int64_t transposed, std::int64_t batch, std::int64_t source_height,
+                            std::int64_t source_width, std::int64_t source_channels, std::int64_t target_height,
+                            std::int64_t target_width, std::int64_t target_channels, std::int64_t kernel_height,
+                            std::int64_t kernel_width, std::int64_t stride_height, std::int64_t stride_width,
+                            std::int64_t padding_height, std::int64_t padding_width, std::int64_t dilation_height,
+                            std::int64_t dilation_width, std::int64_t at_target, std::int64_t at_source,
+                            std::int64_t at_tap, std::uintptr_t mid, std::uintptr_t rad, std::uintptr_t weight,
+                            std::uintptr_t packed, std::uintptr_t bias, std::uintptr_t bits, std::uintptr_t out_mid,
+                            std::uintptr_t out_rad, std::uintptr_t out_bits);
 
 }  // extern "C"

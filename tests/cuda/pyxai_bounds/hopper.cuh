@@ -276,6 +276,9 @@ inline int processors(int) {
 inline bool is_hopper(int) {
     return true;
 }
+inline bool can_make_maps() {
+    return true;
+}
 
 template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), int device, std::uintptr_t, int64_t blocks, int threads,
