@@ -23,6 +23,7 @@ from pyxai_bounds import __version__, data, explain, models, ops
 from pyxai_bounds.certify import TopK, certify
 from pyxai_bounds.certify.metrics import accuracy
 from pyxai_bounds.errors import UnsupportedOperatorError
+from pyxai_bounds.ops import hopper
 from pyxai_bounds.report import evaluate_all, glossary
 from pyxai_bounds.train import Options, Progress, Recipe, TrainingDivergedError, load, read_description, run
 from pyxai_bounds.train.checkpoint import write_file
@@ -340,6 +341,7 @@ class Info:
         for name in ops.BACKENDS:
             here = name in ops.available()
             lines[f"backend {name}"] = "available" if here else _why_not(name)
+        lines["Hopper kernels"] = hopper.why_not_available() or "available"
         for extra, module in (("train", "sklearn"), ("train", "safetensors"), ("report", "matplotlib")):
             lines[module] = _version(module) or f"missing: pip install 'pyxai-bounds[{extra}]'"
         lines["data sets"] = ", ".join(data.EMBEDDED) + f"; from files under {data.data_root()}: "

@@ -34,11 +34,21 @@ def supports(t: Tensor) -> bool:
     return t.is_cuda and t.dtype in DTYPES and not why_not(t.get_device())
 
 
+def why_not_available() -> str:
+    """Why no device here can run the kernels; empty if one can."""
+    if not _is_built():
+        return "not built: put nvcc 12.0 or newer on PATH and run `pip install .` in the source tree"
+    if not torch.cuda.is_available():
+        return "not available: PyTorch finds no CUDA device; see nvidia-smi"
+    wrong = [why_not(index) for index in range(torch.cuda.device_count())]
+    return "" if "" in wrong else f"not available: of cuda:0, {wrong[0]}"
+
+
 @functools.cache
 def why_not(index: int) -> str:
     """Why the kernels do not run on this CUDA device; empty if they do."""
-    if not hasattr(native._native, "hopper_check"):
-        return "pyxai_bounds was built without it (nvcc 12.0 or newer builds it)"
+    if not _is_built():
+        return "they were not built"
     try:
         native._native.hopper_check(index)
     except RuntimeError as error:
@@ -94,6 +104,7 @@ def convolve_into(
     if transposed:
         of_target, of_source = of_source, of_target
     scratch = weight.new_empty(2 * weight.numel())
+    mid, rad = _aligned(mid), _aligned(rad)
     tensors = (mid, rad, weight, scratch, bias, bits, out_mid, out_rad, out_bits)
     if any(t is not None and t.device != mid.device for t in tensors):
         raise RuntimeError(f"A kernel on {mid.device} was given tensors of other devices.")
@@ -103,6 +114,15 @@ def convolve_into(
         index, stream, mid.dtype is torch.float16, epilogue, transposed, _sizes(mid.shape, out_mid.shape),
         (*weight.shape[2:], *stride, *padding, *dilation), of_target, of_source, of_tap, *addresses,
     )  # fmt: skip
+
+
+def _is_built() -> bool:
+    return hasattr(native._native, "hopper_check")
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """The copy engine reads from multiples of 16 bytes; a view may begin elsewhere."""
+    return t.clone() if t.data_ptr() % 16 else t
 
 
 def _sizes(source: Sequence[int], target: Sequence[int]) -> tuple[int, ...]:

@@ -146,6 +146,15 @@ def test_not_a_number_and_infinity():
     assert (rad[exact[1].isinf()] == torch.inf).all()
 
 
+def test_a_view_that_begins_anywhere():
+    problem = Problem(*CASES["one image a tile"], False)
+    expected = problem.run(Epilogue.NONE)
+    shifted = torch.empty(problem.mid.numel() + 3, dtype=problem.mid.dtype)[3:]
+    problem.mid = shifted.as_strided(problem.mid.shape, problem.mid.stride()).copy_(problem.mid)
+    for value, wanted in zip(problem.run(Epilogue.NONE), expected, strict=True):
+        assert torch.equal(value, wanted)
+
+
 def test_many_tiles_for_a_block():
     """Blocks walk over several tiles each; the last images fill no tile."""
     problem = Problem((37, 64, 8, 8), 128, 3, 1, 1, 1, False)
