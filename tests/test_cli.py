@@ -223,7 +223,16 @@ def test_report_compares_runs(capsys, runs, tmp_path):
 def test_info(capsys):
     code, out, _ = call(capsys, "info")
     assert code == 0
-    for word in ("pyxai_bounds", "torch", "backend reference", "backend native", "Hopper kernels", "digits-parity", "cnn7", "rec-german"):
+    for word in (
+        "pyxai_bounds",
+        "torch",
+        "backend reference",
+        "backend native",
+        "Hopper kernels",
+        "digits-parity",
+        "cnn7",
+        "rec-german",
+    ):
         assert word in out
 
 

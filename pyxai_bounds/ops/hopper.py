@@ -50,7 +50,7 @@ def why_not(index: int) -> str:
     if not _is_built():
         return "they were not built"
     try:
-        native._native.hopper_check(index)
+        _module().hopper_check(index)
     except RuntimeError as error:
         return str(error)
     return ""

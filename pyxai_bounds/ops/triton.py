@@ -541,10 +541,27 @@ def _with_hopper(
     return [HOPPER] if math.prod(size) >= _FILLED else [*blocks, HOPPER]
 
 
-def _hopper_into(mid: Tensor, rad: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any, back: bool = False) -> None:
-    *geometry, _, out_mid, out_rad, kind, bits, made, _, _ = rest
-    epilogue = hopper.Epilogue[kind.upper()]
-    hopper.convolve_into(mid, rad, weight, *geometry, back, out_mid, out_rad, epilogue, bias, bits, made)
+def _hopper_into(
+    mid: Tensor,
+    rad: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    out_mid: Tensor,
+    out_rad: Tensor,
+    epilogue: str,
+    bits: Tensor | None,
+    made: Tensor | None,
+    block: Any,
+    tf32: bool,
+    back: bool = False,
+) -> None:
+    """As the launchers of ``kernels/interval_conv2d.py`` take it."""
+    kind = hopper.Epilogue[epilogue.upper()]
+    hopper.convolve_into(mid, rad, weight, stride, padding, dilation, back, out_mid, out_rad, kind, bias, bits, made)
 
 
 def _hopper_back_into(mid: Tensor, rad: Tensor, weight: Tensor, *rest: Any) -> None:
