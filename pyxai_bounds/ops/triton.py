@@ -475,10 +475,11 @@ def _convolve(
             later = bias if epilogue.kind == "relu" and order is torch.channels_last and outputs % 8 == 0 else None
             out = reference.interval_conv2d(mid, rad, weight, None if later is not None else bias, *args, False)
             return _finish(epilogue, out[0], out[1], later)
-        forward = _hopper_into if block is HOPPER else _convolution(block).forward_into
+        if block is HOPPER:
+            return _hopper(epilogue, mid, rad, weight, size, args, False)
         return _in_one_kernel(
             epilogue, mid, size, outputs // groups,
-            lambda *results: forward(
+            lambda *results: _convolution(block).forward_into(
                 *_last(mid, rad, weight), None if bias is None else bias.contiguous(), *args, *results, block, tf32
             ),
         )  # fmt: skip
@@ -514,10 +515,11 @@ def _convolve_back(
     def run(block: Any) -> tuple[Tensor, Tensor, Tensor]:
         if block is None:
             return _finish(epilogue, *reference.interval_conv2d_backward(mid, rad, weight, None, input_size, *args))
-        backward = _hopper_back_into if block is HOPPER else _convolution(block).backward_into
+        if block is HOPPER:
+            return _hopper(epilogue, mid, rad, weight, input_size, args, True)
         return _in_one_kernel(
             epilogue, mid, input_size, channels,
-            lambda *results: backward(
+            lambda *results: _convolution(block).backward_into(
                 *_last(mid, rad, weight), *args, *results, block, tf32
             ),
         )  # fmt: skip
@@ -541,31 +543,17 @@ def _with_hopper(
     return [HOPPER] if math.prod(size) >= _FILLED else [*blocks, HOPPER]
 
 
-def _hopper_into(
-    mid: Tensor,
-    rad: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    out_mid: Tensor,
-    out_rad: Tensor,
-    epilogue: str,
-    bits: Tensor | None,
-    made: Tensor | None,
-    block: Any,
-    tf32: bool,
-    back: bool = False,
-) -> None:
-    """As the launchers of ``kernels/interval_conv2d.py`` take it."""
-    kind = hopper.Epilogue[epilogue.upper()]
-    hopper.convolve_into(mid, rad, weight, stride, padding, dilation, back, out_mid, out_rad, kind, bias, bits, made)
+def _hopper(
+    epilogue: Epilogue, mid: Tensor, rad: Tensor, weight: Tensor, size: Sequence[int], args: Geometry, back: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    mid, rad, weight = _last(mid, rad, weight)
+    bias = None if epilogue.bias is None else epilogue.bias.contiguous()
 
+    def launch(out_mid: Tensor, out_rad: Tensor, kind: str, bits: Tensor | None, made: Tensor | None) -> None:
+        what = hopper.Epilogue[kind.upper()]
+        hopper.convolve_into(mid, rad, weight, *args[:3], back, out_mid, out_rad, what, bias, bits, made)
 
-def _hopper_back_into(mid: Tensor, rad: Tensor, weight: Tensor, *rest: Any) -> None:
-    _hopper_into(mid, rad, weight, None, *rest, back=True)
+    return _in_one_kernel(epilogue, mid, size, size[1], launch)
 
 
 def _in_one_kernel(
