@@ -39,28 +39,29 @@ NETWORKS: dict[str, Callable[[], torch.nn.Sequential]] = {
     "cnn7": models.cnn7,
     "resnet18": models.resnet18,
     "wrn16-4": models.wrn16_4,
+    **{f"depth{depth}": functools.partial(models.chain, depth, 64) for depth in (4, 10, 18, 34)},
 }
-ALL = ("auto", "engine-graphed", "launched", "eager", "floor", "plain", "triton")
-GRAPHED = ("engine-compiled", "engine-compiled-graphed", "eager-graphed", "compiled-graphed")
-STEPS = ("engine-compiled-graphed-2", "engine-compiled-graphed-1", "engine-graphed-2", "engine-graphed-model")
+MOST = ("auto", "engine-graphed", "eager", "floor", "plain")
+GRAPHED = ("engine-compiled-graphed", "compiled-graphed", "eager-graphed")
+STEPS = ("engine-compiled-graphed-2", "engine-graphed-2", "engine-graphed-model", "engine-compiled-graphed-1")
+REST = ("launched", "triton", "engine-compiled", "checkpointed")
 # Network, batch, pixels, precision, and what is done with it.
 PLAN: list[tuple[str, int, int, str, tuple[str, ...]]] = [
-    ("cnn7", 512, 32, "bf16", ("errors", *ALL, "compiled", *GRAPHED, *STEPS, "checkpointed")),
+    ("cnn7", 512, 32, "bf16", (*MOST, "compiled", *GRAPHED, *STEPS, "errors")),
     ("cnn7", 128, 32, "fp32", ("sound", "sound-reference")),
-    ("resnet18", 256, 32, "bf16", ALL),
-    ("wrn16-4", 256, 32, "bf16", ALL),
-    ("cnn7", 1, 32, "bf16", ALL),
-    ("cnn7", 16, 32, "bf16", ALL),
-    ("cnn7", 128, 32, "bf16", ALL),
-    ("cnn7", 1024, 32, "bf16", ALL),
-    ("cnn7", 512, 32, "tf32", ("errors", *ALL)),
+    ("resnet18", 256, 32, "bf16", MOST),
+    ("wrn16-4", 256, 32, "bf16", MOST),
+    *(("cnn7", batch, 32, "bf16", MOST) for batch in (1, 16, 128, 1024)),
+    *((f"depth{depth}", 128, 32, "bf16", MOST) for depth in (4, 10, 18, 34)),
+    ("cnn7", 512, 32, "tf32", (*MOST, "errors")),
+    ("cnn7", 512, 32, "bf16", REST),
     ("cnn7", 512, 32, "bf16", ("operators",)),
-    ("resnet18", 32, 32, "bf16", ALL),
-    ("resnet18", 1024, 32, "bf16", ALL),
-    ("wrn16-4", 32, 32, "bf16", ALL),
-    ("resnet18", 16, 224, "bf16", ALL),
+    ("resnet18", 32, 32, "bf16", MOST),
+    ("resnet18", 1024, 32, "bf16", MOST),
+    ("wrn16-4", 32, 32, "bf16", MOST),
+    ("resnet18", 16, 224, "bf16", MOST),
     ("resnet18", 8, 32, "fp32", ("errors",)),
-    ("cnn7", 512, 32, "fp32", ALL),
+    ("cnn7", 512, 32, "fp32", MOST),
     *(("cnn7", batch, 32, "bf16", ("compiled",)) for batch in (1, 16, 128, 1024)),
     ("resnet18", 256, 32, "bf16", ("compiled",)),
     ("wrn16-4", 256, 32, "bf16", ("compiled",)),
@@ -73,7 +74,7 @@ PLAN: list[tuple[str, int, int, str, tuple[str, ...]]] = [
 # and in 16 bits many are: no kernel is tested here (tests/kernels does that), only that no contender is wild.
 TOLERANCE = {"fp32": 2e-2, "tf32": 1e-1, "bf16": 5e-1}
 # Seconds for one job: these wait for a compiler.
-LIMITS = dict.fromkeys(("errors", "compiled", *GRAPHED, *STEPS), 120.0)
+LIMITS = dict.fromkeys(("errors", "compiled", "engine-compiled", *GRAPHED, *STEPS), 120.0)
 LIMIT = 80.0
 LEAST = 10.0  # no job is begun with less
 GRACE = 15.0  # after a job's limit, until its process is ended
@@ -571,31 +572,35 @@ STYLE: dict[str, dict[str, Any]] = {
 
 
 def draw(rows: list[Row], folder: Path) -> None:
-    """Time and peak memory of cnn7 in bf16 against the batch."""
+    """Time and peak memory in bf16 against the batch of cnn7, and against the depth of residual networks."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    found = [(re.fullmatch(r"cnn7 B(\d+) bf16", entry["shape"]), entry) for entry in rows]
-    figure, panels = pyplot.subplots(1, 3, figsize=(11, 3.6))
+    figure, panels = pyplot.subplots(2, 3, figsize=(11, 7))
     plots = (("certify", "p50", 1e3, "ms"), ("train", "p50", 1e3, "ms"), ("train", "peak_bytes", 2**-20, "MiB, peak"))
-    for panel, (op, column, scale, unit) in zip(panels, plots, strict=True):
-        for backend, style in STYLE.items():
-            points = sorted(
-                (int(match[1]), scale * float(entry[column]))
-                for match, entry in found
-                if match and (entry["op"], entry["backend"]) == (op, backend)
-            )
-            if points and not (column == "peak_bytes" and backend in ("floor", "engine-graphed")):
-                panel.plot(*zip(*points, strict=True), markersize=4, **style)
-        panel.set(xscale="log", yscale="log", xlabel="batch (cnn7, bf16)", ylabel=f"{op}, {unit}")
-        batches = sorted({int(match[1]) for match, _ in found if match})
-        panel.set_xticks(batches, [str(batch) for batch in batches], fontsize=7)
-        panel.minorticks_off()
-        panel.grid(alpha=0.3)
-    figure.tight_layout(rect=(0, 0.08, 1, 1))
-    figure.legend(*panels[1].get_legend_handles_labels(), loc="lower center", ncol=len(STYLE), frameon=False)
+    axes = ((r"cnn7 B(\d+) bf16", "batch (cnn7)"), (r"depth(\d+) B128 bf16", "depth (width 64, batch 128)"))
+    for line, (pattern, axis) in zip(panels, axes, strict=True):
+        found = [(int(match[1]), entry) for entry in rows if (match := re.fullmatch(pattern, entry["shape"]))]
+        for panel, (op, column, scale, unit) in zip(line, plots, strict=True):
+            for backend, style in STYLE.items():
+                points = sorted(
+                    (place, scale * float(entry[column]))
+                    for place, entry in found
+                    if (entry["op"], entry["backend"]) == (op, backend)
+                )
+                if points and not (column == "peak_bytes" and backend in ("floor", "engine-graphed")):
+                    panel.plot(*zip(*points, strict=True), markersize=4, **style)
+            panel.set(xlabel=axis, ylabel=f"{op}, {unit}")
+            if found:  # or a scale of logarithms would have nothing to show
+                panel.set(xscale="log", yscale="log")
+                places = sorted({place for place, _ in found})
+                panel.set_xticks(places, [str(place) for place in places], fontsize=7)
+            panel.minorticks_off()
+            panel.grid(alpha=0.3)
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    figure.legend(*panels[0, 1].get_legend_handles_labels(), loc="lower center", ncol=len(STYLE), frameon=False)
     figure.savefig(folder / "gpu.png", dpi=110)
     say(f"wrote {folder / 'gpu.png'}")
 

@@ -105,7 +105,7 @@ def test_what_was_measured_before_a_failure_stays(results: gpu.Results, monkeypa
     assert "engine-graphed: TimeoutError" in notes[1] and len(notes) == 2
     assert gpu.table(results.rows("gradient_bounds")).splitlines()[1].endswith("2.000 (1)")
     monkeypatch.setattr(gpu, "alive", lambda: False)  # after an illegal access
-    assert gpu.work(results, 1, 1e9, results.folder / "progress") == 1 and called[-1] == "auto"
+    assert gpu.work(results, 0, 1e9, results.folder / "progress") == 1 and called[-1] == "auto"
 
 
 def test_every_job_can_be_done() -> None:
