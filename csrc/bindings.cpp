@@ -482,6 +482,11 @@ class Chain {
                 if (is_kept_[i] == are_kept) places_[i] = size_, size_ += (sizes_[i] + 63) / 64 * 64;
             if (are_kept) kept_size_ = size_;
         }
+        readers_.resize(sizes_.size());
+        for (const Step& step : steps_)
+            if (const auto reads = step.reads(); step.differentiable)
+                for (auto value = reads.begin(); value != reads.end(); ++value)
+                    if (*value >= 0 && std::find(reads.begin(), value, *value) == value) ++readers_[*value];
         std::vector<bool> read(sizes_.size());
         const auto note = [&](Step& step, int64_t value) {
             if (value >= given_ && !read[value]) read[value] = true, step.last.push_back(value);
@@ -522,8 +527,8 @@ class Chain {
 
     // After a `run` that kept its block: from the gradients of results, one address per value, 0 where there is none,
     // to those of the given values for which `wanted` has an address. Returns which of these have been written; the
-    // others are zeros.
-    std::vector<bool> adjoint(std::vector<Address> values, Address kept, std::vector<Address> grads,
+    // others are zeros. `overwrite`: nobody will read the block again, so that gradients may take its values' places.
+    std::vector<bool> adjoint(std::vector<Address> values, Address kept, bool overwrite, std::vector<Address> grads,
                               const std::vector<Address>& wanted) const {
         values.resize(sizes_.size());
         grads.resize(sizes_.size());
@@ -536,7 +541,7 @@ class Chain {
                 (is_needed(s.mid) || is_needed(s.rad) || is_needed(s.weight) || (!s.backward && is_needed(s.third))))
                 for (const int64_t made : {s.out_mid, s.out_rad})
                     if (made >= 0) needed[made] = true;
-        Gradients gradients{*this, wanted, grads};
+        Gradients gradients{*this, overwrite ? &values : nullptr, wanted, grads};
         for (auto step = steps_.rbegin(); step != steps_.rend(); ++step) {
             if (step->differentiable && needed[step->out_mid]) differentiate(*step, values, needed, gradients);
             for (const int64_t made : {step->out_mid, step->out_rad})
@@ -551,6 +556,7 @@ class Chain {
     // The gradients so far; those of the given values are summed up where Python wants them.
     struct Gradients {
         const Chain& chain;
+        const std::vector<Address>* overwritten;  // the values, if they may be
         const std::vector<Address>& wanted;
         std::vector<Address>& of;
         const Memory block{chain.is_small() ? chain.size_ : 0};
@@ -559,6 +565,7 @@ class Chain {
         Address target(int64_t value) {
             if (value < chain.given_) return wanted[value];
             if (chain.is_small()) return block.start() + chain.places_[value];
+            if (overwritten && chain.is_kept_[value] && chain.readers_[value] == 1) return (*overwritten)[value];
             if (!own[value]) own[value] = std::make_unique<Memory>(chain.sizes_[value]);
             return own[value]->start();
         }
@@ -889,6 +896,7 @@ class Chain {
     Steps steps_;
     std::vector<int64_t> sizes_, places_;
     std::vector<bool> is_kept_;
+    std::vector<int> readers_;  // of each value, the differentiable steps that read it
     int64_t size_ = 0, kept_size_ = 0, given_;
 };
 

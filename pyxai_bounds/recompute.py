@@ -153,7 +153,10 @@ class _Chained(torch.autograd.Function):
         given, count = together.read_given, len(together.read_given)
         known = dict(zip((*given, *(chain.taken[n] for n in together.read_taken)), saved, strict=True))
         if not torch.is_grad_enabled() and not ops.needs_dispatcher(*(grad for grad in grads if grad is not None)):
-            return None, None, *together.adjoint(known, block, grads, needs)
+            overwrite = not torch._C._autograd._get_current_graph_task_keep_graph()
+            if overwrite:
+                torch.autograd.graph.increment_version(block)  # should this fail, the block is not to be read again
+            return None, None, *together.adjoint(known, block, overwrite, grads, needs)
         fixed = {n: value for n, value in known.items() if n not in chain.made}
         fixed |= {n: together.kept(block, n) for n in together.read_kept if n not in chain.made}
         ends = [(n, grad) for n, grad in zip(chain.taken, grads, strict=True) if grad is not None]

@@ -108,7 +108,10 @@ def test_a_chain_differentiates_as_its_operators_do(name: str, batch: int, monke
 
 
 def assert_same_derivatives(fn, model: nn.Module, box: xb.Interval, target: tuple, tolerance: float) -> None:
-    """Through every result by itself and through all, and once more: one node against one for each operator."""
+    """Through every result by itself and through all, and once more: one node against one for each operator.
+
+    A derivative that may overwrite what it has read is the one that keeps it, to the last bit.
+    """
     inputs = [box.mid.requires_grad_(), box.rad.requires_grad_(), *model.parameters()]
     bounded, args = xb.bound(fn), (box, *target)
     outcomes = []
@@ -120,12 +123,17 @@ def assert_same_derivatives(fn, model: nn.Module, box: xb.Interval, target: tupl
             total = sum(results[place].sin().sum() for place in chosen)
             if not total.requires_grad:
                 continue
-            found += torch.autograd.grad(total, inputs, retain_graph=True, allow_unused=True)
+            kept = torch.autograd.grad(total, inputs, retain_graph=True, allow_unused=True)
+            found += kept
             first = torch.autograd.grad(total, inputs, create_graph=True, allow_unused=True)
             found += first
             penalty = sum(grad.square().sum() for grad in first if grad is not None)
             if penalty.requires_grad:
-                found += torch.autograd.grad(penalty, inputs, allow_unused=True)
+                found += torch.autograd.grad(penalty, inputs, retain_graph=True, allow_unused=True)
+            last = torch.autograd.grad(total, inputs, allow_unused=True)
+            assert all(
+                a is b is None or torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(kept, last, strict=True)
+            )
         outcomes.append(found)
     assert all(a is b is None or same(a, b, tolerance) for a, b in zip(*outcomes, strict=True))
 
@@ -379,6 +387,51 @@ def test_what_a_derivative_reads_must_not_be_overwritten(what: str) -> None:
         {"weight": model[2].weight, "input": box.rad, "result": first.mid}[what].mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         last.rad.sum().backward()
+
+
+def test_gradients_of_boxes_take_their_places_in_memory() -> None:
+    """Unless the graph is kept, for which there must be other memory, or a box has several readers."""
+    module, model = ops.native._module(), convnet()
+    x = images(128, shape=(3, 8, 8)).float().contiguous(memory_format=torch.channels_last)
+    args = (xb.Interval.linf(x, 0.02), torch.arange(128) % 4)
+    bounded = xb.bound(xb.explain.gradient(model))
+
+    def taken(keep: bool) -> int:
+        """Bytes of kept memory that one derivative leaves behind, where there was none."""
+        saved: list[Tensor] = []  # held here, since it would wait for the next call as well
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            rad = bounded(*args).rad
+        whole = module.kept_bytes // module.most_kept
+        blocks = [module.Memory(module.most_kept) for _ in range(whole)]
+        blocks.clear()  # what was kept before has made room for them
+        blocks += [module.Memory(module.most_kept) for _ in range(whole)]
+        assert module.memory_kept() == 0
+        torch.autograd.grad(rad.sum(), model[0].weight, retain_graph=keep)
+        return module.memory_kept()
+
+    first = 4 * 128 * 16 * 8 * 8  # bytes of the first layer's midpoints
+    assert taken(keep=True) - taken(keep=False) >= 2 * first
+
+
+def test_a_block_that_was_overwritten_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A derivative that failed midway has kept its graph, and may have overwritten what it needs."""
+    model = convnet(channels=32).double()
+    x = images(17, shape=(3, 8, 8)).contiguous(memory_format=torch.channels_last)
+    rad = xb.bound(xb.explain.gradient(model))(xb.Interval.linf(x, 0.02), torch.arange(17) % 4).rad
+    real = ops.native.Chain.adjoint
+
+    def fails(*args) -> None:
+        real(*args)
+        raise MemoryError
+
+    monkeypatch.setattr(ops.native.Chain, "adjoint", fails)
+    with pytest.raises(MemoryError):
+        rad.sum().backward(retain_graph=True)
+    with pytest.raises(MemoryError):
+        rad.sum().backward()
+    monkeypatch.undo()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        rad.sum().backward()
 
 
 def test_an_image_that_no_derivative_reads_may_be_overwritten() -> None:

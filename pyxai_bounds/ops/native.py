@@ -435,11 +435,17 @@ class Chain:
         return block[start : start + kind.bytes].view(kind.dtype).view(kind.shape)
 
     def adjoint(
-        self, known: dict[int, Tensor], block: Tensor, grads: Sequence[Tensor | None], needs: Sequence[bool]
+        self,
+        known: dict[int, Tensor],
+        block: Tensor,
+        overwrite: bool,
+        grads: Sequence[Tensor | None],
+        needs: Sequence[bool],
     ) -> list[Tensor | None]:
         """The gradients of the given values that are needed, from those of the values that are taken; None is zero.
 
-        ``known``: what the differentiable steps read, of values that are given or taken.
+        ``known``: what the differentiable steps read, of values that are given or taken. ``overwrite``: will nobody
+        read the block again? A box's gradient then takes its place.
         """
         count = len(self._kinds)
         addresses, given_grads, wanted = [0] * count, [0] * count, [0] * len(self._given)
@@ -456,7 +462,7 @@ class Chain:
             if needed:
                 found[number] = gradient = self._kinds[number].empty()
                 wanted[number] = gradient.data_ptr()
-        written = self._chain.adjoint(addresses, block.data_ptr(), given_grads, wanted)
+        written = self._chain.adjoint(addresses, block.data_ptr(), overwrite, given_grads, wanted)
         return [gradient if is_written else None for gradient, is_written in zip(found, written, strict=True)]
 
     def _dense(self, number: int, t: Tensor) -> Tensor:
