@@ -257,7 +257,7 @@ def interval_conv2d_weight(
             return reference.interval_conv2d_weight(grad_mid, grad_rad, mid, rad, weight, *args)
         tensors = _last(grad_mid, grad_rad, mid, rad, weight)
         if block is HOPPER:
-            grad = hopper.weight_gradient(*tensors, *args[:3])
+            grad = hopper.weight_gradient(*tensors, stride, padding, dilation)
         else:
             grad = _convolution(block).weight_gradient(*tensors, *args, block, tf32)
         return dense_like(weight).copy_(grad) if grad.stride() != dense_like(weight).stride() else grad
