@@ -1041,6 +1041,7 @@ PYBIND11_MODULE(_native, m) {
 #ifdef PYXAI_BOUNDS_HOPPER
     m.def("hopper_check", &Checked<&hopper_check>::call, no_gil);
     m.def("hopper_convolve", &Checked<&hopper_convolve>::call, no_gil);
+    m.def("hopper_convolve_weight", &Checked<&hopper_convolve_weight>::call, no_gil);
 #endif
     m.def("threads", &threads, "The number of threads that a large stage would use.");
     m.def("level", [] { return active.load()->name; }, "The instruction-set level in use.");

@@ -8,14 +8,14 @@
 //
 // One warp brings panels and weights, eight multiply; a block walks over tiles, so that the next tile's panels arrive
 // while this one's results are written. Training only: sums are in any order, and nothing is rounded outward.
-#include "pyxai_bounds/hopper.cuh"
 #include "pyxai_bounds/hopper.h"
+#include "pyxai_bounds/hopper_plan.cuh"
 
 namespace pyxai_bounds::hopper {
 namespace {
 
 constexpr int threads = 384, multipliers = 256, group_threads = 128;
-constexpr int tile_channels = 64, group_pixels = 128, tile_pixels = 2 * group_pixels;
+constexpr int group_pixels = 128, tile_pixels = 2 * group_pixels, weight_bytes = tile_channels * row_bytes;
 // Registers that the warps which bring data keep, and that the others take: of 168 for each thread, no more in all.
 constexpr int few_registers = 24, many_registers = 240;
 static_assert(group_threads * few_registers + multipliers * many_registers <= threads * 168);
@@ -24,62 +24,8 @@ constexpr int slice_pixels = 32,
 constexpr int slice_bytes = 2 * slice_pixels * tile_channels * 2;  // mid and rad
 constexpr int parts = slice_pixels * tile_channels / 8 / group_threads;  // of eight channels, that a thread writes
 constexpr int staging_bytes = 2 * 2 * slice_bytes;                       // two buffers for either group
-constexpr int depth = 64;       // channels of a panel: 128 bytes, the longest row that is swizzled
-constexpr int row_bytes = 128;  // of one pixel in a panel, or of one channel of the result in the weights
-constexpr int weight_bytes = tile_channels * row_bytes;
-constexpr int most_memory = 232448;  // bytes that a block may have
-constexpr int most_stages = 6, barrier_bytes = 2 * most_stages * 8;
-constexpr int most_taps = 3;     // of one panel
-constexpr int most_panels = 25;  // in all
-constexpr int most_packed = 49;  // taps
-
-constexpr uint32_t none = 0xffffffff;  // no octet
 
 enum Epilogue { bias_only, relu, relu_backward, gate };
-
-// A column of taps that read one panel: where it begins in the source, and which row of it each tap begins at.
-struct Panel {
-    signed char y, x;              // of the first row and column, from the tile's, in steps of the stride,
-    signed char y_phase, x_phase;  // and between two steps
-    signed char first_tap, taps;   // in the order of the packed weights
-    signed char rows_down[most_taps];
-};
-
-// Pixels of the result that the same taps reach: all, or those of one remainder modulo the stride.
-struct Phase {
-    int y, x;  // of the first such pixel
-    int first_panel, panels;
-};
-
-struct Plan {
-    int batch, height, width;  // of the result
-    int rows, columns;         // of a phase
-    int step_y, step_x;        // between pixels of a phase
-    int phases, chunks;        // of the source's channels
-    int channels;              // of the result
-    uint32_t octets;           // of channels, in all the result
-    int taps;
-    int tile_width, tile_width_log, tile_rows_log;  // pixels of a tile: [images, rows, width]
-    int tile_images;
-    int tiles_x, tiles_y, tiles_b, tiles_n;
-    int panel_bytes, stage_bytes, stages;
-    Phase phase[4];
-    Panel panel[most_panels];
-};
-
-struct Work {
-    int phase, b, y, x, n;
-};
-
-__device__ inline Work work_of(const Plan& plan, int tile) {
-    Work work;
-    work.n = tile % plan.tiles_n, tile /= plan.tiles_n;
-    work.phase = tile % plan.phases, tile /= plan.phases;
-    work.x = (tile % plan.tiles_x) << plan.tile_width_log, tile /= plan.tiles_x;
-    work.y = (tile % plan.tiles_y) << plan.tile_rows_log;
-    work.b = tile / plan.tiles_y * plan.tile_images;
-    return work;
-}
 
 struct alignas(16) Words {
     uint32_t word[4];
@@ -135,18 +81,6 @@ __device__ inline void finish(uint32_t octet, uint32_t octets, Words mid, Words 
     reinterpret_cast<Words*>(out_mid)[octet] = mid;
     reinterpret_cast<Words*>(out_rad)[octet] = rad;
 }
-
-// Where stages lie: `full` says that a stage's bytes have come, `empty` that both groups of warps have used them.
-struct Ring {
-    uint8_t* memory;
-    Barrier *full, *empty;
-    int stages, stage = 0;
-    uint32_t parity = 0;
-
-    __device__ void next() {
-        if (++stage == stages) stage = 0, parity ^= 1;
-    }
-};
 
 // A tile is 64 channels of the result and 256 pixels, 128 for either group of warps. Its sums are rounded as soon as
 // they are complete, which frees their registers for the next tile's; what is left to do with them is done while the
@@ -322,10 +256,7 @@ __global__ void __launch_bounds__(threads, 1)
     advance(slices + 1);
 }
 
-// W and |W| as [2, taps, channels of the result, channels of the source], taps as the plan takes them.
-struct Order {
-    signed char tap[most_packed];
-};
+// W and |W| as [2, taps, channels of the result, channels of the source].
 template <class T>
 __global__ void __launch_bounds__(group_threads)
     pack_weight_kernel(const T* weight, T* to, Order order, unsigned taps, unsigned targets, unsigned sources,
@@ -337,157 +268,6 @@ __global__ void __launch_bounds__(group_threads)
     to[i] = w, to[static_cast<int64_t>(size) + i] = magnitude(w);
 }
 
-// --- the plan -------------------------------------------------------------------------------------------------------
-
-int floor_div(int a, int b) {
-    return a / b - (a % b != 0 && (a < 0) != (b < 0));
-}
-
-int log2_of(int n) {
-    int log = 0;
-    while (1 << log < n) ++log;
-    return log;
-}
-
-struct Tap {
-    int y, x, y_phase, x_phase, index;
-};
-
-// Appends the phase's panels; false if there are too many.
-bool add_phase(Plan& plan, Order& order, Tap (&taps)[most_packed], int count, int& panels, int& packed_taps,
-               int share) {
-    // Taps that read the same columns, one row after the other.
-    for (int i = 1; i < count; ++i) {
-        const auto before = [](const Tap& a, const Tap& b) {
-            if (a.x != b.x) return a.x < b.x;
-            if (a.x_phase != b.x_phase) return a.x_phase < b.x_phase;
-            if (a.y_phase != b.y_phase) return a.y_phase < b.y_phase;
-            return a.y < b.y;
-        };
-        for (int j = i; j > 0 && before(taps[j], taps[j - 1]); --j) {
-            const Tap other = taps[j];
-            taps[j] = taps[j - 1], taps[j - 1] = other;
-        }
-    }
-    for (int i = 0; i < count; ++i) {
-        const Tap& tap = taps[i];
-        Panel* last = panels > plan.phase[plan.phases].first_panel ? &plan.panel[panels - 1] : nullptr;
-        const bool fits = last != nullptr && last->x == tap.x && last->x_phase == tap.x_phase &&
-                          last->y_phase == tap.y_phase && tap.y - last->y < share && last->taps < most_taps;
-        if (!fits) {
-            if (panels == most_panels) return false;
-            last = &plan.panel[panels++];
-            *last = {static_cast<signed char>(tap.y),
-                     static_cast<signed char>(tap.x),
-                     static_cast<signed char>(tap.y_phase),
-                     static_cast<signed char>(tap.x_phase),
-                     static_cast<signed char>(packed_taps),
-                     0,
-                     {}};
-        }
-        last->rows_down[last->taps++] = static_cast<signed char>(tap.y - last->y);
-        order.tap[packed_taps++] = static_cast<signed char>(tap.index);
-    }
-    plan.phase[plan.phases].panels = panels - plan.phase[plan.phases].first_panel;
-    ++plan.phases;
-    return true;
-}
-
-struct Convolution {
-    bool transposed;
-    int batch, source_height, source_width, source_channels, target_height, target_width, target_channels;
-    int kernel_y, kernel_x, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x;
-};
-
-// Pixels of a tile, as [images, rows, width]: narrow and tall, so that few rows are brought twice; of small images,
-// several. False if none fits.
-bool shape_tile(Plan& plan) {
-    constexpr int pixels = tile_pixels;
-    int best = 0, width = 0;
-    for (int w = 8; w <= 128 && w <= pixels; w *= 2) {
-        const int rows = pixels / w, tiles = (plan.rows + rows - 1) / rows;
-        const int used = plan.rows * 1024 / (tiles * rows);  // how much of the tiles is no waste
-        if (plan.columns % w == 0 && used > best) best = used, width = w;
-    }
-    const int image = plan.rows * plan.columns;
-    const bool small = image < pixels && pixels % image == 0 && (plan.columns & (plan.columns - 1)) == 0;
-    if (small) best = 1024, width = plan.columns;
-    if (best < 512) return false;
-    plan.tile_width = width, plan.tile_images = small ? pixels / image : 1;
-    const int rows = pixels / width / plan.tile_images;
-    plan.tile_width_log = log2_of(width), plan.tile_rows_log = log2_of(rows);
-    plan.tiles_x = plan.columns / width, plan.tiles_y = (plan.rows + rows - 1) / rows;
-    plan.tiles_b = (plan.batch + plan.tile_images - 1) / plan.tile_images;
-    return true;
-}
-
-// Null, or why these kernels do not take it.
-const char* make_plan(const Convolution& c, Plan& plan, Order& order) {
-    const int phases_y = c.transposed ? c.stride_y : 1, phases_x = c.transposed ? c.stride_x : 1;
-    const int steps_y = c.transposed ? 1 : c.stride_y, steps_x = c.transposed ? 1 : c.stride_x;
-    if (c.source_channels % depth != 0 || c.target_channels % tile_channels != 0)
-        return "channels are no multiples of 64";
-    if (c.target_height % phases_y != 0 || c.target_width % phases_x != 0 || c.source_height % steps_y != 0 ||
-        c.source_width % steps_x != 0)
-        return "the image is no multiple of the stride";
-    if (phases_y * phases_x > 4 || c.kernel_y * c.kernel_x > most_packed) return "too many taps or a stride above 2";
-    plan = {}, order = {};
-    plan.batch = c.batch, plan.height = c.target_height, plan.width = c.target_width;
-    plan.channels = c.target_channels;
-    const int64_t elements = static_cast<int64_t>(c.batch) * c.target_height * c.target_width * c.target_channels;
-    if (elements / 8 >= none) return "the result has more elements than 32 bits count in eights";
-    if (static_cast<int64_t>(c.source_channels) * c.target_channels * c.kernel_y * c.kernel_x > 0x7fffffff)
-        return "the weight has more elements than 31 bits count";
-    plan.octets = static_cast<uint32_t>(elements / 8);
-    plan.rows = c.target_height / phases_y, plan.columns = c.target_width / phases_x;
-    plan.step_y = phases_y, plan.step_x = phases_x;
-    plan.chunks = c.source_channels / depth, plan.taps = c.kernel_y * c.kernel_x;
-    plan.tiles_n = c.target_channels / tile_channels;
-    if (!shape_tile(plan)) return "the image does not divide into tiles";
-    const int share = plan.tile_images == 1 ? most_taps : 1;
-    int panels = 0, packed_taps = 0;
-    for (int y = 0; y < phases_y; ++y) {
-        for (int x = 0; x < phases_x; ++x) {
-            Tap taps[most_packed];
-            int count = 0;
-            for (int ky = 0; ky < c.kernel_y; ++ky) {
-                for (int kx = 0; kx < c.kernel_x; ++kx) {
-                    Tap tap{ky * c.dilation_y - c.padding_y, kx * c.dilation_x - c.padding_x, 0, 0,
-                            ky * c.kernel_x + kx};
-                    if (c.transposed) {
-                        tap.y = y - tap.y, tap.x = x - tap.x;
-                        if (tap.y % phases_y != 0 || tap.x % phases_x != 0) continue;
-                        tap.y /= phases_y, tap.x /= phases_x;
-                    } else {
-                        tap.y_phase = tap.y - floor_div(tap.y, steps_y) * steps_y, tap.y = floor_div(tap.y, steps_y);
-                        tap.x_phase = tap.x - floor_div(tap.x, steps_x) * steps_x, tap.x = floor_div(tap.x, steps_x);
-                    }
-                    if (tap.y < -127 || tap.y > 127 || tap.x < -127 || tap.x > 127) return "a tap is too far away";
-                    taps[count++] = tap;
-                }
-            }
-            if (count == 0) return "no tap reaches some pixels";
-            plan.phase[plan.phases] = {y, x, panels, 0};
-            if (!add_phase(plan, order, taps, count, panels, packed_taps, share)) return "too many columns of taps";
-        }
-    }
-    int down = 0, taps = 0;
-    for (int p = 0; p < panels; ++p) {
-        const Panel& panel = plan.panel[p];
-        if (panel.taps > taps) taps = panel.taps;
-        if (panel.rows_down[panel.taps - 1] > down) down = panel.rows_down[panel.taps - 1];
-    }
-    const int rows = (1 << plan.tile_rows_log) + down;
-    if (rows > 256) return "a panel has too many rows";
-    plan.panel_bytes = plan.tile_images * rows * plan.tile_width * row_bytes;
-    plan.stage_bytes = plan.panel_bytes + taps * weight_bytes;
-    plan.stages = (most_memory - staging_bytes - barrier_bytes) / plan.stage_bytes;
-    if (plan.stages > most_stages) plan.stages = most_stages;
-    if (plan.stages < 2) return "two stages are more than shared memory holds";
-    const int64_t tiles = static_cast<int64_t>(plan.tiles_x) * plan.tiles_y * plan.tiles_b * plan.tiles_n * plan.phases;
-    return tiles > 0x7fffffff ? "the result has more tiles than one launch can have" : nullptr;
-}
-
 struct Arrays {
     std::uintptr_t mid, rad, weight;
     int64_t at_target, at_source, at_tap;
@@ -495,27 +275,15 @@ struct Arrays {
 };
 
 template <class T>
-const T* at(std::uintptr_t address) {
-    return reinterpret_cast<const T*>(address);
-}
-
-template <class T>
 const char* convolve(int device, std::uintptr_t stream, int epilogue, const Convolution& c, const Arrays& a) {
     Plan plan;
     Order order;
-    if (const char* wrong = make_plan(c, plan, order)) return wrong;
+    const Needs needs{tile_pixels, 0, weight_bytes, staging_bytes, 2, false};
+    if (const char* wrong = make_plan(c, needs, plan, order)) return wrong;
     if (a.out_mid == 0) return nullptr;  // only asked whether it can be done
     Map mid, rad, weight;
-    {
-        const uint64_t C = c.source_channels, H = c.source_height, W = c.source_width;
-        const uint64_t sy = c.transposed ? 1 : c.stride_y, sx = c.transposed ? 1 : c.stride_x;
-        const uint64_t sizes[5] = {sx * C, W / sx, sy, H / sy, static_cast<uint64_t>(c.batch)};
-        const uint64_t pitches[4] = {2 * sx * C, 2 * W * C, 2 * sy * W * C, 2 * H * W * C};
-        const uint32_t width = plan.tile_width, images = plan.tile_images;
-        const uint32_t box[5] = {depth, width, 1, plan.panel_bytes / (images * width * row_bytes), images};
-        if (const char* wrong = make_map<T>(&mid, at<T>(a.mid), sizes, pitches, box)) return wrong;
-        if (const char* wrong = make_map<T>(&rad, at<T>(a.rad), sizes, pitches, box)) return wrong;
-    }
+    if (const char* wrong = make_source_map<T>(&mid, a.mid, plan, c)) return wrong;
+    if (const char* wrong = make_source_map<T>(&rad, a.rad, plan, c)) return wrong;
     {
         const uint64_t C = c.source_channels, N = c.target_channels, taps = 2 * static_cast<uint64_t>(plan.taps);
         const uint64_t sizes[5] = {C, N, taps, 1, 1};
@@ -568,22 +336,17 @@ extern "C" const char* hopper_convolve(
     std::uintptr_t packed, std::uintptr_t bias, std::uintptr_t bits, std::uintptr_t out_mid, std::uintptr_t out_rad,
     std::uintptr_t out_bits) {
     using namespace pyxai_bounds::hopper;
-    constexpr std::int64_t most = 1 << 24;
-    for (const std::int64_t size : {batch, source_height, source_width, source_channels, target_height, target_width,
-                                    target_channels, kernel_height, kernel_width, stride_height, stride_width})
-        if (size < 1 || size > most) return "a size is out of range";
-    for (const std::int64_t size : {padding_height, padding_width, dilation_height, dilation_width})
-        if (size < 0 || size > most) return "a size is out of range";
-    const auto number = [](std::int64_t n) { return static_cast<int>(n); };
-    const Convolution c{
-        transposed != 0,         number(batch),         number(source_height),   number(source_width),
-        number(source_channels), number(target_height), number(target_width),    number(target_channels),
-        number(kernel_height),   number(kernel_width),  number(stride_height),   number(stride_width),
-        number(padding_height),  number(padding_width), number(dilation_height), number(dilation_width)};
+    Convolution c;
+    const char* wrong =
+        make_convolution({transposed, batch, source_height, source_width, source_channels, target_height, target_width,
+                          target_channels, kernel_height, kernel_width, stride_height, stride_width, padding_height,
+                          padding_width, dilation_height, dilation_width},
+                         c);
+    if (wrong != nullptr) return wrong;
     const Arrays a{mid, rad, weight, at_target, at_source, at_tap, packed, bias, bits, out_mid, out_rad, out_bits};
     const auto run = [&](auto element) -> const char* {
         using T = decltype(element);
-        const int gpu = number(device), what = number(epilogue);
+        const int gpu = static_cast<int>(device), what = static_cast<int>(epilogue);
         return convolve<T>(gpu, stream, what, c, a);
     };
     return is_half ? run(Half{}) : run(BFloat16{});

@@ -7,6 +7,7 @@ order, and are rounded to nearest.
 
 from __future__ import annotations
 
+import ctypes
 import enum
 import functools
 from collections.abc import Sequence
@@ -114,6 +115,62 @@ def convolve_into(
         index, stream, mid.dtype is torch.float16, epilogue, transposed, _sizes(mid.shape, out_mid.shape),
         (*weight.shape[2:], *stride, *padding, *dilation), of_target, of_source, of_tap, *addresses,
     )  # fmt: skip
+
+
+@functools.cache
+def weight_parts(
+    index: int,
+    source: tuple[int, ...],
+    target: tuple[int, ...],
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> int:
+    """Of how many parts the sum of ``weight_gradient`` is on this CUDA device; 0 if the kernels do not take it."""
+    if groups != 1:
+        return 0
+    parts = ctypes.c_int64()
+    sizes, geometry = _sizes(source, target), (*kernel, *stride, *padding, *dilation)
+    try:
+        _module().hopper_convolve_weight(index, 0, 0, *sizes, *geometry, *(0,) * 6, ctypes.addressof(parts))
+    except RuntimeError:
+        return 0
+    return parts.value
+
+
+def weight_gradient(
+    grad_mid: Tensor,
+    grad_rad: Tensor,
+    mid: Tensor,
+    rad: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """The gradient of the convolution's weight, channels-last, where ``weight_parts`` says that the kernels take it.
+
+    All tensors are dense and channels-last. Reproducible: parts are summed in their order. Runs on the current stream
+    and waits for nothing.
+    """
+    tensors = [_aligned(t) for t in (grad_mid, grad_rad, mid, rad, weight)]
+    if any(t.device != mid.device for t in tensors):
+        raise RuntimeError(f"A kernel on {mid.device} was given tensors of other devices.")
+    outputs, channels, *kernel = weight.shape
+    index, stream = _current(mid)
+    geometry = (*kernel, *stride, *padding, *dilation)
+    parts = weight_parts(
+        index, tuple(mid.shape), tuple(grad_mid.shape), tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), 1
+    )
+    out = torch.empty(parts, outputs, *kernel, channels, dtype=torch.float32, device=mid.device)
+    _module().hopper_convolve_weight(
+        index, stream, mid.dtype is torch.float16, *_sizes(mid.shape, grad_mid.shape), *geometry,
+        *(t.data_ptr() for t in (*tensors, out)), 0,
+    )  # fmt: skip
+    summed = out[0] if parts == 1 else out.sum(0)
+    return summed.to(weight.dtype).permute(0, 3, 1, 2)
 
 
 def _is_built() -> bool:

@@ -255,14 +255,22 @@ def interval_conv2d_weight(
     def run(block: Any) -> Tensor:
         if block is None:
             return reference.interval_conv2d_weight(grad_mid, grad_rad, mid, rad, weight, *args)
-        grad = _convolution(block).weight_gradient(*_last(grad_mid, grad_rad, mid, rad, weight), *args, block, tf32)
+        tensors = _last(grad_mid, grad_rad, mid, rad, weight)
+        if block is HOPPER:
+            grad = hopper.weight_gradient(*tensors, stride, padding, dilation)
+        else:
+            grad = _convolution(block).weight_gradient(*tensors, *args, block, tf32)
         return dense_like(weight).copy_(grad) if grad.stride() != dense_like(weight).stride() else grad
 
     if weight.numel() == 0 or grad_mid.numel() == 0 or mid.numel() == 0:
         return torch.zeros_like(weight, memory_format=order)
     key = ("conv2d_weight", mid.shape, memory_format(mid), memory_format(grad_mid), weight.shape, order, *_flat(args))
     blocks = _image_blocks("weight", mid.shape, weight, args, tf32)
-    return _fastest(key, mid, blocks + _weight_blocks(mid, outputs // groups, tf32, channels), library, run)
+    blocks += _weight_blocks(mid, outputs // groups, tf32, channels)
+    if library and hopper.supports(mid):
+        geometry = (tuple(mid.shape), tuple(grad_mid.shape), tuple(kernel), *_flat(args))
+        blocks += [HOPPER] if hopper.weight_parts(mid.get_device(), *geometry) else []
+    return _fastest(key, mid, blocks, library, run)
 
 
 def interval_scale_shift(

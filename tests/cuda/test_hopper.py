@@ -26,8 +26,9 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     emulated = request.getfixturevalue("emulator")
     monkeypatch.setattr(hopper, "_module", lambda: emulated)
     monkeypatch.setattr(hopper, "_current", lambda t: (0, 0))
-    hopper.takes.cache_clear()
-    request.addfinalizer(hopper.takes.cache_clear)
+    for answers in (hopper.takes, hopper.weight_parts):
+        answers.cache_clear()
+        request.addfinalizer(answers.cache_clear)
 
 
 class Problem:
@@ -133,6 +134,75 @@ def test_epilogue(case, epilogue, back):
         assert torch.equal(value, expected.to(value.dtype))
 
 
+class WeightProblem:
+    """Boxes [B, C, H, W] and of gradients [B, K, OH, OW], and a weight with zeros."""
+
+    def __init__(self, size, outputs, kernel, stride, padding, dilation, dtype=torch.bfloat16) -> None:
+        forward = Problem(size, outputs, kernel, stride, padding, dilation, False, dtype)
+        gradients = Problem(size, outputs, kernel, stride, padding, dilation, True, dtype)
+        self.boxes = gradients.mid, gradients.rad, forward.mid, forward.rad
+        self.geometry, self.weight = forward.geometry, forward.weight
+        self.sizes = forward.source, forward.target, forward.kernel
+        self.weight[::3] = 0
+
+    def parts(self) -> int:
+        return hopper.weight_parts(0, *self.sizes, *self.geometry, 1)
+
+    def run(self) -> Tensor:
+        tensors = (t.cuda() if ON_A_GPU else t for t in (*self.boxes, self.weight))
+        return hopper.weight_gradient(*tensors, *self.geometry).cpu()
+
+    def exact(self, boxes, weight: Tensor) -> Tensor:
+        return reference.interval_conv2d_weight(*(t.double() for t in boxes), weight.double(), *self.geometry, 1)
+
+    def assert_within_budget(self, gradient: Tensor) -> None:
+        """Half a unit in the last place, and what each addition in float32 loses of a sum of magnitudes."""
+        wanted = self.exact(self.boxes, self.weight)
+        magnitudes = self.exact([t.abs() for t in self.boxes], self.weight.abs())
+        terms = 2 * self.boxes[0].numel() // self.boxes[0].shape[1]
+        unit = torch.finfo(gradient.dtype).eps / 2
+        budget = 1.01 * unit * wanted.abs() + terms * 2**-23 * magnitudes
+        assert ((gradient.double() - wanted).abs() <= budget).all()
+
+
+WEIGHT_CASES = CASES | {
+    "parts": ((3, 64, 16, 16), 64, 1, 1, 0, 1),  # a part for each of three blocks
+    "two rows an image": ((17, 64, 2, 8), 64, 3, 1, 1, 1),  # products of one image, that has halo rows between
+    "one row an image": ((17, 64, 1, 8), 64, 3, 1, 1, 1),
+    "wide": ((1, 64, 3, 128), 64, 3, 1, 1, 1),
+    "one tap, stride 2": ((2, 64, 32, 32), 64, 1, 2, 0, 1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", WEIGHT_CASES)
+def test_weight_gradient(case, dtype):
+    problem = WeightProblem(*WEIGHT_CASES[case], dtype)
+    assert problem.parts() > (case == "parts")
+    gradient = problem.run()
+    problem.assert_within_budget(gradient)
+    assert gradient.dtype is dtype and gradient.is_contiguous(memory_format=LAST)
+    assert torch.equal(gradient, problem.run())
+
+
+@pytest.mark.parametrize("size", [(33, 64, 16, 16), (33, 64, 4, 32), (9, 64, 3, 128)], ids=["6", "5", "3"])
+def test_weight_gradient_of_many_tiles(size):
+    """Stages, so many, are filled often, and are for midpoints and radii by turns, or always for the same."""
+    problem = WeightProblem(size, 64, 3, 1, 1, 1)
+    assert problem.parts() > 0
+    problem.assert_within_budget(problem.run())
+
+
+def test_weight_gradient_of_a_number_that_is_not_finite():
+    """It reaches the channels that it belongs to, and no others."""
+    problem = WeightProblem(*CASES["one image a tile"])
+    _, _, mid, rad = problem.boxes
+    mid[0, 3, 5, 5], rad[1, 7, 2, 9] = torch.nan, torch.inf
+    gradient, wanted = problem.run(), problem.exact(problem.boxes, problem.weight)
+    assert gradient[:, 3].isnan().all()
+    assert torch.equal(gradient.isfinite(), wanted.isfinite())
+
+
 def test_not_a_number_and_infinity():
     """They spread to where they are summed, as in the reference, and leave a ReLU unstable."""
     problem = Problem(*CASES["one image a tile"], False)
@@ -200,7 +270,13 @@ def test_operators_of_auto_use_it(monkeypatch):
             wanted = problem.run(epilogue)
             for value, expected in zip(results, wanted, strict=False):
                 assert torch.equal(value.cpu(), expected.reshape(value.shape))
-    assert all(triton.HOPPER in candidates for candidates in offered) and len(offered) == 4
+    problem = WeightProblem(*CASES["one image a tile"])
+    for order in (LAST, torch.contiguous_format):
+        weight = problem.weight.contiguous(memory_format=order)
+        tensors = (t.to(where) for t in (*problem.boxes, weight))
+        gradient = triton.measured.interval_conv2d_weight(*tensors, *problem.geometry, 1)
+        assert torch.equal(gradient.cpu(), problem.run()) and gradient.is_contiguous(memory_format=order)
+    assert all(triton.HOPPER in candidates for candidates in offered) and len(offered) == 6
 
 
 @pytest.mark.parametrize(
@@ -218,6 +294,7 @@ def test_what_is_left_to_others(size, outputs, kernel, stride, groups):
     out = [(n - 1) // stride + 1 for n in size[2:]]
     geometry = ((kernel, kernel), (stride, stride), (kernel // 2, kernel // 2), (1, 1), groups)
     assert not hopper.takes(size, (size[0], outputs, *out), *geometry, False)
+    assert not hopper.weight_parts(0, size, (size[0], outputs, *out), *geometry)
 
 
 def test_a_pixel_that_no_tap_reaches_is_left_to_others():
@@ -225,9 +302,13 @@ def test_a_pixel_that_no_tap_reaches_is_left_to_others():
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None or not SOURCES.is_dir(), reason="needs nvcc and the sources")
-def test_compiles(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "instruction"),
+    [("interval_conv2d", "stmatrix"), ("interval_conv2d_weight", "wgmma.mma_async.sync.aligned.m64n192k16")],
+)
+def test_compiles(name, instruction, tmp_path):
     """Without a warning or a spilled register, and so that products overlap: ptxas says where they do not."""
-    source = SOURCES / "hopper" / "interval_conv2d.cu"
+    source = SOURCES / "hopper" / f"{name}.cu"
     flags = ["-std=c++17", "-fmad=false", "-Werror=all-warnings", "-Xptxas=-v", "-Xcompiler=-Wall,-Wextra,-Werror"]
     flags += ["-gencode=arch=compute_90a,code=[sm_90a,compute_90a]", f"-I{SOURCES / 'include'}", "-keep"]
     command = ["nvcc", *flags, "-c", str(source), "-o", "kernel.o"]
@@ -237,4 +318,4 @@ def test_compiles(tmp_path):
     assert not re.findall(r"\(C75\d\d\)", result.stderr), result.stderr
     (ptx,) = tmp_path.glob("*.ptx")
     text = ptx.read_text()
-    assert "wgmma.mma_async" in text and "cp.async.bulk.tensor.5d" in text and "stmatrix" in text
+    assert "wgmma.mma_async" in text and "cp.async.bulk.tensor.5d" in text and instruction in text

@@ -83,11 +83,12 @@ __device__ inline void copy_box(void* to, const Map* map, Barrier* barrier, int 
 // --- products ---------------------------------------------------------------------------------------------------
 
 // The lower half of what tensor cores are told of a tile: where it begins in shared memory, in units of 16 bytes. Rows
-// are of 128 bytes, swizzled, the first of eight at a multiple of 1024: as copy_box leaves them.
+// are of 128 bytes, swizzled, the first of eight at a multiple of 1024: as copy_box leaves them. Rows are what is
+// multiplied with, and the terms of the sums lie along them; or, of `multiply_columns`, rows are terms, 64 numbers of
+// each lie along them, and the next 64 in the row that begins so many bytes further on.
 using Tile = uint32_t;
-__device__ inline Tile tile_at(const void* p) {
-    constexpr uint32_t no_leading_offset = 1u << 16;
-    return shared_address(p) >> 4 | no_leading_offset;
+__device__ inline Tile tile_at(const void* p, int next_numbers = 16) {
+    return shared_address(p) >> 4 | static_cast<uint32_t>(next_numbers >> 4) << 16;
 }
 // The tile that begins so many bytes further on.
 __device__ inline Tile moved(Tile tile, int bytes) {
@@ -115,25 +116,55 @@ __device__ inline void products_wait() {
         "+f"(d[i + 7])
 #define ACCUMULATORS_32(d, i) \
     ACCUMULATORS_8(d, i), ACCUMULATORS_8(d, i + 8), ACCUMULATORS_8(d, i + 16), ACCUMULATORS_8(d, i + 24)
-#define MULTIPLY(type)                                                                                         \
-    asm volatile(                                                                                              \
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"                                                           \
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                                           \
-        " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20,"     \
-        " %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40," \
-        " %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60," \
-        " %61, %62, %63}, %64, %65, p, 1, 1, 0, 0;\n}"                                                         \
-        : ACCUMULATORS_32(d, 0), ACCUMULATORS_32(d, 32)                                                        \
-        : "l"(described(a)), "l"(described(b)), "r"(add))
+#define SUMS_32                                                                                            \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
+    "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define SUMS_64                                                                                             \
+    SUMS_32                                                                                                 \
+        ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, " \
+        "%51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define SUMS_96                                                                                             \
+    SUMS_64                                                                                                 \
+        ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, " \
+        "%83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+// `by_columns` says of a and of b whether terms are rows; then come the sums.
+#define MULTIPLY(type, columns, sums, a_b, added, by_columns, ...)                                        \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " added                                                \
+                 ", 0;\n"                                                                                 \
+                 "wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " {" sums "}, " a_b \
+                 ", p, 1, 1, " by_columns ";\n}"                                                          \
+                 : __VA_ARGS__                                                                            \
+                 : "l"(described(a)), "l"(described(b)), "r"(add))
 
 // d (+)= a·bᵀ for a of 64 rows and b of 128, sixteen terms each. The four warps of a group hold d: of rows
 // 16·warp + lane / 4 and eight further on, columns 8·j + 2·(lane % 4) and the next: d[4·j + 2·(which row) + (column)].
 template <class T>
 __device__ inline void multiply(float (&d)[64], Tile a, Tile b, int add) {
     if constexpr (std::is_same_v<T, Half>)
-        MULTIPLY("f16");
+        MULTIPLY("f16", "128", SUMS_64, "%64, %65", "%66", "0, 0", ACCUMULATORS_32(d, 0), ACCUMULATORS_32(d, 32));
     else
-        MULTIPLY("bf16");
+        MULTIPLY("bf16", "128", SUMS_64, "%64, %65", "%66", "0, 0", ACCUMULATORS_32(d, 0), ACCUMULATORS_32(d, 32));
+}
+
+// d (+)= aᵀ·b for sixteen rows of a, of 64 numbers, and of b, of 64, 128 or 192; d as above.
+template <class T, int sums>
+__device__ inline void multiply_columns(float (&d)[sums], Tile a, Tile b, int add) {
+    static_assert(sums == 32 || sums == 64 || sums == 96);
+    constexpr bool half = std::is_same_v<T, Half>;
+    if constexpr (half && sums == 32)
+        MULTIPLY("f16", "64", SUMS_32, "%32, %33", "%34", "1, 1", ACCUMULATORS_32(d, 0));
+    else if constexpr (sums == 32)
+        MULTIPLY("bf16", "64", SUMS_32, "%32, %33", "%34", "1, 1", ACCUMULATORS_32(d, 0));
+    else if constexpr (half && sums == 64)
+        MULTIPLY("f16", "128", SUMS_64, "%64, %65", "%66", "1, 1", ACCUMULATORS_32(d, 0), ACCUMULATORS_32(d, 32));
+    else if constexpr (sums == 64)
+        MULTIPLY("bf16", "128", SUMS_64, "%64, %65", "%66", "1, 1", ACCUMULATORS_32(d, 0), ACCUMULATORS_32(d, 32));
+    else if constexpr (half)
+        MULTIPLY("f16", "192", SUMS_96, "%96, %97", "%98", "1, 1", ACCUMULATORS_32(d, 0), ACCUMULATORS_32(d, 32),
+                 ACCUMULATORS_32(d, 64));
+    else
+        MULTIPLY("bf16", "192", SUMS_96, "%96, %97", "%98", "1, 1", ACCUMULATORS_32(d, 0), ACCUMULATORS_32(d, 32),
+                 ACCUMULATORS_32(d, 64));
 }
 
 // --- registers --------------------------------------------------------------------------------------------------
@@ -151,9 +182,10 @@ __device__ inline void take_registers() {
 __device__ inline int of_warp(int x) {
     return __shfl_sync(0xffffffffu, x, 0);
 }
-// A barrier of 128 threads; the block's own has number 0.
+// A barrier of some of the block's threads; the block's own has number 0.
+template <int threads = 128>
 __device__ inline void group_barrier(int number) {
-    asm volatile("bar.sync %0, 128;" ::"r"(number) : "memory");
+    asm volatile("bar.sync %0, %1;" ::"r"(number), "n"(threads) : "memory");
 }
 // Transposes of four tiles of eight rows of eight 16-bit numbers, of whose row i / 4 thread i has the numbers 2·(i % 4)
 // and the next. Thread i says where row i % 8 of the transpose of tile i / 8 goes.

@@ -28,4 +28,17 @@ const char* hopper_convolve(std::int64_t device, std::uintptr_t stream, std::int
                             std::uintptr_t packed, std::uintptr_t bias, std::uintptr_t bits, std::uintptr_t out_mid,
                             std::uintptr_t out_rad, std::uintptr_t out_bits);
 
+// The gradient of that convolution's weight, (g_mid·mid) + sign(W)·(g_rad·rad) summed over pixels and the batch, from
+// the box of gradients of its target and the box that was its source, both dense and channels-last. The weight is dense
+// and channels-last, [target channels, taps, source channels]; `out` are as many such arrays of float32, whose sum, in
+// their order, is the gradient, as an answer to out 0 wrote to the int64 at `parts`. With that nothing else is done.
+const char* hopper_convolve_weight(std::int64_t device, std::uintptr_t stream, std::int64_t is_half, std::int64_t batch,
+                                   std::int64_t source_height, std::int64_t source_width, std::int64_t source_channels,
+                                   std::int64_t target_height, std::int64_t target_width, std::int64_t target_channels,
+                                   std::int64_t kernel_height, std::int64_t kernel_width, std::int64_t stride_height,
+                                   std::int64_t stride_width, std::int64_t padding_height, std::int64_t padding_width,
+                                   std::int64_t dilation_height, std::int64_t dilation_width, std::uintptr_t grad_mid,
+                                   std::uintptr_t grad_rad, std::uintptr_t mid, std::uintptr_t rad,
+                                   std::uintptr_t weight, std::uintptr_t out, std::uintptr_t parts);
+
 }  // extern "C"

@@ -1,5 +1,5 @@
-// What csrc/hopper uses of Hopper GPUs, on the CPU; see cuda_runtime.h. Products run when they are waited for, so that a
-// stage that is given back too early shows in the results.
+// What csrc/hopper uses of Hopper GPUs, on the CPU; see cuda_runtime.h. Products run when they are waited for, so that
+// a stage that is given back too early shows in the results; copies arrive late, and groups of warps are not in step.
 #pragma once
 
 #include <cstdint>
@@ -122,8 +122,23 @@ inline void arrive_and_expect(Barrier* barrier, uint32_t bytes) {
     barrier->bytes += bytes;
     arrive(barrier);
 }
+
+// What happens some rounds later. Who waits, lets it happen; all in a round see the same.
+struct Later {
+    unsigned round;
+    std::function<void()> happen;
+};
+inline std::deque<Later> to_come;
+inline void let_happen() {
+    for (; !to_come.empty() && to_come.front().round <= emulation::block.round; to_come.pop_front())
+        to_come.front().happen();
+}
 inline void wait(Barrier* barrier, uint32_t parity) {
-    while (barrier->phase == parity) yield();
+    for (let_happen(); barrier->phase == parity; let_happen()) yield();
+}
+// Some number below `most`, always the same for the same two.
+inline unsigned some(unsigned a, unsigned b, unsigned most) {
+    return (a * 2654435761u + b * 40503u >> 7) % most;
 }
 
 // --- copies -----------------------------------------------------------------------------------------------------
@@ -136,10 +151,7 @@ struct Map {
 inline int64_t swizzled(int64_t address) {
     return address ^ (address >> 7 & 7) << 4;
 }
-inline void copy_box(void* to, const Map* map, Barrier* barrier, int at0, int at1, int at2, int at3, int at4) {
-    const int64_t at[5] = {at0, at1, at2, at3, at4};
-    const int64_t start = static_cast<uint8_t*>(to) - shared;
-    if (start % 128 != 0) __builtin_trap();
+inline void copy(int64_t start, const Map* map, const int64_t (&at)[5]) {
     int64_t n = 0, i[5];
     for (i[4] = 0; i[4] < map->box[4]; ++i[4])
         for (i[3] = 0; i[3] < map->box[3]; ++i[3])
@@ -157,8 +169,20 @@ inline void copy_box(void* to, const Map* map, Barrier* barrier, int at0, int at
                         if (inside) std::memcpy(&value, map->tensor + from, 2);
                         std::memcpy(shared + swizzled(start + n * 2), &value, 2);
                     }
-    barrier->bytes -= 2 * n;
-    barrier->settle();
+}
+// They arrive in the order in which they were asked for.
+inline void copy_box(void* to, const Map* map, Barrier* barrier, int at0, int at1, int at2, int at3, int at4) {
+    const int64_t start = static_cast<uint8_t*>(to) - shared;
+    if (start % 128 != 0) __builtin_trap();
+    int64_t bytes = 2;
+    for (const uint32_t size : map->box) bytes *= size;
+    std::memset(to, 0xff, bytes);  // not a number, until then
+    static unsigned count = 0;
+    to_come.push_back({emulation::block.round + some(++count, 0, 8), [=] {
+                           copy(start, map, {at0, at1, at2, at3, at4});
+                           barrier->bytes -= bytes;
+                           barrier->settle();
+                       }});
 }
 template <class T>
 const char* make_map(Map* map, const void* tensor, const uint64_t (&sizes)[5], const uint64_t (&pitches)[4],
@@ -177,18 +201,21 @@ const char* make_map(Map* map, const void* tensor, const uint64_t (&sizes)[5], c
 
 // --- products ---------------------------------------------------------------------------------------------------
 
-using Tile = int64_t;
-inline Tile tile_at(const void* p) {
-    return static_cast<const uint8_t*>(p) - shared;
+struct Tile {
+    int64_t start, next_numbers;
+};
+inline Tile tile_at(const void* p, int next_numbers = 16) {
+    return {static_cast<const uint8_t*>(p) - shared, next_numbers};
 }
 inline Tile moved(Tile tile, int bytes) {
-    return tile + bytes;
+    return {tile.start + bytes, tile.next_numbers};
 }
 
 struct Queue {
     std::deque<std::function<void()>> products;
     std::deque<size_t> groups;
     size_t open = 0;
+    unsigned waits = 0;
 };
 inline Queue queues[1024];
 inline Queue& queue() {
@@ -201,28 +228,29 @@ inline void products_are_queued() {
 }
 template <int unfinished>
 void products_wait() {
-    yield();  // others may run first
     Queue& mine = queue();
+    // Others may run first.
+    for (unsigned rounds = 1 + some(threadIdx.x / 128, ++mine.waits, 4); rounds > 0; --rounds) yield();
     for (; mine.groups.size() > unfinished; mine.groups.pop_front()) {
         for (size_t i = 0; i < mine.groups.front(); ++i) mine.products.front()(), mine.products.pop_front();
     }
 }
-template <class T>
-void multiply(float (&d)[64], Tile a, Tile b, int add) {
+// `at` says where a number is: which tile, which row of the product's factor, which term.
+template <class T, int size, class At>
+void queue_product(float (&d)[size], Tile a, Tile b, int add, At at) {
     const int thread = threadIdx.x % 128, lane = thread % 32;
     float* const sums = d;
     ++queue().open;
     queue().products.push_back([=] {
-        const auto value = [](Tile tile, int row, int term) {
+        const auto value = [&](Tile tile, int row, int term) {
             T x;
-            const int64_t address = tile + row / 8 * 1024 + row % 8 * 128 + term * 2;
-            std::memcpy(&x, shared + swizzled(address), 2);
+            std::memcpy(&x, shared + swizzled(at(tile, row, term)), 2);
             return widened(x);
         };
         float rows[2][16];
         for (int half = 0; half < 2; ++half)
             for (int k = 0; k < 16; ++k) rows[half][k] = value(a, thread / 32 * 16 + lane / 4 + half * 8, k);
-        for (int j = 0; j < 16; ++j) {
+        for (int j = 0; j < size / 4; ++j) {
             for (int c = 0; c < 2; ++c) {
                 float column[16];
                 for (int k = 0; k < 16; ++k) column[k] = value(b, j * 8 + lane % 4 * 2 + c, k);
@@ -233,6 +261,18 @@ void multiply(float (&d)[64], Tile a, Tile b, int add) {
                 }
             }
         }
+    });
+}
+template <class T>
+void multiply(float (&d)[64], Tile a, Tile b, int add) {
+    queue_product<T>(d, a, b, add, [](Tile tile, int row, int term) {
+        return tile.start + row / 8 * 1024 + row % 8 * 128 + term * 2;
+    });
+}
+template <class T, int sums>
+void multiply_columns(float (&d)[sums], Tile a, Tile b, int add) {
+    queue_product<T>(d, a, b, add, [](Tile tile, int row, int term) {
+        return tile.start + row / 64 * tile.next_numbers + row % 64 * 2 + term / 8 * 1024 + term % 8 * 128;
     });
 }
 
@@ -250,10 +290,12 @@ struct GroupBarrier {
     unsigned generation = 0, left_in = 0;
 };
 inline GroupBarrier group_barriers[16];
-inline void group_barrier(int number) {
+template <int threads = 128>
+void group_barrier(int number) {
     GroupBarrier& barrier = group_barriers[number];
     const unsigned mine = barrier.generation;
-    if (++barrier.arrived == 128) barrier.arrived = 0, ++barrier.generation, barrier.left_in = emulation::block.round + 1;
+    if (++barrier.arrived == threads)
+        barrier.arrived = 0, ++barrier.generation, barrier.left_in = emulation::block.round + 1;
     while (barrier.generation == mine || emulation::block.round < barrier.left_in) yield();
 }
 inline uint32_t exchanged[1024][4];
@@ -291,6 +333,7 @@ const char* launch(void (*kernel)(Parameters...), int device, std::uintptr_t, in
         for (GroupBarrier& barrier : group_barriers) barrier = {};
         std::memset(shared, 0xff, sizeof(shared));  // not a number
         emulation::run(static_cast<unsigned>(threads), [&] { kernel(arguments...); });
+        if (!to_come.empty()) __builtin_trap();  // it would arrive in the memory of another block
     }
     return nullptr;
 }

@@ -1,0 +1,211 @@
+// The gradient of a convolution's weight on Hopper's tensor cores, for boxes of 16-bit numbers: sums in float32 over
+// pixels of g_mid·mid, and of g_rad·rad times the weight's sign.
+//
+// A block owns 64 channels of the gradients, 64 of the source, a column of taps and a part of the pixels. Two groups of
+// warps multiply, one midpoints, the other radii; each result is of both, so that they meet once, at the end. As in
+// interval_conv2d.cu the pixels that the taps reach are brought once, as a panel; taps lie side by side in the product,
+// because the copy engine and the tensor cores agree that the next tap's begin a few rows further down.
+//
+// Parts are summed by others, in a fixed order. Where the image or the batch ends, gradients are zeros; what the source
+// has there is multiplied by them, so that numbers that are not finite may spread to taps that do not reach them.
+#include "pyxai_bounds/hopper.h"
+#include "pyxai_bounds/hopper_plan.cuh"
+
+namespace pyxai_bounds::hopper {
+namespace {
+
+constexpr int group_threads = 128, multipliers = 2 * group_threads, threads = multipliers + 32;
+// Small, so that many stages are under way. Three at least: either group keeps one until its next is queued.
+constexpr int tile_pixels = 128, grad_bytes = tile_pixels * row_bytes, least_stages = 3;
+constexpr int product_pixels = 16, products = tile_pixels / product_pixels;
+constexpr int sums_of_tap = tile_channels * depth / group_threads;
+constexpr int most_parts = 256;
+
+// Stages hold midpoints and radii by turns. A group waits for all of them, those of the other's too: of every second
+// one it would not know whether the barrier's parity is that of this use of the stage or of the one after the next. No
+// group waits for the other thereby: the stage that it waits for is filled when the one three before it is given back,
+// which its user does before it waits for that one's successor by two.
+template <class T, int taps>
+__device__ inline void sum_tiles(const Plan& plan, const Panel& panel, Ring ring, int tiles, int kind, bool speaks,
+                                 float (&sums)[taps * sums_of_tap]) {
+    const int next_tap = taps > 1 ? (panel.rows_down[1] << plan.tile_width_log) * row_bytes : row_bytes;
+    const int image_log = plan.tile_rows_log + plan.tile_width_log - 4;  // of the products for one image
+    int used = -1;                                                       // the stage whose products may be unfinished
+    for (int step = 0; step < 2 * tiles; ++step, ring.next()) {
+        wait(ring.full + ring.stage, ring.parity);
+        if (step % 2 != kind) continue;
+        const uint8_t* const from = ring.memory + ring.stage * plan.stage_bytes;
+        const Tile grads = tile_at(from + plan.panel_bytes), pixels = tile_at(from, next_tap);
+        products_begin();
+#pragma unroll
+        for (int k = 0; k < products; ++k) {
+            const int at = k * product_pixels * row_bytes;
+            multiply_columns<T>(sums, moved(grads, at), moved(pixels, at + (k >> image_log) * plan.halo_bytes),
+                                step > 1 || k > 0);
+        }
+        products_are_queued();
+        products_wait<1>();
+        if (used >= 0 && speaks) arrive(ring.empty + used);
+        used = ring.stage;
+    }
+    products_wait<0>();
+}
+
+struct Result {
+    int n, c;     // the first channels
+    int64_t row;  // elements of one channel n
+};
+
+template <class T, int taps>
+__device__ inline void weight_gradient(const Plan& plan, const Order& order, const Panel& panel, const Ring& ring,
+                                       int tiles, const Result& result, const T* weight, float* out) {
+    const int kind = of_warp(threadIdx.x / group_threads), turn = threadIdx.x % group_threads, lane = threadIdx.x % 32;
+    float sums[taps * sums_of_tap];
+    sum_tiles<T, taps>(plan, panel, ring, tiles, kind, turn == 0, sums);
+    // Both have waited for all stages: nothing is under way any more, and after this nothing is read.
+    group_barrier<multipliers>(1);
+    float* const others = reinterpret_cast<float*>(ring.memory);
+    if (kind == 1) {
+#pragma unroll
+        for (int i = 0; i < taps * sums_of_tap; ++i) others[i * group_threads + turn] = sums[i];
+    }
+    group_barrier<multipliers>(1);
+    if (kind == 1) return;
+#pragma unroll
+    for (int i = 0; i < taps * sums_of_tap; i += 2) {
+        const int half = i / 2 % 2, column = i / 4 * 8 + lane % 4 * 2;
+        const int n = result.n + turn / 32 * 16 + half * 8 + lane / 4;
+        const int tap = order.tap[panel.first_tap + column / depth], c = result.c + column % depth;
+        const int64_t to = n * result.row + tap * plan.chunks * depth + c;
+        const uint32_t w = *reinterpret_cast<const uint32_t*>(weight + to);
+        const uint32_t positive = is_positive<T>(w), negative = is_positive<T>(w ^ 0x80008000u);
+        const auto sign = [&](int bit) {
+            return static_cast<float>(positive >> bit & 1) - static_cast<float>(negative >> bit & 1);
+        };
+        out[to] = sums[i] + sign(0) * others[i * group_threads + turn];
+        out[to + 1] = sums[i + 1] + sign(16) * others[(i + 1) * group_threads + turn];
+    }
+}
+
+// Blocks of one part, which read the same pixels, have neighbouring numbers.
+template <class T>
+__global__ void __launch_bounds__(threads, 1)
+    interval_conv2d_weight_kernel(const __grid_constant__ Plan plan, const __grid_constant__ Order order,
+                                  const __grid_constant__ Map grad_mid_map, const __grid_constant__ Map grad_rad_map,
+                                  const __grid_constant__ Map mid_map, const __grid_constant__ Map rad_map, int tiles,
+                                  int parts, const T* weight, float* out) {
+    uint8_t* const memory = dynamic_memory();
+    Barrier* const barriers = reinterpret_cast<Barrier*>(memory + plan.stages * plan.stage_bytes);
+    Ring ring{memory, barriers, barriers + most_stages, plan.stages};
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < plan.stages; ++i) barrier_init(ring.full + i, 1), barrier_init(ring.empty + i, 1);
+        barriers_are_made();
+    }
+    __syncthreads();
+
+    int unit = blockIdx.x;
+    const int n = unit % plan.tiles_n;
+    unit /= plan.tiles_n;
+    const int chunk = unit % plan.chunks;
+    unit /= plan.chunks;
+    const Panel& panel = plan.panel[unit % plan.phase[0].panels];
+    const int64_t part = unit / plan.phase[0].panels;
+    const int first = static_cast<int>(part * tiles / parts), last = static_cast<int>((part + 1) * tiles / parts);
+
+    if (threadIdx.x >= multipliers) {
+        if (threadIdx.x != multipliers) return;
+        for (int tile = first; tile < last; ++tile) {
+            const Work work = work_of(plan, tile * plan.tiles_n);
+            for (int kind = 0; kind < 2; ++kind, ring.next()) {
+                wait(ring.empty + ring.stage, ring.parity ^ 1);
+                Barrier* const full = ring.full + ring.stage;
+                uint8_t* const to = ring.memory + ring.stage * plan.stage_bytes;
+                arrive_and_expect(full, plan.panel_bytes + grad_bytes);
+                copy_box(to, kind == 0 ? &mid_map : &rad_map, full, (panel.x_phase * plan.chunks + chunk) * depth,
+                         work.x + panel.x, panel.y_phase, work.y + panel.y, work.b);
+                copy_box(to + plan.panel_bytes, kind == 0 ? &grad_mid_map : &grad_rad_map, full, n * tile_channels,
+                         work.x, 0, work.y, work.b);
+            }
+        }
+        return;
+    }
+
+    const int64_t row = static_cast<int64_t>(plan.taps) * plan.chunks * depth;
+    const Result result{n * tile_channels, chunk * depth, row};
+    out += part * plan.channels * row;
+    const auto run = [&](auto taps) {
+        weight_gradient<T, taps.value>(plan, order, panel, ring, last - first, result, weight, out);
+    };
+    if (panel.taps == 3)
+        run(std::integral_constant<int, 3>{});
+    else if (panel.taps == 2)
+        run(std::integral_constant<int, 2>{});
+    else
+        run(std::integral_constant<int, 1>{});
+}
+
+// Into how many parts pixels are divided, so that all blocks are done soonest, of which `there` run at a time.
+int parts_of(int64_t units, int tiles, int there) {
+    constexpr int64_t overhead = 6;  // of a block, in tiles: until the first has come, and to write and sum its results
+    int best = 1;
+    int64_t least = INT64_MAX;
+    for (int parts = 1; parts <= tiles && parts <= most_parts; ++parts) {
+        const int64_t rounds = (units * parts + there - 1) / there;
+        const int64_t time = rounds * ((tiles + parts - 1) / parts + overhead);
+        if (time < least) best = parts, least = time;
+    }
+    return best;
+}
+
+struct Arrays {
+    std::uintptr_t grad_mid, grad_rad, mid, rad, weight, out, parts;
+};
+
+template <class T>
+const char* convolve_weight(int device, std::uintptr_t stream, const Convolution& c, const Arrays& a) {
+    Plan plan;
+    Order order;
+    const Needs needs{tile_pixels, grad_bytes, 0, 0, least_stages, true};
+    if (const char* wrong = make_plan(c, needs, plan, order)) return wrong;
+    const int64_t units = static_cast<int64_t>(plan.tiles_n) * plan.chunks * plan.phase[0].panels;
+    const int tiles = plan.tiles_x * plan.tiles_y * plan.tiles_b, parts = parts_of(units, tiles, processors(device));
+    if (units > 0x7fffffff / most_parts) return "the weight has more tiles than one launch can have";
+    if (a.out == 0) {
+        *reinterpret_cast<int64_t*>(a.parts) = parts;
+        return nullptr;
+    }
+    Map grad_mid, grad_rad, mid, rad;
+    if (const char* wrong = make_source_map<T>(&mid, a.mid, plan, c)) return wrong;
+    if (const char* wrong = make_source_map<T>(&rad, a.rad, plan, c)) return wrong;
+    const auto make_grad_map = [&](Map* map, std::uintptr_t grad) {
+        return make_image_map<T>(map, grad, plan, c.batch, c.target_height, c.target_width, c.target_channels, 1, 1,
+                                 1 << plan.tile_rows_log);
+    };
+    if (const char* wrong = make_grad_map(&grad_mid, a.grad_mid)) return wrong;
+    if (const char* wrong = make_grad_map(&grad_rad, a.grad_rad)) return wrong;
+    return launch(interval_conv2d_weight_kernel<T>, device, stream, units * parts, threads,
+                  plan.stages * plan.stage_bytes + barrier_bytes, plan, order, grad_mid, grad_rad, mid, rad, tiles,
+                  parts, at<T>(a.weight), const_cast<float*>(at<float>(a.out)));
+}
+
+}  // namespace
+}  // namespace pyxai_bounds::hopper
+
+extern "C" const char* hopper_convolve_weight(
+    std::int64_t device, std::uintptr_t stream, std::int64_t is_half, std::int64_t batch, std::int64_t source_height,
+    std::int64_t source_width, std::int64_t source_channels, std::int64_t target_height, std::int64_t target_width,
+    std::int64_t target_channels, std::int64_t kernel_height, std::int64_t kernel_width, std::int64_t stride_height,
+    std::int64_t stride_width, std::int64_t padding_height, std::int64_t padding_width, std::int64_t dilation_height,
+    std::int64_t dilation_width, std::uintptr_t grad_mid, std::uintptr_t grad_rad, std::uintptr_t mid,
+    std::uintptr_t rad, std::uintptr_t weight, std::uintptr_t out, std::uintptr_t parts) {
+    using namespace pyxai_bounds::hopper;
+    Convolution c;
+    const char* wrong = make_convolution({0, batch, source_height, source_width, source_channels, target_height,
+                                          target_width, target_channels, kernel_height, kernel_width, stride_height,
+                                          stride_width, padding_height, padding_width, dilation_height, dilation_width},
+                                         c);
+    if (wrong != nullptr) return wrong;
+    const Arrays a{grad_mid, grad_rad, mid, rad, weight, out, parts};
+    const int gpu = static_cast<int>(device);
+    return is_half ? convolve_weight<Half>(gpu, stream, c, a) : convolve_weight<BFloat16>(gpu, stream, c, a);
+}

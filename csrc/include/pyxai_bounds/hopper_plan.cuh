@@ -1,0 +1,276 @@
+// What the kernels of csrc/hopper share: how a convolution is cut into tiles and panels, the ring of stages in shared
+// memory, and the copy engine's view of an image.
+#pragma once
+
+#include "pyxai_bounds/hopper.cuh"
+
+namespace pyxai_bounds::hopper {
+
+constexpr int tile_channels = 64;    // of the result
+constexpr int depth = 64;            // channels of a panel: 128 bytes, the longest row that is swizzled
+constexpr int row_bytes = 128;       // of one pixel in a panel, or of one channel of the result in the weights
+constexpr int most_memory = 232448;  // bytes that a block may have
+constexpr int most_stages = 6, barrier_bytes = 2 * most_stages * 8;
+constexpr int most_taps = 3;           // of one panel
+constexpr int most_panels = 25;        // in all
+constexpr int most_packed = 49;        // taps
+constexpr uint32_t none = 0xffffffff;  // no octet of channels
+
+// A column of taps that read one panel: where it begins in the source, and which row of it each tap begins at.
+struct Panel {
+    signed char y, x;              // of the first row and column, from the tile's, in steps of the stride,
+    signed char y_phase, x_phase;  // and between two steps
+    signed char first_tap, taps;   // in the order of the packed weights
+    signed char rows_down[most_taps];
+};
+
+// Pixels of the result that the same taps reach: all, or those of one remainder modulo the stride.
+struct Phase {
+    int y, x;  // of the first such pixel
+    int first_panel, panels;
+};
+
+struct Plan {
+    int batch, height, width;  // of the result
+    int rows, columns;         // of a phase
+    int step_y, step_x;        // between pixels of a phase
+    int phases, chunks;        // of the source's channels
+    int channels;              // of the result
+    uint32_t octets;           // of channels, in all the result
+    int taps;
+    int tile_width, tile_width_log, tile_rows_log;  // pixels of a tile: [images, rows, width]
+    int tile_images;
+    int tiles_x, tiles_y, tiles_b, tiles_n;
+    int panel_bytes, halo_bytes, stage_bytes, stages;  // halo: of the rows that only other taps than the first read
+    Phase phase[4];
+    Panel panel[most_panels];
+};
+
+struct Work {
+    int phase, b, y, x, n;
+};
+
+__device__ inline Work work_of(const Plan& plan, int tile) {
+    Work work;
+    work.n = tile % plan.tiles_n, tile /= plan.tiles_n;
+    work.phase = tile % plan.phases, tile /= plan.phases;
+    work.x = (tile % plan.tiles_x) << plan.tile_width_log, tile /= plan.tiles_x;
+    work.y = (tile % plan.tiles_y) << plan.tile_rows_log;
+    work.b = tile / plan.tiles_y * plan.tile_images;
+    return work;
+}
+
+// Where stages lie: `full` says that a stage's bytes have come, `empty` that the warps that multiply have used them.
+struct Ring {
+    uint8_t* memory;
+    Barrier *full, *empty;
+    int stages, stage = 0;
+    uint32_t parity = 0;
+
+    __device__ void next() {
+        if (++stage == stages) stage = 0, parity ^= 1;
+    }
+};
+
+// Which tap of the weight is which of the plan's.
+struct Order {
+    signed char tap[most_packed];
+};
+
+inline int floor_div(int a, int b) {
+    return a / b - (a % b != 0 && (a < 0) != (b < 0));
+}
+
+inline int log2_of(int n) {
+    int log = 0;
+    while (1 << log < n) ++log;
+    return log;
+}
+
+struct Tap {
+    int y, x, y_phase, x_phase, index;
+};
+
+// Appends the phase's panels; false if there are too many.
+inline bool add_phase(Plan& plan, Order& order, Tap (&taps)[most_packed], int count, int& panels, int& packed_taps,
+                      int share) {
+    // Taps that read the same columns, one row after the other.
+    for (int i = 1; i < count; ++i) {
+        const auto before = [](const Tap& a, const Tap& b) {
+            if (a.x != b.x) return a.x < b.x;
+            if (a.x_phase != b.x_phase) return a.x_phase < b.x_phase;
+            if (a.y_phase != b.y_phase) return a.y_phase < b.y_phase;
+            return a.y < b.y;
+        };
+        for (int j = i; j > 0 && before(taps[j], taps[j - 1]); --j) {
+            const Tap other = taps[j];
+            taps[j] = taps[j - 1], taps[j - 1] = other;
+        }
+    }
+    for (int i = 0; i < count; ++i) {
+        const Tap& tap = taps[i];
+        Panel* last = panels > plan.phase[plan.phases].first_panel ? &plan.panel[panels - 1] : nullptr;
+        const bool fits = last != nullptr && last->x == tap.x && last->x_phase == tap.x_phase &&
+                          last->y_phase == tap.y_phase && tap.y - last->y < share && last->taps < most_taps;
+        if (!fits) {
+            if (panels == most_panels) return false;
+            last = &plan.panel[panels++];
+            *last = {static_cast<signed char>(tap.y),
+                     static_cast<signed char>(tap.x),
+                     static_cast<signed char>(tap.y_phase),
+                     static_cast<signed char>(tap.x_phase),
+                     static_cast<signed char>(packed_taps),
+                     0,
+                     {}};
+        }
+        last->rows_down[last->taps++] = static_cast<signed char>(tap.y - last->y);
+        order.tap[packed_taps++] = static_cast<signed char>(tap.index);
+    }
+    plan.phase[plan.phases].panels = panels - plan.phase[plan.phases].first_panel;
+    ++plan.phases;
+    return true;
+}
+
+struct Convolution {
+    bool transposed;
+    int batch, source_height, source_width, source_channels, target_height, target_width, target_channels;
+    int kernel_y, kernel_x, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x;
+};
+
+// Pixels of a tile, as [images, rows, width]: narrow and tall, so that few rows are brought twice; of small images,
+// several. False if none fits.
+inline bool shape_tile(Plan& plan, int pixels) {
+    int best = 0, width = 0;
+    for (int w = 8; w <= 128 && w <= pixels; w *= 2) {
+        const int rows = pixels / w, tiles = (plan.rows + rows - 1) / rows;
+        const int used = plan.rows * 1024 / (tiles * rows);  // how much of the tiles is no waste
+        if (plan.columns % w == 0 && used > best) best = used, width = w;
+    }
+    const int image = plan.rows * plan.columns;
+    const bool small = image < pixels && pixels % image == 0 && (plan.columns & (plan.columns - 1)) == 0;
+    if (small) best = 1024, width = plan.columns;
+    if (best < 512) return false;
+    plan.tile_width = width, plan.tile_images = small ? pixels / image : 1;
+    const int rows = pixels / width / plan.tile_images;
+    plan.tile_width_log = log2_of(width), plan.tile_rows_log = log2_of(rows);
+    plan.tiles_x = plan.columns / width, plan.tiles_y = (plan.rows + rows - 1) / rows;
+    plan.tiles_b = (plan.batch + plan.tile_images - 1) / plan.tile_images;
+    return true;
+}
+
+// What a kernel makes of a plan: pixels of its tiles, bytes of a stage besides the panel's, and for each tap, bytes
+// that it keeps of a block's, the least number of stages, and whether a tile of several images has panels of several
+// taps.
+struct Needs {
+    int pixels, stage_bytes, tap_bytes, other_bytes, stages;
+    bool shares_images;
+};
+
+// Null, or why these kernels do not take it.
+inline const char* make_plan(const Convolution& c, const Needs& needs, Plan& plan, Order& order) {
+    const int phases_y = c.transposed ? c.stride_y : 1, phases_x = c.transposed ? c.stride_x : 1;
+    const int steps_y = c.transposed ? 1 : c.stride_y, steps_x = c.transposed ? 1 : c.stride_x;
+    if (c.source_channels % depth != 0 || c.target_channels % tile_channels != 0)
+        return "channels are no multiples of 64";
+    if (c.target_height % phases_y != 0 || c.target_width % phases_x != 0 || c.source_height % steps_y != 0 ||
+        c.source_width % steps_x != 0)
+        return "the image is no multiple of the stride";
+    if (phases_y * phases_x > 4 || c.kernel_y * c.kernel_x > most_packed) return "too many taps or a stride above 2";
+    plan = {}, order = {};
+    plan.batch = c.batch, plan.height = c.target_height, plan.width = c.target_width;
+    plan.channels = c.target_channels;
+    const int64_t elements = static_cast<int64_t>(c.batch) * c.target_height * c.target_width * c.target_channels;
+    if (elements / 8 >= none) return "the result has more elements than 32 bits count in eights";
+    if (static_cast<int64_t>(c.source_channels) * c.target_channels * c.kernel_y * c.kernel_x > 0x7fffffff)
+        return "the weight has more elements than 31 bits count";
+    plan.octets = static_cast<uint32_t>(elements / 8);
+    plan.rows = c.target_height / phases_y, plan.columns = c.target_width / phases_x;
+    plan.step_y = phases_y, plan.step_x = phases_x;
+    plan.chunks = c.source_channels / depth, plan.taps = c.kernel_y * c.kernel_x;
+    plan.tiles_n = c.target_channels / tile_channels;
+    if (!shape_tile(plan, needs.pixels)) return "the image does not divide into tiles";
+    // Rows of a panel are swizzled by eights; products take sixteen pixels of an image at a time.
+    const bool fills = needs.shares_images && plan.tile_width >= 8 && plan.rows * plan.columns >= 16;
+    const int share = plan.tile_images == 1 || fills ? most_taps : 1;
+    int panels = 0, packed_taps = 0;
+    for (int y = 0; y < phases_y; ++y) {
+        for (int x = 0; x < phases_x; ++x) {
+            Tap taps[most_packed];
+            int count = 0;
+            for (int ky = 0; ky < c.kernel_y; ++ky) {
+                for (int kx = 0; kx < c.kernel_x; ++kx) {
+                    Tap tap{ky * c.dilation_y - c.padding_y, kx * c.dilation_x - c.padding_x, 0, 0,
+                            ky * c.kernel_x + kx};
+                    if (c.transposed) {
+                        tap.y = y - tap.y, tap.x = x - tap.x;
+                        if (tap.y % phases_y != 0 || tap.x % phases_x != 0) continue;
+                        tap.y /= phases_y, tap.x /= phases_x;
+                    } else {
+                        tap.y_phase = tap.y - floor_div(tap.y, steps_y) * steps_y, tap.y = floor_div(tap.y, steps_y);
+                        tap.x_phase = tap.x - floor_div(tap.x, steps_x) * steps_x, tap.x = floor_div(tap.x, steps_x);
+                    }
+                    if (tap.y < -127 || tap.y > 127 || tap.x < -127 || tap.x > 127) return "a tap is too far away";
+                    taps[count++] = tap;
+                }
+            }
+            if (count == 0) return "no tap reaches some pixels";
+            plan.phase[plan.phases] = {y, x, panels, 0};
+            if (!add_phase(plan, order, taps, count, panels, packed_taps, share)) return "too many columns of taps";
+        }
+    }
+    int down = 0, taps = 0;
+    for (int p = 0; p < panels; ++p) {
+        const Panel& panel = plan.panel[p];
+        if (panel.taps > taps) taps = panel.taps;
+        if (panel.rows_down[panel.taps - 1] > down) down = panel.rows_down[panel.taps - 1];
+    }
+    const int rows = (1 << plan.tile_rows_log) + down;
+    if (rows > 256) return "a panel has too many rows";
+    plan.panel_bytes = plan.tile_images * rows * plan.tile_width * row_bytes;
+    plan.halo_bytes = down * plan.tile_width * row_bytes;
+    plan.stage_bytes = plan.panel_bytes + needs.stage_bytes + taps * needs.tap_bytes;
+    plan.stages = (most_memory - needs.other_bytes - barrier_bytes) / plan.stage_bytes;
+    if (plan.stages > most_stages) plan.stages = most_stages;
+    if (plan.stages < needs.stages) return "its stages are more than shared memory holds";
+    const int64_t tiles = static_cast<int64_t>(plan.tiles_x) * plan.tiles_y * plan.tiles_b * plan.tiles_n * plan.phases;
+    return tiles > 0x7fffffff ? "the result has more tiles than one launch can have" : nullptr;
+}
+
+template <class T>
+const T* at(std::uintptr_t address) {
+    return reinterpret_cast<const T*>(address);
+}
+
+// An image, dense and channels-last, read a box of [images, rows, width] pixels and 64 channels at a time; in steps of
+// a stride, between which its pixels are phases: [batch, height, phase, width, phase and channels].
+template <class T>
+const char* make_image_map(Map* map, std::uintptr_t image, const Plan& plan, int batch, int height, int width,
+                           int channels, int step_y, int step_x, int rows) {
+    const uint64_t B = batch, H = height, W = width, C = channels, sy = step_y, sx = step_x;
+    const uint64_t sizes[5] = {sx * C, W / sx, sy, H / sy, B};
+    const uint64_t pitches[4] = {2 * sx * C, 2 * W * C, 2 * sy * W * C, 2 * H * W * C};
+    const uint32_t box[5] = {depth, static_cast<uint32_t>(plan.tile_width), 1, static_cast<uint32_t>(rows),
+                             static_cast<uint32_t>(plan.tile_images)};
+    return make_map<T>(map, at<T>(image), sizes, pitches, box);
+}
+template <class T>
+const char* make_source_map(Map* map, std::uintptr_t image, const Plan& plan, const Convolution& c) {
+    return make_image_map<T>(map, image, plan, c.batch, c.source_height, c.source_width, c.source_channels,
+                             c.transposed ? 1 : c.stride_y, c.transposed ? 1 : c.stride_x,
+                             plan.panel_bytes / (plan.tile_images * plan.tile_width * row_bytes));
+}
+
+// The sizes that Python gives, in the order of the members; null, or what is wrong.
+inline const char* make_convolution(const int64_t (&sizes)[16], Convolution& c) {
+    constexpr int64_t most = 1 << 24;
+    int number[16];
+    for (int i = 0; i < 16; ++i) {
+        if (sizes[i] < (i >= 1 && i < 12) || sizes[i] > most) return "a size is out of range";
+        number[i] = static_cast<int>(sizes[i]);
+    }
+    c = {number[0] != 0, number[1], number[2],  number[3],  number[4],  number[5],  number[6],  number[7],
+         number[8],      number[9], number[10], number[11], number[12], number[13], number[14], number[15]};
+    return nullptr;
+}
+
+}  // namespace pyxai_bounds::hopper
