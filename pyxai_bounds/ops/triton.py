@@ -255,11 +255,9 @@ def interval_conv2d_weight(
     def run(block: Any) -> Tensor:
         if block is None:
             return reference.interval_conv2d_weight(grad_mid, grad_rad, mid, rad, weight, *args)
-        tensors = _last(grad_mid, grad_rad, mid, rad, weight)
-        if block is HOPPER:
-            grad = hopper.weight_gradient(*tensors, stride, padding, dilation)
-        else:
-            grad = _convolution(block).weight_gradient(*tensors, *args, block, tf32)
+        kernels: Any = hopper if block is HOPPER else _convolution(block)
+        rest = args[:3] if block is HOPPER else (*args, block, tf32)
+        grad = kernels.weight_gradient(*_last(grad_mid, grad_rad, mid, rad, weight), *rest)
         return dense_like(weight).copy_(grad) if grad.stride() != dense_like(weight).stride() else grad
 
     if weight.numel() == 0 or grad_mid.numel() == 0 or mid.numel() == 0:
