@@ -351,6 +351,7 @@ FORWARD_PROGRAMS = 2 * PROGRAMS  # fewer would read the weights less often, but 
 LONGEST_LOAD = 16  # bytes of one instruction
 MOST_CHANNELS = 4
 FARTHEST_TAP = 6  # pixels of a window beyond its first, in each direction: what is open at once is in registers
+MOST_PADDING = 16  # pixels; a strip must be wider
 MOST_SUMMED = 128  # channels of the gradient, in one tile
 MOST_SUMS = 256  # of a column of the gradient, and as many of radii: these are the registers
 
@@ -368,10 +369,10 @@ def image_blocks(
     """Candidates of these kernels, the default first; none for a layer that is not theirs."""
     OC, C, *kernel = weight.shape
     reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-    filled_up = size[0] * math.prod(n + 2 * p + 32 for n, p in zip(size[2:], padding, strict=True)) * MOST_CHANNELS
-    if groups > 1 or C > MOST_CHANNELS or max(stride) > 2 or max(reach) > FARTHEST_TAP or filled_up >= 2**31:
+    if groups > 1 or C > MOST_CHANNELS or max(stride) > 2 or max(reach) > FARTHEST_TAP or max(padding) > MOST_PADDING:
         return []
-    if weight.dtype is torch.float64:
+    pixels = math.prod(n + 2 * p + 32 for n, p in zip(size[2:], padding, strict=True))
+    if max(size[0] * pixels * MOST_CHANNELS, pixels * OC) >= 2**31 or weight.dtype is torch.float64:
         return []
     cores = weight.dtype is not torch.float32 or tf32
     blocks = {"forward": _forward_blocks, "backward": _backward_blocks, "weight": _weight_blocks}[op](

@@ -278,7 +278,7 @@ template <class T>
 const char* convolve(int device, std::uintptr_t stream, int epilogue, const Convolution& c, const Arrays& a) {
     Plan plan;
     Order order;
-    const Needs needs{tile_pixels, 0, weight_bytes, staging_bytes, 2, false};
+    const Needs needs{tile_pixels, 0, weight_bytes, staging_bytes, 2, 1, false};
     if (const char* wrong = make_plan(c, needs, plan, order)) return wrong;
     if (a.out_mid == 0) return nullptr;  // only asked whether it can be done
     Map mid, rad, weight;

@@ -15,25 +15,24 @@ namespace pyxai_bounds::hopper {
 namespace {
 
 constexpr int group_threads = 128, multipliers = 2 * group_threads, threads = multipliers + 32;
-// Small, so that many stages are under way. Three at least: either group keeps one until its next is queued.
-constexpr int tile_pixels = 128, grad_bytes = tile_pixels * row_bytes, least_stages = 3;
+// Small, so that many stages are under way. Four at least: either group keeps one until its next is queued.
+constexpr int tile_pixels = 128, grad_bytes = tile_pixels * row_bytes, least_stages = 4;
 constexpr int product_pixels = 16, products = tile_pixels / product_pixels;
 constexpr int sums_of_tap = tile_channels * depth / group_threads;
 constexpr int most_parts = 256;
 
-// Stages hold midpoints and radii by turns. A group waits for all of them, those of the other's too: of every second
-// one it would not know whether the barrier's parity is that of this use of the stage or of the one after the next. No
-// group waits for the other thereby: the stage that it waits for is filled when the one three before it is given back,
-// which its user does before it waits for that one's successor by two.
+// Stages hold midpoints and radii by turns. There is an even number of them, so that each always holds the same kind,
+// and the group that reads it waits for each of its uses: of every second one it would not know whether a barrier's
+// parity is that of this use or of the one after the next.
 template <class T, int taps>
 __device__ inline void sum_tiles(const Plan& plan, const Panel& panel, Ring ring, int tiles, int kind, bool speaks,
                                  float (&sums)[taps * sums_of_tap]) {
     const int next_tap = taps > 1 ? (panel.rows_down[1] << plan.tile_width_log) * row_bytes : row_bytes;
     const int image_log = plan.tile_rows_log + plan.tile_width_log - 4;  // of the products for one image
     int used = -1;                                                       // the stage whose products may be unfinished
-    for (int step = 0; step < 2 * tiles; ++step, ring.next()) {
+    if (kind == 1) ring.next();
+    for (int step = 0; step < tiles; ++step, ring.next(), ring.next()) {
         wait(ring.full + ring.stage, ring.parity);
-        if (step % 2 != kind) continue;
         const uint8_t* const from = ring.memory + ring.stage * plan.stage_bytes;
         const Tile grads = tile_at(from + plan.panel_bytes), pixels = tile_at(from, next_tap);
         products_begin();
@@ -41,7 +40,7 @@ __device__ inline void sum_tiles(const Plan& plan, const Panel& panel, Ring ring
         for (int k = 0; k < products; ++k) {
             const int at = k * product_pixels * row_bytes;
             multiply_columns<T>(sums, moved(grads, at), moved(pixels, at + (k >> image_log) * plan.halo_bytes),
-                                step > 1 || k > 0);
+                                step > 0 || k > 0);
         }
         products_are_queued();
         products_wait<1>();
@@ -62,7 +61,7 @@ __device__ inline void weight_gradient(const Plan& plan, const Order& order, con
     const int kind = of_warp(threadIdx.x / group_threads), turn = threadIdx.x % group_threads, lane = threadIdx.x % 32;
     float sums[taps * sums_of_tap];
     sum_tiles<T, taps>(plan, panel, ring, tiles, kind, turn == 0, sums);
-    // Both have waited for all stages: nothing is under way any more, and after this nothing is read.
+    // Both have waited for all of their stages: after this nothing is under way, and nothing is read.
     group_barrier<multipliers>(1);
     float* const others = reinterpret_cast<float*>(ring.memory);
     if (kind == 1) {
@@ -165,7 +164,7 @@ template <class T>
 const char* convolve_weight(int device, std::uintptr_t stream, const Convolution& c, const Arrays& a) {
     Plan plan;
     Order order;
-    const Needs needs{tile_pixels, grad_bytes, 0, 0, least_stages, true};
+    const Needs needs{tile_pixels, grad_bytes, 0, 0, least_stages, 2, true};
     if (const char* wrong = make_plan(c, needs, plan, order)) return wrong;
     const int64_t units = static_cast<int64_t>(plan.tiles_n) * plan.chunks * plan.phase[0].panels;
     const int tiles = plan.tiles_x * plan.tiles_y * plan.tiles_b, parts = parts_of(units, tiles, processors(device));

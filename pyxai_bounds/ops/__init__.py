@@ -576,14 +576,15 @@ def _conv2d_data_relu_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     mid, rad, weight, state, _, *ctx.args, before, gated = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(mid, rad, weight, before, None if state is None or gated else output[2])
+    box = (mid, rad) if ctx.needs_input_grad[2] else (None, None)
+    ctx.save_for_backward(*box, weight, before, None if state is None or gated else output[2])
 
 
 def _conv2d_data_relu_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None, _: Any) -> Any:
     mid, rad, weight, before, after = ctx.saved_tensors
     if after is not None:
         mid_grad, rad_grad = _gate_adjoint(mid_grad, rad_grad, after)
-    if before is not None and torch.is_grad_enabled():
+    if before is not None and mid is not None and torch.is_grad_enabled():
         # A second derivative reaches the box through the weight's gradient as well, and must be gated on that way.
         mid, rad = interval_gate(mid, rad, before)
     mid_grad, rad_grad, weight_grad = _conv2d_data_weight(ctx, mid_grad, rad_grad, mid, rad, weight, ctx.args)

@@ -98,12 +98,10 @@ def convolve_into(
     Boxes and results are dense and channels-last; ``bits`` are read by RELU_BACKWARD and GATE, ``out_bits`` written by
     RELU and RELU_BACKWARD, packed in that order. Runs on the current stream and waits for nothing.
     """
-    of_target, of_source, _, of_tap = weight.stride()
-    if weight.stride(2) != weight.shape[3] * of_tap:  # taps are counted through
-        weight = weight.contiguous(memory_format=torch.channels_last)
-        of_target, of_source, _, of_tap = weight.stride()
-    if transposed:
-        of_target, of_source = of_source, of_target
+    # Not by its own strides, which mean nothing in a dimension of size 1.
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    of_output, of_input, of_tap = weight[0].numel(), 1, weight.shape[1]
+    of_target, of_source = (of_input, of_output) if transposed else (of_output, of_input)
     scratch = weight.new_empty(2 * weight.numel())
     mid, rad = _aligned(mid), _aligned(rad)
     tensors = (mid, rad, weight, scratch, bias, bits, out_mid, out_rad, out_bits)

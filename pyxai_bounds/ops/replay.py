@@ -218,7 +218,7 @@ class GraphedStep:
         for parameter in self.parameters:
             parameter.grad = None
         losses = [_differentiate(term, piece, share) for piece, share in self._cut(tensors) for term in self.terms]
-        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+        return losses[0] if len(losses) == 1 else torch.stack([loss.reshape(()) for loss in losses]).sum()
 
     def _cut(self, tensors: Sequence[Tensor]) -> list[tuple[Sequence[Tensor], float]]:
         """The pieces of the batch, and the share of it that each is."""
@@ -232,6 +232,8 @@ def _differentiate(term: Callable[..., Tensor], tensors: Sequence[Tensor], share
     """Share · term, whose gradients are added to the parameters'; nothing of its graph outlives the call."""
     with torch.enable_grad():
         loss = term(*tensors)
+        if not loss.requires_grad:
+            raise ValueError("A loss depends on no parameter: leave it out, or add it to one that does.")
         if share != 1:
             loss = share * loss
         loss.backward()

@@ -552,14 +552,14 @@ def _with_hopper(
 def _hopper(
     epilogue: Epilogue, mid: Tensor, rad: Tensor, weight: Tensor, size: Sequence[int], args: Geometry, back: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    mid, rad, weight = _last(mid, rad, weight)
+    *box, last_weight = _last(mid, rad, weight)
     bias = None if epilogue.bias is None else epilogue.bias.contiguous()
 
     def launch(out_mid: Tensor, out_rad: Tensor, kind: str, bits: Tensor | None, made: Tensor | None) -> None:
         what = hopper.Epilogue[kind.upper()]
-        hopper.convolve_into(mid, rad, weight, *args[:3], back, out_mid, out_rad, what, bias, bits, made)
+        hopper.convolve_into(box[0], box[1], last_weight, *args[:3], back, out_mid, out_rad, what, bias, bits, made)
 
-    return _in_one_kernel(epilogue, mid, size, size[1], launch)
+    return _in_one_kernel(epilogue, mid, size, size[1], launch)  # in the order of the box that was given
 
 
 def _in_one_kernel(

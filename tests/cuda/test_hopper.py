@@ -216,6 +216,17 @@ def test_not_a_number_and_infinity():
     assert (rad[exact[1].isinf()] == torch.inf).all()
 
 
+def test_strides_of_a_dimension_of_size_1_mean_nothing():
+    problem = Problem((1, 64, 16, 16), 64, 3, 1, 1, 1, False)
+    problem.kernel, problem.geometry = (3, 1), ((1, 1), (1, 0), (1, 1))
+    g = torch.Generator().manual_seed(1)
+    base = (torch.randn(64, 3, 64, generator=g) / 14).bfloat16()
+    problem.weight = base.permute(0, 2, 1).unsqueeze(-1)  # strides 192, 1, 64 and, of the last, 1
+    mid, rad, _ = problem.run(Epilogue.NONE, biased=False)
+    for value, wanted in zip((mid, rad), problem.product(), strict=True):
+        torch.testing.assert_close(value.double(), wanted, rtol=5e-3, atol=5e-3)
+
+
 def test_a_view_that_begins_anywhere():
     problem = Problem(*CASES["one image a tile"], False)
     expected = problem.run(Epilogue.NONE)
@@ -270,13 +281,20 @@ def test_operators_of_auto_use_it(monkeypatch):
             wanted = problem.run(epilogue)
             for value, expected in zip(results, wanted, strict=False):
                 assert torch.equal(value.cpu(), expected.reshape(value.shape))
+        box = mid.contiguous(), rad.contiguous()
+        if back:
+            results = triton.measured.interval_conv2d_backward(*box, weight, None, size, *args)
+        else:
+            results = triton.measured.interval_conv2d(*box, weight, bias, *args, False)[:2]
+        for value, expected in zip(results, problem.run(Epilogue.NONE), strict=False):
+            assert torch.equal(value.cpu(), expected) and value.is_contiguous()  # the order of the box
     problem = WeightProblem(*CASES["one image a tile"])
     for order in (LAST, torch.contiguous_format):
         weight = problem.weight.contiguous(memory_format=order)
         tensors = (t.to(where) for t in (*problem.boxes, weight))
         gradient = triton.measured.interval_conv2d_weight(*tensors, *problem.geometry, 1)
         assert torch.equal(gradient.cpu(), problem.run()) and gradient.is_contiguous(memory_format=order)
-    assert all(triton.HOPPER in candidates for candidates in offered) and len(offered) == 6
+    assert all(triton.HOPPER in candidates for candidates in offered) and len(offered) == 8
 
 
 @pytest.mark.parametrize(
@@ -287,6 +305,7 @@ def test_operators_of_auto_use_it(monkeypatch):
         ((2, 64, 14, 14), 64, 3, 1, 1),  # an image that does not divide into tiles
         ((2, 64, 15, 16), 64, 3, 2, 1),  # one that is no multiple of the stride
         ((2, 64, 16, 16), 64, 9, 1, 1),  # too many taps
+        ((1, 64, 200, 1600), 64, 3, 200, 1),  # steps that a byte does not count
         ((2, 128, 16, 16), 128, 3, 1, 2),
     ],
 )

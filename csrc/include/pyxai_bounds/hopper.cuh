@@ -24,6 +24,8 @@ using BFloat16 = __nv_bfloat16;
 using Half = __half;
 using Barrier = uint64_t;
 
+constexpr int most_memory = 232448;  // bytes of shared memory that a block may have
+
 // --- shared memory and barriers ---------------------------------------------------------------------------------
 
 __device__ inline uint8_t* dynamic_memory() {
@@ -304,8 +306,8 @@ template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), int device, std::uintptr_t stream, int64_t blocks, int threads,
                    int shared_bytes, const Arguments&... arguments) {
     cudaError_t status = cudaSetDevice(device);
-    if (status == cudaSuccess && shared_bytes > 0)
-        status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (status == cudaSuccess && shared_bytes > 0)  // not as much as it needs now: another thread may need more
+        status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_memory);
     if (status == cudaSuccess) {
         cudaLaunchConfig_t config = {};
         config.gridDim = dim3(static_cast<unsigned>(blocks));

@@ -6,10 +6,9 @@
 
 namespace pyxai_bounds::hopper {
 
-constexpr int tile_channels = 64;    // of the result
-constexpr int depth = 64;            // channels of a panel: 128 bytes, the longest row that is swizzled
-constexpr int row_bytes = 128;       // of one pixel in a panel, or of one channel of the result in the weights
-constexpr int most_memory = 232448;  // bytes that a block may have
+constexpr int tile_channels = 64;  // of the result
+constexpr int depth = 64;          // channels of a panel: 128 bytes, the longest row that is swizzled
+constexpr int row_bytes = 128;     // of one pixel in a panel, or of one channel of the result in the weights
 constexpr int most_stages = 6, barrier_bytes = 2 * most_stages * 8;
 constexpr int most_taps = 3;           // of one panel
 constexpr int most_panels = 25;        // in all
@@ -159,10 +158,10 @@ inline bool shape_tile(Plan& plan, int pixels) {
 }
 
 // What a kernel makes of a plan: pixels of its tiles, bytes of a stage besides the panel's, and for each tap, bytes
-// that it keeps of a block's, the least number of stages, and whether a tile of several images has panels of several
-// taps.
+// that it keeps of a block's, the least number of stages and what their number is a multiple of, and whether a tile of
+// several images has panels of several taps.
 struct Needs {
-    int pixels, stage_bytes, tap_bytes, other_bytes, stages;
+    int pixels, stage_bytes, tap_bytes, other_bytes, stages, multiple;
     bool shares_images;
 };
 
@@ -175,6 +174,7 @@ inline const char* make_plan(const Convolution& c, const Needs& needs, Plan& pla
     if (c.target_height % phases_y != 0 || c.target_width % phases_x != 0 || c.source_height % steps_y != 0 ||
         c.source_width % steps_x != 0)
         return "the image is no multiple of the stride";
+    if (steps_y > 127 || steps_x > 127) return "the stride is above 127";
     if (phases_y * phases_x > 4 || c.kernel_y * c.kernel_x > most_packed) return "too many taps or a stride above 2";
     plan = {}, order = {};
     plan.batch = c.batch, plan.height = c.target_height, plan.width = c.target_width;
@@ -231,6 +231,7 @@ inline const char* make_plan(const Convolution& c, const Needs& needs, Plan& pla
     plan.stage_bytes = plan.panel_bytes + needs.stage_bytes + taps * needs.tap_bytes;
     plan.stages = (most_memory - needs.other_bytes - barrier_bytes) / plan.stage_bytes;
     if (plan.stages > most_stages) plan.stages = most_stages;
+    plan.stages -= plan.stages % needs.multiple;
     if (plan.stages < needs.stages) return "its stages are more than shared memory holds";
     const int64_t tiles = static_cast<int64_t>(plan.tiles_x) * plan.tiles_y * plan.tiles_b * plan.tiles_n * plan.phases;
     return tiles > 0x7fffffff ? "the result has more tiles than one launch can have" : nullptr;

@@ -95,7 +95,8 @@ inline void yield() {
     __syncthreads();
 }
 
-alignas(1024) inline uint8_t shared[232448];
+constexpr int most_memory = 232448;
+alignas(1024) inline uint8_t shared[most_memory];
 inline uint8_t* dynamic_memory() {
     return shared;
 }
