@@ -1,10 +1,10 @@
 // The gradient of a convolution's weight on Hopper's tensor cores, for boxes of 16-bit numbers: sums in float32 over
 // pixels of g_mid·mid, and of g_rad·rad times the weight's sign.
 //
-// A block owns 64 channels of the gradients, 64 of the source, a column of taps and a part of the pixels. Two groups of
-// warps multiply, one midpoints, the other radii; each result is of both, so that they meet once, at the end. As in
-// interval_conv2d.cu the pixels that the taps reach are brought once, as a panel; taps lie side by side in the product,
-// because the copy engine and the tensor cores agree that the next tap's begin a few rows further down.
+// A block owns 64 or 128 channels of the gradients, 64 of the source, a column of taps and a part of the pixels. Two
+// groups of warps multiply, one midpoints, the other radii; each result is of both, so that they meet once, at the end.
+// As in interval_conv2d.cu the pixels that the taps reach are brought once, as a panel; taps lie side by side in the
+// product, because the copy engine and the tensor cores agree that the next tap's begin a few rows further down.
 //
 // Parts are summed by others, in a fixed order. Where the image or the batch ends, gradients are zeros; what the source
 // has there is multiplied by them, so that numbers that are not finite may spread to taps that do not reach them.
@@ -14,7 +14,8 @@
 namespace pyxai_bounds::hopper {
 namespace {
 
-constexpr int group_threads = 128, multipliers = 2 * group_threads, threads = multipliers + 32;
+constexpr int threads = 384, multipliers = 256, group_threads = 128;
+constexpr int few_registers = 24, many_registers = 240;  // as in interval_conv2d.cu
 // Small, so that many stages are under way. Four at least: either group keeps one until its next is queued.
 constexpr int tile_pixels = 128, grad_bytes = tile_pixels * row_bytes, least_stages = 4;
 constexpr int product_pixels = 16, products = tile_pixels / product_pixels;
@@ -24,9 +25,9 @@ constexpr int most_parts = 256;
 // Stages hold midpoints and radii by turns. There is an even number of them, so that each always holds the same kind,
 // and the group that reads it waits for each of its uses: of every second one it would not know whether a barrier's
 // parity is that of this use or of the one after the next.
-template <class T, int taps>
+template <class T, int columns, int taps>
 __device__ inline void sum_tiles(const Plan& plan, const Panel& panel, Ring ring, int tiles, int kind, bool speaks,
-                                 float (&sums)[taps * sums_of_tap]) {
+                                 float (&sums)[columns][taps * sums_of_tap]) {
     const int next_tap = taps > 1 ? (panel.rows_down[1] << plan.tile_width_log) * row_bytes : row_bytes;
     const int image_log = plan.tile_rows_log + plan.tile_width_log - 4;  // of the products for one image
     int used = -1;                                                       // the stage whose products may be unfinished
@@ -39,8 +40,10 @@ __device__ inline void sum_tiles(const Plan& plan, const Panel& panel, Ring ring
 #pragma unroll
         for (int k = 0; k < products; ++k) {
             const int at = k * product_pixels * row_bytes;
-            multiply_columns<T>(sums, moved(grads, at), moved(pixels, at + (k >> image_log) * plan.halo_bytes),
-                                step > 0 || k > 0);
+            const Tile b = moved(pixels, at + (k >> image_log) * plan.halo_bytes);
+#pragma unroll
+            for (int i = 0; i < columns; ++i)
+                multiply_columns<T>(sums[i], moved(grads, i * grad_bytes + at), b, step > 0 || k > 0);
         }
         products_are_queued();
         products_wait<1>();
@@ -50,44 +53,48 @@ __device__ inline void sum_tiles(const Plan& plan, const Panel& panel, Ring ring
     products_wait<0>();
 }
 
-struct Result {
-    int n, c;     // the first channels
-    int64_t row;  // elements of one channel n
-};
-
-template <class T, int taps>
+// `weight` and `out` begin at the block's first channels; `row` is what a channel of the gradients has.
+template <class T, int columns, int taps>
 __device__ inline void weight_gradient(const Plan& plan, const Order& order, const Panel& panel, const Ring& ring,
-                                       int tiles, const Result& result, const T* weight, float* out) {
+                                       int tiles, int64_t row, const T* weight, float* out) {
     const int kind = of_warp(threadIdx.x / group_threads), turn = threadIdx.x % group_threads, lane = threadIdx.x % 32;
-    float sums[taps * sums_of_tap];
-    sum_tiles<T, taps>(plan, panel, ring, tiles, kind, turn == 0, sums);
+    float sums[columns][taps * sums_of_tap];
+    sum_tiles<T, columns, taps>(plan, panel, ring, tiles, kind, turn == 0, sums);
     // Both have waited for all of their stages: after this nothing is under way, and nothing is read.
     group_barrier<multipliers>(1);
-    float* const others = reinterpret_cast<float*>(ring.memory);
+    float* const others = reinterpret_cast<float*>(ring.memory) + turn;
     if (kind == 1) {
 #pragma unroll
-        for (int i = 0; i < taps * sums_of_tap; ++i) others[i * group_threads + turn] = sums[i];
+        for (int i = 0; i < columns * taps * sums_of_tap; ++i)
+            others[i * group_threads] = sums[i / (taps * sums_of_tap)][i % (taps * sums_of_tap)];
     }
     group_barrier<multipliers>(1);
     if (kind == 1) return;
 #pragma unroll
-    for (int i = 0; i < taps * sums_of_tap; i += 2) {
-        const int half = i / 2 % 2, column = i / 4 * 8 + lane % 4 * 2;
-        const int n = result.n + turn / 32 * 16 + half * 8 + lane / 4;
-        const int tap = order.tap[panel.first_tap + column / depth], c = result.c + column % depth;
-        const int64_t to = n * result.row + tap * plan.chunks * depth + c;
-        const uint32_t w = *reinterpret_cast<const uint32_t*>(weight + to);
-        const uint32_t positive = is_positive<T>(w), negative = is_positive<T>(w ^ 0x80008000u);
-        const auto sign = [&](int bit) {
-            return static_cast<float>(positive >> bit & 1) - static_cast<float>(negative >> bit & 1);
-        };
-        out[to] = sums[i] + sign(0) * others[i * group_threads + turn];
-        out[to + 1] = sums[i + 1] + sign(16) * others[(i + 1) * group_threads + turn];
+    for (int t = 0; t < taps; ++t) {
+        const int64_t first = (turn / 32 * 16 + lane / 4) * row + order.tap[panel.first_tap + t] * plan.chunks * depth;
+#pragma unroll
+        for (int half = 0; half < 2 * columns; ++half) {
+            const int64_t from = first + (half / 2 * tile_channels + half % 2 * 8) * row + lane % 4 * 2;
+#pragma unroll
+            for (int j = 0; j < depth / 8; ++j) {
+                const int i = t * sums_of_tap + j * 4 + half % 2 * 2;
+                const uint32_t w = *reinterpret_cast<const uint32_t*>(weight + from + j * 8);
+                const uint32_t positive = is_positive<T>(w), negative = is_positive<T>(w ^ 0x80008000u);
+#pragma unroll
+                for (int c = 0; c < 2; ++c) {
+                    const float sign = static_cast<float>(positive >> 16 * c & 1) -  //
+                                       static_cast<float>(negative >> 16 * c & 1);
+                    const float other = others[(half / 2 * taps * sums_of_tap + i + c) * group_threads];
+                    out[from + j * 8 + c] = sums[half / 2][i + c] + sign * other;
+                }
+            }
+        }
     }
 }
 
 // Blocks of one part, which read the same pixels, have neighbouring numbers.
-template <class T>
+template <class T, int columns>
 __global__ void __launch_bounds__(threads, 1)
     interval_conv2d_weight_kernel(const __grid_constant__ Plan plan, const __grid_constant__ Order order,
                                   const __grid_constant__ Map grad_mid_map, const __grid_constant__ Map grad_rad_map,
@@ -112,6 +119,7 @@ __global__ void __launch_bounds__(threads, 1)
     const int first = static_cast<int>(part * tiles / parts), last = static_cast<int>((part + 1) * tiles / parts);
 
     if (threadIdx.x >= multipliers) {
+        give_registers<few_registers>();
         if (threadIdx.x != multipliers) return;
         for (int tile = first; tile < last; ++tile) {
             const Work work = work_of(plan, tile * plan.tiles_n);
@@ -119,21 +127,23 @@ __global__ void __launch_bounds__(threads, 1)
                 wait(ring.empty + ring.stage, ring.parity ^ 1);
                 Barrier* const full = ring.full + ring.stage;
                 uint8_t* const to = ring.memory + ring.stage * plan.stage_bytes;
-                arrive_and_expect(full, plan.panel_bytes + grad_bytes);
+                arrive_and_expect(full, plan.panel_bytes + columns * grad_bytes);
                 copy_box(to, kind == 0 ? &mid_map : &rad_map, full, (panel.x_phase * plan.chunks + chunk) * depth,
                          work.x + panel.x, panel.y_phase, work.y + panel.y, work.b);
-                copy_box(to + plan.panel_bytes, kind == 0 ? &grad_mid_map : &grad_rad_map, full, n * tile_channels,
-                         work.x, 0, work.y, work.b);
+                for (int i = 0; i < columns; ++i)
+                    copy_box(to + plan.panel_bytes + i * grad_bytes, kind == 0 ? &grad_mid_map : &grad_rad_map, full,
+                             (n * columns + i) * tile_channels, work.x, 0, work.y, work.b);
             }
         }
         return;
     }
 
+    take_registers<many_registers>();
     const int64_t row = static_cast<int64_t>(plan.taps) * plan.chunks * depth;
-    const Result result{n * tile_channels, chunk * depth, row};
-    out += part * plan.channels * row;
+    const int64_t first_sum = n * columns * tile_channels * row + chunk * depth;
+    weight += first_sum, out += part * plan.channels * row + first_sum;
     const auto run = [&](auto taps) {
-        weight_gradient<T, taps.value>(plan, order, panel, ring, last - first, result, weight, out);
+        weight_gradient<T, columns, taps.value>(plan, order, panel, ring, last - first, row, weight, out);
     };
     if (panel.taps == 3)
         run(std::integral_constant<int, 3>{});
@@ -164,8 +174,15 @@ template <class T>
 const char* convolve_weight(int device, std::uintptr_t stream, const Convolution& c, const Arrays& a) {
     Plan plan;
     Order order;
-    const Needs needs{tile_pixels, grad_bytes, 0, 0, least_stages, 2, true};
-    if (const char* wrong = make_plan(c, needs, plan, order)) return wrong;
+    // Of 128 channels at a time the source is read half as often.
+    int columns = c.target_channels % (2 * tile_channels) == 0 ? 2 : 1;
+    const auto plan_for = [&] {
+        return make_plan(c, {tile_pixels, columns * grad_bytes, 0, 0, least_stages, 2, true}, plan, order);
+    };
+    const char* wrong = plan_for();
+    if (wrong != nullptr && columns == 2) columns = 1, wrong = plan_for();
+    if (wrong != nullptr) return wrong;
+    plan.tiles_n /= columns;
     const int64_t units = static_cast<int64_t>(plan.tiles_n) * plan.chunks * plan.phase[0].panels;
     const int tiles = plan.tiles_x * plan.tiles_y * plan.tiles_b, parts = parts_of(units, tiles, processors(device));
     if (units > 0x7fffffff / most_parts) return "the weight has more tiles than one launch can have";
@@ -182,9 +199,12 @@ const char* convolve_weight(int device, std::uintptr_t stream, const Convolution
     };
     if (const char* wrong = make_grad_map(&grad_mid, a.grad_mid)) return wrong;
     if (const char* wrong = make_grad_map(&grad_rad, a.grad_rad)) return wrong;
-    return launch(interval_conv2d_weight_kernel<T>, device, stream, units * parts, threads,
-                  plan.stages * plan.stage_bytes + barrier_bytes, plan, order, grad_mid, grad_rad, mid, rad, tiles,
-                  parts, at<T>(a.weight), const_cast<float*>(at<float>(a.out)));
+    const auto start = [&](auto kernel) {
+        return launch(kernel, device, stream, units * parts, threads, plan.stages * plan.stage_bytes + barrier_bytes,
+                      plan, order, grad_mid, grad_rad, mid, rad, tiles, parts, at<T>(a.weight),
+                      const_cast<float*>(at<float>(a.out)));
+    };
+    return columns == 2 ? start(interval_conv2d_weight_kernel<T, 2>) : start(interval_conv2d_weight_kernel<T, 1>);
 }
 
 }  // namespace
