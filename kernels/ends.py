@@ -33,6 +33,13 @@ def gated(mid, rad, keep_lower, keep_upper):
 
 
 @triton.jit
+def rectified(mid, rad, keep_lower, keep_upper):
+    """``gated`` by ``relu_keeps`` of this box, where no radius is negative: then a lower end > 0 keeps both ends."""
+    half = tl.where(keep_upper, (mid + rad) * 0.5, 0.0)
+    return tl.where(keep_lower, mid, half), tl.where(keep_lower, rad, half)
+
+
+@triton.jit
 def bits_of(packed, bit):
     """Bit number ``bit`` of each byte, as a mask; the two are broadcast."""
     return ((packed.to(tl.int32) >> bit) & 1) != 0

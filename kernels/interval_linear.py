@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .ends import gated, relu_backward_keeps, relu_keeps
+from .ends import gated, rectified, relu_backward_keeps, relu_keeps
 from .launch import Block, dot_options, on_device, parts_of, sum_type
 
 
@@ -63,10 +63,14 @@ def store_columns(
             keep_lower, keep_upper = (spread & 1) != 0, (spread & 256) != 0
         if EPILOGUE == "relu_backward":
             keep_lower, keep_upper = relu_backward_keeps(mid, rad, keep_lower, keep_upper)
-        mid, rad = gated(mid, rad, keep_lower, keep_upper)
+        if EPILOGUE == "relu":
+            mid, rad = rectified(mid, rad, keep_lower, keep_upper)
+        else:
+            mid, rad = gated(mid, rad, keep_lower, keep_upper)
         if EPILOGUE != "gate":
-            keep = keep_lower.to(tl.int16) | (keep_upper.to(tl.int16) << 8)
-            packed = tl.sum(tl.reshape(keep, (BLOCK_M, BLOCK_N // 8, 8)).to(tl.int32) << bit, 2)
+            one = (1 << (n % 8))[None, :]
+            keep = tl.where(keep_lower, one, 0) | tl.where(keep_upper, one << 8, 0)
+            packed = tl.sum(tl.reshape(keep, (BLOCK_M, BLOCK_N // 8, 8)), 2)
             tl.store(made_ptr + byte, (packed & 255).to(tl.uint8), byte_inside)
             tl.store(made_ptr + plane + byte, (packed >> 8).to(tl.uint8), byte_inside)
     at = row[:, None] + n[None, :]
