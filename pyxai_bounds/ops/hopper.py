@@ -162,6 +162,8 @@ def weight_gradient(
     parts = weight_parts(
         index, tuple(mid.shape), tuple(grad_mid.shape), tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), 1
     )
+    if not parts:
+        raise RuntimeError(f"Hopper's kernels do not take the weight {list(weight.shape)} of {list(mid.shape)}.")
     out = torch.empty(parts, outputs, *kernel, channels, dtype=torch.float32, device=mid.device)
     _module().hopper_convolve_weight(
         index, stream, mid.dtype is torch.float16, *_sizes(mid.shape, grad_mid.shape), *geometry,

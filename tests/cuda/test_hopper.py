@@ -202,6 +202,13 @@ def test_weight_gradient_of_many_tiles(size, outputs):
     problem.assert_within_budget(problem.run())
 
 
+def test_a_weight_that_is_left_to_others_is_refused():
+    problem = WeightProblem((2, 64, 14, 14), 64, 3, 1, 1, 1)
+    assert problem.parts() == 0
+    with pytest.raises(RuntimeError, match="do not take the weight"):
+        problem.run()
+
+
 def test_weight_gradient_of_a_number_that_is_not_finite():
     """It reaches the channels that it belongs to, and no others."""
     problem = WeightProblem(*CASES["one image a tile"])
