@@ -23,8 +23,10 @@ from pyxai_bounds import ops
 from pyxai_bounds.errors import on_gpu
 
 # Where launches are what costs: a program that writes more spends longer on memory (a GPU moves 4 GiB in about 1 ms)
-# than on the launches that a graph saves, and would hold that memory for good.
-LARGEST = 2**32  # bytes that a recorded program may write, all its results together
+# than on the launches that a graph saves, and would hold memory for good. Of a deep program that is so if its operators
+# write much each: one launched from Python takes as long as 64 MiB and more.
+LARGEST = 2**32  # bytes that a recorded program may write, all its results together,
+LARGEST_EACH = 2**26  # or on average an operator of it
 
 
 class _Graph:
@@ -259,8 +261,8 @@ class Recorder:
 
     A recording is out of date when a constant of the program lies elsewhere in memory (``p.data = …``, ``model.to``),
     or when the backend or the arithmetic was chosen anew. In 4 cases the program runs as it is: it writes more than
-    ``LARGEST`` bytes; it looks at values on the host; recording it failed, which is said once; the environment says
-    ``PYXAI_BOUNDS_CUDA_GRAPHS=0``.
+    ``LARGEST`` bytes, and more than ``LARGEST_EACH`` an operator; it looks at values on the host; recording it failed,
+    which is said once; the environment says ``PYXAI_BOUNDS_CUDA_GRAPHS=0``.
     """
 
     def __init__(self, program: fx.GraphModule) -> None:
@@ -354,7 +356,7 @@ def _plan(program: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor], list[t
     placeholders = graph.find_nodes(op="placeholder")
     checks: list[tuple[int, int]] = []
     constants: list[Tensor] = []
-    written = 0
+    written = operators = 0
     for node in list(graph.nodes):
         if node.op == "get_attr":
             value: Any = program
@@ -377,7 +379,9 @@ def _plan(program: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor], list[t
             if any(tag in node.target.tags for tag in _HOST_TAGS):
                 return None
             written += sum(_bytes(value) for value in _values(node))
-    return (fx.GraphModule(program, graph), constants, checks) if written <= LARGEST else None
+            operators += 1
+    is_small = written <= max(LARGEST, LARGEST_EACH * operators)
+    return (fx.GraphModule(program, graph), constants, checks) if is_small else None
 
 
 def _values(node: fx.Node) -> Sequence[Any]:

@@ -165,11 +165,18 @@ def test_nothing_is_recorded_with_gradients_by_request_or_if_too_large(device, r
         assert bounded(box, target).rad.requires_grad
         plainly(monkeypatch, bounded, box, target)
     monkeypatch.setattr(replay, "LARGEST", 1000)
+    monkeypatch.setattr(replay, "LARGEST_EACH", 10)
     large = xb.bound(xb.explain.gradient(case(device, seed=1)[0]))
     with torch.no_grad():
         for _ in range(3):
             large(box, target)
     assert recorded == []
+    monkeypatch.setattr(replay, "LARGEST_EACH", 10**6)  # a deep program of small operators
+    deep = xb.bound(xb.explain.gradient(case(device, seed=2)[0]))
+    with torch.no_grad():
+        for _ in range(3):
+            deep(box, target)
+    assert len(recorded) == 1
 
 
 def test_a_program_that_cannot_be_recorded_runs_as_it_is(device, monkeypatch):
