@@ -14,11 +14,7 @@
 namespace pyxai_bounds::hopper {
 namespace {
 
-constexpr int threads = 384, multipliers = 256, group_threads = 128;
 constexpr int group_pixels = 128, tile_pixels = 2 * group_pixels, weight_bytes = tile_channels * row_bytes;
-// Registers that the warps which bring data keep, and that the others take: of 168 for each thread, no more in all.
-constexpr int few_registers = 24, many_registers = 240;
-static_assert(group_threads * few_registers + multipliers * many_registers <= threads * 168);
 constexpr int slice_pixels = 32,
               slices = group_pixels / slice_pixels;                // of a group's results, that are written together
 constexpr int slice_bytes = 2 * slice_pixels * tile_channels * 2;  // mid and rad
@@ -91,13 +87,7 @@ __global__ void __launch_bounds__(threads, 1)
                            const __grid_constant__ Map rad_map, const __grid_constant__ Map weight_map, int tiles,
                            const T* bias, const uint8_t* bits, T* out_mid, T* out_rad, uint8_t* out_bits) {
     uint8_t* const memory = dynamic_memory();
-    Barrier* const barriers = reinterpret_cast<Barrier*>(memory + plan.stages * plan.stage_bytes + staging_bytes);
-    Ring ring{memory, barriers, barriers + most_stages, plan.stages};
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < plan.stages; ++i) barrier_init(ring.full + i, 1), barrier_init(ring.empty + i, 2);
-        barriers_are_made();
-    }
-    __syncthreads();
+    Ring ring = make_ring(memory, memory + plan.stages * plan.stage_bytes + staging_bytes, plan.stages, 2);
 
     if (threadIdx.x >= multipliers) {
         give_registers<few_registers>();

@@ -14,8 +14,6 @@
 namespace pyxai_bounds::hopper {
 namespace {
 
-constexpr int threads = 384, multipliers = 256, group_threads = 128;
-constexpr int few_registers = 24, many_registers = 240;  // as in interval_conv2d.cu
 // Small, so that many stages are under way. Four at least: either group keeps one until its next is queued.
 constexpr int tile_pixels = 128, grad_bytes = tile_pixels * row_bytes, least_stages = 4;
 constexpr int product_pixels = 16, products = tile_pixels / product_pixels;
@@ -101,13 +99,7 @@ __global__ void __launch_bounds__(threads, 1)
                                   const __grid_constant__ Map mid_map, const __grid_constant__ Map rad_map, int tiles,
                                   int parts, const T* weight, float* out) {
     uint8_t* const memory = dynamic_memory();
-    Barrier* const barriers = reinterpret_cast<Barrier*>(memory + plan.stages * plan.stage_bytes);
-    Ring ring{memory, barriers, barriers + most_stages, plan.stages};
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < plan.stages; ++i) barrier_init(ring.full + i, 1), barrier_init(ring.empty + i, 1);
-        barriers_are_made();
-    }
-    __syncthreads();
+    Ring ring = make_ring(memory, memory + plan.stages * plan.stage_bytes, plan.stages, 1);
 
     int unit = blockIdx.x;
     const int n = unit % plan.tiles_n;

@@ -6,6 +6,12 @@
 
 namespace pyxai_bounds::hopper {
 
+// A block: two groups of four warps multiply, and one warp of a third brings what they need.
+constexpr int group_threads = 128, multipliers = 2 * group_threads, threads = 3 * group_threads;
+// Registers that the third group keeps, and that the others take: of 168 for each thread, no more in all.
+constexpr int few_registers = 24, many_registers = 240;
+static_assert(group_threads * few_registers + multipliers * many_registers <= threads * 168);
+
 constexpr int tile_channels = 64;  // of the result
 constexpr int depth = 64;          // channels of a panel: 128 bytes, the longest row that is swizzled
 constexpr int row_bytes = 128;     // of one pixel in a panel, or of one channel of the result in the weights
@@ -70,6 +76,18 @@ struct Ring {
         if (++stage == stages) stage = 0, parity ^= 1;
     }
 };
+
+// Stages from the beginning of the block's memory on, and their barriers; a stage is empty when so many have said so.
+__device__ inline Ring make_ring(uint8_t* memory, void* barriers, int stages, int users) {
+    Barrier* const full = static_cast<Barrier*>(barriers);
+    const Ring ring{memory, full, full + most_stages, stages};
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < stages; ++i) barrier_init(ring.full + i, 1), barrier_init(ring.empty + i, users);
+        barriers_are_made();
+    }
+    __syncthreads();
+    return ring;
+}
 
 // Which tap of the weight is which of the plan's.
 struct Order {
