@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-import operator
 import re
 import threading
 import weakref
@@ -20,7 +19,6 @@ from typing import Any, get_args
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
-from torch.nn import Parameter
 
 from pyxai_bounds import fuse, ops
 from pyxai_bounds import rounding as rd
@@ -30,9 +28,9 @@ from pyxai_bounds.errors import CaptureError
 from pyxai_bounds.identity import identity, is_dead, tensors_of, token, unwrap
 from pyxai_bounds.interpreter import SET, Interpreter
 from pyxai_bounds.interval import Interval
-from pyxai_bounds.ops.replay import Recorder
 from pyxai_bounds.parameters import ParameterBox
-from pyxai_bounds.recompute import checkpointed, direct
+from pyxai_bounds.recompute import checkpointed, constants_last, direct
+from pyxai_bounds.recorder import Recorder, TrainingRecorder
 from pyxai_bounds.rounding import Semantics
 from pyxai_bounds.rules.registry import Product, use_product
 
@@ -297,13 +295,9 @@ class Program:
 
     def __call__(self, tensors: list[Tensor], checkpoint: bool = False) -> Any:
         if torch.is_grad_enabled():
-            if ops.needs_dispatcher(*tensors):
-                run: Callable = self.graph
-            else:
-                run = self._checkpointed if checkpoint else self._undispatched_with_grad
             try:
                 with self._circumstances():
-                    flat = run(*tensors)
+                    flat = self._with_grad(tensors, checkpoint)
             finally:
                 torch._C._set_grad_enabled(True)
         else:
@@ -324,6 +318,15 @@ class Program:
         stack.enter_context(rd.ieee_arithmetic())
         return stack
 
+    def _with_grad(self, tensors: list[Tensor], checkpoint: bool) -> Any:
+        if ops.needs_dispatcher(*tensors):
+            return self.graph(*tensors)
+        if checkpoint:
+            return self._checkpointed(*tensors)
+        if tensors and tensors[0].is_cuda:
+            return self._on_gpu_with_grad(tensors)
+        return self._undispatched_with_grad(*tensors)
+
     def _without_grad(self, tensors: list[Tensor]) -> Any:
         if ops.needs_dispatcher(*tensors):
             return self._inference_graph(*tensors)
@@ -334,6 +337,10 @@ class Program:
     @functools.cached_property
     def _on_gpu(self) -> Recorder:
         return Recorder(self._inference_graph)
+
+    @functools.cached_property
+    def _on_gpu_with_grad(self) -> TrainingRecorder:
+        return TrainingRecorder(self.graph, self._undispatched_with_grad, self._circumstances)
 
     @functools.cached_property
     def _inference_graph(self) -> fx.GraphModule:
@@ -370,22 +377,12 @@ class Program:
 
 
 def _with_constants(program: fx.GraphModule, make: Callable[[fx.Graph, list[fx.Node]], Callable]) -> Callable:
-    """What ``make`` makes of the program's graph, in which constants are further arguments; and they are at hand.
-
-    Looking a constant up in a module takes as long as a small operator. Tensors of a subclass need the dispatcher.
-    """
-    nodes = program.graph.find_nodes(op="get_attr")
-    constants = [operator.attrgetter(str(node.target))(program) for node in nodes]
-    if not all(type(t) in (Tensor, Parameter) for t in constants):
+    """What ``make`` makes of the program's graph, in which constants are further arguments; and they are at hand."""
+    found = constants_last(program)
+    if found is None:
         return program
-    graph, new = fx.Graph(), {}
-    for node in (*program.graph.find_nodes(op="placeholder"), *nodes):
-        new[node] = graph.placeholder(node.name)
-        new[node].meta = node.meta
-    for node, constant in zip(nodes, constants, strict=True):
-        new[node].meta = {"val": constant}
-    graph.output(graph.graph_copy(program.graph, new))
-    run = make(graph, [new[node] for node in nodes])
+    graph, nodes, constants = found
+    run = make(graph, nodes)
     return lambda *tensors: run(*tensors, *constants)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.nn import Parameter
 
 from pyxai_bounds import ops
 from pyxai_bounds.chain import Chain
@@ -35,6 +36,26 @@ def direct(graph: fx.Graph, grads: bool) -> Callable[..., Any]:
         else:
             node.target = (ops.recorded if grads else ops.undispatched).get(node.target, node.target)
     return fx.GraphModule(torch.nn.Module(), graph).forward
+
+
+def constants_last(program: fx.GraphModule) -> tuple[fx.Graph, list[fx.Node], list[Tensor]] | None:
+    """The program's graph, in which constants are further arguments; their nodes; and they themselves.
+
+    Looking a constant up in a module takes as long as a small operator. None where one is of a subclass of Tensor,
+    which needs the dispatcher.
+    """
+    nodes = program.graph.find_nodes(op="get_attr")
+    constants = [operator.attrgetter(str(node.target))(program) for node in nodes]
+    if not all(type(t) in (Tensor, Parameter) for t in constants):
+        return None
+    graph, new = fx.Graph(), {}
+    for node in (*program.graph.find_nodes(op="placeholder"), *nodes):
+        new[node] = graph.placeholder(node.name)
+        new[node].meta = node.meta
+    for node, constant in zip(nodes, constants, strict=True):
+        new[node].meta = {"val": constant}
+    graph.output(graph.graph_copy(program.graph, new))
+    return graph, [new[node] for node in nodes], constants
 
 
 def checkpointed(graph: fx.Graph, constants: list[fx.Node], circumstances: Circumstances) -> Callable[..., Any]:
@@ -92,10 +113,10 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         with ops.backend(ctx.backend), ctx.segment.circumstances():
-            return None, *_again(ctx.segment.record, ctx.saved_tensors, ctx.needs_input_grad[1:], grads)
+            return None, *differentiate_again(ctx.segment.record, ctx.saved_tensors, ctx.needs_input_grad[1:], grads)
 
 
-def _again(
+def differentiate_again(
     record: Callable[..., Iterable[Tensor]],
     saved: Sequence[Tensor],
     needs: Sequence[bool],
@@ -168,7 +189,7 @@ class _Chained(torch.autograd.Function):
 
         wanted = [needs[n] for n in given]
         with ops.backend(ctx.backend), without_autocast():
-            found = _again(record, saved[:count], wanted, [grad for _, grad in ends])
+            found = differentiate_again(record, saved[:count], wanted, [grad for _, grad in ends])
         gradients = dict(zip(given, found, strict=True))
         return None, None, *(gradients.get(n) for n in range(len(needs)))
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from pyxai_bounds import errors, rounding
+from pyxai_bounds import errors, recorder, rounding
 from pyxai_bounds.ops import replay
 
 
@@ -40,12 +40,15 @@ class Recording(TorchDispatchMode):
         self.done.append((function, *lying, out))
         return out
 
+    def pool(self):
+        return None
+
     def replay(self):
         for function, args, kwargs, out in self.done:
             again = function(*args, **kwargs)
             for old, new in zip(tree_flatten(out)[0], tree_flatten(again)[0], strict=True):
                 if isinstance(old, torch.Tensor) and old.numel() and old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
+                    old.data.copy_(new)  # as a GPU does: autograd does not notice
 
 
 def imitate(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,10 +61,10 @@ def imitate(monkeypatch: pytest.MonkeyPatch) -> None:
         "current_stream": lambda: nothing,
         "stream": lambda stream: contextlib.nullcontext(),
         "device": lambda device: contextlib.nullcontext(),
-        "graph": lambda graph, stream, capture_error_mode: graph,
+        "graph": lambda graph, pool, stream, capture_error_mode: graph,
         "is_current_stream_capturing": lambda: Recording.active > 0,
     }
     for name, imitation in imitations.items():
         monkeypatch.setattr(torch.cuda, name, imitation)
-    for module in (errors, rounding, replay):
+    for module in (errors, rounding, recorder, replay):
         monkeypatch.setattr(module, "on_gpu", lambda t: True)

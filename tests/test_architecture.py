@@ -27,6 +27,7 @@ ORDER = [
     ["fuse"],
     ["chain"],
     ["recompute"],
+    ["recorder"],
     ["interpreter"],
     ["program"],
     ["explain"],

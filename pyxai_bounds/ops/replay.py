@@ -1,35 +1,28 @@
-"""Records the GPU work of a program once and replays it: small bound programs spend their time on launches.
+"""Records work on a GPU once and replays it: small bound programs spend their time on launches.
 
-``Replay`` is one recording without gradients; ``Recorder`` decides when a program is recorded, and when a recording is
-out of date. ``GraphedStep`` does both for the loss and the gradients of a training step.
+``Replay`` is one recording without gradients; ``GraphedStep`` records and replays the loss and the gradients of a
+training step. When bound programs are recorded by themselves is said in ``recorder.py``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import itertools
-import math
 import os
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from pyxai_bounds import ops
 from pyxai_bounds.errors import on_gpu
 
-# Where launches are what costs: a program that writes more spends longer on memory (a GPU moves 4 GiB in about 1 ms)
-# than on the launches that a graph saves, and would hold memory for good. Of a deep program that is so if its operators
-# write much each: one launched from Python takes as long as 64 MiB and more.
-LARGEST = 2**32  # bytes that a recorded program may write, all its results together,
-LARGEST_EACH = 2**26  # or on average an operator of it
 
-
-class _Graph:
+class Graph:
     """Copies of ``example`` on the GPU, and what a function did with them, recorded as a CUDA graph."""
 
     def __init__(self, example: Sequence[Tensor]) -> None:
@@ -41,11 +34,15 @@ class _Graph:
         for kept, given in zip(self.inputs, tensors, strict=True):
             _once(kept).copy_(_once(given))
 
-    def record(self, fn: Callable[..., Any]) -> None:
-        """Nothing runs. What cannot be recorded must be done: kernels compiled for such inputs, tile sizes measured."""
+    def record(self, fn: Callable[..., Any], stream: Any = None, before: Graph | None = None) -> None:
+        """Nothing runs. What cannot be recorded must be done: kernels compiled for such inputs, tile sizes measured.
+
+        ``before``: a graph whose memory this one may use where nothing of it is alive; they never run side by side.
+        """
         graph = torch.cuda.CUDAGraph()
         # On a stream of this device; other threads (those that load data) may allocate meanwhile.
-        with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
+        stream, pool = stream or torch.cuda.Stream(), None if before is None else before._graph.pool()
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self.outputs = fn(*self.inputs)
         self._graph = graph
 
@@ -54,7 +51,7 @@ class _Graph:
 
 
 @contextlib.contextmanager
-def _on(stream: Any) -> Iterator[None]:
+def on(stream: Any) -> Iterator[None]:
     """On another stream, which waits for the current one and for which the current one waits."""
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -77,9 +74,9 @@ class Replay:
             raise ValueError("Only work on CUDA tensors can be recorded; call the function itself.")
         self._lock = threading.Lock()
         with torch.cuda.device(example[0].device), torch.no_grad():  # all streams are the current device's
-            self._graph = _Graph(example)
+            self._graph = Graph(example)
             self._graph.fill(example)
-            with _on(torch.cuda.Stream()):
+            with on(torch.cuda.Stream()):
                 for _ in range(2):
                     fn(*self._graph.inputs)
             self._graph.record(fn)
@@ -171,26 +168,26 @@ class GraphedStep:
                 )
         if self.pieces > 1:
             _check_can_be_cut(tensors)
-        if not _recordable((*tensors, self.parameters[0])):
+        if not recordable((*tensors, self.parameters[0])):
             return self._run(*tensors)
         with torch.cuda.device(device):
             return self._on_gpu(tensors)
 
     def _forget(self, circumstances: tuple | None) -> None:
         self._circumstances = circumstances
-        self._recording: tuple[tuple, _Graph, list[Tensor | None]] | None = None  # of a kind of arguments; gradients
-        self._begun: dict[tuple, tuple[_Graph, int]] = {}  # until one is recorded: with how many calls
+        self._recording: tuple[tuple, Graph, list[Tensor | None]] | None = None  # of a kind of arguments; gradients
+        self._begun: dict[tuple, tuple[Graph, int]] = {}  # until one is recorded: with how many calls
 
     def _on_gpu(self, tensors: Sequence[Tensor]) -> Tensor:
-        circumstances = (*_settings(), *(p.data_ptr() for p in self.parameters))
+        circumstances = (*settings(), *(p.data_ptr() for p in self.parameters))
         if circumstances != self._circumstances:
             self._forget(circumstances)
         kind = tuple((t.shape, t.stride(), t.dtype) for t in tensors)
         if self._recording is None:
-            graph, calls = self._begun.get(kind) or (_Graph(tensors), 0)
+            graph, calls = self._begun.get(kind) or (Graph(tensors), 0)
             if calls < 2:
                 graph.fill(tensors)
-                with _on(torch.cuda.Stream()):
+                with on(torch.cuda.Stream()):
                     loss = self._run(*graph.inputs)
                 self._begun[kind] = graph, calls + 1
                 return loss
@@ -206,12 +203,12 @@ class GraphedStep:
             parameter.grad = gradient
         return graph.outputs.clone()
 
-    def _record(self, graph: _Graph) -> None:
+    def _record(self, graph: Graph) -> None:
         try:
             graph.record(self._run)
         except RuntimeError as error:
             raise RuntimeError(
-                f"This training step cannot be recorded as a CUDA graph ({_first_line(error)}). Its loss must not look "
+                f"This training step cannot be recorded as a CUDA graph ({first_line(error)}). Its loss must not look "
                 "at values on the host (.item(), an if on a tensor) nor copy from the CPU, and no loss of an earlier "
                 "step may be alive with its graph. PYXAI_BOUNDS_CUDA_GRAPHS=0 runs it as it is written."
             ) from error
@@ -219,7 +216,8 @@ class GraphedStep:
     def _run(self, *tensors: Tensor) -> Tensor:
         for parameter in self.parameters:
             parameter.grad = None
-        losses = [_differentiate(term, piece, share) for piece, share in self._cut(tensors) for term in self.terms]
+        with _recorded_as_a_whole():
+            losses = [_differentiate(term, piece, share) for piece, share in self._cut(tensors) for term in self.terms]
         return losses[0] if len(losses) == 1 else torch.stack([loss.reshape(()) for loss in losses]).sum()
 
     def _cut(self, tensors: Sequence[Tensor]) -> list[tuple[Sequence[Tensor], float]]:
@@ -256,60 +254,11 @@ def _check_can_be_cut(tensors: Sequence[Tensor]) -> None:
             )
 
 
-class Recorder:
-    """Runs a program on CUDA tensors, from its second call in the same circumstances on as a CUDA graph.
-
-    A recording is out of date when a constant of the program lies elsewhere in memory (``p.data = …``, ``model.to``),
-    or when the backend or the arithmetic was chosen anew. In 4 cases the program runs as it is: it writes more than
-    ``LARGEST`` bytes, and more than ``LARGEST_EACH`` an operator; it looks at values on the host; recording it failed,
-    which is said once; the environment says ``PYXAI_BOUNDS_CUDA_GRAPHS=0``.
-    """
-
-    def __init__(self, program: fx.GraphModule) -> None:
-        self.program = program
-        self._plan = _plan(program)
-        self._circumstances: tuple | None = None  # of the last call
-        self._replay: Replay | None = None
-        self._failed = False
-        self._lock = threading.Lock()
-
-    def __call__(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        if self._plan is None or self._failed or not _recordable(tensors):
-            return self.program(*tensors)
-        body, constants, checks = self._plan
-        circumstances = _circumstances(constants)
-        if circumstances is None:
-            return self.program(*tensors)
-        with self._lock:
-            if circumstances != self._circumstances:
-                # Not yet: who moves the parameters before every call would record before every call.
-                self._circumstances, self._replay = circumstances, None
-                replay = None
-            else:
-                for index, classes in checks:
-                    ops.check_target(tensors[index], classes)
-                replay = self._replay = self._replay or self._record(body, tensors)
-        return self.program(*tensors) if replay is None else replay(*tensors)
-
-    def _record(self, body: fx.GraphModule, tensors: Sequence[Tensor]) -> Replay | None:
-        try:
-            return Replay(body, tensors)
-        except RuntimeError as error:
-            self._failed = True
-            warnings.warn(
-                f"A bound program could not be recorded as a CUDA graph and runs without ({_first_line(error)}). "
-                "Set PYXAI_BOUNDS_CUDA_GRAPHS=0 to record none.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-            return None
-
-
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _recordable(tensors: Sequence[Tensor]) -> bool:
+def recordable(tensors: Sequence[Tensor]) -> bool:
     """Are these plain tensors on one GPU, outside of whatever else traces or records?"""
     return (
         bool(tensors)
@@ -318,21 +267,28 @@ def _recordable(tensors: Sequence[Tensor]) -> bool:
         and _get_current_dispatch_mode() is None
         and not any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)
         and not torch.compiler.is_compiling()
+        and not _is_part.get()
         and not torch.cuda.is_current_stream_capturing()
     )
+
+
+_is_part: contextvars.ContextVar[bool] = contextvars.ContextVar("pyxai_bounds_part_of_a_recording", default=False)
+
+
+@contextlib.contextmanager
+def _recorded_as_a_whole() -> Iterator[None]:
+    """What runs inside is, or will be, recorded together: its programs need no recordings of their own."""
+    token = _is_part.set(True)
+    try:
+        yield
+    finally:
+        _is_part.reset(token)
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def _circumstances(constants: Sequence[Tensor]) -> tuple | None:
-    """All that a recording takes for granted; None if it cannot: numbers on the CPU would be copied into it."""
-    if not all(on_gpu(t) for t in constants):
-        return None
-    return (*_settings(), *((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in constants))
-
-
-def _settings() -> tuple:
+def settings() -> tuple:
     """How PyTorch and this package were told to compute."""
     return (
         ops._forced.get(),
@@ -341,53 +297,3 @@ def _settings() -> tuple:
         torch.backends.cudnn.enabled,
         torch.are_deterministic_algorithms_enabled(),
     )
-
-
-_HOST_TAGS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded)
-
-
-def _plan(program: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor], list[tuple[int, int]]] | None:
-    """What to record: the program without its checks of arguments, which come first (argument, classes); its constants.
-
-    None if it should not or cannot be recorded.
-    """
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(program.graph, {}))
-    placeholders = graph.find_nodes(op="placeholder")
-    checks: list[tuple[int, int]] = []
-    constants: list[Tensor] = []
-    written = operators = 0
-    for node in list(graph.nodes):
-        if node.op == "get_attr":
-            value: Any = program
-            for name in node.target.split("."):
-                value = getattr(value, name)
-            if isinstance(value, Tensor):
-                constants.append(value)
-        if node.op != "call_function":
-            continue
-        if node.target is ops.check_target:
-            if node.args[0] not in placeholders:
-                return None
-            checks.append((placeholders.index(node.args[0]), node.args[1]))
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-            continue
-        if node.target is ops.interval_matmul and node.args[4]:
-            return None  # the exact product asks which factor is a point
-        if isinstance(node.target, torch._ops.OpOverload):
-            if any(tag in node.target.tags for tag in _HOST_TAGS):
-                return None
-            written += sum(_bytes(value) for value in _values(node))
-            operators += 1
-    is_small = written <= max(LARGEST, LARGEST_EACH * operators)
-    return (fx.GraphModule(program, graph), constants, checks) if is_small else None
-
-
-def _values(node: fx.Node) -> Sequence[Any]:
-    values = node.meta.get("val")
-    return values if isinstance(values, (list, tuple)) else [values]
-
-
-def _bytes(value: Any) -> int:
-    return math.prod(value.shape) * value.element_size() if isinstance(value, Tensor) else 0

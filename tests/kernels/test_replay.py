@@ -3,13 +3,16 @@
 Without a GPU they are imitated.
 """
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import pyxai_bounds as xb
-from pyxai_bounds import ops
+from pyxai_bounds import ops, recorder
 from pyxai_bounds.ops import replay, triton
 from pyxai_bounds.train import GraphedStep, explanation_width, rec
 from tests.cuda_graphs import Recording, imitate
@@ -164,14 +167,14 @@ def test_nothing_is_recorded_with_gradients_by_request_or_if_too_large(device, r
     for _ in range(3):
         assert bounded(box, target).rad.requires_grad
         plainly(monkeypatch, bounded, box, target)
-    monkeypatch.setattr(replay, "LARGEST", 1000)
-    monkeypatch.setattr(replay, "LARGEST_EACH", 10)
+    monkeypatch.setattr(recorder, "LARGEST", 1000)
+    monkeypatch.setattr(recorder, "LARGEST_EACH", 10)
     large = xb.bound(xb.explain.gradient(case(device, seed=1)[0]))
     with torch.no_grad():
         for _ in range(3):
             large(box, target)
     assert recorded == []
-    monkeypatch.setattr(replay, "LARGEST_EACH", 10**6)  # a deep program of small operators
+    monkeypatch.setattr(recorder, "LARGEST_EACH", 10**6)  # a deep program of small operators
     deep = xb.bound(xb.explain.gradient(case(device, seed=2)[0]))
     with torch.no_grad():
         for _ in range(3):
@@ -198,7 +201,7 @@ def test_numbers_on_the_cpu_and_looks_at_values_are_not_recorded(device, recorde
     constant = torch.full((), 2.0)
     x = torch.rand(3, 4, device=device)
     if device == "cpu":
-        monkeypatch.setattr(replay, "on_gpu", lambda t: t is not constant)
+        monkeypatch.setattr(recorder, "on_gpu", lambda t: t is not constant)
     functions = [lambda t: t * constant]
     weight = torch.rand(4, 4, device=device)
     box = xb.parameter_box(model := nn.Linear(4, 2).to(device), absolute=0.1)
@@ -478,3 +481,241 @@ def test_an_exact_product_needs_no_look_while_recording(device):
         found = ops.reference.interval_matmul(*box, True), ops.reference.interval_matmul_backward(*grads, *box)
     for a, b in zip(found, expected, strict=True):
         assert all(torch.allclose(s, t, rtol=1e-12, atol=0) for s, t in zip(a, b, strict=True))
+
+
+# --- programs whose results are differentiated ----------------------------------------------------------------
+
+
+@pytest.fixture
+def turns(device, monkeypatch):
+    """What recordings of differentiated programs did: calls, and derivatives replayed, run, or left to others."""
+    done = []
+    call, backward = recorder.TrainingReplay.forward, recorder.TrainingReplay.backward
+
+    def noted_call(self, *args):
+        done.append("call")
+        return call(self, *args)
+
+    def noted_backward(self, turn, derivative, *args):
+        found = backward(self, turn, derivative, *args)
+        done.append("left" if found is None else "replayed" if self._backward.get(derivative) else "run")
+        return found
+
+    def with_grad(program, tensors, checkpoint):
+        return program._on_gpu_with_grad(tensors)
+
+    monkeypatch.setattr(recorder.TrainingReplay, "forward", noted_call)
+    monkeypatch.setattr(recorder.TrainingReplay, "backward", noted_backward)
+    if device == "cpu":
+        monkeypatch.setattr(xb.program.Program, "_with_grad", with_grad)
+    return done
+
+
+@pytest.fixture
+def trained_case(device, turns):
+    """Bounds that are recorded, derivative included: (model, bounds, box, target)."""
+    model, x, target = case(device)
+    bounded, box = xb.bound(xb.explain.gradient(model)), xb.Interval.linf(x, 0.01)
+    for _ in range(3):
+        gradients_of(loss_on(bounded(box, target)), model)
+    assert turns == ["call", "run", "call", "replayed"]
+    turns.clear()
+    return model, bounded, box, target
+
+
+def loss_on(bounds):
+    return (bounds.mid * bounds.rad).sum() + bounds.rad.square().sum()
+
+
+def gradients_of(loss, model):
+    model.zero_grad()
+    loss.backward()
+    return [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+
+def all_equal(found, expected):
+    pairs = zip(found, expected, strict=True)
+    return all((a is None) == (b is None) and (a is None or torch.equal(a, b)) for a, b in pairs)
+
+
+@contextlib.contextmanager
+def launched():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYXAI_BOUNDS_CUDA_GRAPHS", "0")
+        yield
+
+
+def test_bounds_in_a_loop_of_ones_own_are_replayed_and_so_are_their_derivatives(device, turns):
+    model, x, target = case(device)
+    bounded = xb.bound(xb.explain.gradient(model))
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for k in range(5):
+        box, labels = xb.Interval.linf((x + 0.1 * k) % 1, 0.01 * (k + 1)), (target + k) % 3
+        for loss in (lambda bounds: bounds.rad.square().mean(), loss_on):  # of radii alone; of both
+            found = loss(bounded(box, labels))
+            gradients = gradients_of(found, model)
+            with launched():
+                expected = loss(bounded(box, labels))
+                assert torch.equal(found, expected) and all_equal(gradients, gradients_of(expected, model))
+        optimiser.step()
+    # The first call runs as it is; each derivative is run once before it is recorded.
+    assert turns == ["call", "run", "call", "run"] + ["call", "replayed"] * 7
+
+
+def test_a_second_call_before_the_backward_pass_runs_as_it_is(trained_case, turns):
+    model, bounded, box, target = trained_case
+    other = xb.Interval.linf(box.mid / 2, 0.03)
+
+    def loss():
+        return loss_on(bounded(box, target)) + 2 * loss_on(bounded(other, target))
+
+    found = loss()
+    assert turns == ["call"]
+    gradients = gradients_of(found, model)
+    with launched():
+        assert torch.equal(found, expected := loss()) and all_equal(gradients, gradients_of(expected, model))
+    for _ in range(3):
+        bounded(box, target)  # whose results nobody keeps
+    assert turns == ["call", "replayed", "call", "call", "call"]
+
+
+def test_results_and_graphs_outlast_other_calls(trained_case, turns):
+    model, bounded, box, target = trained_case
+    bounds = bounded(box, target)
+    loss, kept = loss_on(bounds), (bounds.mid.detach().clone(), bounds.rad.detach().clone())
+    model.zero_grad()
+    loss.backward(retain_graph=True)
+    first = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    loss.backward()  # while nobody else had a turn
+    assert turns == ["call", "replayed", "replayed"] and all_equal(first, [p.grad for p in model.parameters()])
+    again = loss_on(bounded(box, target))
+    parts = [
+        torch.autograd.grad(again, [*model[k].parameters()], retain_graph=k != 5, allow_unused=True) for k in (0, 1, 5)
+    ]
+    assert all_equal([g for part in parts for g in part], first)
+    late = loss_on(bounded(box, target))
+    late.backward(retain_graph=True)
+    torch.autograd.grad(late, [model[0].weight])
+    loss_on(bounded(xb.Interval.linf(box.mid / 3, 0.1), target)).backward()
+    assert torch.equal(bounds.mid, kept[0]) and torch.equal(bounds.rad, kept[1])
+    turns.clear()
+    old = loss_on(old_bounds := bounded(box, target))
+    old.backward()
+    loss_on(bounded(xb.Interval.linf(box.mid / 3, 0.1), target)).backward()
+    assert turns == ["call", "replayed"] * 2
+    model.zero_grad()
+    with pytest.raises(RuntimeError, match="a second time"):  # as of any other graph: the recording serves others now
+        loss_on(old_bounds).backward()
+    assert turns[4:] == ["left"]
+
+
+def test_derivatives_of_second_order_and_in_the_box(trained_case, turns, device):
+    model, bounded, box, target = trained_case
+
+    def penalty():
+        loss = loss_on(bounded(box, target))
+        gradients = torch.autograd.grad(loss, [model[0].weight, model[5].weight], create_graph=True)
+        return sum(g.square().sum() for g in gradients)
+
+    found = gradients_of(penalty(), model)
+    with launched():
+        expected = gradients_of(penalty(), model)
+    for a, b in zip(found, expected, strict=True):
+        assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, rtol=1e-5, atol=1e-7))
+
+    def in_the_radius(eps):
+        model.zero_grad()
+        eps = torch.tensor(eps, device=device, requires_grad=True)
+        loss_on(bounded(xb.Interval.of(box.mid, eps * torch.ones_like(box.mid)), target)).backward()
+        return [eps.grad, *(p.grad for p in model.parameters())]
+
+    turns.clear()
+    for _ in range(4):
+        found = in_the_radius(0.02)
+    with launched():
+        assert all_equal(found, in_the_radius(0.02))
+    assert turns == ["call", "run", "call", "replayed", "call", "replayed"]
+
+
+def test_what_changes_between_call_and_backward_pass(trained_case):
+    model, bounded, box, target = trained_case
+    expected = gradients_of(loss_on(bounded(box, target)), model)
+    loss = loss_on(bounded(box, target))
+    with torch.no_grad():
+        box.mid.add_(0.1)  # was copied
+        model[1].running_mean.add_(1.0)  # is not read again: another forward pass in training mode may move it
+    assert all_equal(gradients_of(loss, model), expected)
+    loss = loss_on(bounded(box, target))
+    with torch.no_grad():
+        model[0].weight.mul_(1.01)
+    with pytest.raises(RuntimeError, match="was changed in place after they were computed"):
+        loss.backward()
+
+
+def test_autograd_sees_what_results_depend_on_and_nothing_else(trained_case):
+    model, bounded, box, target = trained_case
+    bounds = bounded(box, target)
+    seen = {id(node.variable) for node, _ in bounds.rad.grad_fn.next_functions if hasattr(node, "variable")}
+    with launched():
+        plain = bounded(box, target)
+    assert recorder.leaves_behind([plain.mid, plain.rad]) == seen
+    assert id(model[5].bias) not in seen and id(model[5].weight) in seen
+
+
+def test_recordings_of_derivatives_are_made_anew_where_those_of_programs_are(trained_case, turns):
+    model, bounded, box, target = trained_case
+    old = model[5].weight.data  # alive, so that its memory is not given out again
+    model[5].weight.data = old * 2
+    model[0].bias.requires_grad_(False)
+    for _ in range(4):
+        gradients = gradients_of(loss_on(bounded(box, target)), model)
+    with launched():
+        assert all_equal(gradients, gradients_of(loss_on(bounded(box, target)), model))
+    assert turns == ["call", "run", "call", "replayed", "call", "replayed"]
+
+
+def test_no_recording_within_one_nor_where_others_keep_what_autograd_saves(trained_case, turns, device):
+    model, bounded, box, target = trained_case
+    step = GraphedStep(lambda x, y: loss_on(bounded(xb.Interval.linf(x, 0.01), y)), model.parameters())
+    for _ in range(4):
+        step(box.mid, target)
+    assert turns == []
+
+    def loss(mid):
+        return loss_on(bounded(xb.Interval.of(mid, box.rad), target))
+
+    mid = box.mid.clone().requires_grad_()
+    for _ in range(3):
+        checkpoint(loss, mid, use_reentrant=False).backward()
+    assert turns == []
+
+
+def test_a_derivative_that_cannot_be_recorded_runs_as_it_is(device, turns, monkeypatch):
+    def refuse(self, derivative):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(recorder.TrainingReplay, "_record_derivative", refuse)
+    model, x, target = case(device)
+    bounded, box = xb.bound(xb.explain.gradient(model)), xb.Interval.linf(x, 0.01)
+    found = [gradients_of(loss_on(bounded(box, target)), model) for _ in range(2)]
+    with pytest.warns(RuntimeWarning, match=r"runs without \(operation not permitted when stream is capturing\)"):
+        found.append(gradients_of(loss_on(bounded(box, target)), model))
+    found.append(gradients_of(loss_on(bounded(box, target)), model))
+    assert all(all_equal(gradients, found[0]) for gradients in found)
+    assert turns == ["call", "run"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="streams of a GPU")
+def test_turns_on_several_streams_wait_for_one_another(trained_case, turns):
+    model, bounded, box, target = trained_case
+    boxes = [xb.Interval.linf(box.mid, 0.01 * (k + 1)) for k in range(8)]
+    with launched():
+        expected = [gradients_of(loss_on(bounded(one, target)), model) for one in boxes]
+    found = []
+    for one in boxes:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            found.append(gradients_of(loss_on(bounded(one, target)), model))
+    torch.cuda.synchronize()
+    assert turns == ["call", "replayed"] * len(boxes)
+    assert all(all_equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -445,8 +445,8 @@ def test_recorded_steps_train_the_same_network(settings, monkeypatch):
     """Radius, weight and learning rate change at every step, and batch norm learns; on an imitation of CUDA graphs."""
     imitate(monkeypatch)
     recorded = []
-    record = replay._Graph.record
-    monkeypatch.setattr(replay._Graph, "record", lambda self, fn: (recorded.append(fn), record(self, fn)))
+    record = replay.Graph.record
+    monkeypatch.setattr(replay.Graph, "record", lambda *args: (recorded.append(args), record(*args)))
     found = []
     for cuda_graph in (True, False):
         torch.manual_seed(0)
