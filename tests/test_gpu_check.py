@@ -213,9 +213,9 @@ def test_what_runs_beside_the_tests_ends_with_its_children_when_its_time_is_up(t
     children = "import subprocess, sys; subprocess.run([sys.executable, '-c', {!r}])"
     child = "import os, time; open('child', 'w').write(str(os.getpid())); time.sleep(60)"
     begun = time.monotonic()
-    with gpu_check.beside([sys.executable, "-c", children.format(child)], 3.0, tmp_path / "log"):
+    with gpu_check.beside([sys.executable, "-c", children.format(child)], 6.0, tmp_path / "log"):
         time.sleep(0.1)
-    assert 2.5 < time.monotonic() - begun < 20
+    assert 5 < time.monotonic() - begun < 30
     state = Path(f"/proc/{(tmp_path / 'child').read_text()}/stat")
     assert not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z"
     with gpu_check.beside([sys.executable, "-c", "print('all of it')"], 60.0, tmp_path / "log"):
