@@ -8,7 +8,6 @@ order, and are rounded to nearest.
 from __future__ import annotations
 
 import ctypes
-import enum
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -19,15 +18,7 @@ from torch import Tensor
 from pyxai_bounds.ops import native
 
 DTYPES = (torch.float16, torch.bfloat16)
-
-
-class Epilogue(enum.IntEnum):
-    """What follows the product: see hopper.h."""
-
-    NONE = 0  # but a bias, if there is one
-    RELU = 1
-    RELU_BACKWARD = 2
-    GATE = 3
+EPILOGUES = ("none", "relu", "relu_backward", "gate")  # what follows the product, by its number in hopper.h
 
 
 def supports(t: Tensor) -> bool:
@@ -88,15 +79,16 @@ def convolve_into(
     transposed: bool,
     out_mid: Tensor,
     out_rad: Tensor,
-    epilogue: Epilogue = Epilogue.NONE,
+    epilogue: str = "none",
     bias: Tensor | None = None,
     bits: Tensor | None = None,
     out_bits: Tensor | None = None,
 ) -> None:
     """The convolution with weight [K, C, kh, kw] of a box that ``takes`` accepts, or its backward-data pass.
 
-    Boxes and results are dense and channels-last; ``bits`` are read by RELU_BACKWARD and GATE, ``out_bits`` written by
-    RELU and RELU_BACKWARD, packed in that order. Runs on the current stream and waits for nothing.
+    Boxes and results are dense and channels-last. ``epilogue`` is a kind of ``triton.Epilogue``: "relu_backward" and
+    "gate" read ``bits``, "relu" and "relu_backward" write ``out_bits``, packed in that order. Runs on the current
+    stream and waits for nothing.
     """
     # Not by its own strides, which mean nothing in a dimension of size 1.
     weight = weight.contiguous(memory_format=torch.channels_last)
@@ -109,9 +101,10 @@ def convolve_into(
         raise RuntimeError(f"A kernel on {mid.device} was given tensors of other devices.")
     addresses = [0 if t is None else t.data_ptr() for t in tensors]
     index, stream = _current(mid)
+    sizes, geometry = _sizes(mid.shape, out_mid.shape), (*weight.shape[2:], *stride, *padding, *dilation)
     _run(
-        index, stream, mid.dtype is torch.float16, epilogue, transposed, _sizes(mid.shape, out_mid.shape),
-        (*weight.shape[2:], *stride, *padding, *dilation), of_target, of_source, of_tap, *addresses,
+        index, stream, mid.dtype is torch.float16, EPILOGUES.index(epilogue), transposed, sizes, geometry,
+        of_target, of_source, of_tap, *addresses,
     )  # fmt: skip
 
 

@@ -556,8 +556,7 @@ def _hopper(
     bias = None if epilogue.bias is None else epilogue.bias.contiguous()
 
     def launch(out_mid: Tensor, out_rad: Tensor, kind: str, bits: Tensor | None, made: Tensor | None) -> None:
-        what = hopper.Epilogue[kind.upper()]
-        hopper.convolve_into(box[0], box[1], last_weight, *args[:3], back, out_mid, out_rad, what, bias, bits, made)
+        hopper.convolve_into(box[0], box[1], last_weight, *args[:3], back, out_mid, out_rad, kind, bias, bits, made)
 
     return _in_one_kernel(epilogue, mid, size, size[1], launch)  # in the order of the box that was given
 

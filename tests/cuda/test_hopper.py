@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyxai_bounds.ops import hopper, reference, triton
-from pyxai_bounds.ops.hopper import Epilogue
+from pyxai_bounds.ops.hopper import EPILOGUES
 from pyxai_bounds.ops.layout import state_size, unpack
 from tests.cuda.emulator import SOURCES
 
@@ -59,9 +59,9 @@ class Problem:
     def takes(self) -> bool:
         return hopper.takes(self.source, self.target, self.kernel, *self.geometry, 1, self.back)
 
-    def run(self, epilogue: Epilogue, biased: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    def run(self, epilogue: str, biased: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         out = self.empty(), self.empty(), torch.zeros(self.bits_size(), dtype=torch.uint8)
-        bias = self.bias if biased and epilogue <= Epilogue.RELU and not self.back else None  # gradients have none
+        bias = self.bias if biased and epilogue in ("none", "relu") and not self.back else None  # gradients have none
         tensors = (self.mid, self.rad, self.weight, *out, self.bits, *([] if bias is None else [bias]))
         mid, rad, weight, out_mid, out_rad, out_bits, bits, *bias = (t.cuda() if ON_A_GPU else t for t in tensors)
         hopper.convolve_into(
@@ -102,7 +102,7 @@ def test_product(case, back, dtype):
         assert not problem.takes()  # 18 x 18
         return
     assert problem.takes()
-    mid, rad, _ = problem.run(Epilogue.NONE)
+    mid, rad, _ = problem.run("none")
     exact = problem.product()
     if not back:
         exact = exact[0] + problem.bias.double().reshape(1, -1, 1, 1), exact[1]
@@ -115,17 +115,17 @@ def test_product(case, back, dtype):
 
 
 @pytest.mark.parametrize("back", [False, True], ids=["forward", "backward"])
-@pytest.mark.parametrize("epilogue", [Epilogue.RELU, Epilogue.RELU_BACKWARD, Epilogue.GATE], ids=lambda e: e.name)
+@pytest.mark.parametrize("epilogue", EPILOGUES[1:])
 @pytest.mark.parametrize("case", ["tall tiles", "sixteen images a tile", "rows past the image", "stride 2", "one tap"])
 def test_epilogue(case, epilogue, back):
     """To the last bit what the elementwise operator makes of the product that the kernel rounds."""
     problem = Problem(*CASES[case], back)
-    product = problem.run(Epilogue.NONE, biased=epilogue is Epilogue.RELU)[:2]
+    product = problem.run("none", biased=epilogue == "relu")[:2]
     *box, bits = problem.run(epilogue)
     mid, rad = (t.float() for t in product)
-    if epilogue is Epilogue.RELU:
+    if epilogue == "relu":
         *wanted, state = reference.interval_relu(mid, rad)
-    elif epilogue is Epilogue.RELU_BACKWARD:
+    elif epilogue == "relu_backward":
         *wanted, state = reference.interval_relu_backward(mid, rad, problem.bits)
     else:
         wanted, state = reference.interval_gate(mid, rad, problem.bits), torch.zeros_like(bits)
@@ -224,7 +224,7 @@ def test_not_a_number_and_infinity():
     problem = Problem(*CASES["one image a tile"], False)
     problem.mid[0, 3, 5, 5] = torch.nan
     problem.rad[1, 7, 2, 9] = torch.inf
-    mid, rad, bits = problem.run(Epilogue.RELU)
+    mid, rad, bits = problem.run("relu")
     exact = problem.product()
     assert torch.equal(mid.isnan() | mid.isinf(), exact[0].isnan() | (exact[1].isinf()))
     lower, upper = unpack(bits, mid)
@@ -238,24 +238,24 @@ def test_strides_of_a_dimension_of_size_1_mean_nothing():
     g = torch.Generator().manual_seed(1)
     base = (torch.randn(64, 3, 64, generator=g) / 14).bfloat16()
     problem.weight = base.permute(0, 2, 1).unsqueeze(-1)  # strides 192, 1, 64 and, of the last, 1
-    mid, rad, _ = problem.run(Epilogue.NONE, biased=False)
+    mid, rad, _ = problem.run("none", biased=False)
     for value, wanted in zip((mid, rad), problem.product(), strict=True):
         torch.testing.assert_close(value.double(), wanted, rtol=5e-3, atol=5e-3)
 
 
 def test_a_view_that_begins_anywhere():
     problem = Problem(*CASES["one image a tile"], False)
-    expected = problem.run(Epilogue.NONE)
+    expected = problem.run("none")
     shifted = torch.empty(problem.mid.numel() + 3, dtype=problem.mid.dtype)[3:]
     problem.mid = shifted.as_strided(problem.mid.shape, problem.mid.stride()).copy_(problem.mid)
-    for value, wanted in zip(problem.run(Epilogue.NONE), expected, strict=True):
+    for value, wanted in zip(problem.run("none"), expected, strict=True):
         assert torch.equal(value, wanted)
 
 
 def test_many_tiles_for_a_block():
     """Blocks walk over several tiles each; the last images fill no tile."""
     problem = Problem((37, 64, 8, 8), 128, 3, 1, 1, 1, False)
-    mid, rad, _ = problem.run(Epilogue.NONE)
+    mid, rad, _ = problem.run("none")
     exact = problem.product()
     torch.testing.assert_close(
         mid.double(), exact[0] + problem.bias.double().reshape(1, -1, 1, 1), rtol=5e-3, atol=5e-3
@@ -283,15 +283,13 @@ def test_operators_of_auto_use_it(monkeypatch):
         if back:
             size = problem.target
             got = {
-                Epilogue.NONE: triton.measured.interval_conv2d_backward(mid, rad, weight, None, size, *args),
-                Epilogue.RELU_BACKWARD: triton.measured.interval_conv2d_backward_relu(
-                    mid, rad, weight, bits, size, *args
-                ),
+                "none": triton.measured.interval_conv2d_backward(mid, rad, weight, None, size, *args),
+                "relu_backward": triton.measured.interval_conv2d_backward_relu(mid, rad, weight, bits, size, *args),
             }
         else:
             got = {
-                Epilogue.RELU: triton.measured.interval_conv2d(mid, rad, weight, bias, *args, True),
-                Epilogue.GATE: triton.measured.interval_conv2d_gate(mid, rad, weight, bits, *args),
+                "relu": triton.measured.interval_conv2d(mid, rad, weight, bias, *args, True),
+                "gate": triton.measured.interval_conv2d_gate(mid, rad, weight, bits, *args),
             }
         for epilogue, results in got.items():
             wanted = problem.run(epilogue)
@@ -302,7 +300,7 @@ def test_operators_of_auto_use_it(monkeypatch):
             results = triton.measured.interval_conv2d_backward(*box, weight, None, size, *args)
         else:
             results = triton.measured.interval_conv2d(*box, weight, bias, *args, False)[:2]
-        for value, expected in zip(results, problem.run(Epilogue.NONE), strict=False):
+        for value, expected in zip(results, problem.run("none"), strict=False):
             assert torch.equal(value.cpu(), expected) and value.is_contiguous()  # the order of the box
     problem = WeightProblem(*CASES["one image a tile"])
     for order in (LAST, torch.contiguous_format):
