@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pyxai_bounds.certify.differences import Differences
 from pyxai_bounds.certify.pieces import Pieces
-from pyxai_bounds.certify.properties import Property, flat, kept
+from pyxai_bounds.certify.properties import Property, TopK, flat, kept
 from pyxai_bounds.interval import Clip, Interval
 from pyxai_bounds.parameters import ParameterBox
 from pyxai_bounds.program import BoundFunction, bound
@@ -58,6 +59,7 @@ def certify(
     parameters: ParameterBox | None = None,
     sound: bool = True,
     product: Product = "rump",
+    differences: bool = True,
     batch_size: int | None = None,
     memory_budget: int | None = None,
 ) -> Certificate:
@@ -72,10 +74,14 @@ def certify(
     (default: :func:`~pyxai_bounds.certify.pieces.default_budget`). A sample that takes more is a piece of its own.
     ``sound=True`` rounds outward, so that the certificate is a proof about the function in real arithmetic; it needs
     float32 or float64. ``sound=False`` rounds to nearest, and the certificate says so.
+    ``differences``: where the bounds of its entries do not prove a ``TopK``, bounds of their differences are tried.
+    They are sharper if the explanation ends in linear layers, as gradients do (see ``differences.py``). ``bounds`` are
+    those of the entries, and with False the margin is theirs alone.
     A sample with a bound that is not finite is never certified, nor is any if the model holds a NaN or an infinity.
     Raises what :func:`bound` and :meth:`Interval.linf` raise.
     """
-    check = _Check(fn, x, target, property, clip, parameters, sound, product, Pieces(batch_size, memory_budget))
+    pieces = Pieces(batch_size, memory_budget)
+    check = _Check(fn, x, target, property, clip, parameters, sound, product, differences, pieces)
     return check.at(eps)
 
 
@@ -92,6 +98,7 @@ def certified_radius(
     parameters: ParameterBox | None = None,
     sound: bool = True,
     product: Product = "rump",
+    differences: bool = True,
     batch_size: int | None = None,
     memory_budget: int | None = None,
 ) -> Tensor:
@@ -111,7 +118,8 @@ def certified_radius(
             )
     if not (0 < max_eps < math.inf and tol > 0):
         raise ValueError(f"certified_radius needs 0 < max_eps < ∞ and tol > 0, got max_eps={max_eps}, tol={tol}.")
-    check = _Check(fn, x, target, property, clip, parameters, sound, product, Pieces(batch_size, memory_budget))
+    pieces = Pieces(batch_size, memory_budget)
+    check = _Check(fn, x, target, property, clip, parameters, sound, product, differences, pieces)
     per_sample = [-1] + [1] * (x.dim() - 1)
     holds = check.at(max_eps if unit is None else _multiple(max_eps, unit)).holds
     unknown = torch.full((len(x),), max_eps, dtype=x.dtype, device=x.device)
@@ -145,6 +153,7 @@ class _Check:
         parameters: ParameterBox | None,
         sound: bool,
         product: Product,
+        differences: bool,
         pieces: Pieces,
     ) -> None:
         if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -175,6 +184,8 @@ class _Check:
         _check_call(self.bounded.fn, (x,) if target is None else (x, target))
         self.rounding = "outward" if sound else "nearest"
         self.pieces = pieces
+        # With a box of parameters the linear layers are sets, too.
+        self.ranking = property if differences and isinstance(property, TopK) and parameters is None else None
 
     @functools.cached_property
     def nominal(self) -> Tensor:
@@ -202,9 +213,30 @@ class _Check:
             raise ValueError(f"The function returned {list(self.nominal.shape)} but its bounds {list(bounds.shape)}.")
         margin = self.property.margin(self.nominal, bounds)
         usable = flat(bounds.isfinite() & self.nominal.isfinite()).all(1) & ~self._strays(bounds)
+        if self.ranking is not None:
+            margin = self._sharpened(self.ranking, margin, box, bounds, usable)
         holds = kept(self.property, margin) & usable & self.bounded.constants_are_finite()
         margin = torch.where(margin.isnan() | ~usable, -torch.inf, margin)
         return Certificate(holds, margin, self.nominal, bounds, self.rounding)
+
+    @functools.cached_property
+    def _differences(self) -> Differences | None:
+        one = [self.x[:1]] if self.target is None else [self.x[:1], self.target[:1]]
+        return Differences.of(self.bounded.fn, one, self.rounding == "outward", self.bounded.product)
+
+    def _sharpened(self, ranking: TopK, margin: Tensor, box: Interval, bounds: Interval, usable: Tensor) -> Tensor:
+        """Margins by differences of entries, of the samples whose bounds do not prove the property."""
+        open_ = usable & ~kept(ranking, margin) & margin.isfinite()
+        samples = open_.nonzero()[:, 0].tolist()
+        if not samples or self._differences is None:
+            return margin
+        margin = margin.clone()
+        for place in samples:
+            one = slice(place, place + 1)
+            arguments = (box[one],) if self.target is None else (box[one], self.target[one])
+            found = self._differences.margin(ranking, self.nominal[one], bounds[one], arguments)
+            margin[place] = margin[place].clamp(min=found)
+        return margin
 
     def _strays(self, bounds: Interval) -> Tensor:
         """Samples whose own explanation lies outside its bounds by more than rounding: bounds of something else.
