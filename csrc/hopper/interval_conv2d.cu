@@ -79,9 +79,6 @@ __device__ inline void finish(uint32_t octet, uint32_t octets, Words mid, Words 
     reinterpret_cast<Words*>(out_rad)[octet] = rad;
 }
 
-template <int n>
-using Constant = std::integral_constant<int, n>;
-
 // Products of a panel's taps, one after the other, nowhere with a loop at run time: the compiler would wait at the end
 // of each round. The last tap leaves out the last pixels where it is of the next row and panels end with the image. (To
 // leave out the first ones, too, would be right for a tap of the row above, but sums that begin elsewhere than others
@@ -222,13 +219,13 @@ __global__ void __launch_bounds__(threads, 1)
                 }
             };
             if (progress == 0)
-                stage(std::integral_constant<int, 0>{});
+                stage(Constant<0>{});
             else if (progress == 1)
-                stage(std::integral_constant<int, 1>{});
+                stage(Constant<1>{});
             else if (progress == 2)
-                stage(std::integral_constant<int, 2>{});
+                stage(Constant<2>{});
             else
-                stage(std::integral_constant<int, 3>{});
+                stage(Constant<3>{});
 #pragma unroll
             for (int i = 0; i < parts; ++i) {
                 octets[i] = octet_of(progress, i);

@@ -26,8 +26,8 @@ constexpr int most_parts = 256;
 template <class T, int columns, int taps>
 __device__ inline void sum_tiles(const Plan& plan, const Panel& panel, Ring ring, int tiles, int kind, bool speaks,
                                  float (&sums)[columns][taps * sums_of_tap]) {
-    const int line = plan.tile_images * plan.tile_width,
-              next_tap = (taps > 1 ? panel.rows_down[1] * line : 1) * row_bytes;
+    const int line = plan.tile_images * plan.tile_width;
+    const int next_tap = (taps > 1 ? panel.rows_down[1] * line : 1) * row_bytes;
     int used = -1;  // the stage whose products may be unfinished
     if (kind == 1) ring.next();
     for (int step = 0; step < tiles; ++step, ring.next(), ring.next()) {
@@ -137,11 +137,11 @@ __global__ void __launch_bounds__(threads, 1)
         weight_gradient<T, columns, taps.value>(plan, order, panel, ring, last - first, row, weight, out);
     };
     if (panel.taps == 3)
-        run(std::integral_constant<int, 3>{});
+        run(Constant<3>{});
     else if (panel.taps == 2)
-        run(std::integral_constant<int, 2>{});
+        run(Constant<2>{});
     else
-        run(std::integral_constant<int, 1>{});
+        run(Constant<1>{});
 }
 
 // Into how many parts pixels are divided, so that all blocks are done soonest, of which `there` run at a time.

@@ -22,6 +22,10 @@ constexpr int most_panels = 25;        // in all
 constexpr int most_packed = 49;        // taps
 constexpr uint32_t none = 0xffffffff;  // no octet of channels
 
+// What is known to the compiler.
+template <int n>
+using Constant = std::integral_constant<int, n>;
+
 // A column of taps that read one panel: where it begins in the source, and which row of it each tap begins at.
 struct Panel {
     signed char y, x;              // of the first row and column, from the tile's, in steps of the stride,
