@@ -5,6 +5,7 @@
 // as large, and cuDNN's way of reading each pixel once for each tap would ask for more of L2 than it gives. Here the
 // pixels that a column of taps reaches are brought into shared memory once, a panel of rows on top of one another, in
 // which the next tap of the column begins a row further down. Where the image's edge is, the copy engine writes zeros.
+// Small images lie side by side there, a row of each, then the next of each: so they are one tall image, with edges.
 //
 // One warp brings panels and weights, eight multiply; a block walks over tiles, so that the next tile's panels arrive
 // while this one's results are written. Training only: sums are in any order, and nothing is rounded outward.
@@ -14,7 +15,7 @@
 namespace pyxai_bounds::hopper {
 namespace {
 
-constexpr int group_pixels = 128, tile_pixels = 2 * group_pixels, weight_bytes = tile_channels * row_bytes;
+constexpr int weight_bytes = tile_channels * row_bytes;
 constexpr int slice_pixels = 32,
               slices = group_pixels / slice_pixels;                // of a group's results, that are written together
 constexpr int slice_bytes = 2 * slice_pixels * tile_channels * 2;  // mid and rad
@@ -78,6 +79,50 @@ __device__ inline void finish(uint32_t octet, uint32_t octets, Words mid, Words 
     reinterpret_cast<Words*>(out_rad)[octet] = rad;
 }
 
+// Products of a panel's taps, one after the other, nowhere with a loop at run time: the compiler would wait at the end
+// of each round. The last tap leaves out the last pixels where it is of the next row and panels end with the image. (To
+// leave out the first ones, too, would be right for a tap of the row above, but sums that begin elsewhere than others
+// make the compiler wait after each product.)
+template <class T>
+__device__ inline void multiply_taps(const Plan& plan, const Panel& panel, float (&sums)[64], Tile weights, Tile pixels,
+                                     bool add) {
+    const auto multiply_all = [&](auto taps, auto skipped) {
+        products_begin();
+#pragma unroll
+        for (int t = 0; t < taps.value; ++t) {
+            const int down = panel.rows_down[t] * plan.tile_images << plan.tile_width_log;
+            const Tile a = moved(weights, t * weight_bytes), b = moved(pixels, down * row_bytes);
+            constexpr int pixels_left = group_pixels - skipped.value;
+            if (skipped.value > 0 && t == taps.value - 1) products_begin();  // of another shape, on the same sums
+#pragma unroll
+            for (int k = 0; k < depth / 16; ++k) {
+                const Tile a_k = moved(a, k * 32), b_k = moved(b, k * 32);
+                if (t < taps.value - 1)
+                    multiply<T>(sums, a_k, b_k, add || t > 0 || k > 0);
+                else
+                    multiply<T, pixels_left>(sums, a_k, b_k, add || t > 0 || k > 0);
+            }
+        }
+        products_are_queued();
+    };
+    const auto multiply_most = [&](auto taps) {
+        if (panel.skipped == 0)
+            multiply_all(taps, Constant<0>{});
+        else if (panel.skipped == 16)
+            multiply_all(taps, Constant<16>{});
+        else if (panel.skipped == 32)
+            multiply_all(taps, Constant<32>{});
+        else
+            multiply_all(taps, Constant<64>{});
+    };
+    if (panel.taps == 3)
+        multiply_most(Constant<3>{});
+    else if (panel.taps == 2)
+        multiply_most(Constant<2>{});
+    else
+        multiply_all(Constant<1>{}, Constant<0>{});
+}
+
 // A tile is 64 channels of the result and 256 pixels, 128 for either group of warps. Its sums are rounded as soon as
 // they are complete, which frees their registers for the next tile's; what is left to do with them is done while the
 // tensor cores are busy with that.
@@ -103,9 +148,10 @@ __global__ void __launch_bounds__(threads, 1)
                         Barrier* const full = ring.full + ring.stage;
                         uint8_t* const to = ring.memory + ring.stage * plan.stage_bytes;
                         arrive_and_expect(full, plan.panel_bytes + panel.taps * weight_bytes);
-                        copy_box(to, kind == 0 ? &mid_map : &rad_map, full,
-                                 (panel.x_phase * plan.chunks + chunk) * depth, work.x + panel.x, panel.y_phase,
-                                 work.y + panel.y, work.b);
+                        for (int i = 0; i < plan.boxes; ++i)
+                            copy_box(to + i * plan.group_bytes, kind == 0 ? &mid_map : &rad_map, full,
+                                     (panel.x_phase * plan.chunks + chunk) * depth, work.x + panel.x,
+                                     work.b + i * plan.tile_images, work.y + panel.y, panel.y_phase);
                         for (int t = 0; t < panel.taps; ++t)
                             copy_box(to + plan.panel_bytes + t * weight_bytes, &weight_map, full, chunk * depth,
                                      work.n * tile_channels, kind * plan.taps + panel.first_tap + t, 0, 0);
@@ -129,9 +175,9 @@ __global__ void __launch_bounds__(threads, 1)
     uint8_t* const staging = memory + plan.stages * plan.stage_bytes + group * 2 * slice_bytes;
     // Which octet of the results' channels a thread has of its i-th pixel of a slice; none past the image or the batch.
     const auto octet_of = [&](int slice, int i) -> uint32_t {
-        const int row = group * group_pixels + slice * slice_pixels + i * (slice_pixels / parts) + turn / 8;
-        const int x = last.x + (row & (plan.tile_width - 1)), line = row >> plan.tile_width_log;
-        const int y = last.y + (line & ((1 << plan.tile_rows_log) - 1)), b = last.b + (line >> plan.tile_rows_log);
+        const int place = slice * slice_pixels + i * (slice_pixels / parts) + turn / 8;
+        const int x = last.x + (place & (plan.tile_width - 1)), line = place >> plan.tile_width_log;
+        const int y = last.y + (line >> plan.tile_images_log), b = last.b + (line & (plan.tile_images - 1));
         if (b >= plan.batch || y >= plan.rows) return none;
         const Phase& phase = plan.phase[last.phase];
         const uint32_t pixel = (b * plan.height + phase.y + y * plan.step_y) * plan.width + phase.x + x * plan.step_x;
@@ -173,13 +219,13 @@ __global__ void __launch_bounds__(threads, 1)
                 }
             };
             if (progress == 0)
-                stage(std::integral_constant<int, 0>{});
+                stage(Constant<0>{});
             else if (progress == 1)
-                stage(std::integral_constant<int, 1>{});
+                stage(Constant<1>{});
             else if (progress == 2)
-                stage(std::integral_constant<int, 2>{});
+                stage(Constant<2>{});
             else
-                stage(std::integral_constant<int, 3>{});
+                stage(Constant<3>{});
 #pragma unroll
             for (int i = 0; i < parts; ++i) {
                 octets[i] = octet_of(progress, i);
@@ -199,26 +245,9 @@ __global__ void __launch_bounds__(threads, 1)
             for (int kind = 0; kind < 2; ++kind) {
                 wait(ring.full + ring.stage, ring.parity);
                 const uint8_t* const from = ring.memory + ring.stage * plan.stage_bytes;
-                const Tile pixels = tile_at(from), weights = tile_at(from + plan.panel_bytes);
-                // Without a loop at run time: the compiler would wait at the end of each round.
-                const auto multiply_taps = [&](auto taps) {
-                    products_begin();
-#pragma unroll
-                    for (int t = 0; t < taps.value; ++t) {
-                        const int down = (panel.rows_down[t] << plan.tile_width_log) + group * group_pixels;
-                        const Tile a = moved(weights, t * weight_bytes), b = moved(pixels, down * row_bytes);
-#pragma unroll
-                        for (int k = 0; k < depth / 16; ++k)
-                            multiply<T>(sums[kind], moved(a, k * 32), moved(b, k * 32), step > 0 || t > 0 || k > 0);
-                    }
-                    products_are_queued();
-                };
-                if (panel.taps == 3)
-                    multiply_taps(std::integral_constant<int, 3>{});
-                else if (panel.taps == 2)
-                    multiply_taps(std::integral_constant<int, 2>{});
-                else
-                    multiply_taps(std::integral_constant<int, 1>{});
+                const Tile pixels = tile_at(from + group * plan.group_bytes);
+                const Tile weights = tile_at(from + plan.panel_bytes);
+                multiply_taps<T>(plan, panel, sums[kind], weights, pixels, step > 0);
                 products_wait<1>();
                 if (used >= 0 && speaks) arrive(ring.empty + used);
                 used = ring.stage;
@@ -242,6 +271,7 @@ __global__ void __launch_bounds__(threads, 1)
             }
         }
         last = work, progress = 0;
+        last.y += group * plan.group_rows, last.b += group * plan.group_images;
     }
     advance(slices + 1);
 }
@@ -268,7 +298,7 @@ template <class T>
 const char* convolve(int device, std::uintptr_t stream, int epilogue, const Convolution& c, const Arrays& a) {
     Plan plan;
     Order order;
-    const Needs needs{tile_pixels, 0, weight_bytes, staging_bytes, 2, 1, false};
+    const Needs needs{2, 0, weight_bytes, staging_bytes, 2, 1};
     if (const char* wrong = make_plan(c, needs, plan, order)) return wrong;
     if (a.out_mid == 0) return nullptr;  // only asked whether it can be done
     Map mid, rad, weight;

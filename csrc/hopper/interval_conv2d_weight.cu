@@ -15,8 +15,8 @@ namespace pyxai_bounds::hopper {
 namespace {
 
 // Small, so that many stages are under way. Four at least: either group keeps one until its next is queued.
-constexpr int tile_pixels = 128, grad_bytes = tile_pixels * row_bytes, least_stages = 4;
-constexpr int product_pixels = 16, products = tile_pixels / product_pixels;
+constexpr int grad_bytes = group_pixels * row_bytes, least_stages = 4;
+constexpr int product_pixels = 16, products = group_pixels / product_pixels;
 constexpr int sums_of_tap = tile_channels * depth / group_threads;
 constexpr int most_parts = 256;
 
@@ -26,9 +26,9 @@ constexpr int most_parts = 256;
 template <class T, int columns, int taps>
 __device__ inline void sum_tiles(const Plan& plan, const Panel& panel, Ring ring, int tiles, int kind, bool speaks,
                                  float (&sums)[columns][taps * sums_of_tap]) {
-    const int next_tap = taps > 1 ? (panel.rows_down[1] << plan.tile_width_log) * row_bytes : row_bytes;
-    const int image_log = plan.tile_rows_log + plan.tile_width_log - 4;  // of the products for one image
-    int used = -1;                                                       // the stage whose products may be unfinished
+    const int line = plan.tile_images * plan.tile_width;
+    const int next_tap = (taps > 1 ? panel.rows_down[1] * line : 1) * row_bytes;
+    int used = -1;  // the stage whose products may be unfinished
     if (kind == 1) ring.next();
     for (int step = 0; step < tiles; ++step, ring.next(), ring.next()) {
         wait(ring.full + ring.stage, ring.parity);
@@ -38,10 +38,9 @@ __device__ inline void sum_tiles(const Plan& plan, const Panel& panel, Ring ring
 #pragma unroll
         for (int k = 0; k < products; ++k) {
             const int at = k * product_pixels * row_bytes;
-            const Tile b = moved(pixels, at + (k >> image_log) * plan.halo_bytes);
 #pragma unroll
             for (int i = 0; i < columns; ++i)
-                multiply_columns<T>(sums[i], moved(grads, i * grad_bytes + at), b, step > 0 || k > 0);
+                multiply_columns<T>(sums[i], moved(grads, i * grad_bytes + at), moved(pixels, at), step > 0 || k > 0);
         }
         products_are_queued();
         products_wait<1>();
@@ -121,10 +120,10 @@ __global__ void __launch_bounds__(threads, 1)
                 uint8_t* const to = ring.memory + ring.stage * plan.stage_bytes;
                 arrive_and_expect(full, plan.panel_bytes + columns * grad_bytes);
                 copy_box(to, kind == 0 ? &mid_map : &rad_map, full, (panel.x_phase * plan.chunks + chunk) * depth,
-                         work.x + panel.x, panel.y_phase, work.y + panel.y, work.b);
+                         work.x + panel.x, work.b, work.y + panel.y, panel.y_phase);
                 for (int i = 0; i < columns; ++i)
                     copy_box(to + plan.panel_bytes + i * grad_bytes, kind == 0 ? &grad_mid_map : &grad_rad_map, full,
-                             (n * columns + i) * tile_channels, work.x, 0, work.y, work.b);
+                             (n * columns + i) * tile_channels, work.x, work.b, work.y, 0);
             }
         }
         return;
@@ -138,11 +137,11 @@ __global__ void __launch_bounds__(threads, 1)
         weight_gradient<T, columns, taps.value>(plan, order, panel, ring, last - first, row, weight, out);
     };
     if (panel.taps == 3)
-        run(std::integral_constant<int, 3>{});
+        run(Constant<3>{});
     else if (panel.taps == 2)
-        run(std::integral_constant<int, 2>{});
+        run(Constant<2>{});
     else
-        run(std::integral_constant<int, 1>{});
+        run(Constant<1>{});
 }
 
 // Into how many parts pixels are divided, so that all blocks are done soonest, of which `there` run at a time.
@@ -168,9 +167,7 @@ const char* convolve_weight(int device, std::uintptr_t stream, const Convolution
     Order order;
     // Of 128 channels at a time the source is read half as often.
     int columns = c.target_channels % (2 * tile_channels) == 0 ? 2 : 1;
-    const auto plan_for = [&] {
-        return make_plan(c, {tile_pixels, columns * grad_bytes, 0, 0, least_stages, 2, true}, plan, order);
-    };
+    const auto plan_for = [&] { return make_plan(c, {1, columns * grad_bytes, 0, 0, least_stages, 2}, plan, order); };
     const char* wrong = plan_for();
     if (wrong != nullptr && columns == 2) columns = 1, wrong = plan_for();
     if (wrong != nullptr) return wrong;

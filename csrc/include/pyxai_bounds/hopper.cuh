@@ -101,6 +101,7 @@ __device__ inline uint64_t described(Tile tile) {
     return static_cast<uint64_t>(eight_rows | swizzled_128_bytes) << 32 | tile;
 }
 
+// Before the first of a group of products, and where one adds to sums that one of another shape has added to.
 __device__ inline void products_begin() {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
@@ -116,57 +117,62 @@ __device__ inline void products_wait() {
 #define ACCUMULATORS_8(d, i)                                                                                    \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
         "+f"(d[i + 7])
-#define ACCUMULATORS_32(d, i) \
-    ACCUMULATORS_8(d, i), ACCUMULATORS_8(d, i + 8), ACCUMULATORS_8(d, i + 16), ACCUMULATORS_8(d, i + 24)
+#define ACCUMULATORS_16(d, i) ACCUMULATORS_8(d, i), ACCUMULATORS_8(d, i + 8)
+#define ACCUMULATORS_32(d, i) ACCUMULATORS_16(d, i), ACCUMULATORS_16(d, i + 16)
 #define SUMS_32                                                                                            \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
     "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define SUMS_64                                                                                         \
-    SUMS_32                                                                                             \
-    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, " \
-    "%51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define SUMS_48 SUMS_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define SUMS_56 SUMS_48 ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define SUMS_64 SUMS_56 ", %56, %57, %58, %59, %60, %61, %62, %63"
 #define SUMS_96                                                                                         \
     SUMS_64                                                                                             \
     ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, " \
     "%83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 // `by_columns` says of a and of b whether terms are rows; then come the sums.
-#define MULTIPLY(type, columns, sums, a_b, added, by_columns, ...)                                        \
+#define MULTIPLY_TYPE(type, columns, sums, a_b, added, by_columns, ...)                                   \
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " added                                                \
                  ", 0;\n"                                                                                 \
                  "wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " {" sums "}, " a_b \
                  ", p, 1, 1, " by_columns ";\n}"                                                          \
                  : __VA_ARGS__                                                                            \
                  : "l"(described(a)), "l"(described(b)), "r"(add))
+#define MULTIPLY(T, ...)                   \
+    if constexpr (std::is_same_v<T, Half>) \
+        MULTIPLY_TYPE("f16", __VA_ARGS__); \
+    else                                   \
+        MULTIPLY_TYPE("bf16", __VA_ARGS__)
 
 // d (+)= a·bᵀ for a of 64 rows and b of 128, sixteen terms each. The four warps of a group hold d: of rows
 // 16·warp + lane / 4 and eight further on, columns 8·j + 2·(lane % 4) and the next: d[4·j + 2·(which row) + (column)].
-template <class T>
+// With fewer rows of b, the first so many columns of d.
+template <class T, int columns = 128>
 __device__ inline void multiply(float (&d)[64], Tile a, Tile b, int add) {
-    if constexpr (std::is_same_v<T, Half>)
-        MULTIPLY("f16", "128", SUMS_64, "%64, %65", "%66", "0, 0", ACCUMULATORS_32(d, 0), ACCUMULATORS_32(d, 32));
-    else
-        MULTIPLY("bf16", "128", SUMS_64, "%64, %65", "%66", "0, 0", ACCUMULATORS_32(d, 0), ACCUMULATORS_32(d, 32));
+    if constexpr (columns == 128) {
+        MULTIPLY(T, "128", SUMS_64, "%64, %65", "%66", "0, 0", ACCUMULATORS_32(d, 0), ACCUMULATORS_32(d, 32));
+    } else if constexpr (columns == 112) {
+        MULTIPLY(T, "112", SUMS_56, "%56, %57", "%58", "0, 0", ACCUMULATORS_32(d, 0), ACCUMULATORS_16(d, 32),
+                 ACCUMULATORS_8(d, 48));
+    } else if constexpr (columns == 96) {
+        MULTIPLY(T, "96", SUMS_48, "%48, %49", "%50", "0, 0", ACCUMULATORS_32(d, 0), ACCUMULATORS_16(d, 32));
+    } else {
+        static_assert(columns == 64);
+        MULTIPLY(T, "64", SUMS_32, "%32, %33", "%34", "0, 0", ACCUMULATORS_32(d, 0));
+    }
 }
 
 // d (+)= aᵀ·b for sixteen rows of a, of 64 numbers, and of b, of 64, 128 or 192; d as above.
 template <class T, int sums>
 __device__ inline void multiply_columns(float (&d)[sums], Tile a, Tile b, int add) {
-    static_assert(sums == 32 || sums == 64 || sums == 96);
-    constexpr bool half = std::is_same_v<T, Half>;
-    if constexpr (half && sums == 32)
-        MULTIPLY("f16", "64", SUMS_32, "%32, %33", "%34", "1, 1", ACCUMULATORS_32(d, 0));
-    else if constexpr (sums == 32)
-        MULTIPLY("bf16", "64", SUMS_32, "%32, %33", "%34", "1, 1", ACCUMULATORS_32(d, 0));
-    else if constexpr (half && sums == 64)
-        MULTIPLY("f16", "128", SUMS_64, "%64, %65", "%66", "1, 1", ACCUMULATORS_32(d, 0), ACCUMULATORS_32(d, 32));
-    else if constexpr (sums == 64)
-        MULTIPLY("bf16", "128", SUMS_64, "%64, %65", "%66", "1, 1", ACCUMULATORS_32(d, 0), ACCUMULATORS_32(d, 32));
-    else if constexpr (half)
-        MULTIPLY("f16", "192", SUMS_96, "%96, %97", "%98", "1, 1", ACCUMULATORS_32(d, 0), ACCUMULATORS_32(d, 32),
+    if constexpr (sums == 32) {
+        MULTIPLY(T, "64", SUMS_32, "%32, %33", "%34", "1, 1", ACCUMULATORS_32(d, 0));
+    } else if constexpr (sums == 64) {
+        MULTIPLY(T, "128", SUMS_64, "%64, %65", "%66", "1, 1", ACCUMULATORS_32(d, 0), ACCUMULATORS_32(d, 32));
+    } else {
+        static_assert(sums == 96);
+        MULTIPLY(T, "192", SUMS_96, "%96, %97", "%98", "1, 1", ACCUMULATORS_32(d, 0), ACCUMULATORS_32(d, 32),
                  ACCUMULATORS_32(d, 64));
-    else
-        MULTIPLY("bf16", "192", SUMS_96, "%96, %97", "%98", "1, 1", ACCUMULATORS_32(d, 0), ACCUMULATORS_32(d, 32),
-                 ACCUMULATORS_32(d, 64));
+    }
 }
 
 // --- registers --------------------------------------------------------------------------------------------------

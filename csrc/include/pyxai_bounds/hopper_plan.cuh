@@ -13,6 +13,7 @@ constexpr int few_registers = 24, many_registers = 240;
 static_assert(group_threads * few_registers + multipliers * many_registers <= threads * 168);
 
 constexpr int tile_channels = 64;  // of the result
+constexpr int group_pixels = 128;  // that a group of warps, or two, multiply with
 constexpr int depth = 64;          // channels of a panel: 128 bytes, the longest row that is swizzled
 constexpr int row_bytes = 128;     // of one pixel in a panel, or of one channel of the result in the weights
 constexpr int most_stages = 6, barrier_bytes = 2 * most_stages * 8;
@@ -21,12 +22,17 @@ constexpr int most_panels = 25;        // in all
 constexpr int most_packed = 49;        // taps
 constexpr uint32_t none = 0xffffffff;  // no octet of channels
 
+// What is known to the compiler.
+template <int n>
+using Constant = std::integral_constant<int, n>;
+
 // A column of taps that read one panel: where it begins in the source, and which row of it each tap begins at.
 struct Panel {
     signed char y, x;              // of the first row and column, from the tile's, in steps of the stride,
     signed char y_phase, x_phase;  // and between two steps
     signed char first_tap, taps;   // in the order of the packed weights
     signed char rows_down[most_taps];
+    signed char skipped;  // pixels that the last tap leaves out, all of a row that the panel does not have
 };
 
 // Pixels of the result that the same taps reach: all, or those of one remainder modulo the stride.
@@ -43,10 +49,12 @@ struct Plan {
     int channels;              // of the result
     uint32_t octets;           // of channels, in all the result
     int taps;
-    int tile_width, tile_width_log, tile_rows_log;  // pixels of a tile: [images, rows, width]
-    int tile_images;
+    // Pixels of a box: [rows, images, width], so that the next tap of a column begins a line further on in all images
+    // at once. A tile has one box, or each group one of its own, as whole images; which begins so much later.
+    int boxes, tile_width, tile_width_log, tile_images, tile_images_log, tile_rows_log;
+    int group_rows, group_images, group_bytes;
     int tiles_x, tiles_y, tiles_b, tiles_n;
-    int panel_bytes, halo_bytes, stage_bytes, stages;  // halo: of the rows that only other taps than the first read
+    int panel_rows, panel_bytes, stage_bytes, stages;
     Phase phase[4];
     Panel panel[most_panels];
 };
@@ -61,7 +69,7 @@ __device__ inline Work work_of(const Plan& plan, int tile) {
     work.phase = tile % plan.phases, tile /= plan.phases;
     work.x = (tile % plan.tiles_x) << plan.tile_width_log, tile /= plan.tiles_x;
     work.y = (tile % plan.tiles_y) << plan.tile_rows_log;
-    work.b = tile / plan.tiles_y * plan.tile_images;
+    work.b = tile / plan.tiles_y * plan.boxes * plan.tile_images;
     return work;
 }
 
@@ -132,13 +140,11 @@ inline bool add_phase(Plan& plan, Order& order, Tap (&taps)[most_packed], int co
         if (!fits) {
             if (panels == most_panels) return false;
             last = &plan.panel[panels++];
-            *last = {static_cast<signed char>(tap.y),
-                     static_cast<signed char>(tap.x),
-                     static_cast<signed char>(tap.y_phase),
-                     static_cast<signed char>(tap.x_phase),
-                     static_cast<signed char>(packed_taps),
-                     0,
-                     {}};
+            *last = {};
+            last->y = static_cast<signed char>(tap.y), last->x = static_cast<signed char>(tap.x);
+            last->y_phase = static_cast<signed char>(tap.y_phase);
+            last->x_phase = static_cast<signed char>(tap.x_phase);
+            last->first_tap = static_cast<signed char>(packed_taps);
         }
         last->rows_down[last->taps++] = static_cast<signed char>(tap.y - last->y);
         order.tap[packed_taps++] = static_cast<signed char>(tap.index);
@@ -154,9 +160,10 @@ struct Convolution {
     int kernel_y, kernel_x, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x;
 };
 
-// Pixels of a tile, as [images, rows, width]: narrow and tall, so that few rows are brought twice; of small images,
-// several. False if none fits.
-inline bool shape_tile(Plan& plan, int pixels) {
+// Pixels of a tile for so many groups: narrow and tall, so that few rows are brought twice; of small images, several
+// for each. False if none fits.
+inline bool shape_tile(Plan& plan, int groups) {
+    const int pixels = groups * group_pixels;
     int best = 0, width = 0;
     for (int w = 8; w <= 128 && w <= pixels; w *= 2) {
         const int rows = pixels / w, tiles = (plan.rows + rows - 1) / rows;
@@ -164,23 +171,36 @@ inline bool shape_tile(Plan& plan, int pixels) {
         if (plan.columns % w == 0 && used > best) best = used, width = w;
     }
     const int image = plan.rows * plan.columns;
-    const bool small = image < pixels && pixels % image == 0 && (plan.columns & (plan.columns - 1)) == 0;
+    const bool small = group_pixels % image == 0 && (plan.columns & (plan.columns - 1)) == 0;
     if (small) best = 1024, width = plan.columns;
     if (best < 512) return false;
-    plan.tile_width = width, plan.tile_images = small ? pixels / image : 1;
-    const int rows = pixels / width / plan.tile_images;
-    plan.tile_width_log = log2_of(width), plan.tile_rows_log = log2_of(rows);
+    plan.boxes = small ? groups : 1, plan.tile_width = width, plan.tile_images = small ? group_pixels / image : 1;
+    const int rows = small ? plan.rows : pixels / width, images = plan.boxes * plan.tile_images;
+    plan.tile_width_log = log2_of(width), plan.tile_images_log = log2_of(plan.tile_images);
+    plan.tile_rows_log = log2_of(rows);
+    plan.group_rows = small ? 0 : group_pixels / width, plan.group_images = small ? plan.tile_images : 0;
     plan.tiles_x = plan.columns / width, plan.tiles_y = (plan.rows + rows - 1) / rows;
-    plan.tiles_b = (plan.batch + plan.tile_images - 1) / plan.tile_images;
+    plan.tiles_b = (plan.batch + images - 1) / images;
     return true;
 }
 
-// What a kernel makes of a plan: pixels of its tiles, bytes of a stage besides the panel's, and for each tap, bytes
-// that it keeps of a block's, the least number of stages and what their number is a multiple of, and whether a tile of
-// several images has panels of several taps.
+// Whether panels may end with the image, because taps of the next row can leave out the last row's pixels: of whole
+// images for each group, where such a tap follows another one of its column. `line`: the pixels between two rows.
+inline bool can_skip(const Plan& plan, int panels, int source_rows, int line) {
+    if (plan.boxes == 1 || source_rows != plan.rows || (line != 16 && line != 32 && line != 64)) return false;
+    for (int p = 0; p < panels; ++p) {
+        const Panel& panel = plan.panel[p];
+        const int last = panel.y + panel.rows_down[panel.taps - 1];
+        if (last > 1 || (last == 1 && panel.taps == 1)) return false;
+    }
+    return true;
+}
+
+// What a kernel makes of a plan: groups that multiply with pixels of their own, bytes of a stage besides the panel's,
+// and for each tap, bytes that it keeps of a block's, the least number of stages and what their number is a multiple
+// of.
 struct Needs {
-    int pixels, stage_bytes, tap_bytes, other_bytes, stages, multiple;
-    bool shares_images;
+    int groups, stage_bytes, tap_bytes, other_bytes, stages, multiple;
 };
 
 // Null, or why these kernels do not take it.
@@ -206,10 +226,10 @@ inline const char* make_plan(const Convolution& c, const Needs& needs, Plan& pla
     plan.step_y = phases_y, plan.step_x = phases_x;
     plan.chunks = c.source_channels / depth, plan.taps = c.kernel_y * c.kernel_x;
     plan.tiles_n = c.target_channels / tile_channels;
-    if (!shape_tile(plan, needs.pixels)) return "the image does not divide into tiles";
-    // Rows of a panel are swizzled by eights; products take sixteen pixels of an image at a time.
-    const bool fills = needs.shares_images && plan.tile_width >= 8 && plan.rows * plan.columns >= 16;
-    const int share = plan.tile_images == 1 || fills ? most_taps : 1;
+    if (!shape_tile(plan, needs.groups)) return "the image does not divide into tiles";
+    // A panel is swizzled by eight pixels; of one row, no two taps read the same.
+    const int line = plan.tile_images * plan.tile_width;
+    const int share = line >= 8 && plan.rows > 1 ? most_taps : 1;
     int panels = 0, packed_taps = 0;
     for (int y = 0; y < phases_y; ++y) {
         for (int x = 0; x < phases_x; ++x) {
@@ -236,16 +256,19 @@ inline const char* make_plan(const Convolution& c, const Needs& needs, Plan& pla
             if (!add_phase(plan, order, taps, count, panels, packed_taps, share)) return "too many columns of taps";
         }
     }
+    const bool skips = can_skip(plan, panels, c.source_height / steps_y, line);
     int down = 0, taps = 0;
     for (int p = 0; p < panels; ++p) {
-        const Panel& panel = plan.panel[p];
+        Panel& panel = plan.panel[p];
+        int rows = panel.rows_down[panel.taps - 1];
+        if (skips && panel.y + rows == 1) panel.skipped = static_cast<signed char>(line), --rows;
+        if (rows > down) down = rows;
         if (panel.taps > taps) taps = panel.taps;
-        if (panel.rows_down[panel.taps - 1] > down) down = panel.rows_down[panel.taps - 1];
     }
-    const int rows = (1 << plan.tile_rows_log) + down;
-    if (rows > 256) return "a panel has too many rows";
-    plan.panel_bytes = plan.tile_images * rows * plan.tile_width * row_bytes;
-    plan.halo_bytes = down * plan.tile_width * row_bytes;
+    plan.panel_rows = (1 << plan.tile_rows_log) + down;
+    if (plan.panel_rows > 256) return "a panel has too many rows";
+    plan.panel_bytes = plan.boxes * plan.panel_rows * line * row_bytes;
+    plan.group_bytes = plan.boxes == 1 ? group_pixels * row_bytes : plan.panel_bytes / plan.boxes;
     plan.stage_bytes = plan.panel_bytes + needs.stage_bytes + taps * needs.tap_bytes;
     plan.stages = (most_memory - needs.other_bytes - barrier_bytes) / plan.stage_bytes;
     if (plan.stages > most_stages) plan.stages = most_stages;
@@ -260,23 +283,22 @@ const T* at(std::uintptr_t address) {
     return reinterpret_cast<const T*>(address);
 }
 
-// An image, dense and channels-last, read a box of [images, rows, width] pixels and 64 channels at a time; in steps of
-// a stride, between which its pixels are phases: [batch, height, phase, width, phase and channels].
+// An image, dense and channels-last, read a box of [rows, images, width] pixels and 64 channels at a time; in steps of
+// a stride, between which its pixels are phases: [phase, height, batch, width, phase and channels].
 template <class T>
 const char* make_image_map(Map* map, std::uintptr_t image, const Plan& plan, int batch, int height, int width,
                            int channels, int step_y, int step_x, int rows) {
     const uint64_t B = batch, H = height, W = width, C = channels, sy = step_y, sx = step_x;
-    const uint64_t sizes[5] = {sx * C, W / sx, sy, H / sy, B};
-    const uint64_t pitches[4] = {2 * sx * C, 2 * W * C, 2 * sy * W * C, 2 * H * W * C};
-    const uint32_t box[5] = {depth, static_cast<uint32_t>(plan.tile_width), 1, static_cast<uint32_t>(rows),
-                             static_cast<uint32_t>(plan.tile_images)};
+    const uint64_t sizes[5] = {sx * C, W / sx, B, H / sy, sy};
+    const uint64_t pitches[4] = {2 * sx * C, 2 * H * W * C, 2 * sy * W * C, 2 * W * C};
+    const uint32_t box[5] = {depth, static_cast<uint32_t>(plan.tile_width), static_cast<uint32_t>(plan.tile_images),
+                             static_cast<uint32_t>(rows), 1};
     return make_map<T>(map, at<T>(image), sizes, pitches, box);
 }
 template <class T>
 const char* make_source_map(Map* map, std::uintptr_t image, const Plan& plan, const Convolution& c) {
     return make_image_map<T>(map, image, plan, c.batch, c.source_height, c.source_width, c.source_channels,
-                             c.transposed ? 1 : c.stride_y, c.transposed ? 1 : c.stride_x,
-                             plan.panel_bytes / (plan.tile_images * plan.tile_width * row_bytes));
+                             c.transposed ? 1 : c.stride_y, c.transposed ? 1 : c.stride_x, plan.panel_rows);
 }
 
 // The sizes that Python gives, in the order of the members; null, or what is wrong.
