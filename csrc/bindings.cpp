@@ -11,7 +11,6 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <string_view>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -50,7 +49,7 @@ const std::vector<Level>& levels() {
         if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
             best_first.push_back({"avx512", avx512::stages<float>(), avx512::stages<double>()});
-        if (__builtin_cpu_supports("avx2"))
+        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
             best_first.push_back({"avx2", avx2::stages<float>(), avx2::stages<double>()});
 #endif
         best_first.push_back({"portable", portable::stages<float>(), portable::stages<double>()});
@@ -100,6 +99,13 @@ void typed(int element_size, Run run) {
 
 template <class T>
 T element_type(const Stages<T>&);
+
+// Do the tiles read and write packed bits? By whole bytes for each register of outputs.
+bool packs(int element_size, int64_t outputs) {
+    int lanes = 0;
+    typed(element_size, [&](const auto& stages) { lanes = stages.lanes; });
+    return lanes >= 8 && outputs % 16 == 0;
+}
 
 void relu(int element_size, int64_t n, Address mid, Address rad, Address out_mid, Address out_rad, Address state,
           bool outward) {
@@ -650,9 +656,10 @@ class Chain {
     // Does each thread take images through the convolutions from here on? There must be as many for each, or nearly,
     // and bits are then read and written by the tiles alone.
     bool go_together(const Step& first) const {
-        const auto suits = [](const Step& s) {
+        const auto suits = [this](const Step& s) {
             const bool has_bits = s.backward ? s.third >= 0 && !s.is_gated : s.state >= 0;
-            return (!has_bits || packs(s.shape[4])) && (s.next_state < 0 || packs(s.shape[1]));
+            return (!has_bits || packs(element_size_, s.shape[4])) &&
+                   (s.next_state < 0 || packs(element_size_, s.shape[1]));
         };
         const int64_t images = first.shape[0], team = threads(), idle = (team - images % team) % team;
         return first.together > 1 && images >= (team > 1 ? 8 * team : 2) && 25 * idle <= images &&
@@ -693,15 +700,10 @@ class Chain {
         is_kept_.push_back(true);
     }
 
-    // Do the tiles read and write bits? By whole bytes for each register of outputs, as native.py has it.
-    static bool packs(int64_t outputs) {
-        return outputs % 16 == 0 && active.load()->name == std::string_view("avx512");
-    }
-
     // Calls run(state), and ReLU after it where the kernel has none.
     template <class F>
     void rectified(int64_t size, int64_t outputs, Address out_mid, Address out_rad, Address state, F run) const {
-        const bool fused = packs(outputs);
+        const bool fused = packs(element_size_, outputs);
         run(fused ? state : 0);
         if (state && !fused) relu(element_size_, size, out_mid, out_rad, out_mid, out_rad, state, false);
     }
@@ -709,7 +711,7 @@ class Chain {
     // Calls run(mid, rad, state), and ReLU' before it where the kernel has none.
     template <class F>
     void gated(int64_t size, int64_t outputs, Address mid, Address rad, Address state, F run) const {
-        if (!state || packs(outputs)) return run(mid, rad, state);
+        if (!state || packs(element_size_, outputs)) return run(mid, rad, state);
         const Boxes boxes(size, element_size_);
         relu_backward(element_size_, size, mid, rad, state, boxes.mid, boxes.rad, 0, false);
         run(boxes.mid, boxes.rad, Address(0));
@@ -719,7 +721,7 @@ class Chain {
     template <class F>
     void gated_after(int64_t size, int64_t outputs, Address out_mid, Address out_rad, Address state, Address made,
                      F run) const {
-        const bool fused = state && packs(outputs);
+        const bool fused = state && packs(element_size_, outputs);
         run(relu_backward_at(fused ? state : 0, made));
         if (state && !fused) relu_backward(element_size_, size, out_mid, out_rad, state, out_mid, out_rad, made, false);
     }
@@ -855,7 +857,7 @@ class Chain {
         add_to_weight(s, values, box_mid, box_rad, of_mid, of_rad, gradients);  // in exchanged roles
         if (!to_rad) return;
         const Filled mid(of_mid, bytes), rad(of_rad, bytes);
-        const bool fused = applied && packs(s.shape[4]);
+        const bool fused = applied && packs(element_size_, s.shape[4]);
         conv2d_then(element_size_, s.shape, {}, mid.start(), rad.start(), values[s.weight], 0, to_mid, to_rad,
                     fused ? Epilogue{Epilogue::gate, at<uint8_t>(applied), nullptr} : Epilogue{});
         if (applied && !fused) gate(element_size_, read, to_mid, to_rad, applied, to_mid, to_rad);
@@ -1003,6 +1005,7 @@ PYBIND11_MODULE(_native, m) {
     m.def("linear_many", &linear_many, no_gil);
     m.def("linear_backward_many", &linear_backward_many, no_gil);
     m.attr("most_remainders") = most_remainders;
+    m.def("packs", &packs, "Whether linear layers and convolutions read and write packed bits of so many outputs.");
     m.def("conv2d", &conv2d, no_gil);
     m.def("conv2d_backward", &conv2d_backward, no_gil);
     m.def("conv2d_weight", &conv2d_weight, no_gil);

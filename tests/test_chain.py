@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from pyxai_bounds import ops, recompute
 from pyxai_bounds.chain import Chain
 from pyxai_bounds.ops.native import Kernel, Kind, Step
 from tests.networks import images, mlp, residual
+from tests.ops.cases import LEVELS, level
 
 pytestmark = pytest.mark.skipif(not ops.native.available(), reason="no native module")
 
@@ -300,6 +303,14 @@ def test_a_chain_of_convolutions_computes_what_they_compute(
     assert all(torch.allclose(a, b, tolerance, tolerance) for a, b in zip(plain, together, strict=True))
 
 
+@pytest.fixture(params=[name for name in LEVELS if name in ops.native.TILED] or LEVELS)
+def at_level(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each instruction-set level that has chains of convolutions."""
+    with level(request.param):
+        yield
+
+
+@pytest.mark.usefixtures("at_level")
 @pytest.mark.parametrize(
     ("batch", "dtype", "last"), [(1, torch.float64, False), (17, torch.float64, True), (17, torch.float32, False)]
 )
@@ -329,6 +340,7 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.mark.usefixtures("at_level")
 @pytest.mark.parametrize(("batch", "dtype"), [(2, torch.float64), (15, torch.float32), (32, torch.float32)])
 @pytest.mark.parametrize("name", ["gradient", "few channels", "one channel", "seen", "infinite"])
 def test_images_go_through_all_convolutions_at_once(name: str, batch: int, dtype: torch.dtype, threads) -> None:
@@ -451,14 +463,14 @@ def test_a_derivative_on_another_level_finds_the_same() -> None:
     x = images(3, shape=(3, 8, 8)).contiguous(memory_format=torch.channels_last)
     args = (xb.Interval.linf(x, 0.02), torch.arange(3))
     bounded, module = xb.bound(xb.explain.gradient(model)), ops.native._module()
-    level, gradients = module.level(), []
+    best, gradients = module.level(), []
     bounded(*args)
     for name in module.levels():
         module.set_level(name)
         try:
             gradients.append(torch.autograd.grad(bounded(*args).rad.square().sum(), model[0].weight)[0])
         finally:
-            module.set_level(level)
+            module.set_level(best)
     assert all(torch.allclose(gradient, gradients[0], rtol=1e-9, atol=1e-12) for gradient in gradients)
 
 

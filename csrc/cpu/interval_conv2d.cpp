@@ -552,6 +552,7 @@ int64_t conv2d_roundings(const Conv2d& s, bool backward) {
 
 template <class T>
 void set_interval_conv2d(Stages<T>& stages) {
+    stages.lanes = Vec<T>::lanes;
     stages.conv2d = conv2d<T>;
     stages.conv2d_backward = conv2d_backward<T>;
     stages.conv2d_steps = conv2d_steps<T>;

@@ -19,7 +19,7 @@ using std::int64_t;
 #if defined(__AVX512F__)
 inline constexpr int most_vectors = 4, most_sums = 24;
 #else
-inline constexpr int most_vectors = 2, most_sums = 8;
+inline constexpr int most_vectors = 2, most_sums = 12;
 #endif
 // Pixels of a block, at most.
 inline constexpr int64_t block_pixels = 128;

@@ -246,6 +246,8 @@ struct Wide {
 inline Vec<double> load_wide(const float* p) {
 #if defined(__AVX512F__)
     return {_mm512_cvtps_pd(_mm256_loadu_ps(p))};
+#elif defined(__AVX2__)
+    return {_mm256_cvtps_pd(_mm_loadu_ps(p))};
 #else
     Vec<double> v;
     for (int i = 0; i < Vec<double>::lanes; ++i) v.value[i] = p[i];
@@ -257,6 +259,8 @@ inline Vec<double> load_wide(const float* p) {
 inline Vec<float> narrow(Vec<double> low, Vec<double> high) {
 #if defined(__AVX512F__)
     return {_mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(low.value)), _mm512_cvtpd_ps(high.value), 1)};
+#elif defined(__AVX2__)
+    return {_mm256_set_m128(_mm256_cvtpd_ps(high.value), _mm256_cvtpd_ps(low.value))};
 #else
     constexpr int half = Vec<double>::lanes;
     Vec<float> v;

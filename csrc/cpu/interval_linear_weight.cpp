@@ -79,7 +79,7 @@ struct Gradient {
     // As many sums in registers as leave room for the factors.
     template <bool has_mid, bool has_rad>
     void part(int64_t begin, int64_t end) const {
-        constexpr int vectors = 2, rows = (has_mid && has_rad ? 1 : 2) * (Vec<T>::lanes * sizeof(T) >= 64 ? 4 : 1);
+        constexpr int vectors = 2, rows = (has_mid && has_rad ? 1 : 2) * (Vec<T>::lanes * sizeof(T) >= 64 ? 4 : 3);
         const int64_t width = batch <= few_samples ? n : vectors * Vec<T>::lanes;
         for (int64_t column = 0; column < n; column += width) {
             const int64_t stop = smaller(n, column + width);

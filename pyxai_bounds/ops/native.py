@@ -128,7 +128,7 @@ def interval_linear(
     if _several(mid, rad, weight, 1) and (bias is None or _vector(bias, mid, outputs)):
         out_mid = mid.new_empty((mid.shape[0], outputs))
         out_rad = torch.empty_like(out_mid)
-        fused = relu and _whole_bytes(outputs)
+        fused = relu and _packs(mid, outputs)
         state = _bits(out_mid) if fused else _no_state(mid)
         widening = _widening_of_linear(weight.shape[1], mid.dtype, rounding, bias)
         done = _module().linear_many(
@@ -155,7 +155,7 @@ def interval_linear_backward(
         )  # fmt: skip
         return out_mid, out_rad
     if _several(mid, rad, weight, 0) and (state is None or state.dim() == 2):
-        if state is not None and not _whole_bytes(weight.shape[0]):
+        if state is not None and not _packs(mid, weight.shape[0]):
             mid, rad, state = *_relu_backward_into(mid, rad, state, None, rounding), None
         state = None if state is None else _bits_of(state, mid)
         out_mid = mid.new_empty((mid.shape[0], weight.shape[1]))
@@ -528,7 +528,7 @@ def interval_conv2d(
     if geometry is not None and (bias is None or _vector(bias, mid, weight.shape[0])):
         size = (geometry[0], geometry[4], geometry[5], geometry[6])
         out_mid, out_rad = _channels_last(size, mid.dtype), _channels_last(size, mid.dtype)
-        fused = relu and _whole_bytes(geometry[4])
+        fused = relu and _packs(mid, geometry[4])
         state = _bits(out_mid) if fused else None
         widening = _widening(geometry, mid, rounding, False, bias)
         done = _module().conv2d(
@@ -559,7 +559,7 @@ def interval_conv2d_backward(
     if state is not None:
         mid, rad = in_order_of(state, mid, rad)
     geometry = _geometry(mid, rad, weight, input_size, stride, padding, dilation, groups, True)
-    if state is not None and (geometry is None or not _whole_bytes(geometry[4])):
+    if state is not None and (geometry is None or not _packs(mid, geometry[4])):
         mid, rad, state = *_relu_backward_into(mid, rad, state, None, rounding), None
     if geometry is not None:
         state = None if state is None else _bits_of(state, mid)
@@ -620,8 +620,8 @@ def _geometry(
     return (batch, channels, *image, outputs, *sides, *kernel, *stride, *padding, *dilation, *weight.stride())
 
 
-# Where the tiles of tile.h beat oneDNN and MKL: with 32 registers, and multiply_add in one instruction.
-TILED = ("avx512",)
+# Where the tiles of tile.h beat oneDNN and MKL: where multiply_add is one instruction, with 32 registers or 16.
+TILED = ("avx512", "avx2")
 
 
 def _has_tiles() -> bool:
@@ -659,9 +659,9 @@ def _widened_by(lost: rounding_units.Errors, bias: Tensor | None) -> _Widening:
     return _Widening((lost.of_mid, lost.of_rad, 2 * lost.floor, address), rad_bias)
 
 
-def _whole_bytes(channels: int) -> bool:
-    """Do packed bits come by whole bytes, for each register of channels?"""
-    return channels % 16 == 0 and _module().level() == "avx512"
+def _packs(mid: Tensor, channels: int) -> bool:
+    """Do the tiles read and write the packed bits of so many channels?"""
+    return _module().packs(mid.element_size(), channels)
 
 
 def _channels_last(size: Sequence[int], dtype: torch.dtype) -> Tensor:

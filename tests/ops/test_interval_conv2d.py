@@ -322,7 +322,7 @@ def test_shapes_that_do_not_belong_are_refused(misfit):
 
 
 @needs_native
-@pytest.mark.skipif("avx512" not in LEVELS, reason="the library convolves, and needs no such memory")
+@pytest.mark.skipif(not set(LEVELS) & set(native.TILED), reason="the library convolves, and needs no such memory")
 def test_memory_that_is_not_to_be_had_is_an_error_in_every_thread():
     side = 1 << 41  # pixels that one output reaches, most of them padding
     mid, rad = (channels_last(t) for t in box(256, 64, 2, 2, dtype=torch.float32))
@@ -336,22 +336,23 @@ def test_memory_that_is_not_to_be_had_is_an_error_in_every_thread():
 
 
 @needs_native
-def test_tiles_do_not_depend_on_threads_or_batch():
-    mid, rad, weight, bias, grad, state = problem(dtype=torch.float32, layout=channels_last, **TILES[-2])
+@pytest.mark.parametrize("rounding", [0, 1])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tiles_do_not_depend_on_threads_or_batch(dtype, rounding, tiles):
+    mid, rad, weight, bias, grad, state = problem(dtype=dtype, layout=channels_last, **TILES[-2])
     args, size = TILES[-2]["args"], list(mid.shape)
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
         results.append(
             (
-                *native.interval_conv2d(mid, rad, weight, bias, *args, True),
-                *native.interval_conv2d_backward(*grad, weight, state, size, *args),
+                *native.interval_conv2d(mid, rad, weight, bias, *args, True, rounding),
+                *native.interval_conv2d_backward(*grad, weight, state, size, *args, rounding),
             )
         )
-    torch.set_num_threads(1)
     for one, two in zip(*results, strict=True):
         assert_identical(one, two)
-    alone = native.interval_conv2d(mid[1:2], rad[1:2], weight, bias, *args, True)
+    alone = native.interval_conv2d(mid[1:2], rad[1:2], weight, bias, *args, True, rounding)
     assert torch.equal(alone[0], results[0][0][1:2]) and torch.equal(alone[1], results[0][1][1:2])
 
 

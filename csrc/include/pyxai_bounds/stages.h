@@ -60,6 +60,7 @@ struct Conv2dStep {
 // the input it is computed from, element for element; other overlaps are not allowed.
 template <class T>
 struct Stages {
+    int lanes;  // elements of a register
     void (*relu)(std::int64_t n, const T* mid, const T* rad, T* out_mid, T* out_rad, std::uint8_t* state, bool outward);
     // `gate` may be null: the gate that was applied is then not written.
     void (*relu_backward)(std::int64_t n, const T* mid, const T* rad, const std::uint8_t* state, T* out_mid, T* out_rad,

@@ -175,7 +175,16 @@ struct Vec {
     static Mask either(Mask a, Mask b) { return a | b; }
     static Vec select(Mask m, Vec a, Vec b) { return {m ? a.value : b.value}; }
     static Vec absolute(Vec a) { return {(Values)((Mask)a.value & ~(Mask)fill(T(-0.0)).value)}; }
-    static Vec multiply_add(Vec a, Vec b, Vec c) { return a * b + c; }
+    static Vec multiply_add(Vec a, Vec b, Vec c) {
+#if defined(__FMA__)
+        if constexpr (sizeof(T) == 4)
+            return {(Values)_mm256_fmadd_ps((__m256)a.value, (__m256)b.value, (__m256)c.value)};
+        if constexpr (sizeof(T) == 8)
+            return {(Values)_mm256_fmadd_pd((__m256d)a.value, (__m256d)b.value, (__m256d)c.value)};
+#else
+        return a * b + c;
+#endif
+    }
     // By halves: one after the other, additions would wait for one another.
     static void sum_by_parity(Vec a, T* sums) {
         sums[0] = a.value[0], sums[1] = a.value[1];
@@ -194,6 +203,15 @@ struct Vec {
 };
 
 #endif
+
+// The same, held in a register from here on: the compiler would read a factor from memory at every use instead.
+template <class V>
+inline __attribute__((always_inline)) V in_register(V a) {
+#if defined(__x86_64__)
+    asm("" : "+v"(a.value));
+#endif
+    return a;
+}
 
 template <class V>
 V minimum(V a, V b) {
