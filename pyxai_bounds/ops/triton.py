@@ -325,9 +325,7 @@ def _smooth(
         return getattr(reference, op)(*tensors, name, params)
     out = tuple(dense_like(tensors[0]) for _ in range(results))
     if tensors[0].numel():
-        kernels = _kernels("interval_smooth")
-        critical = smooth(name, params).critical
-        kernels.launch(getattr(kernels, f"{op}_kernel"), (*tensors, *out), name, params, critical)
+        _kernels("interval_smooth").launch(op, (*tensors, *out), name, params, smooth(name, params).critical)
     return out
 
 
