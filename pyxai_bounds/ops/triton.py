@@ -97,7 +97,7 @@ def interval_linear(
         key = ("linear", mid.shape, weight.shape, weight.stride(), bias is None, relu)
         return _Problem(key, (*mid.shape[:-1], weight.shape[0]), (mid, rad), library)
 
-    problem = _known(("linear", relu, library), (mid, rad, weight, bias), check)
+    problem = _known(("linear", relu, library), mid, (rad, weight, bias), check)
     mid, rad = problem.dense(mid, rad)
     epilogue = Epilogue("relu" if relu else "none", bias)
     fused = relu and weight.shape[0] % 8 == 0  # or a byte of the state would belong to two rows
@@ -115,7 +115,7 @@ def interval_linear(
 
     if problem.is_empty:
         return _finish(epilogue, *_contiguous(mid, problem.size))
-    return _fastest(problem, mid, lambda: _box_blocks(mid, *weight.shape, problem.tf32_matmul), run)
+    return _fastest(problem, mid, lambda: _box_blocks(mid, weight.shape[0], weight.shape[1], problem.tf32_matmul), run)
 
 
 def interval_linear_backward(
@@ -129,7 +129,7 @@ def interval_linear_backward(
         key = ("linear_backward", mid.shape, weight.shape, weight.stride())
         return _Problem(key, (*mid.shape[:-1], weight.shape[1]), (mid, rad), library)
 
-    problem = _known(("linear_backward", library), (mid, rad, weight), check)
+    problem = _known(("linear_backward", library), mid, (rad, weight), check)
     mid, rad = problem.dense(mid, rad)
 
     def run(block: Any) -> tuple[Tensor, Tensor]:
@@ -143,7 +143,7 @@ def interval_linear_backward(
 
     if problem.is_empty:
         return _contiguous(mid, problem.size)
-    return _fastest(problem, mid, lambda: _box_blocks(mid, *weight.shape[::-1], problem.tf32_matmul), run)
+    return _fastest(problem, mid, lambda: _box_blocks(mid, weight.shape[1], weight.shape[0], problem.tf32_matmul), run)
 
 
 def interval_linear_weight(
@@ -155,7 +155,7 @@ def interval_linear_weight(
         key = ("linear_weight", mid.shape, weight.shape, weight.stride())
         return _Problem(key, (mid.shape[0], *weight.shape), (grad_mid, grad_rad), library, (mid, rad))
 
-    problem = _known(("linear_weight", library), (grad_mid, grad_rad, mid, rad, weight), check)
+    problem = _known(("linear_weight", library), grad_mid, (grad_rad, mid, rad, weight), check)
     grad_mid, grad_rad, mid, rad = problem.dense(grad_mid, grad_rad, mid, rad)
 
     def run(block: Any) -> Tensor:
@@ -258,13 +258,12 @@ def interval_conv2d_weight(
     def check() -> _Problem:
         outputs, _, *kernel = weight.shape
         _check_weight(weight, mid, (grad_mid.shape[1], mid.shape[1] // groups, *kernel))
-        size = _output_size(mid.shape[2:], kernel, *args[:3])
-        _check_same(grad_mid, mid, (mid.shape[0], outputs, *size))
+        _check_same(grad_mid, mid, (mid.shape[0], outputs, *_output_size(mid.shape[2:], kernel, *args[:3])))
         orders = memory_format(mid), memory_format(grad_mid), weight.shape, memory_format(weight)
         size = (*weight.shape, mid.numel(), grad_mid.numel())
         return _Problem(("conv2d_weight", mid.shape, *orders, *args), size, (grad_mid, grad_rad), library, (mid, rad))
 
-    problem = _known(("conv2d_weight", args, library), (grad_mid, grad_rad, mid, rad, weight), check)
+    problem = _known(("conv2d_weight", args, library), grad_mid, (grad_rad, mid, rad, weight), check)
     grad_mid, grad_rad, mid, rad = problem.dense(grad_mid, grad_rad, mid, rad)
     tf32 = problem.tf32_convolution
 
@@ -475,10 +474,10 @@ class Epilogue(NamedTuple):
         """Of the results: that of the bits that are read, else of the box."""
         return memory_format(mid) if self.bits is None else order_of(self.bits)
 
-    def made(self, out: Tensor) -> Tensor:
-        """Room for the bits that it makes."""
+    def made(self, out: Tensor, size: tuple[int, ...] | None = None) -> Tensor:
+        """Room for the bits that it makes; ``size``: the state's, if it is known."""
         makes = self.kind in ("relu", "relu_backward")
-        return torch.empty(state_size(out) if makes else 0, dtype=torch.uint8, device=out.device)
+        return torch.empty((size or state_size(out)) if makes else 0, dtype=torch.uint8, device=out.device)
 
 
 def _convolve(
@@ -495,7 +494,7 @@ def _convolve(
         key = ("conv2d", mid.shape, memory_format(mid), weight.shape, *args, bias is None, epilogue.kind, order)
         return _Problem(key, size, (mid, rad), library, order=order)
 
-    problem = _known(("conv2d", args, epilogue.kind, epilogue.dims, library), (mid, rad, weight, bias), check)
+    problem = _known(("conv2d", args, epilogue.kind, epilogue.dims, library), mid, (rad, weight, bias), check)
     mid, rad = problem.dense(mid, rad)
     order, size, tf32 = problem.order, problem.size, problem.tf32_convolution
     if problem.is_empty:
@@ -545,7 +544,7 @@ def _convolve_back(
         key = ("conv2d_backward", mid.shape, memory_format(mid), weight.shape, size, *args, epilogue.kind, order)
         return _Problem(key, size, (mid, rad), library, order=order)
 
-    problem = _known(("conv2d_backward", size, args, epilogue.kind, epilogue.dims, library), (mid, rad, weight), check)
+    problem = _known(("conv2d_backward", size, args, epilogue.kind, epilogue.dims, library), mid, (rad, weight), check)
     mid, rad = problem.dense(mid, rad)
     tf32 = problem.tf32_convolution
     if problem.is_empty or mid.numel() == 0:
@@ -607,9 +606,9 @@ def _in_one_kernel(
     order = problem.order
     out_mid = torch.empty_strided(problem.size, problem.stride, dtype=mid.dtype, device=mid.device)
     out_rad = torch.empty_like(out_mid)
-    if epilogue.kind != "none" and channels % 8 == 0 and out_mid.is_contiguous(memory_format=order):
-        bits = None if epilogue.bits is None else _bits_of(epilogue.bits, out_mid)
-        made = epilogue.made(out_mid)
+    if epilogue.kind != "none" and channels % 8 == 0 and problem.state:
+        bits = None if epilogue.bits is None else _bits_of(epilogue.bits, out_mid, problem.state)
+        made = epilogue.made(out_mid, problem.state)
         launch(out_mid, out_rad, epilogue.kind, bits, made)
         return out_mid, out_rad, made
     launch(out_mid, out_rad, "none", None, None)
@@ -674,8 +673,11 @@ class _Problem:
         self.key = (*key, mid.dtype, mid.device, tf32, library)  # what the tuner knows it by
         self.size, self.library, self.order = size, library, order
         self.is_empty = math.prod(size) == 0
-        self.stride = _last_stride(size, order) if len(size) == 4 else None
         self.choice = _UNKNOWN
+        # Of results that a kernel writes channels-last; of their bits, if that is the order that they are packed in.
+        last = _empty_last(size, order) if len(size) == 4 else torch.empty(0, device="meta")
+        self.stride = last.stride()
+        self.state = state_size(last) if last.is_contiguous(memory_format=order) else ()
 
     def dense(self, *boxes: Tensor) -> tuple[Tensor, ...]:
         """The boxes, each dense in the order of its midpoint."""
@@ -688,12 +690,12 @@ _problems: dict[tuple, _Problem] = {}
 _MOST_PROBLEMS = 2**14
 
 
-def _known(call: tuple, tensors: tuple[Tensor | None, ...], check: Callable[[], _Problem]) -> _Problem:
+def _known(call: tuple, mid: Tensor, others: Sequence[Tensor | None], check: Callable[[], _Problem]) -> _Problem:
     """The problem of a call that is like an earlier one: to check it and to list candidates takes longer than a launch.
 
     ``call`` is all that it depends on but the tensors. No value of these, and no address, is looked at or kept.
     """
-    key = (call, _tf32(tensors[0]), *[None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors])
+    key = (call, _tf32(mid), *[t if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in (mid, *others)])
     problem = _problems.get(key)
     if problem is None:
         if len(_problems) >= _MOST_PROBLEMS:
@@ -758,7 +760,9 @@ def _is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
 def _interpreting() -> bool:
+    """It is decided when triton is imported."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
@@ -776,16 +780,16 @@ def _is_hopper(t: Tensor) -> bool:
 
 
 def _index(t: Tensor) -> int:
-    return torch.cuda.current_device() if t.device.index is None else t.device.index
+    return t.get_device()
 
 
 # --- allocation, memory order and checks --------------------------------------------------------------------
 
 
-def _last_stride(size: Sequence[int], order: torch.memory_format) -> tuple[int, ...]:
-    """Of images that lie channels-last, which is every order where there is one channel or one pixel."""
+def _empty_last(size: Sequence[int], order: torch.memory_format) -> Tensor:
+    """How images lie channels-last, which is every order where there is one channel or one pixel."""
     order = order if size[1] == 1 or size[2] * size[3] == 1 else torch.channels_last
-    return torch.empty(size, device="meta", memory_format=order).stride()
+    return torch.empty(size, device="meta", memory_format=order)
 
 
 def _contiguous(like: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
