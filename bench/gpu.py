@@ -301,6 +301,7 @@ def layers(batch: int) -> Iterator[Row]:
                     op(*arguments, library=library)
 
                 original = tuning.fastest
+                ops.triton._problems.clear()  # what was chosen for them before
                 if library:  # its candidates end with None: the library
                     tuning.fastest = lambda key, candidates, run: candidates[-1]
                 try:

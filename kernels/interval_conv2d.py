@@ -8,6 +8,7 @@ As in ``interval_linear.py``, whose helpers do the work on tiles, |W| is read be
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -18,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .interval_linear import dual_dot, sign, store_box, tile_of
-from .launch import TENSOR_CORE_TERMS, Block, dot_options, is_flat, on_device, parts_of, sum_type
+from .launch import LAUNCHES, TENSOR_CORE_TERMS, Block, Launch, dot_options, is_flat, on_device, parts_of, sum_type
 
 _GEOMETRY = ["M", "B", "H", "W", "OH", "OW", "KH", "KW", "SH", "SW", "PH", "PW", "DH", "DW"]
 
@@ -360,21 +361,43 @@ def forward_into(
     """
     if is_flat(mid.shape[1]) and groups == 1 and not block.flat:
         mid, rad, weight = (_with_more_channels(t) for t in (mid, rad, weight))
-    _, C, H, W = mid.shape
-    B, OC, OH, OW = out_mid.shape
-    CG, KH, KW = weight.shape[1:]
-    M, OG = B * OH * OW, OC // groups
-    grid = (triton.cdiv(M, block.m) * triton.cdiv(OG, block.n), groups)
+    launch = _forward(
+        mid.shape, out_mid.shape, weight.shape, (*stride, *padding, *dilation), groups, bias is not None, epilogue,
+        block, tf32, mid.dtype, mid.device,
+    )  # fmt: skip
     with on_device(mid):
-        interval_conv2d_fwd_kernel[grid](
+        launch(
             mid, rad, weight, weight.abs(), mid if bias is None else bias,
             out_mid, out_rad, mid if bits is None else bits, mid if made is None else made,
-            M, H, W, C, OH, OW, OC, CG, OG, KH, KW, *stride, *padding, *dilation, M * OC // 8,
-            HAS_BIAS=bias is not None, EPILOGUE=epilogue,
-            FLAT=block.flat, EVEN=CG % block.k == 0, WIDE=max(mid.numel(), out_mid.numel()) >= 2**30,
-            BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=block.k, num_warps=block.warps, num_stages=block.stages,
-            **dot_options(mid, tf32),
         )  # fmt: skip
+
+
+@functools.lru_cache(LAUNCHES)
+def _forward(
+    box: torch.Size,
+    out: torch.Size,
+    weight: torch.Size,
+    geometry: tuple[int, ...],
+    groups: int,
+    has_bias: bool,
+    epilogue: str,
+    block: Block,
+    tf32: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Launch:
+    _, C, H, W = box
+    B, OC, OH, OW = out
+    CG, KH, KW = weight[1:]
+    M, OG = B * OH * OW, OC // groups
+    return Launch(
+        interval_conv2d_fwd_kernel, (triton.cdiv(M, block.m) * triton.cdiv(OG, block.n), groups),
+        (M, H, W, C, OH, OW, OC, CG, OG, KH, KW, *geometry, M * OC // 8),
+        HAS_BIAS=has_bias, EPILOGUE=epilogue,
+        FLAT=block.flat, EVEN=CG % block.k == 0, WIDE=max(box.numel(), out.numel()) >= 2**30,
+        BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=block.k, num_warps=block.warps, num_stages=block.stages,
+        **dot_options(dtype, tf32),
+    )  # fmt: skip
 
 
 def _with_more_channels(t: Tensor) -> Tensor:
@@ -399,25 +422,50 @@ def backward_into(
     tf32: bool,
 ) -> None:
     """The convolution's backward-data pass on the gradient box, then an epilogue as in ``forward_into``, for C."""
-    B, OC, OH, OW = mid.shape
-    _, C, H, W = out_mid.shape
-    CG, KH, KW = weight.shape[1:]
+    launch = _backward(
+        mid.shape, out_mid.shape, weight.shape, tuple(stride), tuple(padding), tuple(dilation), groups, epilogue, block,
+        tf32, mid.dtype, mid.device,
+    )  # fmt: skip
+    weight = weight.permute(1, 2, 3, 0).contiguous()
+    with on_device(mid):
+        launch(
+            mid, rad, weight, weight.abs(), out_mid, out_rad,
+            mid if bits is None else bits, mid if made is None else made,
+        )  # fmt: skip
+
+
+@functools.lru_cache(LAUNCHES)
+def _backward(
+    box: torch.Size,
+    out: torch.Size,
+    weight: torch.Size,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    epilogue: str,
+    block: Block,
+    tf32: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Launch:
+    B, OC, OH, OW = box
+    _, C, H, W = out
+    CG, KH, KW = weight[1:]
     OG = OC // groups
     common = [math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)]
     tap_steps = [s // g for s, g in zip(stride, common, strict=True)]
     out_steps = [d // g for d, g in zip(dilation, common, strict=True)]
     most = B * triton.cdiv(H, stride[0]) * triton.cdiv(W, stride[1])
     grid = (triton.cdiv(most, block.m) * triton.cdiv(CG, block.n), groups * stride[0] * stride[1])
-    weight = weight.permute(1, 2, 3, 0).contiguous()
-    with on_device(mid):
-        interval_conv2d_bwd_kernel[grid](
-            mid, rad, weight, weight.abs(), out_mid, out_rad,
-            mid if bits is None else bits, mid if made is None else made,
-            B, H, W, C, OH, OW, OC, CG, OG, KH, KW, *stride, *padding, *dilation, *tap_steps, *out_steps,
-            out_mid.numel() // 8, EPILOGUE=epilogue, EVEN=OG % block.k == 0, WIDE=mid.numel() >= 2**30,
-            BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=block.k, num_warps=block.warps, num_stages=block.stages,
-            **dot_options(mid, tf32),
-        )  # fmt: skip
+    return Launch(
+        interval_conv2d_bwd_kernel, grid,
+        (B, H, W, C, OH, OW, OC, CG, OG, KH, KW, *stride, *padding, *dilation, *tap_steps, *out_steps,
+         out.numel() // 8),
+        EPILOGUE=epilogue, EVEN=OG % block.k == 0, WIDE=box.numel() >= 2**30,
+        BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=block.k, num_warps=block.warps, num_stages=block.stages,
+        **dot_options(dtype, tf32),
+    )  # fmt: skip
 
 
 def weight_gradient(
@@ -434,23 +482,45 @@ def weight_gradient(
     tf32: bool,
 ) -> Tensor:
     """The gradient of the weight, channels-last: the convolution's at midpoints, plus sign(weight) ⊙ its at radii."""
-    _, C, H, W = mid.shape
-    B, OC, OH, OW = grad_mid.shape
-    CG, KH, KW = weight.shape[1:]
+    launch, parts = _weight_gradient(
+        grad_mid.shape, mid.shape, weight.shape, (*stride, *padding, *dilation), groups, block, tf32, weight.dtype,
+        weight.device,
+    )  # fmt: skip
+    OC, CG, KH, KW = weight.shape
+    dtype = weight.dtype if parts == 1 else sum_type(weight.dtype)
+    out = torch.empty(parts, OC, KH, KW, CG, dtype=dtype, device=weight.device)
+    with on_device(mid):
+        launch(grad_mid, grad_rad, mid, rad, weight, out)
+    summed = out[0] if parts == 1 else out.sum(0).to(weight.dtype)
+    return summed.permute(0, 3, 1, 2)
+
+
+@functools.lru_cache(LAUNCHES)
+def _weight_gradient(
+    grad: torch.Size,
+    box: torch.Size,
+    weight: torch.Size,
+    geometry: tuple[int, ...],
+    groups: int,
+    block: Block,
+    tf32: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Launch, int]:
+    """The launch, and of how many parts the sum is."""
+    _, C, H, W = box
+    B, OC, OH, OW = grad
+    CG, KH, KW = weight[1:]
     M, OG = B * OH * OW, OC // groups
     tiles_k = triton.cdiv(KH * KW * CG, block.k) if is_flat(CG) else KH * KW * triton.cdiv(CG, block.k)
     tiles = triton.cdiv(OG, block.n) * tiles_k
     parts, rows = parts_of(M, tiles * groups, block.m)
-    dtype = weight.dtype if parts == 1 else sum_type(weight)
-    out = torch.empty(parts, OC, KH, KW, CG, dtype=dtype, device=weight.device)
-    with on_device(mid):
-        interval_conv2d_weight_kernel[(tiles, parts, groups)](
-            grad_mid, grad_rad, mid, rad, weight, out,
-            M, H, W, C, OH, OW, OC, CG, OG, KH, KW, *stride, *padding, *dilation, rows,
-            FLAT=is_flat(CG), EVEN=OG % block.n == 0 and CG % block.k == 0,
-            WIDE=max(mid.numel(), grad_mid.numel()) >= 2**30,
-            BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=block.k, num_warps=block.warps, num_stages=block.stages,
-            **dot_options(mid, tf32),
-        )  # fmt: skip
-    summed = out[0] if parts == 1 else out.sum(0).to(weight.dtype)
-    return summed.permute(0, 3, 1, 2)
+    launch = Launch(
+        interval_conv2d_weight_kernel, (tiles, parts, groups),
+        (M, H, W, C, OH, OW, OC, CG, OG, KH, KW, *geometry, rows),
+        FLAT=is_flat(CG), EVEN=OG % block.n == 0 and CG % block.k == 0,
+        WIDE=max(box.numel(), grad.numel()) >= 2**30,
+        BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=block.k, num_warps=block.warps, num_stages=block.stages,
+        **dot_options(dtype, tf32),
+    )  # fmt: skip
+    return launch, parts

@@ -16,8 +16,10 @@ not finite makes NaN of neighbouring outputs too, where a zero of the weight mee
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -25,7 +27,18 @@ import triton.language as tl
 from torch import Tensor
 
 from .interval_linear import sign, store_box
-from .launch import PROGRAMS, TENSOR_CORE_TERMS, Block, dot_options, interpreting, on_device, parts_of, sum_type
+from .launch import (
+    LAUNCHES,
+    PROGRAMS,
+    TENSOR_CORE_TERMS,
+    Block,
+    Launch,
+    dot_options,
+    interpreting,
+    on_device,
+    parts_of,
+    sum_type,
+)
 
 
 @triton.jit(do_not_specialize=["pixels"])
@@ -412,12 +425,14 @@ def _weight_blocks(OC: int, C: int, kernel: list[int], open_rows: int, cores: bo
     return [Block(32, 128, 64, 8, 3), Block(32, 128, 64, 8, 4), Block(64, 64, 64, 4, 3)]
 
 
-def window_sizes(weight: Tensor, size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> dict[str, int]:
+def window_sizes(
+    weight: Sequence[int], dtype: torch.dtype, size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> dict[str, int]:
     """How the windows of outputs of this size, [OH, OW], lie in the filled-up image: constants of the kernels."""
-    OC, C, KH, KW = weight.shape
+    OC, C, KH, KW = weight
     (OH, OW), (SH, SW), (DH, DW) = size, stride, dilation
     channels = triton.next_power_of_2(C)
-    aligned = max(1, LONGEST_LOAD // (channels * weight.element_size()))  # pixels
+    aligned = max(1, LONGEST_LOAD // (channels * dtype.itemsize))  # pixels
     pixels = 1
     while OW % (2 * pixels) == 0 and 2 * pixels * SW <= aligned:
         pixels *= 2
@@ -430,18 +445,32 @@ def window_sizes(weight: Tensor, size: Sequence[int], stride: Sequence[int], dil
     }  # fmt: skip
 
 
-def _filled_up(mid: Tensor, rad: Tensor, padding: Sequence[int], sizes: dict[str, int]) -> tuple[Tensor, Tensor]:
-    """The box [B, C, H, W] as [B, HEIGHT, WIDTH, CHANNELS], zeros around and between."""
-    B, C, H, W = mid.shape
-    filled_up = sizes["HEIGHT"], sizes["WIDTH"], sizes["CHANNELS"]
-    out_mid = mid.new_empty(B, *filled_up)
-    out_rad = torch.empty_like(out_mid)
-    pixels = B * filled_up[0] * filled_up[1]
+class _Windows(NamedTuple):
+    """What a kernel on the filled-up image needs: how the box is filled up, the launch, and of how many parts a sum."""
+
+    filled_up: tuple[int, ...]
+    fill_up: Launch
+    launch: Launch
+    parts: int
+
+    def fill(self, mid: Tensor, rad: Tensor) -> tuple[Tensor, Tensor]:
+        """The box [B, C, H, W] as [B, HEIGHT, WIDTH, CHANNELS], zeros around and between."""
+        out_mid = mid.new_empty(self.filled_up)
+        out_rad = torch.empty_like(out_mid)
+        self.fill_up(mid, rad, out_mid, out_rad)
+        return out_mid, out_rad
+
+
+def _fill_up(box: torch.Size, padding: Sequence[int], sizes: dict[str, int]) -> tuple[tuple[int, ...], Launch]:
+    B, C, H, W = box
+    HEIGHT, WIDTH, CHANNELS = sizes["HEIGHT"], sizes["WIDTH"], sizes["CHANNELS"]
+    pixels = B * HEIGHT * WIDTH
     block = 8192 if interpreting() else 512  # a program of the interpreter costs milliseconds, whatever its size
-    fill_up_kernel[(triton.cdiv(pixels, block),)](
-        mid, rad, out_mid, out_rad, pixels, C, H, W, *padding, *filled_up, block
-    )
-    return out_mid, out_rad
+    launch = Launch(
+        fill_up_kernel, (triton.cdiv(pixels, block),), (pixels,),
+        C=C, H=H, W=W, PH=padding[0], PW=padding[1], HEIGHT=HEIGHT, WIDTH=WIDTH, CHANNELS=CHANNELS, BLOCK=block,
+    )  # fmt: skip
+    return (B, HEIGHT, WIDTH, CHANNELS), launch
 
 
 def forward_into(
@@ -462,25 +491,50 @@ def forward_into(
     tf32: bool,
 ) -> None:
     """The convolution of the box, then an epilogue of ``store_columns``; any but "none" needs OC % 8 to be 0."""
-    sizes = window_sizes(weight, out_mid.shape[2:], stride, dilation)
-    N = sizes["PIXELS"] * sizes["OC"]
-    M = out_mid.numel() // N
-    tiles = triton.cdiv(M, block.m)
-    columns = triton.cdiv(N, block.n)
-    tiles_of_program = triton.cdiv(tiles * columns, FORWARD_PROGRAMS)
+    windows = _forward(
+        mid.shape, out_mid.shape, weight.shape, tuple(stride), tuple(padding), tuple(dilation), bias is not None,
+        epilogue, block, tf32, mid.dtype, mid.device,
+    )  # fmt: skip
     with on_device(mid):
-        mid, rad = _filled_up(mid, rad, padding, sizes)
-        interval_conv2d_image_fwd_kernel[(columns, triton.cdiv(tiles, tiles_of_program))](
+        mid, rad = windows.fill(mid, rad)
+        windows.launch(
             mid, rad, weight, mid if bias is None else bias,
             out_mid, out_rad, mid if bits is None else bits, mid if made is None else made,
-            M, tiles_of_program, M * N // 8, **sizes, HAS_BIAS=bias is not None, EPILOGUE=epilogue,
-            BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=max(block.k, sizes["SPAN"]),
-            num_warps=block.warps, num_stages=block.stages, **dot_options(mid, tf32),
         )  # fmt: skip
 
 
+@functools.lru_cache(LAUNCHES)
+def _forward(
+    box: torch.Size,
+    out: torch.Size,
+    weight: torch.Size,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    has_bias: bool,
+    epilogue: str,
+    block: Block,
+    tf32: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> _Windows:
+    sizes = window_sizes(weight, dtype, out[2:], stride, dilation)
+    N = sizes["PIXELS"] * sizes["OC"]
+    M = out.numel() // N
+    tiles = triton.cdiv(M, block.m)
+    columns = triton.cdiv(N, block.n)
+    tiles_of_program = triton.cdiv(tiles * columns, FORWARD_PROGRAMS)
+    launch = Launch(
+        interval_conv2d_image_fwd_kernel, (columns, triton.cdiv(tiles, tiles_of_program)),
+        (M, tiles_of_program, M * N // 8), **sizes, HAS_BIAS=has_bias, EPILOGUE=epilogue,
+        BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=max(block.k, sizes["SPAN"]),
+        num_warps=block.warps, num_stages=block.stages, **dot_options(dtype, tf32),
+    )  # fmt: skip
+    return _Windows(*_fill_up(box, padding, sizes), launch, 1)
+
+
 def strip_sizes(
-    weight: Tensor,
+    weight: Sequence[int],  # its shape, as in ``window_sizes``
     size: Sequence[int],  # of the image, [H, W],
     grad_size: Sequence[int],  # and of the gradient, [OH, OW]
     stride: Sequence[int],
@@ -492,7 +546,7 @@ def strip_sizes(
 
     Lane j computes the columns of the image from stride · j on, for which it needs the sums of its neighbours.
     """
-    OC, C, KH, KW = weight.shape
+    OC, C, KH, KW = weight
     channels = triton.next_power_of_2(C)
     (H, W), (OH, OW), (SH, SW), (PH, PW), (DH, DW) = size, grad_size, stride, padding, dilation
     lanes = used = triton.cdiv(W, SW)
@@ -529,18 +583,37 @@ def backward_into(
 ) -> None:
     """The convolution's backward-data pass on the gradient box. So few channels make no byte: epilogue is "none"."""
     assert epilogue == "none", epilogue
-    sizes = strip_sizes(weight, out_mid.shape[2:], mid.shape[2:], stride, padding, dilation, block)
-    strips = mid.shape[0] * sizes["STRIPS"]
+    launch = _backward(
+        mid.shape, out_mid.shape, weight.shape, tuple(stride), tuple(padding), tuple(dilation), block, tf32, mid.dtype,
+        mid.device,
+    )  # fmt: skip
+    with on_device(mid):
+        launch(mid, rad, weight, out_mid, out_rad)
+
+
+@functools.lru_cache(LAUNCHES)
+def _backward(
+    box: torch.Size,
+    out: torch.Size,
+    weight: torch.Size,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    block: Block,
+    tf32: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Launch:
+    sizes = strip_sizes(weight, out[2:], box[2:], stride, padding, dilation, block)
+    strips = box[0] * sizes["STRIPS"]
     tiles = triton.cdiv(strips, block.m // sizes["LANES"])
     steps = (sizes["H"] - 1 + padding[0]) // stride[0] + 1 - padding[0] // stride[0]
     # Each part of an image begins with the rows that the part above ends with: as few parts as fill the device.
     steps_of_part = triton.cdiv(steps, max(1, PROGRAMS // 2 // tiles))
-    with on_device(mid):
-        interval_conv2d_image_bwd_kernel[(tiles, triton.cdiv(steps, steps_of_part))](
-            mid, rad, weight, out_mid, out_rad, strips, steps_of_part, **sizes,
-            BLOCK_M=block.m, BLOCK_K=block.k, num_warps=block.warps, num_stages=block.stages,
-            **dot_options(mid, tf32),
-        )  # fmt: skip
+    return Launch(
+        interval_conv2d_image_bwd_kernel, (tiles, triton.cdiv(steps, steps_of_part)), (strips, steps_of_part), **sizes,
+        BLOCK_M=block.m, BLOCK_K=block.k, num_warps=block.warps, num_stages=block.stages, **dot_options(dtype, tf32),
+    )  # fmt: skip
 
 
 def weight_gradient(
@@ -557,18 +630,38 @@ def weight_gradient(
     tf32: bool,
 ) -> Tensor:
     """The gradient of the weight, channels-last: the convolution's at midpoints, plus sign(weight) ⊙ its at radii."""
-    sizes = window_sizes(weight, grad_mid.shape[2:], stride, dilation)
+    windows = _weight_gradient(
+        grad_mid.shape, mid.shape, weight.shape, tuple(stride), tuple(padding), tuple(dilation), block, tf32, mid.dtype,
+        mid.device,
+    )  # fmt: skip
     OC, C, KH, KW = weight.shape
-    N = sizes["PIXELS"] * OC
-    M = grad_mid.numel() // N
-    tiles = triton.cdiv(N, block.n) * triton.cdiv(KH * sizes["SPAN"], block.k)
-    parts, rows = parts_of(M, tiles, block.m)
-    out = torch.empty(parts * sizes["PIXELS"], OC, KH, KW, C, dtype=sum_type(weight), device=weight.device)
+    out = torch.empty(windows.parts, OC, KH, KW, C, dtype=sum_type(weight.dtype), device=weight.device)
     with on_device(mid):
-        mid, rad = _filled_up(mid, rad, padding, sizes)
-        interval_conv2d_image_weight_kernel[(tiles, parts)](
-            grad_mid, grad_rad, mid, rad, weight, out, M, rows, **sizes,
-            BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=block.k, num_warps=block.warps, num_stages=block.stages,
-            **dot_options(mid, tf32),
-        )  # fmt: skip
+        windows.launch(grad_mid, grad_rad, *windows.fill(mid, rad), weight, out)
     return out.sum(0).to(weight.dtype).permute(0, 3, 1, 2)
+
+
+@functools.lru_cache(LAUNCHES)
+def _weight_gradient(
+    grad: torch.Size,
+    box: torch.Size,
+    weight: torch.Size,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    block: Block,
+    tf32: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> _Windows:
+    sizes = window_sizes(weight, dtype, grad[2:], stride, dilation)
+    N = sizes["PIXELS"] * weight[0]
+    M = grad.numel() // N
+    tiles = triton.cdiv(N, block.n) * triton.cdiv(weight[2] * sizes["SPAN"], block.k)
+    parts, rows = parts_of(M, tiles, block.m)
+    launch = Launch(
+        interval_conv2d_image_weight_kernel, (tiles, parts), (M, rows), **sizes,
+        BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=block.k, num_warps=block.warps, num_stages=block.stages,
+        **dot_options(dtype, tf32),
+    )  # fmt: skip
+    return _Windows(*_fill_up(box, padding, sizes), launch, parts * sizes["PIXELS"])

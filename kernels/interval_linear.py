@@ -7,13 +7,15 @@ H200 the products took twice as long, and with ReLU′ applied to tiles of the b
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .ends import gated, rectified, relu_backward_keeps, relu_keeps
-from .launch import Block, dot_options, on_device, parts_of, sum_type
+from .launch import LAUNCHES, Block, Launch, dot_options, on_device, parts_of, sum_type
 
 
 @triton.jit
@@ -239,34 +241,73 @@ def box_product_into(
     tf32: bool,
 ) -> None:
     """(mid, rad)·weightᵀ + bias; then ReLU if a state is given, which needs N to be a multiple of 8."""
-    (M, K), N = mid.shape, weight.shape[0]
     magnitude = weight.abs()
     if magnitude.stride() != weight.stride():  # of an expanded weight
         weight, magnitude = weight.contiguous(), magnitude.contiguous()
-    grid = (triton.cdiv(M, block.m) * triton.cdiv(N, block.n),)
+    launch = _box_product(
+        mid.shape, weight.shape, weight.stride(), bias is not None, out_state is not None, block, tf32, mid.dtype,
+        mid.device,
+    )  # fmt: skip
     with on_device(mid):
-        interval_linear_kernel[grid](
-            mid, rad, weight, magnitude, mid if bias is None else bias,
-            out_mid, out_rad, mid if out_state is None else out_state,
-            M, N, K, *weight.stride(), M * N // 8,
-            HAS_BIAS=bias is not None, EPILOGUE="none" if out_state is None else "relu", EVEN=K % block.k == 0,
-            BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=block.k, num_warps=block.warps, num_stages=block.stages,
-            **dot_options(mid, tf32),
+        launch(
+            mid, rad, weight, magnitude, mid if bias is None else bias, out_mid, out_rad,
+            mid if out_state is None else out_state,
         )  # fmt: skip
+
+
+@functools.lru_cache(LAUNCHES)
+def _box_product(
+    box: torch.Size,
+    weight: torch.Size,
+    weight_stride: tuple[int, ...],
+    has_bias: bool,
+    relu: bool,
+    block: Block,
+    tf32: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Launch:
+    (M, K), N = box, weight[0]
+    return Launch(
+        interval_linear_kernel, (triton.cdiv(M, block.m) * triton.cdiv(N, block.n),),
+        (M, N, K, *weight_stride, M * N // 8),
+        HAS_BIAS=has_bias, EPILOGUE="relu" if relu else "none", EVEN=K % block.k == 0,
+        BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=block.k, num_warps=block.warps, num_stages=block.stages,
+        **dot_options(dtype, tf32),
+    )  # fmt: skip
 
 
 def weight_gradient(
     grad_mid: Tensor, grad_rad: Tensor, mid: Tensor, rad: Tensor, weight: Tensor, block: Block, tf32: bool
 ) -> Tensor:
     """gradᵀ·mid + sign(weight) ⊙ (grad_radᵀ·rad): [M, N], [M, K] → [N, K]. All contiguous but the weight."""
-    (M, N), K = grad_mid.shape, mid.shape[1]
+    launch, parts = _weight_gradient(
+        grad_mid.shape, mid.shape[1], weight.stride(), block, tf32, weight.dtype, weight.device
+    )
+    dtype = weight.dtype if parts == 1 else sum_type(weight.dtype)
+    out = torch.empty(parts, *weight.shape, dtype=dtype, device=weight.device)
+    with on_device(mid):
+        launch(grad_mid, grad_rad, mid, rad, weight, out)
+    return out[0] if parts == 1 else out.sum(0).to(weight.dtype)
+
+
+@functools.lru_cache(LAUNCHES)
+def _weight_gradient(
+    grad: torch.Size,
+    K: int,
+    weight_stride: tuple[int, ...],
+    block: Block,
+    tf32: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Launch, int]:
+    """The launch, and of how many parts the sum is."""
+    M, N = grad
     tiles = triton.cdiv(N, block.n) * triton.cdiv(K, block.k)
     parts, rows = parts_of(M, tiles, block.m)
-    out = torch.empty(parts, N, K, dtype=weight.dtype if parts == 1 else sum_type(weight), device=weight.device)
-    with on_device(mid):
-        interval_linear_weight_kernel[(tiles, parts)](
-            grad_mid, grad_rad, mid, rad, weight, out, M, N, K, *weight.stride(), rows,
-            BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=block.k, num_warps=block.warps, num_stages=block.stages,
-            **dot_options(mid, tf32),
-        )  # fmt: skip
-    return out[0] if parts == 1 else out.sum(0).to(weight.dtype)
+    launch = Launch(
+        interval_linear_weight_kernel, (tiles, parts), (M, N, K, *weight_stride, rows),
+        BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=block.k, num_warps=block.warps, num_stages=block.stages,
+        **dot_options(dtype, tf32),
+    )  # fmt: skip
+    return launch, parts

@@ -6,15 +6,17 @@ gradient is found once per window, running over its elements from the front and 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .ends import gated, relu_backward_keeps
 from .interval_mul import product_of_ends
-from .launch import EXACT, compute_type, interpreting, on_device
+from .launch import EXACT, LAUNCHES, Launch, compute_type, interpreting, on_device
 
 _GEOMETRY = ["B", "H", "W", "C", "OH", "OW", "KH", "KW", "SH", "SW", "PH", "PW", "DH", "DW"]
 
@@ -250,7 +252,7 @@ def interval_max_pool2d_gather_kernel(
 
 
 def _launch(
-    kernel: triton.JITFunction,
+    kernel: str,
     tensors: Sequence[Tensor],
     image: Tensor,
     window: Tensor,
@@ -258,26 +260,43 @@ def _launch(
     geometry: Sequence[Sequence[int]],
 ) -> None:
     """One program for every so many elements of ``over``."""
-    batch, channels, height, width = image.shape
-    if image.is_contiguous() and window.is_contiguous():
+    is_plain = image.is_contiguous() and window.is_contiguous()
+    sizes = tuple(n for pair in geometry for n in pair)
+    launch = _remembered(kernel, image.shape, window.shape, over.numel(), is_plain, sizes, image.dtype, image.device)
+    with on_device(image):
+        launch(*tensors)
+
+
+@functools.lru_cache(LAUNCHES)
+def _remembered(
+    kernel: str,
+    image: torch.Size,
+    window: torch.Size,
+    over: int,
+    is_plain: bool,
+    geometry: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Launch:
+    batch, channels, height, width = image
+    if is_plain:
         batch, channels = batch * channels, 1
     block = 16384 if interpreting() else 512
     n = max(image.numel(), window.numel())
-    with on_device(image):
-        kernel[(triton.cdiv(over.numel(), block),)](
-            *tensors, batch, height, width, channels, *window.shape[2:], *(n for pair in geometry for n in pair),
-            BLOCK=block, WIDE=n + block >= 2**31, COMPUTE=compute_type(image), **EXACT,
-        )  # fmt: skip
+    return Launch(
+        globals()[kernel], (triton.cdiv(over, block),), (batch, height, width, channels, *window[2:], *geometry),
+        BLOCK=block, WIDE=n + block >= 2**31, COMPUTE=compute_type(dtype), **EXACT,
+    )  # fmt: skip
 
 
 def max_pool_into(
     mid: Tensor, rad: Tensor, geometry: Sequence[Sequence[int]], out_mid: Tensor, out_rad: Tensor
 ) -> None:
-    _launch(interval_max_pool2d_fwd_kernel, (mid, rad, out_mid, out_rad), mid, out_mid, out_mid, geometry)
+    _launch("interval_max_pool2d_fwd_kernel", (mid, rad, out_mid, out_rad), mid, out_mid, out_mid, geometry)
 
 
 def first_maximum_into(mid: Tensor, rad: Tensor, geometry: Sequence[Sequence[int]], must: Tensor, may: Tensor) -> None:
-    _launch(first_maximum_kernel, (mid, rad, must, may), mid, must, must, geometry)
+    _launch("first_maximum_kernel", (mid, rad, must, may), mid, must, must, geometry)
 
 
 def max_pool_backward_into(
@@ -289,7 +308,7 @@ def max_pool_backward_into(
     out_mid: Tensor,
     out_rad: Tensor,
 ) -> None:
-    _launch(interval_max_pool2d_bwd_kernel, (mid, rad, must, may, out_mid, out_rad), out_mid, must, out_mid, geometry)
+    _launch("interval_max_pool2d_bwd_kernel", (mid, rad, must, may, out_mid, out_rad), out_mid, must, out_mid, geometry)
 
 
 def max_pool_gather_into(
@@ -304,4 +323,4 @@ def max_pool_gather_into(
     out_rad: Tensor,
 ) -> None:
     tensors = (mid, rad, grad_mid, grad_rad, must, may, out_mid, out_rad)
-    _launch(interval_max_pool2d_gather_kernel, tensors, mid, must, must, geometry)
+    _launch("interval_max_pool2d_gather_kernel", tensors, mid, must, must, geometry)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import EXACT, compute_type, flat, flat_offsets, on_device
+from .launch import LAUNCHES, Launch, elementwise, flat_offsets, on_device
 
 
 @triton.jit
@@ -54,8 +57,11 @@ def interval_mul_kernel(
 
 def mul_into(a_mid: Tensor, a_rad: Tensor, b_mid: Tensor, b_rad: Tensor, out_mid: Tensor, out_rad: Tensor) -> None:
     """All tensors dense in one memory order."""
-    grid, block = flat(a_mid.numel())
+    launch = _mul(a_mid.numel(), a_mid.dtype, a_mid.device)
     with on_device(a_mid):
-        interval_mul_kernel[grid](
-            a_mid, a_rad, b_mid, b_rad, out_mid, out_rad, a_mid.numel(), **block, COMPUTE=compute_type(a_mid), **EXACT
-        )
+        launch(a_mid, a_rad, b_mid, b_rad, out_mid, out_rad)
+
+
+@functools.lru_cache(LAUNCHES)
+def _mul(n: int, dtype: torch.dtype, device: torch.device) -> Launch:
+    return elementwise(interval_mul_kernel, n, dtype, (n,))

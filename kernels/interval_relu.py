@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .ends import bits_of, bytes_of, gated, relu_backward_keeps, relu_keeps
-from .launch import EXACT, bytes_for, compute_type, flat, flat_offsets, on_device
+from .launch import LAUNCHES, Launch, bytes_for, elementwise, flat_offsets, on_device
 
 
 @triton.jit
@@ -106,29 +109,36 @@ def relu_into(
     mid: Tensor, rad: Tensor, out_mid: Tensor, out_rad: Tensor, state: Tensor, bias: Tensor | None = None
 ) -> None:
     """With a bias, of (mid + bias, rad): one value for each element of a row in memory, a multiple of 8 of them."""
-    grid, block = flat(mid.numel())
+    launch = _relu(mid.numel(), 0 if bias is None else bias.numel(), mid.dtype, mid.device)
     with on_device(mid):
-        interval_relu_fwd_kernel[grid](
-            mid, rad, out_mid, out_rad, state, mid if bias is None else bias, mid.numel(),
-            0 if bias is None else bias.numel(), HAS_BIAS=bias is not None, **block, COMPUTE=compute_type(mid), **EXACT,
-        )  # fmt: skip
+        launch(mid, rad, out_mid, out_rad, state, mid if bias is None else bias)
+
+
+@functools.lru_cache(LAUNCHES)
+def _relu(n: int, channels: int, dtype: torch.dtype, device: torch.device) -> Launch:
+    return elementwise(interval_relu_fwd_kernel, n, dtype, (n, channels), HAS_BIAS=channels > 0)
 
 
 def relu_backward_into(
     mid: Tensor, rad: Tensor, state: Tensor, out_mid: Tensor, out_rad: Tensor, gate: Tensor | None
 ) -> None:
     """The gate that was applied is written where it is asked for."""
-    grid, block = flat(mid.numel())
+    launch = _relu_backward(mid.numel(), gate is not None, mid.dtype, mid.device)
     with on_device(mid):
-        interval_relu_bwd_kernel[grid](
-            mid, rad, state, out_mid, out_rad, state if gate is None else gate, mid.numel(),
-            WRITE_GATE=gate is not None, **block, COMPUTE=compute_type(mid), **EXACT,
-        )  # fmt: skip
+        launch(mid, rad, state, out_mid, out_rad, state if gate is None else gate)
+
+
+@functools.lru_cache(LAUNCHES)
+def _relu_backward(n: int, writes_gate: bool, dtype: torch.dtype, device: torch.device) -> Launch:
+    return elementwise(interval_relu_bwd_kernel, n, dtype, (n,), WRITE_GATE=writes_gate)
 
 
 def gate_into(mid: Tensor, rad: Tensor, gate: Tensor, out_mid: Tensor, out_rad: Tensor) -> None:
-    grid, block = flat(mid.numel())
+    launch = _gate(mid.numel(), mid.dtype, mid.device)
     with on_device(mid):
-        interval_gate_kernel[grid](
-            mid, rad, gate, out_mid, out_rad, mid.numel(), **block, COMPUTE=compute_type(mid), **EXACT
-        )
+        launch(mid, rad, gate, out_mid, out_rad)
+
+
+@functools.lru_cache(LAUNCHES)
+def _gate(n: int, dtype: torch.dtype, device: torch.device) -> Launch:
+    return elementwise(interval_gate_kernel, n, dtype, (n,))

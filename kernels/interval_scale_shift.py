@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import EXACT, compute_type, flat, flat_offsets, on_device
+from .launch import LAUNCHES, Launch, elementwise, flat_offsets, on_device
 
 
 @triton.jit
@@ -40,9 +43,13 @@ def scale_shift_into(
     mid: Tensor, rad: Tensor, scale: Tensor, shift: Tensor | None, inner: int, out_mid: Tensor, out_rad: Tensor
 ) -> None:
     """All tensors dense in one memory order; scale and shift contiguous."""
-    grid, block = flat(mid.numel())
+    launch = _scale_shift(mid.numel(), mid.shape[1], inner, shift is not None, mid.dtype, mid.device)
     with on_device(mid):
-        interval_scale_shift_kernel[grid](
-            mid, rad, scale, scale if shift is None else shift, out_mid, out_rad, mid.numel(), mid.shape[1], inner,
-            HAS_SHIFT=shift is not None, **block, COMPUTE=compute_type(mid), **EXACT,
-        )  # fmt: skip
+        launch(mid, rad, scale, scale if shift is None else shift, out_mid, out_rad)
+
+
+@functools.lru_cache(LAUNCHES)
+def _scale_shift(
+    n: int, channels: int, inner: int, has_shift: bool, dtype: torch.dtype, device: torch.device
+) -> Launch:
+    return elementwise(interval_scale_shift_kernel, n, dtype, (n, channels, inner), HAS_SHIFT=has_shift)

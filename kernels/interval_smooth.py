@@ -6,14 +6,16 @@ fast one; tanh, expm1 and log1p are built on it so that nothing cancels: within 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .interval_mul import product_of_ends
-from .launch import EXACT, flat, flat_offsets, on_device
+from .launch import EXACT, LAUNCHES, Launch, flat, flat_offsets, on_device
 
 GROUPS = 128  # eight elements to a thread: with sixteen the adjoint of a slope spills
 
@@ -359,15 +361,30 @@ def interval_smooth_backward_adjoint_kernel(
 
 
 def launch(
-    kernel: triton.JITFunction,
+    op: str,
     tensors: Sequence[Tensor],
     name: str,
     params: Sequence[float],
     critical: Sequence[tuple[float, float]],
 ) -> None:
+    first = tensors[0]
+    run = _launch(op, first.numel(), name, tuple(params), tuple(critical), first.dtype, first.device)
+    with on_device(first):
+        run(*tensors)
+
+
+@functools.lru_cache(LAUNCHES)
+def _launch(
+    op: str,
+    n: int,
+    name: str,
+    params: tuple[float, ...],
+    critical: tuple[tuple[float, float], ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Launch:
     points = [float(n) for pair in critical for n in pair] + [0.0] * (4 - 2 * len(critical))
     numbers = [float(n) for n in params] + [0.0] * (3 - len(params))
-    n = tensors[0].numel()
     grid, block = flat(n, GROUPS)
-    with on_device(tensors[0]):
-        kernel[grid](*tensors, n, *points, *numbers, NAME=name, CRITICAL=len(critical), **block, **EXACT)
+    kernel = globals()[f"{op}_kernel"]
+    return Launch(kernel, grid, (n, *points, *numbers), NAME=name, CRITICAL=len(critical), **block, **EXACT)

@@ -1,15 +1,17 @@
-"""What all launchers share: sizes of an elementwise launch, the arithmetic's type, and the device to launch on."""
+"""What all launchers share: launches without Triton's search, their sizes, the arithmetic's type, and the device."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 # Elementwise kernels must round as the reference does: a product and a sum round once each. ptxas would contract them.
 EXACT = {"enable_fp_fusion": False}
@@ -24,14 +26,64 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
-def compute_type(t: Tensor) -> Any:
+def compute_type(dtype: torch.dtype) -> Any:
     """What a kernel computes in: float32, for tensors of 16 bits too, and float64 for float64."""
-    return tl.float64 if t.dtype is torch.float64 else tl.float32
+    return tl.float64 if dtype is torch.float64 else tl.float32
+
+
+_HERE = contextlib.nullcontext()
 
 
 def on_device(t: Tensor) -> Any:
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
+    """Triton launches on the current device, which need not be the tensor's where there are several."""
+    return torch.cuda.device(t.device) if t.is_cuda and torch.cuda.device_count() > 1 else _HERE
+
+
+# --- launches ------------------------------------------------------------------------------------------------------
+
+LAUNCHES = 4096  # that each launcher remembers
+ALIGNMENT = 16  # bytes: a kernel may be compiled for tensors that begin at multiples of it
+
+
+class Launch:
+    """A kernel with all that a launch takes besides tensors: grid, numbers, constants, and options of the compiler.
+
+    It belongs to one device. Called with the tensors, which are the kernel's first arguments.
+
+    To find what it compiled, Triton looks at every argument of every launch, which takes longer than many a kernel
+    runs. Here all arguments but tensors are fixed, and of these their types matter and whether they begin at multiples
+    of 16 bytes. So what Triton found for tensors that all do is launched directly for others of the same types that
+    all do, too; everything else goes through Triton, which then compiles for what it is given.
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], numbers: Sequence[float], **constants: Any) -> None:
+        self._kernel, self._grid = kernel, (*grid, 1, 1)[:3]
+        self._numbers, self._constants = numbers, constants
+        self._found: tuple[Callable[..., None], list[torch.dtype], tuple] | None = None
+
+    def __call__(self, *tensors: Tensor) -> None:
+        found = self._found
+        if found is not None:
+            run, dtypes, rest = found
+            for t, dtype in zip(tensors, dtypes, strict=True):
+                if t.dtype is not dtype or t.data_ptr() % ALIGNMENT:
+                    break
+            else:
+                run(*tensors, *rest)
+                return
+        compiled = self._kernel[self._grid](*tensors, *self._numbers, **self._constants)
+        if isinstance(compiled, CompiledKernel) and not any(t.data_ptr() % ALIGNMENT for t in tensors):
+            constants = self._kernel.arg_names[len(tensors) + len(self._numbers) :]
+            rest = (*self._numbers, *(self._constants[name] for name in constants))
+            self._found = compiled[self._grid], [t.dtype for t in tensors], rest
+
+
+def elementwise(
+    kernel: Any, n: int, dtype: torch.dtype, numbers: Sequence[float], groups: int = 256, **constants: Any
+) -> Launch:
+    """A launch over n elements in groups of eight that computes in the type for ``dtype``."""
+    grid, block = flat(n, groups)
+    return Launch(kernel, grid, numbers, **block, COMPUTE=compute_type(dtype), **constants, **EXACT)
 
 
 def flat(n: int, groups: int = 256) -> tuple[tuple[int], dict[str, Any]]:
@@ -134,16 +186,16 @@ def is_flat(channels: int) -> bool:
     return channels < TENSOR_CORE_TERMS
 
 
-def dot_options(t: Tensor, tf32: bool) -> dict[str, Any]:
+def dot_options(dtype: torch.dtype, tf32: bool) -> dict[str, Any]:
     """Arithmetic of the products: of 32-bit operands in full precision, unless tf32 is asked for."""
     precision = "tf32" if tf32 else "ieee"
-    widen = interpreting() and t.element_size() == 2
-    return {"PRECISION": precision, "WIDEN": widen, "COMPUTE": compute_type(t), "enable_fp_fusion": True}
+    widen = interpreting() and dtype.itemsize == 2
+    return {"PRECISION": precision, "WIDEN": widen, "COMPUTE": compute_type(dtype), "enable_fp_fusion": True}
 
 
-def sum_type(t: Tensor) -> torch.dtype:
+def sum_type(dtype: torch.dtype) -> torch.dtype:
     """The type in which partial sums are written."""
-    return torch.float64 if t.dtype is torch.float64 else torch.float32
+    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def parts_of(rows: int, tiles: int, block: int) -> tuple[int, int]:

@@ -31,9 +31,12 @@ def fastest(key: Hashable, candidates: Sequence[Candidate], run: Callable[[Candi
     A candidate that needs more of the device than there is drops out; so does, with a warning, one that this version of
     Triton cannot compile for this device. If all do, the first is returned, to fail where it is used.
     """
-    if len(candidates) == 1 or interpreting():
+    if interpreting():
         return candidates[0]
     if key not in _chosen:
+        if len(candidates) == 1:
+            _chosen[key] = candidates[0]
+            return candidates[0]
         if torch.cuda.is_current_stream_capturing():
             return candidates[0]
         times = [_milliseconds(run, candidate) for candidate in candidates]

@@ -289,7 +289,8 @@ def _weight_gradient(name: str, grad_mid: Any, grad_rad: Any, mid: Any, rad: Any
     """A product of midpoints plus a signed one of radii; a product with a factor that is None is left out."""
     weight = rest[0]
     if has_kernels(weight):
-        return getattr(torch.ops.pyxai_bounds, name)(*_both(grad_mid, grad_rad), *_both(mid, rad), *rest)
+        operator = getattr(torch.ops.pyxai_bounds, name).default
+        return _call(operator, *_both(grad_mid, grad_rad), *_both(mid, rad), *rest)
     # Plain PyTorch where autograd or a trace must see it.
     seen = torch.is_grad_enabled() or needs_dispatcher(weight)
     return getattr(reference if seen else _select(weight), name)(grad_mid, grad_rad, mid, rad, *rest)
@@ -362,7 +363,7 @@ def _linear_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None,
     if ctx.relu:
         mid_grad, rad_grad = _gate_adjoint(mid_grad, rad_grad, state)
     if need_mid and need_rad and has_kernels(weight):
-        box_grad = interval_linear_backward(*_both(mid_grad, rad_grad), weight, None)
+        box_grad = _call(interval_linear_backward, *_both(mid_grad, rad_grad), weight, None)
     else:
         box_grad = (
             mid_grad @ weight if need_mid and mid_grad is not None else None,
@@ -425,7 +426,7 @@ def _linear_data_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | 
     del mid, rad  # the gated copies: the rest takes their place in memory
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
         if has_kernels(weight):
-            box_grad = interval_linear(*_both(mid_grad, rad_grad), weight, None, False)[:2]
+            box_grad = _call(interval_linear, *_both(mid_grad, rad_grad), weight, None, False)[:2]
         else:
             box_grad = (
                 None if mid_grad is None else mid_grad @ weight.t(),
@@ -683,7 +684,7 @@ def _smooth_gradient(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None)
     box = ctx.saved_tensors
     mid_grad, rad_grad = _both(mid_grad, rad_grad)
     adjoint = interval_smooth_adjoint if len(box) == 2 else interval_smooth_backward_adjoint
-    return *adjoint(mid_grad, rad_grad, *box, ctx.name, ctx.params), None, None
+    return *_call(adjoint, mid_grad, rad_grad, *box, ctx.name, ctx.params), None, None
 
 
 def _boxes_like(first: Tensor, boxes: int) -> tuple[Tensor, ...]:
@@ -795,7 +796,7 @@ def _unpool_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _unpool_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None) -> Any:
     box = ctx.saved_tensors
     mid_grad, rad_grad = _both(mid_grad, rad_grad)
-    return *interval_max_pool2d_gather(mid_grad, rad_grad, *box, *ctx.geometry), *(None,) * 7
+    return *_call(interval_max_pool2d_gather, mid_grad, rad_grad, *box, *ctx.geometry), *(None,) * 7
 
 
 interval_max_pool2d_backward = _define(

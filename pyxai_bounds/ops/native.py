@@ -936,8 +936,9 @@ def _boxes(mid: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     return dense(mid, *others)
 
 
-def _bits_of(packed: Tensor, mid: Tensor) -> Tensor:
-    if packed.shape != state_size(mid) or packed.dtype is not torch.uint8 or packed.device != mid.device:
+def _bits_of(packed: Tensor, mid: Tensor, size: tuple[int, ...] | None = None) -> Tensor:
+    """The bits of ``mid``, once they are known to be; ``size``: theirs, if it is known."""
+    if packed.shape != (size or state_size(mid)) or packed.dtype is not torch.uint8 or packed.device != mid.device:
         raise ValueError(
             f"The packed bits of {_describe(mid)} are uint8 {list(state_size(mid))} on the same device, "
             f"not {_describe(packed)}; pass the state or gate that belongs to this tensor."

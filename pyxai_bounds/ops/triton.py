@@ -25,7 +25,7 @@ from pyxai_bounds.ops.layout import dense_like, in_order_of, memory_format, orde
 from pyxai_bounds.ops.native import _bits_of, _boxes, _describe, _per_channel
 from pyxai_bounds.ops.smooth import smooth
 
-Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]  # stride, padding, dilation, groups
+Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]  # stride, padding, dilation, groups
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 HOPPER = "hopper"  # a candidate: the kernels of csrc/hopper
@@ -91,73 +91,83 @@ def interval_relu_backward(mid: Tensor, rad: Tensor, state: Tensor) -> tuple[Ten
 def interval_linear(
     mid: Tensor, rad: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, *, library: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    mid, rad = _boxes(mid, rad)
-    _check_weight(weight, mid, (weight.shape[0], mid.shape[-1]))
-    _check_bias(bias, mid, weight.shape[0])
+    def check() -> _Problem:
+        _check_weight(weight, mid, (weight.shape[0], mid.shape[-1]))
+        _check_bias(bias, mid, weight.shape[0])
+        key = ("linear", mid.shape, weight.shape, weight.stride(), bias is None, relu)
+        return _Problem(key, (*mid.shape[:-1], weight.shape[0]), (mid, rad), library)
+
+    problem = _known(("linear", relu, library), mid, (rad, weight, bias), check)
+    mid, rad = problem.dense(mid, rad)
     epilogue = Epilogue("relu" if relu else "none", bias)
-    out_mid = mid.new_empty(*mid.shape[:-1], weight.shape[0])
-    out_rad = torch.empty_like(out_mid)
     fused = relu and weight.shape[0] % 8 == 0  # or a byte of the state would belong to two rows
 
     def run(block: Any) -> tuple[Tensor, Tensor, Tensor]:
         if block is None:
             return _finish(epilogue, *reference.interval_linear(mid, rad, weight, bias, False)[:2])
+        out_mid, out_rad = _contiguous(mid, problem.size)
         state = epilogue.made(out_mid) if fused else None
         _kernels("interval_linear").box_product_into(
             _rows(mid), _rows(rad), weight, None if bias is None else bias.contiguous(),
-            _rows(out_mid), _rows(out_rad), state, block, _tf32_matmul(mid),
+            _rows(out_mid), _rows(out_rad), state, block, problem.tf32_matmul,
         )  # fmt: skip
         return _finish(epilogue, out_mid, out_rad) if state is None else (out_mid, out_rad, state)
 
-    if out_mid.numel() == 0:
-        return _finish(epilogue, out_mid, out_rad)
-    key = ("linear", mid.shape, weight.shape, weight.stride(), bias is None, relu)
-    return _fastest(key, mid, _box_blocks(mid, weight.shape[0], weight.shape[1], _tf32_matmul(mid)), library, run)
+    if problem.is_empty:
+        return _finish(epilogue, *_contiguous(mid, problem.size))
+    return _fastest(problem, mid, lambda: _box_blocks(mid, weight.shape[0], weight.shape[1], problem.tf32_matmul), run)
 
 
 def interval_linear_backward(
     mid: Tensor, rad: Tensor, weight: Tensor, state: Tensor | None, *, library: bool = False
 ) -> tuple[Tensor, Tensor]:
-    mid, rad = _boxes(mid, rad)
-    _check_weight(weight, mid, (mid.shape[-1], weight.shape[1]))
     if state is not None:
         mid, rad = _relu_backward(mid, rad, state, None)
-    out_mid = mid.new_empty(*mid.shape[:-1], weight.shape[1])
-    out_rad = torch.empty_like(out_mid)
+
+    def check() -> _Problem:
+        _check_weight(weight, mid, (mid.shape[-1], weight.shape[1]))
+        key = ("linear_backward", mid.shape, weight.shape, weight.stride())
+        return _Problem(key, (*mid.shape[:-1], weight.shape[1]), (mid, rad), library)
+
+    problem = _known(("linear_backward", library), mid, (rad, weight), check)
+    mid, rad = problem.dense(mid, rad)
 
     def run(block: Any) -> tuple[Tensor, Tensor]:
         if block is None:
             return reference.interval_linear_backward(mid, rad, weight, None)
+        out_mid, out_rad = _contiguous(mid, problem.size)
         _kernels("interval_linear").box_product_into(
-            _rows(mid), _rows(rad), weight.t(), None, _rows(out_mid), _rows(out_rad), None, block, _tf32_matmul(mid)
+            _rows(mid), _rows(rad), weight.t(), None, _rows(out_mid), _rows(out_rad), None, block, problem.tf32_matmul
         )
         return out_mid, out_rad
 
-    if out_mid.numel() == 0:
-        return out_mid, out_rad
-    key = ("linear_backward", mid.shape, weight.shape, weight.stride())
-    return _fastest(key, mid, _box_blocks(mid, weight.shape[1], weight.shape[0], _tf32_matmul(mid)), library, run)
+    if problem.is_empty:
+        return _contiguous(mid, problem.size)
+    return _fastest(problem, mid, lambda: _box_blocks(mid, weight.shape[1], weight.shape[0], problem.tf32_matmul), run)
 
 
 def interval_linear_weight(
     grad_mid: Tensor, grad_rad: Tensor, mid: Tensor, rad: Tensor, weight: Tensor, *, library: bool = False
 ) -> Tensor:
-    grad_mid, grad_rad = _boxes(grad_mid, grad_rad)
-    mid, rad = _boxes(mid, rad)
-    _check_weight(weight, mid, (grad_mid.shape[1], mid.shape[1]))
-    _check_same(grad_mid, mid, (mid.shape[0], grad_mid.shape[1]))
+    def check() -> _Problem:
+        _check_weight(weight, mid, (grad_mid.shape[1], mid.shape[1]))
+        _check_same(grad_mid, mid, (mid.shape[0], grad_mid.shape[1]))
+        key = ("linear_weight", mid.shape, weight.shape, weight.stride())
+        return _Problem(key, (mid.shape[0], *weight.shape), (grad_mid, grad_rad), library, (mid, rad))
+
+    problem = _known(("linear_weight", library), grad_mid, (grad_rad, mid, rad, weight), check)
+    grad_mid, grad_rad, mid, rad = problem.dense(grad_mid, grad_rad, mid, rad)
 
     def run(block: Any) -> Tensor:
         if block is None:
             return reference.interval_linear_weight(grad_mid, grad_rad, mid, rad, weight)
         return _kernels("interval_linear").weight_gradient(
-            grad_mid, grad_rad, mid, rad, weight, block, _tf32_matmul(mid)
+            grad_mid, grad_rad, mid, rad, weight, block, problem.tf32_matmul
         )
 
-    if weight.numel() == 0 or mid.shape[0] == 0:
+    if problem.is_empty:
         return weight.new_zeros(weight.shape)
-    key = ("linear_weight", mid.shape, weight.shape, weight.stride())
-    return _fastest(key, mid, _weight_blocks(mid, weight.shape[0], _tf32_matmul(mid)), library, run)
+    return _fastest(problem, mid, lambda: _weight_blocks(mid, weight.shape[0], problem.tf32_matmul), run)
 
 
 def interval_conv2d(
@@ -174,7 +184,7 @@ def interval_conv2d(
     library: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     epilogue = Epilogue("relu" if relu else "none", bias)
-    return _convolve(mid, rad, weight, (stride, padding, dilation, groups), epilogue, library)
+    return _convolve(mid, rad, weight, _geometry(stride, padding, dilation, groups), epilogue, library)
 
 
 def interval_conv2d_gate(
@@ -190,7 +200,7 @@ def interval_conv2d_gate(
     library: bool = False,
 ) -> tuple[Tensor, Tensor]:
     epilogue = Epilogue("gate", bits=gate)
-    return _convolve(mid, rad, weight, (stride, padding, dilation, groups), epilogue, library)[:2]
+    return _convolve(mid, rad, weight, _geometry(stride, padding, dilation, groups), epilogue, library)[:2]
 
 
 def interval_conv2d_backward(
@@ -208,7 +218,7 @@ def interval_conv2d_backward(
 ) -> tuple[Tensor, Tensor]:
     if state is not None:
         mid, rad = _relu_backward(mid, rad, state, None)
-    args = (stride, padding, dilation, groups)
+    args = _geometry(stride, padding, dilation, groups)
     return _convolve_back(mid, rad, weight, input_size, args, Epilogue(), library)[:2]
 
 
@@ -226,7 +236,8 @@ def interval_conv2d_backward_relu(
     library: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     epilogue = Epilogue() if state is None else Epilogue("relu_backward", bits=state)
-    return _convolve_back(mid, rad, weight, input_size, (stride, padding, dilation, groups), epilogue, library)
+    args = _geometry(stride, padding, dilation, groups)
+    return _convolve_back(mid, rad, weight, input_size, args, epilogue, library)
 
 
 def interval_conv2d_weight(
@@ -242,15 +253,19 @@ def interval_conv2d_weight(
     *,
     library: bool = False,
 ) -> Tensor:
-    grad_mid, grad_rad = _boxes(grad_mid, grad_rad)
-    mid, rad = _boxes(mid, rad)
-    outputs, channels, *kernel = weight.shape
-    _check_weight(weight, mid, (grad_mid.shape[1], mid.shape[1] // groups, *kernel))
-    size = _output_size(mid.shape[2:], kernel, stride, padding, dilation)
-    _check_same(grad_mid, mid, (mid.shape[0], outputs, *size))
-    args: tuple[Any, ...] = (stride, padding, dilation, groups)
-    tf32 = _tf32_convolution(mid)
-    order = memory_format(weight)
+    args = _geometry(stride, padding, dilation, groups)
+
+    def check() -> _Problem:
+        outputs, _, *kernel = weight.shape
+        _check_weight(weight, mid, (grad_mid.shape[1], mid.shape[1] // groups, *kernel))
+        _check_same(grad_mid, mid, (mid.shape[0], outputs, *_output_size(mid.shape[2:], kernel, *args[:3])))
+        orders = memory_format(mid), memory_format(grad_mid), weight.shape, memory_format(weight)
+        size = (*weight.shape, mid.numel(), grad_mid.numel())
+        return _Problem(("conv2d_weight", mid.shape, *orders, *args), size, (grad_mid, grad_rad), library, (mid, rad))
+
+    problem = _known(("conv2d_weight", args, library), grad_mid, (grad_rad, mid, rad, weight), check)
+    grad_mid, grad_rad, mid, rad = problem.dense(grad_mid, grad_rad, mid, rad)
+    tf32 = problem.tf32_convolution
 
     def run(block: Any) -> Tensor:
         if block is None:
@@ -260,15 +275,18 @@ def interval_conv2d_weight(
         grad = kernels.weight_gradient(*_last(grad_mid, grad_rad, mid, rad, weight), *rest)
         return dense_like(weight).copy_(grad) if grad.stride() != dense_like(weight).stride() else grad
 
-    if weight.numel() == 0 or grad_mid.numel() == 0 or mid.numel() == 0:
-        return torch.zeros_like(weight, memory_format=order)
-    key = ("conv2d_weight", mid.shape, memory_format(mid), memory_format(grad_mid), weight.shape, order, *_flat(args))
-    blocks = _image_blocks("weight", mid.shape, weight, args, tf32)
-    blocks += _weight_blocks(mid, outputs // groups, tf32, channels)
-    if library and hopper.supports(mid):
-        geometry = (tuple(mid.shape), tuple(grad_mid.shape), tuple(kernel), *_flat(args))
-        blocks += [HOPPER] if hopper.weight_parts(mid.get_device(), *geometry) else []
-    return _fastest(key, mid, blocks, library, run)
+    def blocks() -> list[Any]:
+        outputs, channels, *kernel = weight.shape
+        found = _image_blocks("weight", mid.shape, weight, args, tf32)
+        found += _weight_blocks(mid, outputs // groups, tf32, channels)
+        if library and hopper.supports(mid):
+            geometry = (tuple(mid.shape), tuple(grad_mid.shape), tuple(kernel), *args)
+            found += [HOPPER] if hopper.weight_parts(mid.get_device(), *geometry) else []
+        return found
+
+    if problem.is_empty:
+        return torch.zeros_like(weight, memory_format=memory_format(weight))
+    return _fastest(problem, mid, blocks, run)
 
 
 def interval_scale_shift(
@@ -325,9 +343,7 @@ def _smooth(
         return getattr(reference, op)(*tensors, name, params)
     out = tuple(dense_like(tensors[0]) for _ in range(results))
     if tensors[0].numel():
-        kernels = _kernels("interval_smooth")
-        critical = smooth(name, params).critical
-        kernels.launch(getattr(kernels, f"{op}_kernel"), (*tensors, *out), name, params, critical)
+        _kernels("interval_smooth").launch(op, (*tensors, *out), name, params, smooth(name, params).critical)
     return out
 
 
@@ -449,31 +465,41 @@ class Epilogue(NamedTuple):
     bias: Tensor | None = None  # added to the midpoint first, one value a channel
     bits: Tensor | None = None  # that are read
 
+    @property
+    def dims(self) -> int:
+        """Of the bits that are read, which say what order they lie in; 0 if there are none."""
+        return 0 if self.bits is None else self.bits.dim()
+
     def order(self, mid: Tensor) -> torch.memory_format:
         """Of the results: that of the bits that are read, else of the box."""
         return memory_format(mid) if self.bits is None else order_of(self.bits)
 
-    def made(self, out: Tensor) -> Tensor:
-        """Room for the bits that it makes."""
+    def made(self, out: Tensor, size: tuple[int, ...] | None = None) -> Tensor:
+        """Room for the bits that it makes; ``size``: the state's, if it is known."""
         makes = self.kind in ("relu", "relu_backward")
-        return torch.empty(state_size(out) if makes else 0, dtype=torch.uint8, device=out.device)
+        return torch.empty((size or state_size(out)) if makes else 0, dtype=torch.uint8, device=out.device)
 
 
 def _convolve(
     mid: Tensor, rad: Tensor, weight: Tensor, args: Geometry, epilogue: Epilogue, library: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    mid, rad = _boxes(mid, rad)
-    stride, padding, dilation, groups = args
+    groups, bias = args[3], epilogue.bias
     outputs, channels, *kernel = weight.shape
-    _check_weight(weight, mid, (outputs, mid.shape[1] // groups, *kernel))
-    bias = epilogue.bias
-    _check_bias(bias, mid, outputs)
-    order = epilogue.order(mid)
-    size = [mid.shape[0], outputs, *_output_size(mid.shape[2:], kernel, stride, padding, dilation)]
-    if math.prod(size) == 0:
+
+    def check() -> _Problem:
+        _check_weight(weight, mid, (outputs, mid.shape[1] // groups, *kernel))
+        _check_bias(bias, mid, outputs)
+        order = epilogue.order(mid)
+        size = (mid.shape[0], outputs, *_output_size(mid.shape[2:], kernel, *args[:3]))
+        key = ("conv2d", mid.shape, memory_format(mid), weight.shape, *args, bias is None, epilogue.kind, order)
+        return _Problem(key, size, (mid, rad), library, order=order)
+
+    problem = _known(("conv2d", args, epilogue.kind, epilogue.dims, library), mid, (rad, weight, bias), check)
+    mid, rad = problem.dense(mid, rad)
+    order, size, tf32 = problem.order, problem.size, problem.tf32_convolution
+    if problem.is_empty:
         out_mid = torch.empty(size, dtype=mid.dtype, device=mid.device, memory_format=order)
         return _finish(epilogue, out_mid, torch.empty_like(out_mid))
-    tf32 = _tf32_convolution(mid)
 
     def run(block: Any) -> tuple[Tensor, Tensor, Tensor]:
         if block is None:
@@ -482,19 +508,21 @@ def _convolve(
             out = reference.interval_conv2d(mid, rad, weight, None if later is not None else bias, *args, False)
             return _finish(epilogue, out[0], out[1], later)
         if block is HOPPER:
-            return _hopper(epilogue, mid, rad, weight, size, args, False)
+            return _hopper(problem, epilogue, mid, rad, weight, args, False)
         return _in_one_kernel(
-            epilogue, mid, size, outputs // groups,
+            problem, epilogue, mid, outputs // groups,
             lambda *results: _convolution(block).forward_into(
                 *_last(mid, rad, weight), None if bias is None else bias.contiguous(), *args, *results, block, tf32
             ),
         )  # fmt: skip
 
-    key = ("conv2d", mid.shape, memory_format(mid), weight.shape, *_flat(args), bias is None, epilogue.kind, order)
-    blocks = _image_blocks("forward", mid.shape, weight, args, tf32)
-    # Of the kernels that gather a pixel's taps one by one, the one that won before there were any for images.
-    blocks += _box_blocks(mid, outputs // groups, channels, tf32, groups)[: 1 if blocks else None]
-    return _fastest(key, mid, _with_hopper(blocks, mid, size, kernel, args, False, library), library, run)
+    def blocks() -> list[Any]:
+        found = _image_blocks("forward", mid.shape, weight, args, tf32)
+        # Of the kernels that gather a pixel's taps one by one, the one that won before there were any for images.
+        found += _box_blocks(mid, outputs // groups, channels, tf32, groups)[: 1 if found else None]
+        return _with_hopper(found, mid, size, kernel, args, False, library)
+
+    return _fastest(problem, mid, blocks, run)
 
 
 def _convolve_back(
@@ -506,35 +534,41 @@ def _convolve_back(
     epilogue: Epilogue,
     library: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    mid, rad = _boxes(mid, rad)
-    stride, padding, dilation, groups = args
+    groups, size = args[3], tuple(input_size)
     outputs, channels, *kernel = weight.shape
-    _check_weight(weight, mid, (mid.shape[1], input_size[1] // groups, *kernel))
-    expected = _output_size(input_size[2:], kernel, stride, padding, dilation)
-    _check_same(mid, mid, (input_size[0], outputs, *expected))
-    order = epilogue.order(mid)
-    if math.prod(input_size) == 0 or mid.numel() == 0:
-        out_mid = torch.empty(input_size, dtype=mid.dtype, device=mid.device, memory_format=order).zero_()
+
+    def check() -> _Problem:
+        _check_weight(weight, mid, (mid.shape[1], size[1] // groups, *kernel))
+        _check_same(mid, mid, (size[0], outputs, *_output_size(size[2:], kernel, *args[:3])))
+        order = epilogue.order(mid)
+        key = ("conv2d_backward", mid.shape, memory_format(mid), weight.shape, size, *args, epilogue.kind, order)
+        return _Problem(key, size, (mid, rad), library, order=order)
+
+    problem = _known(("conv2d_backward", size, args, epilogue.kind, epilogue.dims, library), mid, (rad, weight), check)
+    mid, rad = problem.dense(mid, rad)
+    tf32 = problem.tf32_convolution
+    if problem.is_empty or mid.numel() == 0:
+        out_mid = torch.empty(size, dtype=mid.dtype, device=mid.device, memory_format=problem.order).zero_()
         return _finish(epilogue, out_mid, torch.zeros_like(out_mid))
-    tf32 = _tf32_convolution(mid)
 
     def run(block: Any) -> tuple[Tensor, Tensor, Tensor]:
         if block is None:
-            return _finish(epilogue, *reference.interval_conv2d_backward(mid, rad, weight, None, input_size, *args))
+            return _finish(epilogue, *reference.interval_conv2d_backward(mid, rad, weight, None, size, *args))
         if block is HOPPER:
-            return _hopper(epilogue, mid, rad, weight, input_size, args, True)
+            return _hopper(problem, epilogue, mid, rad, weight, args, True)
         return _in_one_kernel(
-            epilogue, mid, input_size, channels,
+            problem, epilogue, mid, channels,
             lambda *results: _convolution(block).backward_into(
                 *_last(mid, rad, weight), *args, *results, block, tf32
             ),
         )  # fmt: skip
 
-    key = ("conv2d_backward", mid.shape, memory_format(mid), weight.shape, tuple(input_size), *_flat(args),
-           epilogue.kind, order)  # fmt: skip
-    blocks = _image_blocks("backward", input_size, weight, args, tf32)
-    blocks += _box_blocks(mid, channels, outputs // groups, tf32)
-    return _fastest(key, mid, _with_hopper(blocks, mid, input_size, kernel, args, True, library), library, run)
+    def blocks() -> list[Any]:
+        found = _image_blocks("backward", size, weight, args, tf32)
+        found += _box_blocks(mid, channels, outputs // groups, tf32)
+        return _with_hopper(found, mid, size, kernel, args, True, library)
+
+    return _fastest(problem, mid, blocks, run)
 
 
 def _with_hopper(
@@ -543,14 +577,14 @@ def _with_hopper(
     """The candidates, and the kernels of csrc/hopper where they take the problem; on large ones Triton's never win."""
     if not (auto and hopper.supports(mid)):
         return blocks
-    geometry = (tuple(mid.shape), tuple(size), tuple(kernel), *_flat(args), back)
+    geometry = (tuple(mid.shape), tuple(size), tuple(kernel), *args, back)
     if not hopper.takes(*geometry):
         return blocks
     return [HOPPER] if math.prod(size) >= _FILLED else [*blocks, HOPPER]
 
 
 def _hopper(
-    epilogue: Epilogue, mid: Tensor, rad: Tensor, weight: Tensor, size: Sequence[int], args: Geometry, back: bool
+    problem: _Problem, epilogue: Epilogue, mid: Tensor, rad: Tensor, weight: Tensor, args: Geometry, back: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     *box, last_weight = _last(mid, rad, weight)
     bias = None if epilogue.bias is None else epilogue.bias.contiguous()
@@ -558,22 +592,23 @@ def _hopper(
     def launch(out_mid: Tensor, out_rad: Tensor, kind: str, bits: Tensor | None, made: Tensor | None) -> None:
         hopper.convolve_into(box[0], box[1], last_weight, *args[:3], back, out_mid, out_rad, kind, bias, bits, made)
 
-    return _in_one_kernel(epilogue, mid, size, size[1], launch)  # in the order of the box that was given
+    return _in_one_kernel(problem, epilogue, mid, problem.size[1], launch)  # in the order of the box that was given
 
 
 def _in_one_kernel(
-    epilogue: Epilogue, mid: Tensor, size: Sequence[int], channels: int, launch: Callable[..., None]
+    problem: _Problem, epilogue: Epilogue, mid: Tensor, channels: int, launch: Callable[..., None]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Results of a kernel that writes images channels-last, ``channels`` of them by one program.
 
     ``launch`` is given midpoints and radii to write, the kind of epilogue, bits to read and bits to make. The epilogue
     is left to a kernel of its own where bits lie in another order, or a byte of them would belong to two programs.
     """
-    order = epilogue.order(mid)
-    out_mid, out_rad = _empty_last(mid, size, order), _empty_last(mid, size, order)
-    if epilogue.kind != "none" and channels % 8 == 0 and out_mid.is_contiguous(memory_format=order):
-        bits = None if epilogue.bits is None else _bits_of(epilogue.bits, out_mid)
-        made = epilogue.made(out_mid)
+    order = problem.order
+    out_mid = torch.empty_strided(problem.size, problem.stride, dtype=mid.dtype, device=mid.device)
+    out_rad = torch.empty_like(out_mid)
+    if epilogue.kind != "none" and channels % 8 == 0 and problem.state:
+        bits = None if epilogue.bits is None else _bits_of(epilogue.bits, out_mid, problem.state)
+        made = epilogue.made(out_mid, problem.state)
         launch(out_mid, out_rad, epilogue.kind, bits, made)
         return out_mid, out_rad, made
     launch(out_mid, out_rad, "none", None, None)
@@ -612,13 +647,72 @@ def _relu_backward(mid: Tensor, rad: Tensor, state: Tensor, gate: Tensor | None)
 # --- choices ------------------------------------------------------------------------------------------------
 
 
-def _fastest(key: tuple, mid: Tensor, blocks: list[Any], library: bool, run: Callable[[Any], Any]) -> Any:
-    """Run with the block of this kind of problem; ``library`` adds None, cuBLAS or cuDNN with fused stages about it."""
-    tf32 = (_tf32_matmul(mid), _tf32_convolution(mid))
-    key = (*key, mid.dtype, mid.device, tf32, library)
-    candidates = [*blocks, None] if library else blocks
+_UNKNOWN: Any = object()
+
+
+class _Problem:
+    """What follows of a product from shapes, strides, types and options alone, its arguments being checked.
+
+    ``size``: of the results (of a weight's gradient, also of the sum: it holds a 0 where there is nothing to do).
+    ``boxes``: pairs of midpoints and radii. ``library``: is cuBLAS or cuDNN, with fused stages about it, a candidate?
+    """
+
+    def __init__(
+        self,
+        key: tuple,
+        size: tuple[int, ...],
+        box: tuple[Tensor, Tensor],
+        library: bool,
+        other: tuple[Tensor, Tensor] | None = None,
+        order: torch.memory_format = torch.contiguous_format,  # of the results
+    ) -> None:
+        boxes = (box,) if other is None else (box, other)
+        mid = box[0]
+        self.are_dense = all(t is dense for box in boxes for t, dense in zip(box, _boxes(*box), strict=True))
+        self.tf32_matmul, self.tf32_convolution = tf32 = _tf32(mid)
+        self.key = (*key, mid.dtype, mid.device, tf32, library)  # what the tuner knows it by
+        self.size, self.library, self.order = size, library, order
+        self.is_empty = math.prod(size) == 0
+        self.choice = _UNKNOWN
+        # Of results that a kernel writes channels-last; of their bits, if that is the order that they are packed in.
+        last = _empty_last(size, order) if len(size) == 4 else torch.empty(0, device="meta")
+        self.stride = last.stride()
+        self.state = state_size(last) if last.is_contiguous(memory_format=order) else ()
+
+    def dense(self, *boxes: Tensor) -> tuple[Tensor, ...]:
+        """The boxes, each dense in the order of its midpoint."""
+        if self.are_dense:
+            return boxes
+        return tuple(t for place in range(0, len(boxes), 2) for t in _boxes(*boxes[place : place + 2]))
+
+
+_problems: dict[tuple, _Problem] = {}
+_MOST_PROBLEMS = 2**14
+
+
+def _known(call: tuple, mid: Tensor, others: Sequence[Tensor | None], check: Callable[[], _Problem]) -> _Problem:
+    """The problem of a call that is like an earlier one: to check it and to list candidates takes longer than a launch.
+
+    ``call`` is all that it depends on but the tensors. No value of these, and no address, is looked at or kept.
+    """
+    key = (call, _tf32(mid), *[t if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in (mid, *others)])
+    problem = _problems.get(key)
+    if problem is None:
+        if len(_problems) >= _MOST_PROBLEMS:
+            _problems.clear()
+        problem = _problems[key] = check()
+    return problem
+
+
+def _fastest(problem: _Problem, mid: Tensor, blocks: Callable[[], list[Any]], run: Callable[[Any], Any]) -> Any:
+    """Run with the block of this kind of problem; where ``library`` is a candidate, it is None."""
     with _kernels("launch").on_device(mid):
-        return run(_kernels("tuning").fastest(key, candidates, run))
+        if problem.choice is not _UNKNOWN:
+            return run(problem.choice)
+        tuning = _kernels("tuning")
+        choice = tuning.fastest(problem.key, [*blocks(), None] if problem.library else blocks(), run)
+        problem.choice = tuning.choices().get(problem.key, _UNKNOWN)  # not one that was taken unmeasured
+        return run(choice)
 
 
 def _box_blocks(mid: Tensor, columns: int, summed: int, tf32: bool, groups: int | None = None) -> list[Any]:
@@ -644,13 +738,12 @@ def _weight_blocks(mid: Tensor, rows: int, tf32: bool, channels: int | None = No
     return launch.weight_blocks(mid.dtype, rows, flat, tf32, _is_hopper(mid))
 
 
-def _tf32_matmul(t: Tensor) -> bool:
-    """May 32-bit operands of matrix products be rounded to tf32? What PyTorch is told holds here, too."""
-    return t.dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
-def _tf32_convolution(t: Tensor) -> bool:
-    return t.dtype is torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+def _tf32(t: Tensor) -> tuple[bool, bool]:
+    """May 32-bit operands of matrix products, and of convolutions, be rounded to tf32? As PyTorch is told."""
+    if t.dtype is not torch.float32:
+        return False, False
+    backends: Any = torch.backends
+    return backends.cuda.matmul.fp32_precision == "tf32", backends.cudnn.conv.fp32_precision == "tf32"
 
 
 # --- the machine --------------------------------------------------------------------------------------------
@@ -667,7 +760,9 @@ def _is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
 def _interpreting() -> bool:
+    """It is decided when triton is imported."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
@@ -685,16 +780,22 @@ def _is_hopper(t: Tensor) -> bool:
 
 
 def _index(t: Tensor) -> int:
-    return torch.cuda.current_device() if t.device.index is None else t.device.index
+    return t.get_device()
 
 
 # --- allocation, memory order and checks --------------------------------------------------------------------
 
 
-def _empty_last(like: Tensor, size: Sequence[int], order: torch.memory_format) -> Tensor:
-    """Uninitialised and channels-last, which is every order where there is one channel or one pixel."""
+def _empty_last(size: Sequence[int], order: torch.memory_format) -> Tensor:
+    """How images lie channels-last, which is every order where there is one channel or one pixel."""
     order = order if size[1] == 1 or size[2] * size[3] == 1 else torch.channels_last
-    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=order)
+    return torch.empty(size, device="meta", memory_format=order)
+
+
+def _contiguous(like: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Room for a box."""
+    out_mid = like.new_empty(size)
+    return out_mid, torch.empty_like(out_mid)
 
 
 def _last(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -705,8 +806,8 @@ def _rows(t: Tensor) -> Tensor:
     return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
-def _flat(args: tuple) -> tuple:
-    return tuple(tuple(a) if isinstance(a, Sequence) else a for a in args)
+def _geometry(stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int) -> Geometry:
+    return tuple(stride), tuple(padding), tuple(dilation), groups
 
 
 def _output_size(

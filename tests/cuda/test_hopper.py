@@ -332,6 +332,7 @@ def test_operators_of_auto_use_it(monkeypatch):
         offered.append(candidates)
         return triton.HOPPER
 
+    monkeypatch.setattr(triton, "_problems", {})
     monkeypatch.setattr(triton._kernels("tuning"), "fastest", fastest)
     monkeypatch.setattr(hopper, "supports", lambda t: True)
     where = "cuda" if ON_A_GPU else "cpu"

@@ -112,10 +112,10 @@ def image_weight(dtype: str) -> torch.Tensor:
 
 def image_flags(op: str, dtype: str, block: Block) -> dict[str, Any]:
     """Constants of a kernel at images of 32 × 32."""
-    weight, (stride, padding, dilation) = image_weight(dtype), IMAGE
+    weight, (stride, padding, dilation) = image_weight(dtype).shape, IMAGE
     if op == "backward":
         return interval_conv2d_image.strip_sizes(weight, (32, 32), (32, 32), stride, padding, dilation, block)
-    sizes = interval_conv2d_image.window_sizes(weight, (32, 32), stride, dilation)
+    sizes = interval_conv2d_image.window_sizes(weight, DTYPES[dtype], (32, 32), stride, dilation)
     if op == "weight":
         return sizes
     return sizes | {"HAS_BIAS": True, "EPILOGUE": "relu", "BLOCK_K": max(block.k, sizes["SPAN"])}

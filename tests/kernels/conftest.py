@@ -31,6 +31,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     full precision, unless a test says otherwise (of convolutions PyTorch allows tf32 by default)."""
     if not NUMBERS:
         pytest.skip(NEEDS)
+    monkeypatch.setattr(triton, "_problems", {})  # what was measured before is forgotten
     monkeypatch.setattr(triton._kernels("tuning"), "fastest", lambda key, candidates, run: candidates[0])
     before = [owner.fp32_precision for owner in PRODUCTS]
     set_precision("ieee")

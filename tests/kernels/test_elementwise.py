@@ -77,12 +77,14 @@ def test_sixteen_bits_are_computed_in_32_and_rounded_once(kernels, dtype):
 
 def test_offsets_of_64_bits_are_the_same(kernels, monkeypatch):
     """Past 2³¹ elements the kernels count in 64 bits; here on few."""
-    from pyxai_bounds.kernels import interval_relu
+    from pyxai_bounds.kernels import interval_relu, launch
 
-    narrow = interval_relu.flat
-    monkeypatch.setattr(interval_relu, "flat", lambda n: (narrow(n)[0], narrow(n)[1] | {"WIDE": True}))
+    narrow = launch.flat
+    monkeypatch.setattr(launch, "flat", lambda n, groups: (narrow(n)[0], narrow(n)[1] | {"WIDE": True}))
     assert narrow(2**31)[1]["WIDE"] and not narrow(2**30)[1]["WIDE"]
+    interval_relu._relu.cache_clear()
     assert_agrees("interval_relu", *nasty_box(1003, dtype=torch.float32), device=kernels)
+    interval_relu._relu.cache_clear()
 
 
 def test_bytes_are_counted_where_the_elements_only_just_fit_32_bits(kernels):
