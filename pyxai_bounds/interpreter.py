@@ -93,7 +93,7 @@ class Interpreter(fx.Interpreter):
             args, kwargs = pytree.tree_map_only(Interval, lambda x: x.mid, (args, kwargs))
             leaves = pytree.tree_leaves((args, kwargs))
         if not any(isinstance(leaf, Interval) for leaf in leaves):
-            if not outward() or _is_exact(n, rule, leaves):
+            if not outward() or _is_exact(n, rule, args, kwargs):
                 return _at_point(n.target, args, kwargs)
             if rule is None:
                 return self._cannot_bound(n, " (at a point: sound=True bounds its rounding)")
@@ -149,7 +149,7 @@ def _apply(rule: Rule, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     if not outward():
         return rule.function(*args, **kwargs)
     leaves = pytree.tree_leaves((args, kwargs))
-    moves = rule.precision == "exact" and _holds_numbers(leaves)
+    moves = rule.precision == "exact" and _holds_numbers(node.target, args, kwargs)
     if rule.precision == "wide" or (rule.precision == "exact" and not moves):
         kept = rule.shape_only
         args = tuple(pytree.tree_map(_empty_in_float64 if i in kept else in_float64, a) for i, a in enumerate(args))
@@ -177,15 +177,21 @@ def _empty_in_float64(x: Any) -> Any:
     return torch.empty_like(like, dtype=torch.float64) if isinstance(like, Tensor) and like.is_floating_point() else x
 
 
-def _holds_numbers(leaves: list[Any]) -> bool:
-    """Can an operator that moves or compares numbers hold all that it is given? Python numbers, and float64 tensors
-    without dimensions, are rounded to the dtype of the others.
+def _holds_numbers(op: Any, args: tuple, kwargs: dict) -> bool:
+    """Can an operator that moves or compares numbers hold all that it is given? Python numbers, integers, and float64
+    tensors without dimensions, are rounded to the dtype of the others.
     """
-    tensors = [x for x in leaves if isinstance(x, (Interval, Tensor)) and not isinstance(x, Indices)]
-    dtypes = {x.dtype for x in tensors if x.dtype.is_floating_point}
-    numbers = [x for x in leaves if isinstance(x, float)]
-    return len(dtypes) < 2 and all(rd.stored(x, dtype)[1] == 0 for x in numbers for dtype in dtypes)
+    given = {a.name: v for a, v in zip(op._schema.arguments, args, strict=False)} | kwargs
+    whole = {a.name for a in op._schema.arguments if "number" in str(a.type)}  # other whole numbers are sizes and places
+    numbers = [v for name, v in given.items() if isinstance(v, float) or (name in whole and isinstance(v, int))]
+    moved = [leaf for name, v in given.items() if name not in _PLACES for leaf in pytree.tree_leaves(v)]
+    tensors = [x for x in moved if isinstance(x, (Interval, Tensor)) and not isinstance(x, Indices)]
+    dtypes = {x.dtype for x in tensors if x.dtype != torch.bool}
+    floating = {dtype for dtype in dtypes if dtype.is_floating_point}
+    return (len(dtypes) < 2 or not floating) and all(rd.stored(x, dtype)[1] == 0 for x in numbers for dtype in floating)
 
+
+_PLACES = ("index", "indices")  # the arguments that say where numbers stand
 
 _SUMS = frozenset((aten.sum.default, aten.sum.dim_IntList))
 _EXTREMA = frozenset(
@@ -200,16 +206,17 @@ _MOVING = frozenset(
 )  # fmt: skip
 
 
-def _is_exact(node: fx.Node, rule: Rule | None, leaves: list[Any]) -> bool:
+def _is_exact(node: fx.Node, rule: Rule | None, args: tuple, kwargs: dict) -> bool:
     """Are results for points exact: moved or selected numbers, truth values, integers, constants?"""
     if node.target in _MOVING:
         return True
     if rule is not None and rule.precision == "exact":
         # What a program writes into a tensor of its own is a constant, which holds what its dtype can.
-        return bool(rule.shape_only) or _holds_numbers([x for x in leaves if isinstance(x, (float, Tensor))])
+        return bool(rule.shape_only) or _holds_numbers(node.target, args, kwargs)
     values = node.meta["val"] if isinstance(node.meta["val"], (tuple, list)) else [node.meta["val"]]
     if not any(isinstance(v, Tensor) and v.is_floating_point() for v in values):
         return True
+    leaves = pytree.tree_leaves((args, kwargs))
     return rule is None and not any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves)
 
 

@@ -211,13 +211,16 @@ def _log_of_sum(function: Callable[[Tensor, Tensor], Tensor], a: Value, b: Value
 @rule(aten.xlogy.Scalar_Self, ulps=8, set_first="other")
 def xlogy(x: Any, y: Any) -> Interval:
     """x·log y, and 0 where x is the point 0, whatever y is."""
-    return _product_with_log(x, log(y) if isinstance(y, Interval) else torch.log(torch.as_tensor(y).double()), y)
+    if isinstance(y, Interval):
+        return _product_with_log(x, log(y), y)
+    dtype = torch.float64 if outward() or not isinstance(y, Tensor) else x.dtype
+    return _product_with_log(x, torch.log(torch.as_tensor(y, dtype=dtype)), y)
 
 
 @rule(aten.special_xlog1py.default, ulps=8)
 def xlog1py(x: Value, y: Value) -> Interval:
     """x·log(1 + y), and 0 where x is the point 0."""
-    return _product_with_log(x, log1p(y) if isinstance(y, Interval) else torch.log1p(y), y)
+    return _product_with_log(x, log1p(y) if isinstance(y, Interval) else torch.log1p(y.to(x.dtype)), y)
 
 
 def _product_with_log(x: Any, logarithm: Value, y: Any) -> Interval:

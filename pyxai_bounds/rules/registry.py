@@ -197,12 +197,17 @@ def outward() -> bool:
 
 def ends(x: Any) -> tuple[Any, Any]:
     """Lower and upper end points; of a point, the point twice. Rounded outward they lie on or outside the set's."""
-    if isinstance(x, float) and rd.mode() == rd.Rounding.EVALUATED:
-        # A number in the program is one of the dtype when it runs.
-        stored = float(torch.tensor(x, dtype=torch.float32, device="cpu"))
-        return min(x, stored), max(x, stored)
     if not isinstance(x, Interval):
-        return x, x
+        if x is None or isinstance(x, bool) or rd.mode() != rd.Rounding.EVALUATED:
+            return x, x
+        # A number in the program, or an integer, is one of the dtype when it runs.
+        if not isinstance(x, Tensor):
+            stored = float(torch.tensor(x, dtype=torch.float32, device="cpu"))
+            return min(x, stored), max(x, stored)
+        if x.is_floating_point() or x.dtype == torch.bool:
+            return x, x
+        held, exact = x.float().double(), x.double()
+        return torch.minimum(exact, held), torch.maximum(exact, held)
     lower, upper = x.mid - x.rad, x.mid + x.rad
     if not outward():
         return lower, upper

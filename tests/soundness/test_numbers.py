@@ -56,6 +56,16 @@ CONSTANTS: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
     "hardsigmoid": (F.hardsigmoid, t(-2.9999998, 2.9999998, 0.1)),
     "hardswish": (F.hardswish, t(-2.9999998, 2.9999998, 0.1)),
     "power": (lambda x: x**0.7, t(1e30, 1e-5, 2.0)),
+    "times the logarithm of a fraction": (lambda x: torch.xlogy(x, 0.3), t(1e30, 1e-5, 2.0)),
+    "masked by an integer": (lambda x: x.masked_fill(KEEP, 16777217), t(1.0, 2.0, 3.0)),
+    "scattered integer": (lambda x: x.scatter(0, torch.tensor([0]), 16777217), t(1.0, 2.0, 3.0)),
+    "clamped by an integer": (lambda x: x.clamp(max=16777217), t(0.0, 2e7, 16777216.0)),
+    "compared with an integer": (lambda x: (x >= 16777217) * x, t(0.0, 2e7, 16777216.0)),
+    "compared with integers": (lambda x: (x >= WHOLE) * x, t(16777216.0, 16777220.0, 3.0)),
+    "times the logarithm of integers": (lambda x: torch.special.xlog1py(x, WHOLE), t(1e30, 1e-5, 2.0)),
+    "maximum of integers": (lambda x: torch.maximum(x, WHOLE), t(1.0, 2e7, 3.0)),
+    "joined with integers": (lambda x: torch.cat([x, WHOLE]), t(1.0, 2.0, 3.0)),
+    "selected from integers": (lambda x: torch.where(KEEP, x, WHOLE), t(1.0, 2.0, 3.0)),
 }
 
 
