@@ -73,8 +73,8 @@ class Interval:
 
         Shapes: x [B, ...]; eps a float, or a tensor that broadcasts to x (one radius per sample:
         shape [B, 1, ...]; one per feature: [D] or [1, D]); clip (low, high) in the units of x, two numbers, or two
-        tensors that broadcast to a sample, x.shape[1:]. A float eps that the dtype cannot represent is rounded up, so
-        the box never shrinks.
+        tensors that broadcast to a sample, x.shape[1:]. An eps and limits that the dtype cannot represent are rounded
+        outward, so the box never shrinks.
         Raises ValueError if eps is negative, NaN or infinite, if x leaves ``clip``, or if eps [N] could be one radius
         per sample as well as one per entry of the last dimension, because both are N.
         """
@@ -87,7 +87,7 @@ class Interval:
         outside = (x < low) | (x > high)
         if any_wrong(outside, "Interval.linf: x lies outside clip."):
             index = tuple(outside.nonzero()[0].tolist())
-            limits = "its limits in clip" if isinstance(low, Tensor) else f"clip=({low}, {high})"
+            limits = "its limits in clip" if isinstance(low, Tensor) else f"clip={clip}"
             raise ValueError(
                 f"Interval.linf: x lies outside {limits} at {int(outside.sum())} elements, first at "
                 f"index {index}: {x[index].item()}. Scale the data into the range, or pass the range it has."
@@ -208,7 +208,7 @@ def _ends(clip: tuple[Any, Any], x: Tensor) -> tuple[float, float] | tuple[Tenso
         ) from None
     if not low < high:
         raise ValueError(f"Interval.linf: clip=({low}, {high}) is empty; give (low, high) with low < high.")
-    return low, high
+    return -rounding.scalar_up(-low, x.dtype), rounding.scalar_up(high, x.dtype)
 
 
 def _ends_of_features(low: Tensor, high: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,10 +222,18 @@ def _ends_of_features(low: Tensor, high: Tensor, x: Tensor) -> tuple[Tensor, Ten
             f"Interval.linf: limits of shapes {tuple(low.shape)} and {tuple(high.shape)} in clip do not broadcast to a "
             f"sample of x, {tuple(x.shape[1:])}."
         ) from None
-    low, high = low.to(x.dtype), high.to(x.dtype)
+    low, high = -_at_least(-low, x.dtype), _at_least(high, x.dtype)
     if any_wrong(~(low <= high), "Interval.linf: clip=(low, high) is empty for some features."):
         raise ValueError("Interval.linf: clip=(low, high) is empty for some features; give low ≤ high.")
     return low, high
+
+
+def _at_least(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in a dtype, rounded up."""
+    if exact.dtype == dtype:
+        return exact
+    held = exact.to(dtype)
+    return torch.where(held.double() < exact.double(), held.nextafter(torch.full_like(held, torch.inf)), held)
 
 
 def _radius(x: Tensor, eps: float | Tensor) -> Tensor:
@@ -237,11 +245,7 @@ def _radius(x: Tensor, eps: float | Tensor) -> Tensor:
             raise ValueError(
                 f"Interval.linf: eps must be finite and ≥ 0; {int(bad.sum())} of {eps.numel()} entries are not."
             )
-        rad = eps.to(device=x.device)
-        if rad.dtype != x.dtype:
-            exact, rad = rad, rad.to(x.dtype)
-            inf = torch.full_like(rad, torch.inf)
-            rad = torch.where(rad.to(torch.float64) < exact.to(torch.float64), torch.nextafter(rad, inf), rad)
+        rad = _at_least(eps.to(device=x.device), x.dtype)
         if rad.dim() == 1 < x.dim() and 1 < len(rad) == x.shape[0] == x.shape[-1]:
             raise ValueError(
                 f"Interval.linf: eps of shape {list(rad.shape)} may be one radius per sample or one per entry of the "

@@ -77,6 +77,21 @@ def test_linf_never_shrinks_the_box(dtype: torch.dtype) -> None:
         assert (clipped.lower.double() >= -slack).all() and (clipped.upper.double() <= 1 + slack).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_limits_that_the_dtype_cannot_hold_are_rounded_outward(dtype: torch.dtype) -> None:
+    """What lies inside clip stays in the box, the limits themselves included."""
+    ends = torch.randn(2, 1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    low, high = ends.min(0).values - 0.1, ends.max(0).values + 0.1
+    tenth = torch.full((1000,), 0.1, dtype=torch.float64)
+    for limits, x in (((low, high), ends[:1]), ((-0.1, 0.1), 0.1 * torch.rand(1000, dtype=torch.float64))):
+        least, most = limits if isinstance(limits[0], torch.Tensor) else (-tenth, tenth)
+        box = xb.Interval.linf(x.to(dtype), 10.0, clip=limits)
+        assert (box.lower.double() <= least).all() and (box.upper.double() >= most).all()
+        if dtype != torch.float64:  # in which these sums would round
+            assert (box.mid.double() - box.rad.double() <= least).all()
+            assert (box.mid.double() + box.rad.double() >= most).all()
+
+
 def test_tiny_radii_stay_exact() -> None:
     box = xb.Interval.linf(torch.ones(3), 1e-12)
     assert torch.equal(box.rad, torch.full((3,), rounding.scalar_up(1e-12, torch.float32)))

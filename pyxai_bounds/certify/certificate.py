@@ -121,8 +121,9 @@ def certified_radius(
     pieces = Pieces(batch_size, memory_budget)
     check = _Check(fn, x, target, property, clip, parameters, sound, product, differences, pieces)
     per_sample = [-1] + [1] * (x.dim() - 1)
-    holds = check.at(max_eps if unit is None else _multiple(max_eps, unit)).holds
     unknown = torch.full((len(x),), max_eps, dtype=x.dtype, device=x.device)
+    held = torch.tensor(max_eps, dtype=x.dtype, device="cpu").item()  # may be a little more than max_eps: it is returned
+    holds = check.at(max(max_eps, held) if unit is None else _multiple(max(max_eps, held), unit)).holds
     safe = torch.where(holds, unknown, torch.zeros_like(unknown))
     while len(x) and (unknown - safe).max() > tol:
         middle = (safe + unknown) / 2

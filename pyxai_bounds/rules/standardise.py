@@ -115,9 +115,12 @@ def standardised(x: Interval, eps: float) -> Standardised:
     inverse = enclose((most / count + eps).rsqrt(), (least / count + eps).rsqrt(), ulps=16)
     if count == 1:
         zero = x.mid - x.mid  # NaN where nothing is known
-        return Standardised(Interval.of(zero, x.rad - x.rad), m.mean, inverse)
-    by_parts = _by_parts(m, count, eps)
-    return Standardised(_by_slopes(m, by_parts, inverse, eps, norm), m.mean, inverse)
+        value = Interval.of(zero, x.rad - x.rad)
+    else:
+        value = _by_slopes(m, _by_parts(m, count, eps), inverse, eps, norm)
+    if eps <= 0:  # of a constant row the quotient is 0/0
+        value = facts.kept(Interval.of(value.mid, torch.where(least / count + eps > 0, value.rad, math.inf)), value)
+    return Standardised(value, m.mean, inverse)
 
 
 def _within(m: _Moments, norm: Tensor) -> tuple[Tensor, Tensor]:

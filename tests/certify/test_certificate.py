@@ -179,6 +179,22 @@ def test_limits_and_units_of_each_feature() -> None:
         xb.certify(fn, X[0], TARGET[0], eps=0.1, property=xb.TopK(2))
 
 
+def test_the_greatest_radius_was_itself_certified() -> None:
+    """0.1 in float32 is a little more than 0.1: what is returned is what was looked at."""
+
+    class Widest:
+        strict, seen = False, torch.empty(0)
+
+        def margin(self, nominal: torch.Tensor, bounds: xb.Interval) -> torch.Tensor:
+            self.seen = bounds.rad.double()
+            return torch.ones(len(nominal))
+
+    x, widest = torch.zeros(2, 100), Widest()
+    for unit in (None, torch.linspace(1, 2, 100)):
+        radius = xb.certified_radius(lambda x: x, x, property=widest, max_eps=0.1, unit=unit)
+        assert (radius.double()[:, None] * (1.0 if unit is None else unit) <= widest.seen).all()
+
+
 def test_a_sample_alone_is_no_batch() -> None:
     fn = xb.explain.gradient(mlp())
     for call in (

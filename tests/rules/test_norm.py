@@ -190,6 +190,15 @@ def test_the_backward_side_of_wide_boxes(seed: int) -> None:
     assert (bounds.rad <= norm * (1 + 1e-9)).all()
 
 
+@pytest.mark.parametrize("sound", [False, True])
+@pytest.mark.parametrize("count", [1, 4])
+def test_without_eps_a_row_that_may_be_constant_has_no_bound(count: int, sound: bool) -> None:
+    """0/0 is no number. A row that cannot be constant keeps its bounds."""
+    x = torch.stack((torch.ones(count), torch.linspace(-3, 3, count))).double()
+    bounds = xb.bound(lambda x: F.layer_norm(x, (count,), eps=0.0), sound=sound)(xb.Interval.linf(x, 0.1))
+    assert not bounds.isfinite()[0].any() and (count == 1 or bounds.isfinite()[1].all())
+
+
 def test_gradients_of_weight_and_bias() -> None:
     layers = [nn.LayerNorm(6).double(), nn.GroupNorm(2, 6).double()]
     for layer, x in zip(layers, (rand(3, 6), rand(2, 6, 4)), strict=True):
