@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import operator
 import os
 import types
@@ -61,8 +62,7 @@ def referents(value: Any) -> list[tuple[Any, Any]]:
         ]
         found += enumerate(value.__defaults__ or ())
         found += (value.__kwdefaults__ or {}).items()
-        file = value.__code__.co_filename
-        if file.startswith(_LIBRARIES) or "site-packages" in file:
+        if _is_of_a_library(value.__code__.co_filename):
             return found  # a library's globals are its own affair
         scope = value.__globals__
         return found + [(name, scope[name]) for name in dict.fromkeys(_names(value.__code__)) if name in scope]
@@ -75,6 +75,15 @@ def referents(value: Any) -> list[tuple[Any, Any]]:
     if isinstance(value, CONTAINERS):
         return list(enumerate(value)) if len(value) <= MANY else []
     return list(getattr(value, "__dict__", {}).items())
+
+
+def _is_of_a_library(file: str) -> bool:
+    return file.startswith(_LIBRARIES) or "site-packages" in file
+
+
+def _is_users_file(value: Any) -> bool:
+    """Is it a Python module, and no library's?"""
+    return isinstance(value, types.ModuleType) and not _is_of_a_library(vars(value).get("__file__") or _LIBRARIES[0])
 
 
 def _is_set(cell: Any) -> bool:
@@ -193,6 +202,10 @@ def token(
     budget = [None] * MANY if budget is None else budget
     if isinstance(value, PRIMITIVES):
         return type(value), repr(value) if isinstance(value, (float, complex)) else value  # 0.0 is not -0.0
+    if names and depth and budget and _is_users_file(value):
+        budget.pop()  # of it only what the code mentions can matter
+        found = [(name, v) for name, v in vars(value).items() if name in names]
+        return Same(value), tuple((name, token(v, depth - 1, budget, names)) for name, v in found)
     if isinstance(value, slice):
         return slice, token((value.start, value.stop, value.step))
     if isinstance(value, Tensor):
@@ -213,6 +226,37 @@ def token(
     if isinstance(value, (types.MethodType, functools.partial)):
         return type(value), parts
     return Same(value), parts
+
+
+def globals_of(kind: type) -> list[tuple[dict[str, Any], str, Any]]:
+    """The global numbers, tensors and functions that a class of modules computes with: scope, name, token.
+
+    Those of ``forward``, of the methods that it mentions, and of the user's functions that these mention.
+    """
+    found: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
+    pending, seen = [getattr(kind, "forward", None)], set()
+    while pending:
+        function = pending.pop()
+        function = getattr(function, "fget", getattr(function, "__func__", function))
+        if not isinstance(function, types.FunctionType) or function in seen:
+            continue
+        seen.add(function)
+        if _is_of_a_library(function.__code__.co_filename):
+            continue
+        names = dict.fromkeys(_names(function.__code__))
+        pending += [inspect.getattr_static(kind, name, None) for name in names]
+        files = [value for name in names if _is_users_file(value := function.__globals__.get(name))]
+        for scope in (function.__globals__, *map(vars, files)):
+            for name in names:
+                if name in scope and isinstance(value := scope[name], (*PRIMITIVES, Tensor, types.FunctionType)):
+                    found[id(scope), name] = scope, name, token_of_global(value)
+                    pending.append(value)
+    return list(found.values())
+
+
+def token_of_global(value: Any) -> Any:
+    """Equal for the same number, tensor or function; what a function refers to is looked at by itself."""
+    return Same(value) if isinstance(value, types.FunctionType) else token(value, 1)
 
 
 def layout_of(t: Tensor) -> tuple:

@@ -182,7 +182,7 @@ def _holds_numbers(op: Any, args: tuple, kwargs: dict) -> bool:
     tensors without dimensions, are rounded to the dtype of the others.
     """
     given = {a.name: v for a, v in zip(op._schema.arguments, args, strict=False)} | kwargs
-    whole = {a.name for a in op._schema.arguments if "number" in str(a.type)}  # other whole numbers are sizes and places
+    whole = {a.name for a in op._schema.arguments if "number" in str(a.type)}  # others are sizes and places
     numbers = [v for name, v in given.items() if isinstance(v, float) or (name in whole and isinstance(v, int))]
     moved = [leaf for name, v in given.items() if name not in _PLACES for leaf in pytree.tree_leaves(v)]
     tensors = [x for x in moved if isinstance(x, (Interval, Tensor)) and not isinstance(x, Indices)]

@@ -67,7 +67,8 @@ def bound(
     and inside ``torch.compile``, dispatch modes and ``torch.func``, which must see every operator.
 
     A function is captured once for each kind of arguments. Each call looks whether what it refers to is still what was
-    captured: closures, globals and options of the function; mode, attributes, children, hooks and tensors of modules.
+    captured: closures, globals and options of the function; mode, attributes, children, hooks and tensors of modules,
+    and the global numbers, tensors and functions that their ``forward`` uses.
     Values of tensors may change freely; what else may change unnoticed is said at :meth:`BoundFunction.recapture`.
     Arguments are independent of one another: a function that writes into one of them must not be given two that share
     memory.
@@ -152,7 +153,9 @@ class BoundFunction:
         """Forget what was captured of this function, and of functions equal to it: the next call captures it anew.
 
         For changes that no call notices: attributes of plain objects that a module holds (``model.config.scale = 2``),
-        attributes of classes, elements of lists inside of lists inside of lists.
+        attributes of classes and functions, elements of lists inside of lists inside of lists, and of lists and arrays
+        with more than 1000; what functions six calls away, ``forward``'s containers among the globals, ``getattr`` by a
+        string, ``__slots__``, environment or context variables say.
         """
         _captures_of(self.fn).clear()
 

@@ -1,7 +1,7 @@
 """The modules that a function calls: whether they are still what was captured, and how to put them back after tracing.
 
 A captured graph is true as long as the function, the objects it refers to and the modules it calls stay what they were,
-tensor *values* apart, which are live.
+and the global numbers, tensors and functions that their classes compute with; tensor *values* apart, which are live.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from pyxai_bounds.identity import (
     MANY,
     PRIMITIVES,
     Same,
+    globals_of,
     held_tensors,
     in_reach,
     layout_of,
     referents,
     token,
+    token_of_global,
 )
 from pyxai_bounds.ops import native
 
@@ -43,6 +45,7 @@ class ModuleWatch:
 
     def __init__(self) -> None:
         self._seen: dict[int, _Watched] = {}
+        self._globals: dict[type, list[tuple[dict[str, Any], str, Any]]] = {}
         self._global_hooks = _global_hooks()
         self._glance: _Glance | None = None
 
@@ -50,6 +53,8 @@ class ModuleWatch:
         """Watch a module from now on; its hooks, too, if the function has not been entered yet."""
         if id(module) not in self._seen:
             self._seen[id(module)] = _Watched(module, hooks)
+            if type(module) not in self._globals:
+                self._globals[type(module)] = globals_of(type(module))
 
     def settle(self) -> None:
         """Stop watching what tracing itself changed: counters and caches, which the graph does not depend on."""
@@ -66,6 +71,10 @@ class ModuleWatch:
         """Is every module what it was? What has been compared once is recognised by a look at its identities."""
         if _global_hooks() != self._global_hooks:
             return False
+        for found in self._globals.values():
+            for scope, name, before in found:
+                if name not in scope or token_of_global(scope[name]) != before:
+                    return False
         glance = self._glance
         if glance is not None and glance.holds():
             return True

@@ -313,6 +313,60 @@ class Bent(nn.Module):
 
 
 X6 = images(3, shape=(6,)) - 0.5
+TEMPERATURE = 2.0
+SHIFT = torch.ones(6, dtype=torch.float64)
+SETTINGS = types.ModuleType("settings")
+
+
+def tempered(x: Tensor) -> Tensor:
+    return x.square() * TEMPERATURE
+
+
+class Global(nn.Module):
+    """A module that computes with globals: a number behind a method and a function, a tensor, and another file's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scaled(self.layer(x) + SHIFT) * SETTINGS.FACTOR
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return tempered(x)
+
+
+GLOBALS = {"TEMPERATURE": 3.0, "SHIFT": torch.zeros(6, dtype=torch.float64), "tempered": torch.sin, "FACTOR": 5.0}
+
+
+@pytest.mark.parametrize("name", GLOBALS)
+@pytest.mark.parametrize("through", ["module", "lambda", "explanation"])
+def test_globals_that_a_module_computes_with_are_watched(
+    name: str, through: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = types.ModuleType("settings")
+    settings.__file__, settings.FACTOR = "settings.py", 1.0
+    monkeypatch.setitem(globals(), "SETTINGS", settings)
+    model = nn.Sequential(Global(), nn.Softplus()).double()
+    functions = {"module": model, "lambda": lambda x: model(x), "explanation": lambda x: explained(x, TARGET3)}
+    explained = xb.explain.gradient(model)
+
+    def change() -> None:
+        if name == "FACTOR":
+            settings.FACTOR = GLOBALS[name]
+        else:
+            monkeypatch.setitem(globals(), name, GLOBALS[name])
+
+    check_follows(functions[through], change, X6)
+
+
+def test_an_attribute_of_another_file_is_watched() -> None:
+    settings = types.ModuleType("settings")
+    settings.__file__, settings.FACTOR, settings.unused = "settings.py", 1.0, 0
+    check_follows(lambda x: x * settings.FACTOR, lambda: setattr(settings, "FACTOR", 2.0), X6)
+
+
+TARGET3 = torch.tensor([0, 1, 2])
 CHANGES = {
     "attribute": lambda m: setattr(m, "scale", 3.0),
     "option in a dict": lambda m: m.options.update(shift=1.0),

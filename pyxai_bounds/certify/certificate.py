@@ -122,8 +122,9 @@ def certified_radius(
     check = _Check(fn, x, target, property, clip, parameters, sound, product, differences, pieces)
     per_sample = [-1] + [1] * (x.dim() - 1)
     unknown = torch.full((len(x),), max_eps, dtype=x.dtype, device=x.device)
-    held = torch.tensor(max_eps, dtype=x.dtype, device="cpu").item()  # may be a little more than max_eps: it is returned
-    holds = check.at(max(max_eps, held) if unit is None else _multiple(max(max_eps, held), unit)).holds
+    # What is returned is max_eps as the dtype holds it, which may be a little more.
+    most = max(max_eps, torch.tensor(max_eps, dtype=x.dtype, device="cpu").item())
+    holds = check.at(most if unit is None else _multiple(most, unit)).holds
     safe = torch.where(holds, unknown, torch.zeros_like(unknown))
     while len(x) and (unknown - safe).max() > tol:
         middle = (safe + unknown) / 2
