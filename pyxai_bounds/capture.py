@@ -95,9 +95,7 @@ def capture(fn: Callable, spec: pytree.TreeSpec, leaves: list[Any], *, specialis
             try:
                 graph = _trace(program, tensors)
                 _refuse_randomness(graph)
-                for node in graph.graph.nodes:
-                    _write_anew(node)  # what is computed from constants alone no functional form could replace later
-                return _functional(graph), watch
+                return _functional(graph, record), watch
             except (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException) as error:
                 raise CaptureError(
                     "The function reads the value of a tensor into Python (a comparison in an if, .item(), float()), "
@@ -142,27 +140,47 @@ def _trace(program: Callable, tensors: list[Tensor]) -> fx.GraphModule:
         return tracer(*[t.clone() if t.is_inference() else t.detach() for t in tensors])
 
 
-def _functional(graph: fx.GraphModule) -> fx.GraphModule:
-    """The same graph without in-place operators; every node keeps its line of the user's code.
-
-    Raises CaptureError where a result is written into a live tensor, which PyTorch cannot make functional.
-    """
+def _functional(graph: fx.GraphModule, record: _Record) -> fx.GraphModule:
+    """The same graph without in-place operators; every node keeps its line of the user's code."""
 
     def run(*args: Any) -> Any:
-        return fx.Interpreter(graph).run(*args)
+        interpreter = _FunctionalConstants(graph)
+        results = interpreter.run(*args)
+        record.written_memory.update(interpreter.written_memory())
+        return results
 
     examples = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
     functional = torch.func.functionalize(run, remove="mutations")
-    try:
-        with torch.no_grad(), fx.traceback.preserve_node_meta():
-            return make_fx(functional, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)
-    except RuntimeError as error:
-        if "INTERNAL ASSERT" not in str(error):
-            raise
-        raise CaptureError(
-            "The function writes a result into a tensor that it did not get as an argument (a buffer, a tensor of its "
-            "closure). Build a new tensor instead of writing in place."
-        ) from error
+    with torch.no_grad(), fx.traceback.preserve_node_meta():
+        return make_fx(functional, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)
+
+
+class _FunctionalConstants(fx.Interpreter):
+    """Live tensors take part like arguments: what is computed from them alone may be written in place, too."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph)
+        self._wrapped: dict[int, tuple[Tensor, Tensor]] = {}  # who reads a tensor again sees what was written
+
+    def get_attr(self, target: Any, args: tuple, kwargs: dict) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in self._wrapped:
+            level = torch._C._functorch.maybe_current_level()
+            self._wrapped[id(value)] = value, torch._C._functorch._wrap_functional_tensor(value, level)
+        return self._wrapped[id(value)][1]
+
+    def written_memory(self) -> Iterator[int]:
+        """Of the tensors that were written into, through whichever view."""
+        for value, wrapped in self._wrapped.values():
+            torch._sync(wrapped)
+            if torch._C._functorch._unwrap_functional_tensor(wrapped, False) is not value:
+                yield _memory_of(value)
+
+
+def _memory_of(t: Tensor) -> int:
+    return t.untyped_storage()._cdata
 
 
 @contextlib.contextmanager
@@ -215,6 +233,7 @@ class _Record(TorchDispatchMode):
         self._readable = {id(t) for t in readable}
         self._sources: dict[int, str] = {}  # of each forward operator, by its autograd sequence number
         self.written: dict[int, tuple[Tensor, Tensor]] = {}  # tensors that are no arguments, with their values before
+        self.written_memory: set[int] = set()  # of such tensors, where views of them are written
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is aten._local_scalar_dense.default and (self.is_live(args[0]) or args[0].requires_grad):
@@ -361,36 +380,6 @@ def _simplify(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
-def _write_anew(node: fx.Node) -> None:
-    """The functional form of an in-place operator that writes into a tensor which nothing else reads.
-
-    PyTorch leaves such operators in the graph where derivatives compute with nothing but constants.
-    """
-    op, target = node.target, node.args[0] if node.args else None
-    if not isinstance(op, torch._ops.OpOverload) or not op._schema.is_mutable or not isinstance(target, fx.Node):
-        return
-    fresh = isinstance(target.target, torch._ops.OpOverload) and all(
-        r.alias_info is None for r in target.target._schema.returns
-    )
-    dtypes = {n.meta["val"].dtype for n in node.all_input_nodes}
-    functional = _functional_form(op)
-    if fresh and len(target.users) == 1 and len(dtypes) == 1 and functional is not None:
-        node.target = functional
-
-
-def _functional_form(op: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
-    """The overload that takes what ``op`` takes; names of overloads alone mislead: pow_.Scalar is pow.Tensor_Scalar."""
-
-    def takes(overload: torch._ops.OpOverload) -> list[tuple[str, str]]:
-        return [(argument.name, str(argument.type)) for argument in overload._schema.arguments]
-
-    packet = getattr(aten, op._schema.name.removeprefix("aten::").removesuffix("_"), None)
-    if packet is None:
-        return None
-    overloads = (getattr(packet, name) for name in packet.overloads())
-    return next((o for o in overloads if not o._schema.is_mutable and takes(o) == takes(op)), None)
-
-
 # Tensors made in the shape of another one, with what fills them (None: the argument after the shape).
 _CONSTANT_LIKE = {
     "aten::zero": 0,
@@ -457,9 +446,11 @@ def _is_plain_copy(node: fx.Node) -> bool:
 
 
 def _refuse_lost_writes(graph: fx.GraphModule, record: _Record) -> None:
-    """A live tensor that the function writes and then uses has no one value that the graph could hold."""
+    """A live tensor that the function writes and whose value before it uses, from one call to the next, is no constant."""
+    written = record.written_memory | {_memory_of(tensor) for tensor, _ in record.written.values()}
     for node in graph.graph.find_nodes(op="get_attr"):
-        if id(getattr(graph, node.target)) in record.written:
+        value = getattr(graph, node.target)
+        if isinstance(value, Tensor) and _memory_of(value) in written:
             raise CaptureError(
                 "The function writes into a tensor that it did not get as an argument (a buffer, say) and then "
                 f"computes with it, at {source_of(next(iter(node.users)))}. Build a new tensor instead of writing in "

@@ -83,6 +83,8 @@ class Interpreter(fx.Interpreter):
         if n.op != "call_function":
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if n.target is aten._to_copy.default and isinstance(args[0], Interval) and self._is_place(n):
+            return self._at_constants(n)
         if n.target is operator.getitem:
             return args[0] if isinstance(args[0], _Unknown) else args[0][args[1]]
         rule = RULES.get(n.target)  # type: ignore[call-overload]
@@ -106,6 +108,31 @@ class Interpreter(fx.Interpreter):
             return facts.carried(n.target, args, kwargs, result) if maxima is None else maxima
         except UnsupportedArgumentsError as reason:
             return self._cannot_bound(n, f" ({reason})")
+
+    def _is_place(self, n: fx.Node) -> bool:
+        """Is it an integer or a truth value that follows from shapes and integers, as the row of a relative position does?
+
+        It is part of the program, as PyTorch computes it, however that rounds on the way.
+        """
+        if n.meta["val"].is_floating_point():
+            return False
+        seen, pending = set(), [n]
+        while pending:
+            node = pending.pop()
+            if node.op in ("placeholder", "get_attr"):
+                value = self.env[node]
+                if not isinstance(value, Tensor) or value.is_floating_point():
+                    return False
+            pending += [before for before in node.all_input_nodes if before not in seen]
+            seen.update(node.all_input_nodes)
+        return True
+
+    def _at_constants(self, n: fx.Node) -> Any:
+        """The value of a node at points, as PyTorch computes it."""
+        if not isinstance(self.env.get(n), Interval) and n in self.env:
+            return self.env[n]
+        args, kwargs = fx.map_arg((n.args, n.kwargs), self._at_constants)  # type: ignore[misc]
+        return args[0][args[1]] if n.target is operator.getitem else _at_point(n.target, args, kwargs)
 
     def _maxima(self, n: fx.Node, result: Any) -> Interval | None:
         """Which elements equal the greatest of them, and how many: at least one, where the greatest is a number.

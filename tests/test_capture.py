@@ -638,11 +638,38 @@ def test_values_of_live_tensors_are_never_baked_in() -> None:
     for fn in (
         lambda x: x * buffer.add_(1.0),
         lambda x: x + buffer.normal_(),
-        lambda x: buffer.copy_(x.mean(0)) + x,
+        lambda x: buffer[0].copy_(x.mean()) + x + buffer,
     ):
         with pytest.raises(xb.CaptureError, match=r"writes|random"):
             xb.bound(fn)(xb.Interval.point(X6))
         assert torch.equal(buffer, before)
+    part = buffer[1:]
+
+    def reads_another_view(x: Tensor) -> Tensor:
+        buffer.copy_(x.mean(0))
+        return x[:, 1:] + part
+
+    with pytest.raises(xb.CaptureError, match="writes"):
+        xb.bound(reads_another_view)(xb.Interval.point(X6))
+
+
+def test_what_is_written_before_it_is_read_needs_no_value_before() -> None:
+    """Nor does what is computed from constants alone, in place, as networks of positions are."""
+    buffer, layer = torch.zeros(6, dtype=torch.float64), nn.Linear(2, 6).double()
+    table = torch.rand(3, 2, 2, dtype=torch.float64)
+
+    def fn(x: Tensor) -> Tensor:
+        buffer.copy_(x.mean(0))
+        places = F.relu(layer(table).view(-1, 6), inplace=True)
+        matrix = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=x.dtype)
+        matrix[0] = layer.bias[:2]
+        return (buffer + x) @ places.t() + matrix.sum()
+
+    bounds = xb.bound(fn, sound=True)(xb.Interval.point(X6))
+    assert not buffer.any()
+    layer.bias.data += 1.0  # the live tensors, not what they were
+    bounds = xb.bound(fn, sound=True)(xb.Interval.point(X6))
+    assert bounds.contains(fn(X6).detach()).all() and bounds.rad.max() < 1e-12
 
 
 def test_backward_inside_a_function_works_on_a_model_that_has_gradients() -> None:

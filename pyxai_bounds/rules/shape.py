@@ -13,11 +13,14 @@ from torch._ops import OpOverload
 
 from pyxai_bounds import rounding as rd
 from pyxai_bounds.interval import Interval
+from pyxai_bounds.rules.logic import ne
 from pyxai_bounds.rules.registry import (
     Indices,
+    Truth,
     UnsupportedArgumentsError,
     Value,
     as_set,
+    filled,
     linear_map,
     mid_of,
     multiply,
@@ -28,6 +31,7 @@ from pyxai_bounds.rules.registry import (
     rule,
     settle,
 )
+from pyxai_bounds.rules.remainder import trunc
 
 aten = torch.ops.aten
 
@@ -324,9 +328,20 @@ def constant_pad_nd(x: Interval, pad: list[int], value: float = 0) -> Interval:
     return Interval.of(aten.constant_pad_nd(x.mid, pad, value), aten.constant_pad_nd(x.rad, pad, 0))
 
 
+_WHOLE = {torch.int32: 2.0**31, torch.int64: 2.0**63}
+
+
 @rule(aten._to_copy.default, precision="own", ulps=1)
 def to_copy(x: Value, **kwargs: Any) -> Interval:
+    """Of whole numbers and truth values the set keeps its own dtype, in which they are exact."""
     dtype = kwargs.get("dtype") or x.dtype
+    if dtype == torch.bool:
+        return ne(as_set(x), 0)
+    if dtype in _WHOLE and isinstance(x, Truth):
+        return Interval.of(x.mid, x.rad)
+    if dtype in _WHOLE:
+        whole, most = trunc(as_set(x)), _WHOLE[dtype]
+        return filled(whole, ~((whole.lower > -most) & (whole.upper < most)), rad=math.inf)  # beyond, it may wrap around
     if not dtype.is_floating_point:
         raise UnsupportedArgumentsError(f"converts a set to {dtype}")
     if outward() and isinstance(x, Interval):
