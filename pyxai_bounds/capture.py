@@ -24,8 +24,10 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
+from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.nn.modules import transformer
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -193,6 +195,7 @@ def _clean_modes() -> Iterator[None]:
         stack.enter_context(without_autocast())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_no_fused_layers())
+        stack.enter_context(_unchecked_distributions())
         # The caller's hooks (non-reentrant checkpoint has some) would replace what the tracer follows by copies that it
         # does not know, which become constants. The innermost hooks count; torch.func, which needs none, refuses any.
         if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
@@ -213,16 +216,31 @@ def _itself(t: Tensor) -> Tensor:
 def _no_fused_layers() -> Iterator[None]:
     """Attention and encoder layers in their parts: matrix products, softmax, norms, for which there are rules; and no
     operators of cuDNN's (batch norm, recurrent layers, grids), so that a GPU is asked for what a CPU is asked for.
+    Nor does an encoder look whether its mask is the causal one, which only chooses among fused layers.
     """
     fast, cudnn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_cudnn_enabled()
+    looks = transformer._detect_is_causal_mask
     torch.backends.mha.set_fastpath_enabled(False)
     torch._C._set_cudnn_enabled(False)
+    transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
     try:
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             yield
     finally:
+        transformer._detect_is_causal_mask = looks
         torch._C._set_cudnn_enabled(cudnn)
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextlib.contextmanager
+def _unchecked_distributions() -> Iterator[None]:
+    """``torch.distributions`` reads the values of its arguments to check them; it checks as before afterwards."""
+    checks = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(checks)
 
 
 class _Record(TorchDispatchMode):
@@ -446,7 +464,7 @@ def _is_plain_copy(node: fx.Node) -> bool:
 
 
 def _refuse_lost_writes(graph: fx.GraphModule, record: _Record) -> None:
-    """A live tensor that the function writes and whose value before it uses, from one call to the next, is no constant."""
+    """A live tensor that the function writes, and of which it uses what was there before, is no constant."""
     written = record.written_memory | {_memory_of(tensor) for tensor, _ in record.written.values()}
     for node in graph.graph.find_nodes(op="get_attr"):
         value = getattr(graph, node.target)

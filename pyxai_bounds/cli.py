@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from pyxai_bounds import __version__, data, explain, models, ops
-from pyxai_bounds.certify import TopK, certify
-from pyxai_bounds.certify.metrics import accuracy
+from pyxai_bounds.certify import certify
+from pyxai_bounds.certify.metrics import accuracy, top_features
 from pyxai_bounds.errors import UnsupportedOperatorError
 from pyxai_bounds.ops import hopper
 from pyxai_bounds.report import evaluate_all, glossary
@@ -198,7 +198,7 @@ class Certify:
         model, dataset = load(self.run), data.load(read_description(self.run)["recipe"]["data"], self.data_root)
         certificate = certify(
             self.what.function(model, dataset.input_shape, self.seed), dataset.test_x, dataset.test_y,
-            eps=self.eps, property=TopK(self.k), clip=dataset.clip,
+            eps=self.eps, property=top_features(self.k, dataset.test_x), clip=dataset.clip,
         )  # fmt: skip
         correct = accuracy(model, dataset.test_x, dataset.test_y)
         count, samples = int(certificate.holds.sum()), len(certificate.holds)

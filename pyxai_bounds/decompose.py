@@ -286,6 +286,82 @@ def _rms_norm(x: Tensor, normalized_shape: list[int], weight: Tensor | None = No
     return out if weight is None else out * weight
 
 
+def _mean_or_sum(x: Tensor, reduction: int) -> Tensor:
+    return (x.mean() if reduction == 1 else x.sum()) if reduction else x
+
+
+def _share(grad: Tensor, x: Tensor, reduction: int) -> Tensor:
+    """What of a loss's gradient an element gets."""
+    return grad / x.numel() if reduction == 1 else grad
+
+
+def _huber(x: Tensor, y: Tensor, reduction: int = 1, delta: float = 1.0) -> Tensor:
+    z = x - y
+    size = z.abs()
+    return _mean_or_sum(torch.where(size <= delta, z.square() * 0.5, (size - 0.5 * delta) * delta), reduction)
+
+
+def _smooth_l1(x: Tensor, y: Tensor, reduction: int = 1, beta: float = 1.0) -> Tensor:
+    z = x - y
+    size = z.abs()
+    return _mean_or_sum(torch.where(size < beta, z.square() / (2 * beta), size - 0.5 * beta), reduction)
+
+
+def _bce(x: Tensor, y: Tensor, weight: Tensor | None = None, reduction: int = 1) -> Tensor:
+    loss = (y - 1) * (-x).log1p().clamp(min=-100) - y * x.log().clamp(min=-100)
+    return _mean_or_sum(loss if weight is None else loss * weight, reduction)
+
+
+def _bce_backward(grad: Tensor, x: Tensor, y: Tensor, weight: Tensor | None = None, reduction: int = 1) -> Tensor:
+    slope = (x - y) / ((1 - x) * x).clamp(min=1e-12)
+    return _share(grad, x, reduction) * (slope if weight is None else slope * weight)
+
+
+def _nll(x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int) -> Any:
+    """The mean with weights is a sum, divided by the weights of the targets."""
+    if weight is None or reduction != 1:
+        return NotImplemented
+    kept = target != ignore_index
+    total = torch.where(kept, weight[torch.where(kept, target, 0)], 0.0).sum()
+    return aten.nll_loss_forward.default(x, target, weight, 2, ignore_index)[0] / total, total
+
+
+def _nll_backward(
+    grad: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, ignore_index: int, total: Tensor
+) -> Any:
+    if weight is None or reduction != 1:
+        return NotImplemented
+    return aten.nll_loss_backward.default(grad / total, x, target, weight, 2, ignore_index, total)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """A row of classes for each pixel of [B, C, H, W]."""
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _nll2d(x: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    loss, total = aten.nll_loss_forward(_rows(x), target.flatten(), *options)
+    return loss.reshape(target.shape) if loss.dim() else loss, total
+
+
+def _nll2d_backward(grad: Tensor, x: Tensor, target: Tensor, *options: Any) -> Tensor:
+    rows = aten.nll_loss_backward(grad.flatten() if grad.dim() else grad, _rows(x), target.flatten(), *options)
+    return rows.unflatten(0, target.shape).permute(0, 3, 1, 2)
+
+
+def _gaussian_nll(
+    input: Tensor, target: Tensor, var: Tensor | float, full: bool = False, eps: float = 1e-6, reduction: str = "mean"
+) -> Tensor:
+    """Without a look at the variances; they are limited from below, their gradients are not."""
+    var = var * torch.ones_like(input) if isinstance(var, float) else var.clone()
+    if var.shape == input.shape[:-1]:
+        var = var.unsqueeze(-1)
+    with torch.no_grad():
+        var.clamp_(min=eps)
+    loss = (var.log() + (input - target) ** 2 / var) * 0.5
+    return _mean_or_sum(loss + 0.5 * math.log(2 * math.pi) if full else loss, {"none": 0, "mean": 1}.get(reduction, 2))
+
+
 # Functions that PyTorch takes apart before the tracer sees them, in a way that rules cannot follow.
 REWRITTEN: dict[Callable, Callable[..., Any]] = {
     torch.quantile: _quantile,
@@ -300,6 +376,7 @@ REWRITTEN: dict[Callable, Callable[..., Any]] = {
     torch.gru_cell: _gru_cell,
     torch.rms_norm: _rms_norm,
     F.rms_norm: _rms_norm,
+    F.gaussian_nll_loss: _gaussian_nll,
     torch.cumprod: _cumprod,
     Tensor.cumprod: _cumprod,
     torch.logcumsumexp: _logcumsumexp,
@@ -326,5 +403,25 @@ DECOMPOSED: dict[Any, Callable[..., Any]] = {
     aten.deg2rad.default: lambda x: x * (torch.pi / 180),
     aten.rad2deg.default: lambda x: x * (180 / torch.pi),
     aten.ldexp.Tensor: lambda x, exponent: x * torch.pow(2.0, exponent),
+    aten.mse_loss.default: lambda x, y, reduction=1: _mean_or_sum((x - y).square(), reduction),
+    aten.mse_loss_backward.default: lambda grad, x, y, reduction: _share(grad, x, reduction) * ((x - y) * 2),
+    aten.huber_loss.default: _huber,
+    aten.huber_loss_backward.default: lambda grad, x, y, reduction, delta: (
+        _share(grad, x, reduction) * (x - y).clamp(-delta, delta)
+    ),
+    aten.smooth_l1_loss.default: _smooth_l1,
+    aten.smooth_l1_loss_backward.default: lambda grad, x, y, reduction, beta: (
+        _share(grad, x, reduction) * ((x - y) / beta).clamp(-1, 1)
+    ),
+    aten.soft_margin_loss.default: lambda x, y, reduction=1: _mean_or_sum((-x * y).exp().log1p(), reduction),
+    aten.soft_margin_loss_backward.default: lambda grad, x, y, reduction: (
+        _share(grad, x, reduction) * (-y * (-x * y).sigmoid())
+    ),
+    aten.binary_cross_entropy.default: _bce,
+    aten.binary_cross_entropy_backward.default: _bce_backward,
+    aten.nll_loss_forward.default: _nll,
+    aten.nll_loss_backward.default: _nll_backward,
+    aten.nll_loss2d_forward.default: _nll2d,
+    aten.nll_loss2d_backward.default: _nll2d_backward,
     **get_decompositions([aten.affine_grid_generator]),
 }

@@ -110,7 +110,7 @@ class Interpreter(fx.Interpreter):
             return self._cannot_bound(n, f" ({reason})")
 
     def _is_place(self, n: fx.Node) -> bool:
-        """Is it an integer or a truth value that follows from shapes and integers, as the row of a relative position does?
+        """Is it an integer or a truth value that follows from shapes and integers, as relative positions do?
 
         It is part of the program, as PyTorch computes it, however that rounds on the way.
         """

@@ -181,7 +181,7 @@ class BoundFunction:
     def constants_are_finite(self) -> bool:
         """Are all parameters, buffers and other constants that the function has used so far finite numbers?"""
         tensors = [t for captured in _captures_of(self.fn).values() for t in captured.constants()]
-        return all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point())
+        return all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point() and not t.is_meta)
 
 
 def captured_graph(fn: Callable, *args: Any, **kwargs: Any) -> Captured:

@@ -31,6 +31,14 @@ def saliency_map(attribution: Tensor) -> Tensor:
     return flat(size.sum(1) if size.dim() > 2 else size)
 
 
+def top_features(k: int, x: Tensor) -> TopK:
+    """The property of evaluations: the k greatest of the :func:`saliency_map` of inputs like x [B, …] stay so.
+
+    Of images with several channels pixels are ranked, otherwise entries.
+    """
+    return TopK(k, channels="sum" if x.dim() > 2 and x.shape[1] > 1 else "none")
+
+
 def intersection(a: Tensor, b: Tensor, k: int) -> Tensor:
     """|top-k of a ∩ top-k of b| / k for scores [B, D], float64 [B]: RAR's IN and R2ET's P@k. 1 where k ≥ D.
 

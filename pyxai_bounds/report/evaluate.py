@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from pyxai_bounds import attack, explain
 from pyxai_bounds.certify import Certificate, TopK, certified_radius, certify
-from pyxai_bounds.certify.metrics import accuracy, certain_members, same_class_cosine, unstable_relu_fraction
+from pyxai_bounds.certify.metrics import (
+    accuracy,
+    certain_members,
+    same_class_cosine,
+    top_features,
+    unstable_relu_fraction,
+)
 from pyxai_bounds.data import Dataset
 
 GRADIENT = "gradient of the true label's logit"
@@ -37,7 +43,7 @@ class Sample:
     """One held-out sample and what is known of its explanation in the box of radius eps.
 
     x, attribution, lower, upper in the shape of an input; top bool [D], the nominal top features; certain bool [D],
-    those that are top features everywhere in the box.
+    those that are top features everywhere in the box. A pixel of a colour image is one feature.
     """
 
     x: Tensor
@@ -109,7 +115,7 @@ def evaluate(
     seed: int = 0,
     on_progress: Callable[[float], None] | None = None,
 ) -> Evaluation:
-    """Certify and attack the top-k features of an explanation on every held-out sample.
+    """Certify and attack the top-k features of an explanation on every held-out sample; those of images are pixels.
 
     explanation: ``fn(x, y)`` in the shape of x, and ``explained_as`` what the report calls it; by default the gradient
     of the true label's logit. eps: the radii of the table, in the units of the inputs; the curves go on to 2½ times the
@@ -121,7 +127,7 @@ def evaluate(
     if not eps or min(eps) <= 0:
         raise ValueError(f"eps={list(eps)} must hold at least one radius, all of them positive.")
     model.eval()
-    fn, property, clip = explanation or explain.gradient(model), TopK(k), dataset.clip
+    fn, property, clip = explanation or explain.gradient(model), top_features(k, dataset.test_x), dataset.clip
     x, y = dataset.test_x, dataset.test_y
     eps, max_eps = sorted(eps), 2.5 * max(eps)
     check_shape(fn, x, y)

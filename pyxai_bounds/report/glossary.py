@@ -268,8 +268,8 @@ _PAGE = """# What an evaluation measures
 prints these rows, keeps them in `evaluation.json` (with `_` for spaces) and, with `--csv FILE`, writes each as a line
 with its settings. *Certified* is a proof for every input within eps, rounded outward; *empirical* was measured or
 found by a search, and a better search may find worse. Where the two stand side by side the truth lies between them.
-*Saliency* is |explanation|, summed over the channels of an image; `certify` and `report` rank every entry, channels
-apart. A share is a number from 0 to 1.
+*Saliency* is |explanation|, summed over the channels of an image: that is ranked, by `certify` and `report`, too.
+(In Python `xb.TopK(k)` ranks entries, `xb.TopK(k, channels="sum")` pixels.) A share is a number from 0 to 1.
 
 With the default explanation a linear model is perfect in most rows, because it explains every input alike: read them
 beside `NA` and `same class cosine`.

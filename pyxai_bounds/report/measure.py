@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyxai_bounds import attack, explain
 from pyxai_bounds.attack import Attack
-from pyxai_bounds.certify import Cosine, MeanSquare, TopK, certified_radius, certify, metrics
+from pyxai_bounds.certify import Cosine, MeanSquare, certified_radius, certify, metrics
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.report.evaluate import SoundnessError, check_shape
 
@@ -122,8 +122,7 @@ class _Measure:
         with torch.no_grad():
             predicted = torch.cat([model(piece).argmax(1) for piece in x.split(batch_size)])
         self.correct = (predicted == y).nonzero().flatten()
-        # Ranked as the saliency map of the metrics is: an image's channels are added up.
-        self.topk = TopK(k, channels="sum" if x.dim() > 2 else "none")
+        self.topk = metrics.top_features(k, x)
         self.rankable = k < metrics.saliency_map(x[:1]).shape[1]  # else everything is on top and stays there
 
     def at(self, eps: float, tick: Callable[[], None]) -> dict[str, Any]:

@@ -341,7 +341,8 @@ def to_copy(x: Value, **kwargs: Any) -> Interval:
         return Interval.of(x.mid, x.rad)
     if dtype in _WHOLE:
         whole, most = trunc(as_set(x)), _WHOLE[dtype]
-        return filled(whole, ~((whole.lower > -most) & (whole.upper < most)), rad=math.inf)  # beyond, it may wrap around
+        held = (whole.lower > -most) & (whole.upper < most)  # beyond, numbers wrap around
+        return filled(whole, ~held, rad=math.inf)
     if not dtype.is_floating_point:
         raise UnsupportedArgumentsError(f"converts a set to {dtype}")
     if outward() and isinstance(x, Interval):

@@ -37,23 +37,39 @@ from pyxai_bounds.rules.registry import (
 aten = torch.ops.aten
 
 
-def _log_odds(x: Interval, dim: int) -> tuple[Tensor, Tensor]:
+def _log_odds(lower: Tensor, upper: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Bounds of x_j − log Σ_{k≠j} exp x_k, the logit of p_j: least where x_j is least and all others greatest."""
-    lower, upper = ends(x)
     least, greatest = lower - _log_sum_of_others(upper, dim), upper - _log_sum_of_others(lower, dim)
     if outward():
         # Each of the sum's steps loses a few u of 1 + its value, which lies within log n of the greatest |x|.
-        count = x.shape[dim]
-        lost = (_size(x, dim) + (2 + math.log(count))) * ((8 * count + 32) * rd.unit(x.dtype))
+        count = lower.shape[dim]
+        lost = (_size(lower, upper, dim) + (2 + math.log(count))) * ((8 * count + 40) * rd.unit(lower.dtype))
         least, greatest = least - lost, greatest + lost
     return least, greatest
 
 
-def _size(x: Interval, dim: int) -> Tensor:
-    """The greatest |x| along the dimension, but for points at −∞, which a mask left out of the sum."""
-    mid, rad = x.mid.detach(), x.rad.detach()
-    left_out = (mid == float("-inf")) & (rad == 0)
-    return torch.where(left_out, 0.0, mid.abs() + rad).amax(dim, keepdim=True)
+def _size(lower: Tensor, upper: Tensor, dim: int) -> Tensor:
+    """The greatest |x| along the dimension, but for ends at −∞, which are left out of the sum."""
+    sizes = (torch.where(end == float("-inf"), 0.0, end.detach().abs()) for end in (lower, upper))
+    return torch.maximum(*sizes).amax(dim, keepdim=True)
+
+
+def _terms(x: Interval, dim: int) -> tuple[Tensor, Tensor]:
+    """The ends of the terms of softmax; for proofs less the greatest lower one, and without what hardly counts.
+
+    A lowered end only lowers what it bounds from below, a raised one raises it. Masks write −1e9, or the least number
+    there is, whose rounding is no trifle.
+    """
+    lower, upper = ends(x)
+    if not outward():
+        return lower, upper
+    top = lower.detach().amax(dim, keepdim=True)
+    top = torch.where(top == float("-inf"), 0.0, top)
+    lower, upper = lower - top, upper - top
+    return torch.where(lower < -_NEGLIGIBLE, float("-inf"), lower), upper.clamp(min=-_NEGLIGIBLE)
+
+
+_NEGLIGIBLE = 800.0  # exp(−800) is 0 in float64
 
 
 def _log_sum_of_others(x: Tensor, dim: int) -> Tensor:
@@ -78,10 +94,11 @@ def _log_sum_before(x: Tensor, dim: int) -> Tensor:
 @rule(aten._softmax.default, ulps=0)
 def softmax(x: Interval, dim: int, half_to_float: bool) -> Interval:
     """Evaluated as exp(x − max)/Σ: the difference loses u of itself, which exp makes a relative error, the sum nu."""
-    lower, upper = _log_odds(x, dim)
+    terms = _terms(x, dim)
+    lower, upper = _log_odds(*terms, dim)
     out = enclose(torch.sigmoid(lower), torch.sigmoid(upper), ulps=8)
     one = torch.ones_like(out.mid.narrow(dim, 0, 1).detach())
-    return _rows_sum_to(one, evaluated(out, 4 * _size(x, dim) + (x.shape[dim] + 16)), dim, convex=True)
+    return _rows_sum_to(one, evaluated(out, 4 * _size(*terms, dim) + (x.shape[dim] + 16)), dim, convex=True)
 
 
 def _rows_sum_to(sums: Tensor, x: Interval, dim: int, convex: bool) -> Interval:
@@ -104,9 +121,9 @@ def safe_softmax(x: Interval, dim: int, dtype: torch.dtype | None = None) -> Int
 @rule(aten._log_softmax.default, ulps=0)
 def log_softmax(x: Interval, dim: int, half_to_float: bool) -> Interval:
     """Evaluated as x − max − log Σ exp(x − max): each term loses a few u of |x|, the sum nu."""
-    lower, upper = _log_odds(x, dim)
+    lower, upper = _log_odds(*ends(x), dim)
     out = enclose(F.logsigmoid(lower), F.logsigmoid(upper), ulps=8)
-    return evaluated(out, 4, 4 * _size(x, dim) + (4 * x.shape[dim] + 32))
+    return evaluated(out, 4, 4 * _size(*ends(x), dim) + (4 * x.shape[dim] + 32))
 
 
 @rule(aten._softmax_backward_data.default, ulps=0)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pyxai_bounds as xb
+from tests.networks import sample
 from tests.rules.cases import Case, assert_elementwise_ranges_are_exact, case_id, check, on_positive, rand
 
 aten = torch.ops.aten
@@ -50,6 +51,20 @@ CASES = [
     on_positive("addcdiv", lambda x: torch.addcdiv(x, OTHER, x, value=0.3)),
     on_positive("addcdiv, by a point", lambda x: torch.addcdiv(OTHER, x, POSITIVE)),
     Case("addcdiv, points", lambda x: torch.addcdiv(x, OTHER, POSITIVE), X),
+    *(
+        Case(f"{name}, {reduction}", lambda x, loss=loss, reduction=reduction: loss(x, reduction=reduction), X)
+        for reduction in ("none", "sum", "mean")
+        for name, loss in (
+            ("mse", lambda x, **k: F.mse_loss(x, OTHER, **k)),
+            ("huber", lambda x, **k: F.huber_loss(x, OTHER, delta=0.7, **k)),
+            ("smooth l1", lambda x, **k: F.smooth_l1_loss(x, OTHER, beta=0.7, **k)),
+            ("soft margin", lambda x, **k: F.soft_margin_loss(x, OTHER.sign(), **k)),
+            ("gaussian", lambda x, **k: F.gaussian_nll_loss(x, OTHER, LIMIT, full=True, **k)),
+        )
+    ),
+    Case("gaussian, a number", lambda x: F.gaussian_nll_loss(OTHER, x, 0.5), X),
+    Case("gaussian, a set of variances", lambda x: F.gaussian_nll_loss(OTHER, X, x.exp(), eps=0.5), X),
+    Case("mse of two sets", lambda x: F.mse_loss(x[:2], x[1:]), X),
     Case("mul", lambda x: x * OTHER, X),
     Case("mul, negative number", lambda x: x * -2.5, X),
     Case("mul, scalar overload", lambda x: aten.mul.Scalar(x, -2.5), X),
@@ -98,6 +113,26 @@ CASES = [
     Case("minimum", lambda x: torch.minimum(x, OTHER), X),
     Case("minimum, set and set", lambda x: torch.minimum(x[:2], x[1:]), X),
 ]
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_binary_cross_entropy(reduction: str) -> None:
+    """It refuses numbers outside of [0, 1], NaN among them."""
+    target, weight, x = LIMIT.clamp(max=1), LIMIT, X.clone()
+    x[0] = torch.tensor([-20.0, 20.0, 0.0, 12.0])
+
+    def losses(x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.detach().requires_grad_()
+        loss = F.binary_cross_entropy(x.sigmoid(), target.to(x.dtype), weight.to(x.dtype), reduction=reduction)
+        return loss, torch.autograd.grad(loss.sum(), x)[0]
+
+    bounded = xb.bound(losses, sound=True)
+    for eps in (0.0, 0.1):
+        box = xb.Interval.linf(x, eps)
+        for seed in range(10 if eps else 1):
+            for bounds, value in zip(bounded(box), losses(sample(box, seed, seed % 2 == 0)), strict=True):
+                assert bounds.detach().contains(value.detach()).all()
+                assert eps or bounds.rad.max() < 1e-6
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)

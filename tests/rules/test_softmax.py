@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pyxai_bounds as xb
+from tests.networks import sample
 from tests.rules.cases import Case, case_id, check, rand
 
 aten = torch.ops.aten
@@ -56,6 +57,14 @@ CASES = [
              lambda x, reduction=reduction: loss(x, weight=SIGNED_WEIGHT, reduction=reduction), rand(3, 4))
         for reduction in ("none", "sum", "mean")
     ),
+    Case("cross-entropy, class weights and ignored class",
+         lambda x: loss(x, weight=CLASS_WEIGHT, ignore_index=2), rand(3, 4)),
+    *(
+        Case(f"{reduction} of cross-entropy of pixels",
+             lambda x, reduction=reduction: F.cross_entropy(
+                 x, TARGET.reshape(1, 3, 1), CLASS_WEIGHT, reduction=reduction), rand(1, 4, 3, 1))
+        for reduction in ("none", "sum", "mean")
+    ),
     Case("cross-entropy, smoothed labels", lambda x: loss(x, label_smoothing=0.1), rand(3, 4)),
     Case("negative likelihood of a vector", lambda x: F.nll_loss(x.log_softmax(0), TARGET[0]), rand(4)),
 ]  # fmt: skip
@@ -64,6 +73,29 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_against_autograd(case: Case) -> None:
     check(case)
+
+
+@pytest.mark.parametrize("mask", [-1e9, -9e15, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("sound_dtype", [torch.float32, torch.float64])
+def test_large_masks_cost_no_precision(mask: float, sound_dtype: torch.dtype) -> None:
+    """Such numbers are rounded by more than all else is large; a row of nothing but mask is uniform."""
+    x = rand(3, 4).to(sound_dtype)
+    masked = torch.tensor([[False, True, False, False], [False, False, False, True], [True] * 4])
+
+    def attend(x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        p = torch.where(masked, mask, x).softmax(1)
+        return torch.cat((p, torch.autograd.grad((p * SEED.to(x.dtype)).sum(), x)[0]))
+
+    bounds = xb.bound(attend, sound=True)(xb.Interval.point(x)).detach()
+    wide = attend(x.double()).detach()
+    assert bounds.contains(wide).all()
+    assert bounds.rad.max() < (1e-6 if sound_dtype == torch.float32 else 1e-11)
+    box = xb.Interval.linf(x, 0.1)
+    bounds = xb.bound(attend, sound=True)(box).detach()
+    for seed in range(20):
+        assert bounds.contains(attend(sample(box, seed, seed % 2 == 0).double()).detach()).all()
+    assert bounds.rad.max() < 0.2
 
 
 def test_softmax_bounds_are_attained_at_corners() -> None:
