@@ -88,6 +88,35 @@ class Unrolled(nn.Module):
         return self.head(h)
 
 
+class CausalDecoder(nn.Module):
+    """Encoder and decoder layers with masks: a causal one, whose values PyTorch looks at, and padding."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(width, 2, 10, batch_first=True), 1)
+        self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(width, 2, 10, batch_first=True), 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1]).to(x.dtype)
+        padding = torch.tensor([[False] * (x.shape[1] - 1) + [True]] * len(x))
+        seen = self.encoder(x, mask=mask, src_key_padding_mask=padding.to(x.dtype) * -1e9)
+        return self.decoder(x, seen, tgt_mask=mask)
+
+
+class Mixture(nn.Module):
+    """A mixture density, by PyTorch's distributions, which look at the values that they are given."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.weights, self.means, self.scales = (nn.Linear(width, 3) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixture = torch.distributions.Categorical(logits=self.weights(x))
+        parts = torch.distributions.Normal(self.means(x), self.scales(x).exp())
+        density = torch.distributions.MixtureSameFamily(mixture, parts)
+        return torch.stack([density.mean, density.variance, density.log_prob(x[..., 0])], -1)
+
+
 class CausalAttention(nn.Module):
     """Self-attention as it is written by hand around the fused function."""
 
@@ -115,6 +144,8 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
     "gated linear unit": (lambda: on_images(nn.GLU(1), nn.LogSigmoid(), features=108), True),
     "encoder layer": (lambda: Sequence(nn.TransformerEncoderLayer(6, 2, 10, batch_first=True)), False),
     "causal attention": (lambda: Sequence(CausalAttention()), False),
+    "encoder and decoder with masks": (lambda: Sequence(CausalDecoder()), False),
+    "mixture density": (lambda: Sequence(Mixture(), 3), False),
     "vision transformer": (VisionTransformer, True),
     "ConvNeXt": (ConvNeXt, True),
     "LSTM": (lambda: Sequence(nn.LSTM(6, 5, batch_first=True), 5), False),

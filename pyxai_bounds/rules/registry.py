@@ -392,11 +392,17 @@ def plus(a: Any, b: Any) -> Interval:
     """
     (a, a_rad), (b, b_rad) = _terms(a, b)
     out = _sum(a + b, a_rad, b_rad)
-    if outward() and isinstance(a, Tensor) and isinstance(b, Tensor) and (a_rad is None or b_rad is None):
-        (mask, term, rad) = (a, b, b_rad) if a_rad is None else (b, a, a_rad)
-        masked = mask.isinf() & (term.isfinite() & torch.as_tensor(rad).isfinite())
+    if outward():
+        masked = _masks(a, a_rad, b, b_rad) | _masks(b, b_rad, a, a_rad)
         return Interval.of(out.mid, torch.where(masked, 0.0, out.rad))
     return out
+
+
+def _masks(a: Any, a_rad: Any, b: Any, b_rad: Any) -> Tensor:
+    """Where is a the point −∞ or ∞, and b known not to be the other?"""
+    a, b = torch.as_tensor(a), torch.as_tensor(b)
+    held = a.isinf() & (torch.as_tensor(0.0 if a_rad is None else a_rad) == 0)
+    return held & ((b == a) | b.isfinite()) & torch.as_tensor(0.0 if b_rad is None else b_rad).isfinite()
 
 
 def minus(a: Any, b: Any) -> Interval:

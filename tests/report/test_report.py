@@ -292,3 +292,21 @@ def test_a_table_of_measurements_is_drawn_as_bars():
     assert torch.equal(
         evaluation.samples[0].attribution, explain.gradient(model)(dataset.test_x, dataset.test_y)[0].detach()
     )
+
+
+def test_of_colour_images_pixels_are_ranked():
+    """As the metrics of ``evaluate`` do: k counts pixels, with their channels added up."""
+    torch.manual_seed(0)
+    digits = small("digits-parity", 6)
+    colour = dataclasses.replace(
+        digits, image_shape=(3, 8, 8),
+        train_x=digits.train_x.expand(-1, 3, -1, -1), test_x=digits.test_x * torch.rand(6, 3, 8, 8),
+    )  # fmt: skip
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).to(digits.test_x.dtype)
+    found = evaluate(model, colour, "colour", eps=[0.001], attack_steps=2, pictures=2)
+    assert found.property == TopK(5, channels="sum")
+    sample = found.samples[0]
+    assert sample.top.shape == sample.certain.shape == (64,) and int(sample.top.sum()) == 5
+    pixels = sample.attribution.abs().sum(0).flatten()
+    assert pixels[sample.top].min() >= pixels[~sample.top].max()
+    plot_samples([found], 0)

@@ -262,7 +262,16 @@ def test_conversions_to_another_precision() -> None:
         assert (bounds.mid - value).abs().max() < 1e-6 and (bounds.rad - 0.3).min() > -1e-6
 
 
-def test_sets_do_not_become_whole_numbers_or_booleans() -> None:
-    for fn in (lambda x: x.long(), lambda x: x.to(torch.bool), lambda x: torch.zeros(3, 4, dtype=torch.int64).copy_(x)):
+def test_sets_become_whole_numbers_and_truth_values() -> None:
+    """A number is cut off towards 0; beyond the range, and in the small integer types, it would wrap around."""
+    wide = xb.Interval.of(torch.tensor([-2.5, 0.2, 3.9, 1e20]), torch.tensor([1.0, 0.5, 0.05, 0.0]))
+    whole = xb.bound(lambda x: x.long() * 1.0)(wide)
+    assert whole.lower[:3].tolist() == [-3, 0, 3] and whole.upper[:3].tolist() == [-1, 0, 3]
+    assert whole.rad[3].isinf()
+    truth = xb.bound(lambda x: x.to(torch.bool) * 1.0)(wide)
+    assert truth.lower.tolist() == [1, 0, 1, 1] and truth.upper.tolist() == [1, 1, 1, 1]
+    count = xb.bound(lambda x: (x > 0).long().sum() * 1.0)(wide)
+    assert (count.lower.item(), count.upper.item()) == (2, 3)
+    for fn in (lambda x: x.to(torch.uint8), lambda x: torch.zeros(3, 4, dtype=torch.int64).copy_(x)):
         with pytest.raises(xb.UnsupportedOperatorError):
             xb.bound(fn)(BOX)
