@@ -170,6 +170,7 @@ class _FunctionalConstants(fx.Interpreter):
             return value
         if id(value) not in self._wrapped:
             level = torch._C._functorch.maybe_current_level()
+            assert level is not None  # functionalisation is one
             self._wrapped[id(value)] = value, torch._C._functorch._wrap_functional_tensor(value, level)
         return self._wrapped[id(value)][1]
 

@@ -84,7 +84,8 @@ class Interpreter(fx.Interpreter):
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if n.target is aten._to_copy.default and isinstance(args[0], Interval) and self._is_place(n):
-            return self._at_constants(n)
+            at = fx.map_arg(n.args, self._at_constants)
+            return _at_point(n.target, at, kwargs)
         if n.target is operator.getitem:
             return args[0] if isinstance(args[0], _Unknown) else args[0][args[1]]
         rule = RULES.get(n.target)  # type: ignore[call-overload]
@@ -129,10 +130,11 @@ class Interpreter(fx.Interpreter):
 
     def _at_constants(self, n: fx.Node) -> Any:
         """The value of a node at points, as PyTorch computes it."""
-        if not isinstance(self.env.get(n), Interval) and n in self.env:
+        if not any(isinstance(leaf, Interval) for leaf in pytree.tree_leaves(self.env[n])):
             return self.env[n]
-        args, kwargs = fx.map_arg((n.args, n.kwargs), self._at_constants)  # type: ignore[misc]
-        return args[0][args[1]] if n.target is operator.getitem else _at_point(n.target, args, kwargs)
+        args: Any = fx.map_arg(n.args, self._at_constants)
+        kwargs: Any = fx.map_arg(n.kwargs, self._at_constants)
+        return _at_point(n.target, args, kwargs)
 
     def _maxima(self, n: fx.Node, result: Any) -> Interval | None:
         """Which elements equal the greatest of them, and how many: at least one, where the greatest is a number.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 
 import pytest
@@ -103,6 +104,22 @@ class CausalDecoder(nn.Module):
         return self.decoder(x, seen, tgt_mask=mask)
 
 
+class RelativePositions(nn.Module):
+    """Attention with a bias for each bucket of distances; buckets grow like logarithms, cut to whole numbers."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.bias, self.values = nn.Embedding(4, 1), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.arange(x.shape[1])
+        distance = (places[:, None] - places).abs()
+        known = torch.ones(x.shape[:2]) * 1.0
+        bucket = ((distance.float() / 2 + 1).log() / math.log(2.0) * 3).to(torch.long).clamp(max=3)
+        scores = x @ x.transpose(1, 2) + self.bias(bucket).squeeze(-1)
+        return scores.masked_fill(~known.bool()[:, None], float("-inf")).softmax(-1) @ self.values(x)
+
+
 class Mixture(nn.Module):
     """A mixture density, by PyTorch's distributions, which look at the values that they are given."""
 
@@ -145,6 +162,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
     "encoder layer": (lambda: Sequence(nn.TransformerEncoderLayer(6, 2, 10, batch_first=True)), False),
     "causal attention": (lambda: Sequence(CausalAttention()), False),
     "encoder and decoder with masks": (lambda: Sequence(CausalDecoder()), False),
+    "relative positions": (lambda: Sequence(RelativePositions()), False),
     "mixture density": (lambda: Sequence(Mixture(), 3), False),
     "vision transformer": (VisionTransformer, True),
     "ConvNeXt": (ConvNeXt, True),

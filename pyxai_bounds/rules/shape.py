@@ -20,6 +20,7 @@ from pyxai_bounds.rules.registry import (
     UnsupportedArgumentsError,
     Value,
     as_set,
+    ends,
     filled,
     linear_map,
     mid_of,
@@ -341,7 +342,8 @@ def to_copy(x: Value, **kwargs: Any) -> Interval:
         return Interval.of(x.mid, x.rad)
     if dtype in _WHOLE:
         whole, most = trunc(as_set(x)), _WHOLE[dtype]
-        held = (whole.lower > -most) & (whole.upper < most)  # beyond, numbers wrap around
+        lower, upper = ends(whole)
+        held = (lower > -most) & (upper < most)  # beyond, numbers wrap around
         return filled(whole, ~held, rad=math.inf)
     if not dtype.is_floating_point:
         raise UnsupportedArgumentsError(f"converts a set to {dtype}")
