@@ -29,8 +29,10 @@ from pyxai_bounds.rules.registry import Product
 aten = torch.ops.aten
 
 # Beyond, a sample's margin stays what the bounds of its entries say: numbers in the rows of a sample's entries, and
-# products of the differences of its pairs.
-MOST_NUMBERS, MOST_PRODUCTS = 2**24, 2**30
+# products of the differences of its pairs, of which a core does some 1e9 a second.
+MOST_NUMBERS, MOST_PRODUCTS = 2**20, 2**25
+LARGEST_TABLE = 2**22  # numbers of the rows of all entries that are kept; else each sample's are made for it
+AT_ONCE = 32  # entries whose rows are made by one call
 MOST_CHANNELS = 3  # of which magnitudes are added: each has 2 signs
 
 
@@ -39,8 +41,10 @@ class Differences:
 
     def __init__(self, end: _End) -> None:
         self.end = end
-        self._table = end.empty_rows(end.like.numel()) if end.like.numel() * end.numbers <= MOST_NUMBERS else None
-        self._known = [False] * end.like.numel()
+        entries = end.like.numel()
+        fits = entries * end.numbers <= LARGEST_TABLE
+        self._table = [end.like.new_empty(entries, end.numbers) for _ in range(2)] if fits else None
+        self._known = torch.zeros(entries, dtype=torch.bool, device=end.like.device)
 
     @staticmethod
     def of(fn: Callable[..., Tensor], arguments: Sequence[Tensor], sound: bool, product: Product) -> Differences | None:
@@ -54,7 +58,7 @@ class Differences:
                 parts = _cut(captured.graph)
                 end = None if parts is None else _End.of(*parts, sound, product)
                 if end is not None:
-                    end.row(0)
+                    end.rows(torch.zeros(1, dtype=torch.long, device=end.like.device))
                     end.box([Interval.point(arguments[0]), *arguments[1:]])
                 captured.derived[key] = end
         except Exception:  # whatever the function says of a batch of one: the batch's own bounds stand
@@ -71,32 +75,32 @@ class Differences:
         least = lower[top].amin()
         open_ = ~top & ~(upper < least)
         known = torch.cat([least - upper[~top & ~open_], least.new_full((1,), math.inf)]).amin()
-        # [channels added, entries ranked]: |a| >= sign·a for either sign, and |b| is the greater of b and -b.
-        shape = (nominal.shape[1], -1) if property.channels == "sum" else (1, -1)
-        signs = torch.where(nominal.reshape(shape) < 0, -1.0, 1.0).double()
-        count = len(signs)
-        if property.by == "signed":
-            signs, patterns = torch.ones_like(signs), [(1.0,) * count]
-        else:
-            patterns = list(itertools.product((1.0, -1.0), repeat=count)) if count <= MOST_CHANNELS else []
+        signs, patterns = _signs(property, nominal)
         first, second = top.nonzero()[:, 0], open_.nonzero()[:, 0]
-        if not patterns or not self._affordable(count, len(first), len(second), len(patterns)):
+        if not patterns or not self._affordable(len(signs), len(first), len(second), len(patterns)):
             return -math.inf
         box = self.end.box(arguments)
         if box is None:
             return -math.inf
-        width = len(top)
-        firsts = self._added(first, signs[:, first], width, box)
-        if self._strays(firsts, box, (signs * nominal.reshape(shape))[:, first].sum(0)):
+        firsts = _added(self._rows(first, len(signs)), signs[:, first], box)
+        if self._strays(firsts, box, (signs * nominal.reshape(signs.shape))[:, first].sum(0)):
             return -math.inf
-        worst = torch.full((len(first), len(second)), math.inf, dtype=torch.float64, device=lower.device)
-        for pattern in patterns:
-            factors = torch.tensor(pattern, dtype=torch.float64, device=lower.device)[:, None].expand(-1, len(second))
-            seconds = self._added(second, factors, width, box)
-            worst = worst.minimum(_least_differences(firsts, seconds, box.rad))
-        worst = torch.where(worst.isnan(), -math.inf, worst)
-        pairs = worst.maximum(lower[first][:, None] - upper[second][None])
-        return min(known.item(), pairs.amin().item())
+
+        # Where rows are made for each sample, those of whom most is to be feared come first.
+        second = second[upper[second].argsort(descending=True)]
+        for entries in second.split(len(second) if self._table is not None else AT_ONCE):
+            found = self._differences(firsts, entries, patterns, box)
+            known = known.minimum(found.maximum(lower[first][:, None] - upper[entries]).amin())
+            if self._table is None and known <= 0:
+                return -math.inf
+        return known.item()
+
+    def _differences(self, firsts: _Weighted, entries: Tensor, patterns: list[Tensor], box: _Box) -> Tensor:
+        """Lower bounds of the differences of the top and entries of the rest, [top, entries]."""
+        rows = self._rows(entries, len(patterns[0]))
+        seconds = (_added(rows, pattern.expand(-1, len(entries)), box) for pattern in patterns)
+        worst = torch.stack([_least_differences(firsts, second, box.rad) for second in seconds]).amin(0)
+        return torch.where(worst.isnan(), -math.inf, worst)
 
     def _strays(self, found: _Weighted, box: _Box, nominal: Tensor) -> bool:
         """Do entries lie outside their bounds by more than rounding? Then one sample is not explained as many are."""
@@ -108,27 +112,42 @@ class Differences:
         numbers = channels * (first + second) * self.end.numbers
         return numbers <= MOST_NUMBERS and patterns * first * second * self.end.numbers <= MOST_PRODUCTS
 
-    def _added(self, entries: Tensor, signs: Tensor, width: int, box: _Box) -> _Weighted:
-        """Entries of all channels, each with its sign, added."""
-        total: Any = None
-        for channel, factors in enumerate(signs):
-            mid, rad = (t.double() for t in self._rows(channel * width + entries))
-            part = factors[:, None] * mid, mid.abs() + rad, rad
-            total = part if total is None else tuple(a + b for a, b in zip(total, part, strict=True))
-        mid, size, rad = total
-        greatest, loss = box.mid.abs() + box.rad, rounding_loss(self.end.numbers)
-        slack = rad @ greatest * (1 + loss) + 2 * loss * (size @ greatest) + TINY
-        return _Weighted(mid, mid @ box.mid, slack)
+    def _rows(self, entries: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+        """What gives these entries of each channel when it multiplies the box, [C, N, H], and its radii."""
+        width = self.end.like.numel() // channels
+        wanted = (torch.arange(channels, device=entries.device)[:, None] * width + entries).flatten()
+        if self._table is None:
+            found = self.end.rows(wanted)
+        else:
+            new = wanted[~self._known[wanted]]
+            if len(new):
+                for kept, made in zip(self._table, self.end.rows(new), strict=True):
+                    kept[new] = made
+                self._known[new] = True
+            found = self._table[0][wanted], self._table[1][wanted]
+        mid, rad = (t.double().unflatten(0, (channels, -1)) for t in found)
+        return mid, rad
 
-    def _rows(self, entries: Tensor) -> tuple[Tensor, Tensor]:
-        """What gives these entries when it multiplies the box, [N, H], and its radii."""
-        rows = self._table or self.end.empty_rows(len(entries))
-        for place, entry in enumerate(entries.tolist()):
-            if self._table is None or not self._known[entry]:
-                place = place if self._table is None else entry
-                rows[0][place], rows[1][place] = self.end.row(entry)
-                self._known[entry] = self._table is not None
-        return rows if self._table is None else (rows[0][entries], rows[1][entries])
+
+def _signs(property: TopK, nominal: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """What entries of the top are multiplied by, [channels added, entries ranked], and all that those of the rest may
+    be, [channels, 1] each: |a| >= sign·a for either sign, and |b| is the greater of b and -b.
+    """
+    channels = nominal.shape[1] if property.channels == "sum" else 1
+    signs = torch.where(nominal.reshape(channels, -1) < 0, -1.0, 1.0).double()
+    if property.by == "signed":
+        return torch.ones_like(signs), [torch.ones_like(signs[:, :1])]
+    if channels > MOST_CHANNELS:
+        return signs, []
+    return signs, [signs.new_tensor(pattern)[:, None] for pattern in itertools.product((1.0, -1.0), repeat=channels)]
+
+
+def _added(rows: tuple[Tensor, Tensor], signs: Tensor, box: _Box) -> _Weighted:
+    """Entries of all channels, each with its sign [C, N], added."""
+    mid, size, rad = (signs[..., None] * rows[0]).sum(0), (rows[0].abs() + rows[1]).sum(0), rows[1].sum(0)
+    greatest, loss = box.mid.abs() + box.rad, rounding_loss(len(box.mid) + len(signs))
+    slack = rad @ greatest * (1 + loss) + 2 * loss * (size @ greatest) + TINY
+    return _Weighted(mid, mid @ box.mid, slack)
 
 
 # What underflows in float64, in sums of any length that fits into memory, is less.
@@ -175,8 +194,8 @@ class _End:
         cls, head: fx.GraphModule, tail: fx.GraphModule, cuts: list[Any], like: Any, sound: bool, product: Product
     ) -> _End:
         def adjoint(coefficients: Tensor) -> tuple[Tensor, ...]:
-            points = [coefficients.new_zeros(cut.shape).requires_grad_() for cut in cuts]
-            return torch.autograd.grad((tail(*points) * coefficients).sum(), points)
+            points = [coefficients.new_zeros(cut.shape) for cut in cuts]
+            return torch.func.vmap(torch.func.vjp(tail, *points)[1])(coefficients)
 
         return cls(
             bound(lambda *arguments: tuple(head(*arguments)), sound=sound, product=product),
@@ -186,22 +205,28 @@ class _End:
         )
 
     def box(self, arguments: Sequence[Interval | Tensor]) -> _Box | None:
-        found = _vectors(self.head(*arguments))
+        found = [t[0].double() for t in _vectors(self.head(*arguments))]
         return _Box(*found) if all(bool(t.isfinite().all()) for t in found) else None
 
-    def empty_rows(self, count: int) -> tuple[Tensor, Tensor]:
-        return self.like.new_empty(count, self.numbers), self.like.new_empty(count, self.numbers)
+    def rows(self, entries: Tensor) -> tuple[Tensor, Tensor]:
+        """What gives these entries when it multiplies the box, [N, H], and its radii."""
+        found = [self._rows(some) for some in entries.split(AT_ONCE)]
+        mid, rad = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return mid, rad
 
-    def row(self, entry: int) -> tuple[Tensor, Tensor]:
-        coefficients = self.like.clone()
-        coefficients.view(-1)[entry] = 1.0
-        mid, rad = _vectors(self.adjoint(Interval.of(coefficients, torch.zeros_like(coefficients))))
-        return mid.to(self.like.dtype), rad.to(self.like.dtype)
+    def _rows(self, entries: Tensor) -> tuple[Tensor, Tensor]:
+        coefficients = self.like.new_zeros(AT_ONCE, self.like.numel())  # one program for all
+        coefficients[torch.arange(len(entries), device=entries.device), entries] = 1.0
+        coefficients = coefficients.unflatten(1, self.like.shape)
+        found = self.adjoint(Interval.of(coefficients, torch.zeros_like(coefficients)))
+        mid, rad = _vectors(found, AT_ONCE)
+        return mid[: len(entries)], rad[: len(entries)]
 
 
-def _vectors(found: Sequence[Interval | Tensor]) -> tuple[Tensor, Tensor]:
+def _vectors(found: Sequence[Interval | Tensor], count: int = 1) -> tuple[Tensor, Tensor]:
+    """All of it side by side, [count, H], midpoints and radii."""
     pairs = [(t.mid, t.rad) if isinstance(t, Interval) else (t, torch.zeros_like(t)) for t in found]
-    mid, rad = (torch.cat([t.reshape(-1).double() for t in half]) for half in zip(*pairs, strict=True))
+    mid, rad = (torch.cat([t.reshape(count, -1) for t in half], 1) for half in zip(*pairs, strict=True))
     return mid, rad
 
 
