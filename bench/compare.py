@@ -27,7 +27,7 @@ from torch import nn
 
 from bench import comparison_page
 from bench.recipes import ROOT, append, read
-from pyxai_bounds import TopK, attack, certify, data, explain, models
+from pyxai_bounds import attack, certify, data, explain, models
 from pyxai_bounds.certify import Cosine, metrics
 from pyxai_bounds.data import Dataset
 from pyxai_bounds.report.evaluate import SoundnessError
@@ -229,7 +229,7 @@ def measure(model: nn.Module, dataset: Dataset, plan: Plan) -> dict[str, float |
     """
     fn, clip = explain.gradient(model), dataset.clip
     x, y = dataset.test_x[: plan.samples], dataset.test_y[: plan.samples]
-    top = TopK(TOP, channels="sum" if x.dim() > 2 else "none")
+    top = metrics.top_features(TOP, x)
     certified = [
         [
             certify(fn, x, y, eps=eps, property=property, clip=clip, batch_size=len(x), differences=False)

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .interval_linear import dual_dot, sign, store_box, tile_of
-from .launch import LAUNCHES, TENSOR_CORE_TERMS, Block, Launch, dot_options, is_flat, on_device, parts_of, sum_type
+from .launch import LAUNCHES, TENSOR_CORE_TERMS, Block, Launch, is_flat, on_device, parts_of, sum_type, tile_options
 
 _GEOMETRY = ["M", "B", "H", "W", "OH", "OW", "KH", "KW", "SH", "SW", "PH", "PW", "DH", "DW"]
 
@@ -395,8 +395,7 @@ def _forward(
         (M, H, W, C, OH, OW, OC, CG, OG, KH, KW, *geometry, M * OC // 8),
         HAS_BIAS=has_bias, EPILOGUE=epilogue,
         FLAT=block.flat, EVEN=CG % block.k == 0, WIDE=max(box.numel(), out.numel()) >= 2**30,
-        BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=block.k, num_warps=block.warps, num_stages=block.stages,
-        **dot_options(dtype, tf32),
+        **tile_options(block, dtype, tf32),
     )  # fmt: skip
 
 
@@ -463,8 +462,7 @@ def _backward(
         (B, H, W, C, OH, OW, OC, CG, OG, KH, KW, *stride, *padding, *dilation, *tap_steps, *out_steps,
          out.numel() // 8),
         EPILOGUE=epilogue, EVEN=OG % block.k == 0, WIDE=box.numel() >= 2**30,
-        BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=block.k, num_warps=block.warps, num_stages=block.stages,
-        **dot_options(dtype, tf32),
+        **tile_options(block, dtype, tf32),
     )  # fmt: skip
 
 
@@ -520,7 +518,6 @@ def _weight_gradient(
         (M, H, W, C, OH, OW, OC, CG, OG, KH, KW, *geometry, rows),
         FLAT=is_flat(CG), EVEN=OG % block.n == 0 and CG % block.k == 0,
         WIDE=max(box.numel(), grad.numel()) >= 2**30,
-        BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=block.k, num_warps=block.warps, num_stages=block.stages,
-        **dot_options(dtype, tf32),
+        **tile_options(block, dtype, tf32),
     )  # fmt: skip
     return launch, parts

@@ -38,6 +38,7 @@ from .launch import (
     on_device,
     parts_of,
     sum_type,
+    tile_options,
 )
 
 
@@ -527,8 +528,7 @@ def _forward(
     launch = Launch(
         interval_conv2d_image_fwd_kernel, (columns, triton.cdiv(tiles, tiles_of_program)),
         (M, tiles_of_program, M * N // 8), **sizes, HAS_BIAS=has_bias, EPILOGUE=epilogue,
-        BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=max(block.k, sizes["SPAN"]),
-        num_warps=block.warps, num_stages=block.stages, **dot_options(dtype, tf32),
+        **tile_options(block._replace(k=max(block.k, sizes["SPAN"])), dtype, tf32),
     )  # fmt: skip
     return _Windows(*_fill_up(box, padding, sizes), launch, 1)
 
@@ -661,7 +661,6 @@ def _weight_gradient(
     parts, rows = parts_of(M, tiles, block.m)
     launch = Launch(
         interval_conv2d_image_weight_kernel, (tiles, parts), (M, rows), **sizes,
-        BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=block.k, num_warps=block.warps, num_stages=block.stages,
-        **dot_options(dtype, tf32),
+        **tile_options(block, dtype, tf32),
     )  # fmt: skip
     return _Windows(*_fill_up(box, padding, sizes), launch, parts * sizes["PIXELS"])

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .ends import gated, rectified, relu_backward_keeps, relu_keeps
-from .launch import LAUNCHES, Block, Launch, dot_options, on_device, parts_of, sum_type
+from .launch import LAUNCHES, Block, Launch, on_device, parts_of, sum_type, tile_options
 
 
 @triton.jit
@@ -272,8 +272,7 @@ def _box_product(
         interval_linear_kernel, (triton.cdiv(M, block.m) * triton.cdiv(N, block.n),),
         (M, N, K, *weight_stride, M * N // 8),
         HAS_BIAS=has_bias, EPILOGUE="relu" if relu else "none", EVEN=K % block.k == 0,
-        BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=block.k, num_warps=block.warps, num_stages=block.stages,
-        **dot_options(dtype, tf32),
+        **tile_options(block, dtype, tf32),
     )  # fmt: skip
 
 
@@ -307,7 +306,6 @@ def _weight_gradient(
     parts, rows = parts_of(M, tiles, block.m)
     launch = Launch(
         interval_linear_weight_kernel, (tiles, parts), (M, N, K, *weight_stride, rows),
-        BLOCK_M=block.m, BLOCK_N=block.n, BLOCK_K=block.k, num_warps=block.warps, num_stages=block.stages,
-        **dot_options(dtype, tf32),
+        **tile_options(block, dtype, tf32),
     )  # fmt: skip
     return launch, parts

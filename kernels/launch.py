@@ -193,6 +193,12 @@ def dot_options(dtype: torch.dtype, tf32: bool) -> dict[str, Any]:
     return {"PRECISION": precision, "WIDEN": widen, "COMPUTE": compute_type(dtype), "enable_fp_fusion": True}
 
 
+def tile_options(block: Block, dtype: torch.dtype, tf32: bool) -> dict[str, Any]:
+    """What a launch of a matrix product says of its tiles, beside its arithmetic."""
+    sizes = {"BLOCK_M": block.m, "BLOCK_N": block.n, "BLOCK_K": block.k}
+    return {**sizes, "num_warps": block.warps, "num_stages": block.stages, **dot_options(dtype, tf32)}
+
+
 def sum_type(dtype: torch.dtype) -> torch.dtype:
     """The type in which partial sums are written."""
     return torch.float64 if dtype is torch.float64 else torch.float32

@@ -7,6 +7,7 @@ what they compute with tensors is left.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -84,8 +85,7 @@ class Interpreter(fx.Interpreter):
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if n.target is aten._to_copy.default and isinstance(args[0], Interval) and self._is_place(n):
-            at = fx.map_arg(n.args, self._at_constants)
-            return _at_point(n.target, at, kwargs)
+            return _at_point(n.target, fx.map_arg(n.args, self._at_constants({})), kwargs)
         if n.target is operator.getitem:
             return args[0] if isinstance(args[0], _Unknown) else args[0][args[1]]
         rule = RULES.get(n.target)  # type: ignore[call-overload]
@@ -128,13 +128,19 @@ class Interpreter(fx.Interpreter):
             seen.update(node.all_input_nodes)
         return True
 
-    def _at_constants(self, n: fx.Node) -> Any:
-        """The value of a node at points, as PyTorch computes it."""
-        if not any(isinstance(leaf, Interval) for leaf in pytree.tree_leaves(self.env[n])):
-            return self.env[n]
-        args: Any = fx.map_arg(n.args, self._at_constants)
-        kwargs: Any = fx.map_arg(n.kwargs, self._at_constants)
-        return _at_point(n.target, args, kwargs)
+    def _at_constants(self, known: dict[fx.Node, Any]) -> Callable[[fx.Node], Any]:
+        """The values of nodes at points, as PyTorch computes them; ``known`` ones are not computed again."""
+
+        def value(n: fx.Node) -> Any:
+            if not any(isinstance(leaf, Interval) for leaf in pytree.tree_leaves(self.env[n])):
+                return self.env[n]
+            if n not in known:
+                args: Any = fx.map_arg(n.args, value)
+                kwargs: Any = fx.map_arg(n.kwargs, value)
+                known[n] = _at_point(n.target, args, kwargs)
+            return known[n]
+
+        return value
 
     def _maxima(self, n: fx.Node, result: Any) -> Interval | None:
         """Which elements equal the greatest of them, and how many: at least one, where the greatest is a number.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 import threading
 import warnings
 import weakref
@@ -49,8 +50,8 @@ class Recorder:
         self._lock = threading.Lock()
 
     def __call__(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        replay = self._recording(tensors)
-        return self.launched(*tensors) if replay is None else replay(*tensors)
+        recording = self._recording(tensors)
+        return self.launched(*tensors) if recording is None else recording(*tensors)
 
     def _recording(self, tensors: Sequence[Tensor]) -> Any:
         """The recording that serves these tensors, made now if it is time; None if there is none."""
@@ -108,6 +109,9 @@ class TrainingRecorder(Recorder):
     ) -> None:
         super().__init__(program, launched)
         self.surroundings = surroundings  # what the program assumes while it runs
+        self._body = None if self._plan is None else constants_last(self._plan[0])
+        if self._body is None:
+            self._plan = None
 
     def __call__(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         recording = self._recording(tensors)
@@ -124,11 +128,9 @@ class TrainingRecorder(Recorder):
         known = super()._describe(tensors, constants)
         return (*known, needs) if known is not None and any(needs) else None
 
-    def _record(self, body: fx.GraphModule, tensors: Sequence[Tensor]) -> TrainingReplay | None:
-        found = constants_last(body)
-        if found is None:
-            return None
-        graph, _, constants = found
+    def _record(self, body: fx.GraphModule, tensors: Sequence[Tensor]) -> TrainingReplay:
+        assert self._body is not None  # or there would be no plan
+        graph, _, constants = self._body
         return TrainingReplay(fx.GraphModule(torch.nn.Module(), graph), tensors, constants, self.surroundings)
 
 
@@ -348,9 +350,7 @@ def _plan(program: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor], list[t
     written = operators = 0
     for node in list(graph.nodes):
         if node.op == "get_attr":
-            value: Any = program
-            for name in node.target.split("."):
-                value = getattr(value, name)
+            value = operator.attrgetter(str(node.target))(program)
             if isinstance(value, Tensor):
                 constants.append(value)
         if node.op != "call_function":

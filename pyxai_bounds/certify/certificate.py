@@ -235,7 +235,7 @@ class _Check:
         margin = margin.clone()
         for place in samples:
             one = slice(place, place + 1)
-            arguments = (box[one],) if self.target is None else (box[one], self.target[one])
+            arguments = self._arguments(box, place, 1)
             found = self._differences.margin(ranking, self.nominal[one], bounds[one], arguments)
             margin[place] = margin[place].clamp(min=found)
         return margin
