@@ -125,7 +125,7 @@ def load_checkpoint(folder: str | Path, tell: Callable[[str], None]) -> tuple[di
 
 def clear_checkpoints(folder: str | Path) -> None:
     """Remove the checkpoints of a run that is finished or starts again, and what an interrupted write left."""
-    for pattern in ("checkpoint-*", ".checkpoint-*.tmp", ".model-*.tmp"):
+    for pattern in ("checkpoint-*", ".*.[0-9]*.tmp"):  # the latter as `write_file` names them
         for path in Path(folder).glob(pattern):
             path.unlink()
 

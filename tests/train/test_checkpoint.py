@@ -87,7 +87,9 @@ def without_seconds(folder) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "count"), [("step", random.randrange(1, 48)), ("write", random.randrange(2, 34))], ids=["step", "write"]
+    ("kind", "count"),
+    [("step", random.randrange(1, 48)), ("write", random.randrange(2, 34)), ("write", 8)],
+    ids=["step", "write", "log"],
 )
 def test_after_kill_9_it_goes_on_to_the_same_result_bit_for_bit(network, kind, count):
     whole = run(RECIPE, network / "whole", checkpoint_every=3)
