@@ -217,7 +217,12 @@ def test_what_runs_beside_the_tests_ends_with_its_children_when_its_time_is_up(t
         time.sleep(0.1)
     assert 5 < time.monotonic() - begun < 30
     state = Path(f"/proc/{(tmp_path / 'child').read_text()}/stat")
-    assert not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    for _ in range(100):  # the system takes its time to end what was killed
+        if not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("the child of what ran beside lives on")
     with gpu_check.beside([sys.executable, "-c", "print('all of it')"], 60.0, tmp_path / "log"):
         pass  # waits for it
     assert "all of it" in (tmp_path / "log").read_text()
