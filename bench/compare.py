@@ -232,7 +232,7 @@ def measure(model: nn.Module, dataset: Dataset, plan: Plan) -> dict[str, float |
     top = metrics.top_features(TOP, x)
     certified = [
         [
-            certify(fn, x, y, eps=eps, property=property, clip=clip, batch_size=len(x), differences=False)
+            certify(fn, x, y, eps=eps, property=property, clip=clip, batch_size=len(x), sharpen=False)
             for eps in plan.radii
         ]
         for property in (top, Cosine(COSINE))

@@ -41,7 +41,7 @@ def measure(model: nn.Module, dataset: data.Dataset) -> dict[str, float]:
     ).margin.double()
     with torch.no_grad():
         bound = metrics.ig_norm_bound(model, x, y, EPS, clip, sound=True)
-    certificate = certify(explain.gradient(model), x, y, eps=CERTIFY_AT, property=TopK(5), clip=clip, differences=False)
+    certificate = certify(explain.gradient(model), x, y, eps=CERTIFY_AT, property=TopK(5), clip=clip, sharpen=False)
     return {
         "accuracy": metrics.accuracy(model, x, y),
         "found": found.mean().item(),

@@ -145,7 +145,7 @@ def measure(model: nn.Module, dataset: Dataset) -> dict[str, Any]:
     """
     x, y, clip = dataset.test_x, dataset.test_y, dataset.clip
     fn, top = explain.gradient(model), TopK(5)
-    certificates = [certify(fn, x, y, eps=eps, property=top, clip=clip, differences=False) for eps in (0.01, 0.02)]
+    certificates = [certify(fn, x, y, eps=eps, property=top, clip=clip, sharpen=False) for eps in (0.01, 0.02)]
     nominal, holds = certificates[0].nominal, certificates[0].holds
     with torch.no_grad():
         kinks = bound(relu_inputs(model))(Interval.linf(x, 0.01, clip))

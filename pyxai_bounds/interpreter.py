@@ -104,7 +104,7 @@ class Interpreter(fx.Interpreter):
         elif rule is None:
             return self._cannot_bound(n, "")
         try:
-            result = _apply(rule, n, args, kwargs)
+            result = applied(rule, n, args, kwargs)
             maxima = self._maxima(n, result)
             return facts.carried(n.target, args, kwargs, result) if maxima is None else maxima
         except UnsupportedArgumentsError as reason:
@@ -179,7 +179,7 @@ class Interpreter(fx.Interpreter):
         return _Unknown()
 
 
-def _apply(rule: Rule, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+def applied(rule: Rule, node: fx.Node, args: tuple, kwargs: dict) -> Any:
     """The rule's result in the node's dtypes; where bounds are proofs, computed in float64 if the rule asks for it."""
     if not outward():
         return rule.function(*args, **kwargs)

@@ -16,7 +16,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -36,13 +36,73 @@ AT_ONCE = 32  # entries whose rows are made by one call
 MOST_CHANNELS = 3  # of which magnitudes are added: each has 2 signs
 
 
+class Rows(Protocol):
+    """An explanation as rows of numbers, one for each entry, by which one box is multiplied."""
+
+    numbers: int  # in a row
+    at_once: int | None  # so many entries are asked for by one call; None: they are at hand
+
+    def rows(self, entries: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of some entries [N], in float64: [N, H], and radii of their numbers."""
+        ...
+
+
+def least_difference(property: TopK, nominal: Tensor, bounds: Interval, found: Rows, box: Box) -> float:
+    """Of one sample, [1, ...]: at most the least difference between an entry of the top and one of the rest.
+
+    -∞ where that would take too much, or the rows do not belong to this explanation.
+    """
+    lower, upper = (t[0].double() for t in property.scores(bounds))
+    top = property.top(nominal)[0]
+    least = lower[top].amin()
+    open_ = ~top & ~(upper < least)
+    known = torch.cat([least - upper[~top & ~open_], least.new_full((1,), math.inf)]).amin()
+    signs, patterns = _signs(property, nominal)
+    first, second = top.nonzero()[:, 0], open_.nonzero()[:, 0]
+    numbers = len(signs) * (len(first) + len(second)) * found.numbers
+    products = len(patterns) * len(first) * len(second) * found.numbers
+    if not patterns or products > MOST_PRODUCTS or (found.at_once is not None and numbers > MOST_NUMBERS):
+        return -math.inf
+    firsts = _added(_channels(found, first, len(signs), nominal.numel()), signs[:, first], box)
+    at_point = (signs * nominal.reshape(signs.shape))[:, first].sum(0)
+    if _strays(firsts, box, at_point, torch.finfo(nominal.dtype).eps):
+        return -math.inf
+
+    # Where rows are made for each sample, those of whom most is to be feared come first.
+    second = second[upper[second].argsort(descending=True)]
+    for entries in second.split(found.at_once or len(second)) if len(second) else ():
+        rows = _channels(found, entries, len(signs), nominal.numel())
+        seconds = (_added(rows, pattern.expand(-1, len(entries)), box) for pattern in patterns)
+        worst = torch.stack([_least_differences(firsts, some, box.rad) for some in seconds]).amin(0)
+        worst = torch.where(worst.isnan(), -math.inf, worst)
+        known = known.minimum(worst.maximum(lower[first][:, None] - upper[entries]).amin())
+        if found.at_once is not None and known <= 0:
+            return -math.inf
+    return known.item()
+
+
+def _channels(found: Rows, entries: Tensor, channels: int, numel: int) -> tuple[Tensor, Tensor]:
+    """The rows of these entries of each channel, [C, N, H], and their radii."""
+    wanted = torch.arange(channels, device=entries.device)[:, None] * (numel // channels) + entries
+    mid, rad = (t.unflatten(0, (channels, -1)) for t in found.rows(wanted.flatten()))
+    return mid, rad
+
+
+def _strays(found: _Weighted, box: Box, nominal: Tensor, eps: float) -> bool:
+    """Do entries lie outside their bounds by more than rounding? Then one sample is not explained as many are."""
+    reach = found.rows.abs() @ box.rad + found.slack
+    lost = 1e3 * eps * (found.at_mid.abs() + reach)
+    return not bool(((nominal - found.at_mid).abs() <= reach + lost).all())
+
+
 class Differences:
     """Margins of ``TopK`` by differences, of one function, for samples one by one; its parameters must not change."""
 
     def __init__(self, end: _End) -> None:
-        self.end = end
+        self.end, self.numbers = end, end.numbers
         entries = end.like.numel()
         fits = entries * end.numbers <= LARGEST_TABLE
+        self.at_once = None if fits else AT_ONCE
         self._table = [end.like.new_empty(entries, end.numbers) for _ in range(2)] if fits else None
         self._known = torch.zeros(entries, dtype=torch.bool, device=end.like.device)
 
@@ -69,64 +129,22 @@ class Differences:
     def margin(
         self, property: TopK, nominal: Tensor, bounds: Interval, arguments: Sequence[Interval | Tensor]
     ) -> float:
-        """Of one sample, [1, ...]: at most the least difference between an entry of the top and one of the rest."""
-        lower, upper = (t[0].double() for t in property.scores(bounds))
-        top = property.top(nominal)[0]
-        least = lower[top].amin()
-        open_ = ~top & ~(upper < least)
-        known = torch.cat([least - upper[~top & ~open_], least.new_full((1,), math.inf)]).amin()
-        signs, patterns = _signs(property, nominal)
-        first, second = top.nonzero()[:, 0], open_.nonzero()[:, 0]
-        if not patterns or not self._affordable(len(signs), len(first), len(second), len(patterns)):
-            return -math.inf
+        """Of one sample, [1, ...]: see :func:`least_difference`."""
         box = self.end.box(arguments)
-        if box is None:
-            return -math.inf
-        firsts = _added(self._rows(first, len(signs)), signs[:, first], box)
-        if self._strays(firsts, box, (signs * nominal.reshape(signs.shape))[:, first].sum(0)):
-            return -math.inf
+        return -math.inf if box is None else least_difference(property, nominal, bounds, self, box)
 
-        # Where rows are made for each sample, those of whom most is to be feared come first.
-        second = second[upper[second].argsort(descending=True)]
-        for entries in second.split(len(second) if self._table is not None else AT_ONCE):
-            found = self._differences(firsts, entries, patterns, box)
-            known = known.minimum(found.maximum(lower[first][:, None] - upper[entries]).amin())
-            if self._table is None and known <= 0:
-                return -math.inf
-        return known.item()
-
-    def _differences(self, firsts: _Weighted, entries: Tensor, patterns: list[Tensor], box: _Box) -> Tensor:
-        """Lower bounds of the differences of the top and entries of the rest, [top, entries]."""
-        rows = self._rows(entries, len(patterns[0]))
-        seconds = (_added(rows, pattern.expand(-1, len(entries)), box) for pattern in patterns)
-        worst = torch.stack([_least_differences(firsts, second, box.rad) for second in seconds]).amin(0)
-        return torch.where(worst.isnan(), -math.inf, worst)
-
-    def _strays(self, found: _Weighted, box: _Box, nominal: Tensor) -> bool:
-        """Do entries lie outside their bounds by more than rounding? Then one sample is not explained as many are."""
-        reach = found.rows.abs() @ box.rad + found.slack
-        lost = 1e3 * torch.finfo(self.end.like.dtype).eps * (found.at_mid.abs() + reach)
-        return not bool(((nominal - found.at_mid).abs() <= reach + lost).all())
-
-    def _affordable(self, channels: int, first: int, second: int, patterns: int) -> bool:
-        numbers = channels * (first + second) * self.end.numbers
-        return numbers <= MOST_NUMBERS and patterns * first * second * self.end.numbers <= MOST_PRODUCTS
-
-    def _rows(self, entries: Tensor, channels: int) -> tuple[Tensor, Tensor]:
-        """What gives these entries of each channel when it multiplies the box, [C, N, H], and its radii."""
-        width = self.end.like.numel() // channels
-        wanted = (torch.arange(channels, device=entries.device)[:, None] * width + entries).flatten()
+    def rows(self, entries: Tensor) -> tuple[Tensor, Tensor]:
+        """What gives these entries when it multiplies the box, [N, H], and its radii."""
         if self._table is None:
-            found = self.end.rows(wanted)
+            found = self.end.rows(entries)
         else:
-            new = wanted[~self._known[wanted]]
+            new = entries[~self._known[entries]]
             if len(new):
                 for kept, made in zip(self._table, self.end.rows(new), strict=True):
                     kept[new] = made
                 self._known[new] = True
-            found = self._table[0][wanted], self._table[1][wanted]
-        mid, rad = (t.double().unflatten(0, (channels, -1)) for t in found)
-        return mid, rad
+            found = self._table[0][entries], self._table[1][entries]
+        return found[0].double(), found[1].double()
 
 
 def _signs(property: TopK, nominal: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -142,7 +160,7 @@ def _signs(property: TopK, nominal: Tensor) -> tuple[Tensor, list[Tensor]]:
     return signs, [signs.new_tensor(pattern)[:, None] for pattern in itertools.product((1.0, -1.0), repeat=channels)]
 
 
-def _added(rows: tuple[Tensor, Tensor], signs: Tensor, box: _Box) -> _Weighted:
+def _added(rows: tuple[Tensor, Tensor], signs: Tensor, box: Box) -> _Weighted:
     """Entries of all channels, each with its sign [C, N], added."""
     mid, size, rad = (signs[..., None] * rows[0]).sum(0), (rows[0].abs() + rows[1]).sum(0), rows[1].sum(0)
     greatest, loss = box.mid.abs() + box.rad, rounding_loss(len(box.mid) + len(signs))
@@ -155,7 +173,7 @@ TINY = 1e-290
 
 
 @dataclass(frozen=True)
-class _Box:
+class Box:
     """What an explanation depends on linearly, as vectors of float64."""
 
     mid: Tensor
@@ -204,9 +222,9 @@ class _End:
             sum(math.prod(cut.shape) for cut in cuts),
         )
 
-    def box(self, arguments: Sequence[Interval | Tensor]) -> _Box | None:
+    def box(self, arguments: Sequence[Interval | Tensor]) -> Box | None:
         found = [t[0].double() for t in _vectors(self.head(*arguments))]
-        return _Box(*found) if all(bool(t.isfinite().all()) for t in found) else None
+        return Box(*found) if all(bool(t.isfinite().all()) for t in found) else None
 
     def rows(self, entries: Tensor) -> tuple[Tensor, Tensor]:
         """What gives these entries when it multiplies the box, [N, H], and its radii."""
@@ -240,7 +258,7 @@ def _cut(program: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule, list[
     """
     graph = program.graph
     result: Any = graph.output_node().all_input_nodes[0]
-    region, cuts = _linear_region(result, _behind(graph.find_nodes(op="placeholder")))
+    region, cuts = _linear_region(result, behind(graph.find_nodes(op="placeholder")))
     if not any(node.target in _MIXING for node in region):
         return None
     metas = [cut.meta["val"] for cut in cuts]
@@ -257,7 +275,7 @@ def _cut(program: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule, list[
     return fx.GraphModule(program, head), fx.GraphModule(program, tail), metas, result.meta["val"]
 
 
-def _behind(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+def behind(nodes: Sequence[fx.Node]) -> set[fx.Node]:
     found, ahead = set(nodes), list(nodes)
     while ahead:
         for user in ahead.pop().users:
@@ -290,10 +308,10 @@ def _linear_in(node: fx.Node, moving: set[fx.Node]) -> list[fx.Node] | None:
     target: Any = node.target
     if target is operator.getitem:
         call: Any = node.args[0]
-        if node.args[1] != 0 or call.target not in _BACKWARDS or call.args[0] not in moving:
+        if node.args[1] != 0 or call.target not in BACKWARDS or call.args[0] not in moving:
             return None
         learns = call.target is aten.native_batch_norm_backward.default and call.args[7]
-        fixed = all(call.args[place] not in moving for place in _BACKWARDS[call.target])
+        fixed = all(call.args[place] not in moving for place in BACKWARDS[call.target])
         return [call.args[0]] if fixed and not learns else None
     sources = [arg for arg in node.all_input_nodes if arg in moving]
     if target in _SUMS:  # of numbers as well they would not be linear, but affine
@@ -302,7 +320,7 @@ def _linear_in(node: fx.Node, moving: set[fx.Node]) -> list[fx.Node] | None:
     if len(sources) != 1 or node.args.count(sources[0]) != 1:
         return None
     has_bias = target is aten.convolution.default and node.args[2] is not None
-    return sources if node.args.index(sources[0]) in _LINEAR_AT.get(target, ()) and not has_bias else None
+    return sources if node.args.index(sources[0]) in LINEAR_AT.get(target, ()) and not has_bias else None
 
 
 # Arguments in which an operator is linear while all others are numbers.
@@ -316,14 +334,14 @@ _MIXING = {
     *(aten.mm.default, aten.bmm.default, aten.convolution.default, aten.sum.dim_IntList, aten.mean.dim),
     operator.getitem,  # of a convolution's backward pass
 }
-_LINEAR_AT: dict[Any, tuple[int, ...]] = {
+LINEAR_AT: dict[Any, tuple[int, ...]] = {
     **dict.fromkeys(_VIEWS, (0,)),
     **dict.fromkeys((aten.mul.Tensor, aten.mm.default, aten.bmm.default), (0, 1)),
     **dict.fromkeys((aten.div.Tensor, aten.sum.dim_IntList, aten.mean.dim, aten.convolution.default), (0,)),
 }
 _SUMS = {aten.add.Tensor, aten.sub.Tensor, aten.cat.default, aten.stack.default}
 # Whose first result is linear in the first argument; and where the numbers lie on which it depends, too.
-_BACKWARDS: dict[Any, tuple[int, ...]] = {
+BACKWARDS: dict[Any, tuple[int, ...]] = {
     aten.convolution_backward.default: (2,),
     aten.native_batch_norm_backward.default: (2, 4),
 }
@@ -346,7 +364,7 @@ def _copy_backward(node: fx.Node, graph: fx.Graph, new: dict[fx.Node, fx.Node], 
     """The gradient in the input, without what the operator is given for other gradients and for shapes."""
     call: Any = node.args[0]
     grad, shape = _copy(call.args[0], graph, new, region), node.meta["val"]
-    numbers = {place: call.args[place] for place in _BACKWARDS[call.target]}
+    numbers = {place: call.args[place] for place in BACKWARDS[call.target]}
     copied = {place: n and _copy(n, graph, new, region) for place, n in numbers.items()}
     like = {"dtype": shape.dtype, "device": shape.device}
     if call.target is aten.convolution_backward.default:

@@ -10,8 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pyxai_bounds as xb
-from pyxai_bounds.certify import differences
+from pyxai_bounds.certify import differences, forms
 from tests.networks import images, mlp, residual, sample
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Affine forms, which come after them, take nothing."""
+    monkeypatch.setattr(forms, "CHEAP", 0)
 
 
 def convolutional(seed: int = 0) -> nn.Sequential:
@@ -65,7 +71,7 @@ def test_margins_are_at_most_what_points_of_the_box_show(name: str, by: str) -> 
         model.load_state_dict({k: v.float().double() for k, v in model.state_dict().items()})
         for k, eps in itertools.product((1, 3), (0.002, 0.02, 0.1)):
             property = xb.TopK(k, by, channels)
-            entries = xb.certify(single, x, target, eps=eps, property=property, differences=False)
+            entries = xb.certify(single, x, target, eps=eps, property=property, sharpen=False)
             found = xb.certify(single, x, target, eps=eps, property=property)
             assert (found.margin >= entries.margin).all() and torch.equal(found.bounds.rad, entries.bounds.rad)
             assert (found.holds >= entries.holds).all()
@@ -87,7 +93,7 @@ def test_for_one_hidden_layer_they_are_exact() -> None:
         first, last = model[0], model[2]
         property, eps = xb.TopK(2), 0.12
         found = xb.certify(xb.explain.gradient(model), x, target, eps=eps, property=property)
-        entries = xb.certify(xb.explain.gradient(model), x, target, eps=eps, property=property, differences=False)
+        entries = xb.certify(xb.explain.gradient(model), x, target, eps=eps, property=property, sharpen=False)
         for b in range(2):
             reach = eps * first.weight.abs().sum(1)
             z = first(x[b])
@@ -111,7 +117,7 @@ def test_for_one_hidden_layer_they_are_exact() -> None:
 def test_radii_grow_and_hold() -> None:
     fn, x, target = xb.explain.gradient(mlp()), images(7, shape=(6,)), torch.arange(7) % 4
     plain, sharp = (
-        xb.certified_radius(fn, x, target, property=xb.TopK(2), max_eps=0.5, differences=by) for by in (False, True)
+        xb.certified_radius(fn, x, target, property=xb.TopK(2), max_eps=0.5, sharpen=by) for by in (False, None)
     )
     assert (sharp >= plain).all() and (sharp > plain + 1e-3).any()
     at = xb.certify(fn, x, target, eps=sharp[:, None], property=xb.TopK(2))
@@ -126,7 +132,7 @@ TOP2 = xb.TopK(2)
 def margins(fn, x: Tensor, target: Tensor | None = None, property=TOP2, **options) -> tuple[Tensor, Tensor]:
     """Of entries, and by differences."""
     return tuple(
-        xb.certify(fn, x, target, eps=0.1, property=property, differences=by, **options).margin for by in (False, True)
+        xb.certify(fn, x, target, eps=0.1, property=property, sharpen=by, **options).margin for by in (False, None)
     )
 
 
@@ -196,5 +202,7 @@ def test_what_would_take_too_much_is_left(limit: str, monkeypatch: pytest.Monkey
     plain, sharp = margins(fn, x, target, property)
     assert (sharp > plain).any()
     monkeypatch.setattr(differences, limit, 2)
+    if limit == "MOST_NUMBERS":
+        monkeypatch.setattr(differences, "LARGEST_TABLE", 2)  # those of a table are at hand
     again = margins(fn, x, target, property)[1]
     assert torch.equal(again, plain)

@@ -92,7 +92,7 @@ def test_the_estimate_grows_in_proportion_to_the_batch() -> None:
 def test_a_small_budget_gives_more_pieces_and_the_same_certificate(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = residual(), images(12)
     fn = xb.explain.gradient(model)
-    options = dict(eps=0.001, property=xb.TopK(5), clip=(0.0, 1.0), sound=False, differences=False)
+    options = dict(eps=0.001, property=xb.TopK(5), clip=(0.0, 1.0), sound=False, sharpen=False)
     run: list[int] = []
     real = program.BoundFunction.__call__
 
@@ -127,7 +127,7 @@ def test_a_batch_that_fits_is_captured_once(monkeypatch: pytest.MonkeyPatch) -> 
     real = program.Program.__init__
     monkeypatch.setattr(program.Program, "__init__", lambda self, *args: built.append(1) or real(self, *args))
     x = images(5, shape=(6,))
-    xb.certify(xb.explain.gradient(mlp()), x, TARGET[:5], eps=0.01, property=xb.TopK(2), differences=False)
+    xb.certify(xb.explain.gradient(mlp()), x, TARGET[:5], eps=0.01, property=xb.TopK(2), sharpen=False)
     assert len(built) == 1
 
 

@@ -1,0 +1,260 @@
+"""Affine forms: they hold for every input with the symbols that they claim, cut bounds down, and certify more."""
+
+from __future__ import annotations
+
+import copy
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import pyxai_bounds as xb
+from pyxai_bounds import rounding as rd
+from pyxai_bounds.certify import forms
+from pyxai_bounds.certify.forms import Forms
+from tests.certify.test_differences import NETWORKS
+from tests.networks import images, mlp, sample
+
+
+def evaluated(fn, box: xb.Interval, *arguments: Tensor, sound: bool = True) -> tuple[xb.Interval, forms.Form]:
+    """Bounds of one sample by forms, and the form of its explanation."""
+    mode = rd.choose(sound, "real")
+    found = Forms.of(fn, [box.mid, *arguments], mode, "rump", cheaply=False)
+    bounds, rows = found([box, *arguments])
+    return bounds, rows._form
+
+
+def assert_holds(fn, box: xb.Interval, *arguments: Tensor, points: int = 30, slack: float = 1e-12) -> float:
+    """At points of the box: what the symbols of the input do not explain, the others and the slack must allow.
+
+    ``fn`` works in float64. Returns how much of the reach the symbols of the input explain.
+    """
+    bounds, form = evaluated(fn, box, *arguments)
+    plain = xb.bound(fn, sound=True)(box, *arguments)
+    assert (bounds.rad <= plain.rad * (1 + 1e-12)).all()
+    inputs = int((box.rad > 0).sum())
+    known, others = form.generators[:inputs], form.generators[inputs:]
+    known = torch.cat([known, known.new_zeros(inputs - len(known), *bounds.shape)])
+    room = others.abs().sum(0) + form.slack
+    for n in range(points):
+        x = sample(box, n, corners=n % 2 == 0)
+        value = fn(x, *arguments).detach()
+        lost = slack * (1 + value.abs().max())
+        assert (bounds.lower - lost <= value).all() and (value <= bounds.upper + lost).all()
+        symbols = ((x - box.mid) / box.rad).flatten()[box.rad.flatten() > 0]
+        left = value - form.centre - (symbols.reshape(-1, *[1] * value.dim()) * known).sum(0)
+        assert (left.abs() <= room + lost).all()
+    return float(known.abs().sum() / form.reach.sum().clamp(min=1e-30))
+
+
+W = torch.linspace(-1, 1, 30, dtype=torch.float64).reshape(5, 6)
+K = torch.linspace(-1, 1, 2 * 3 * 9, dtype=torch.float64).reshape(2, 3, 3, 3)
+
+# Functions of x [1, 6], and whether nothing but symbols of the input is left of them.
+LINEAR = {
+    "mm": lambda x: x @ W.T,
+    "addmm": lambda x: torch.addmm(W[0, :5], x, W.T),
+    "second factor": lambda x: W @ x.T,
+    "bmm": lambda x: torch.bmm(W[None].expand(2, 5, 6), x[..., None].expand(2, 6, 1)),
+    "mul": lambda x: x * W[1] * -2.0,
+    "div": lambda x: x / W[1] / 2,
+    "sub": lambda x: torch.sub(x, x[:, :1], alpha=3) - W[2],
+    "from a number": lambda x: 1.5 - x,
+    "neg": lambda x: -x,
+    "views": lambda x: x.reshape(2, 3).t().unsqueeze(0).transpose(1, 2).expand(4, 2, 3)[:, 1],
+    "cat": lambda x: torch.cat([x, W[:1], 2 * x], 1),
+    "stack": lambda x: torch.stack([x, x - 1], -1),
+    "split": lambda x: x.split(2, 1)[1] - x.split([1, 2, 3], 1)[1] + x.unbind(1)[3],
+    "sum": lambda x: x.sum(1, keepdim=True) + x.mean(1, keepdim=True),
+    "pad": lambda x: F.pad(x, (1, 2)),
+    "convolution": lambda x: F.conv2d(x[:, :3].reshape(1, 3, 1, 1).expand(1, 3, 3, 3), K, W[0, :2]),
+    "transposed convolution": lambda x: F.conv_transpose2d(x.reshape(1, 2, 3, 1), K, W[0, :3], stride=2),
+    "pool": lambda x: F.avg_pool2d(x.reshape(1, 1, 2, 3), (2, 2), 1),
+    "copies": lambda x: x.t().contiguous().clone().t().detach(),
+}
+OTHERS = {
+    "scaled addmm": lambda x: torch.addmm(W[0, :5], x, W.T, beta=2.0, alpha=3.0),
+    "pad with a number": lambda x: F.pad(x, (1, 2), value=3.0),
+    "relu": lambda x: F.relu(x @ W.T) @ W,
+    "product": lambda x: (x @ W.T) * (x[:, :5] + 1),
+    "square": lambda x: x * x,
+    "product of unlike shapes": lambda x: x[:, :, None] * x[:, None, :],
+    "attention": lambda x: (x.reshape(1, 2, 3) @ x.reshape(1, 3, 2)).softmax(-1) @ x.reshape(1, 2, 3),
+    "maximum": lambda x: x.amax(1) - x,
+    "max pool": lambda x: F.max_pool2d(x.reshape(1, 1, 2, 3), 2, 1),
+    "tanh": lambda x: x.tanh() @ W.T,
+    "sigmoid": lambda x: x.sigmoid() @ W.T,
+    "gelu": lambda x: F.gelu(x) @ W.T,
+    "gelu by tanh": lambda x: F.gelu(x, approximate="tanh") @ W.T,
+    "silu": lambda x: F.silu(x) @ W.T,
+    "comparison": lambda x: torch.where(x > 0.5, x, -x),
+    "norm": lambda x: F.layer_norm(x, (6,)) @ W.T,
+}
+
+
+@pytest.mark.parametrize("name", [*LINEAR, *OTHERS])
+def test_of_operators_they_hold_with_the_symbols_of_the_input(name: str) -> None:
+    for eps in (1e-6, 0.05, 0.7):
+        explained = assert_holds({**LINEAR, **OTHERS}[name], xb.Interval.linf(images(1, 3, (6,)) * 2 - 0.5, eps))
+        if name in LINEAR:
+            assert explained > 1 - 1e-11 / eps
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [
+        nn.ReLU(),
+        nn.Tanh(),
+        nn.Sigmoid(),
+        nn.GELU(),
+        nn.SiLU(),
+        nn.LeakyReLU(0.2),
+        nn.ELU(),
+        nn.Softplus(),
+        nn.Hardtanh(),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_of_gradients_they_hold(activation: nn.Module) -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(6, 9), activation, nn.Linear(9, 7), activation, nn.Linear(7, 4)).double()
+    for eps in (1e-6, 0.02, 0.3):
+        assert_holds(xb.explain.gradient(model), xb.Interval.linf(images(1, 2, (6,)), eps), torch.tensor([1]))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("explanation", [xb.explain.gradient, xb.explain.gradient_x_input, xb.explain.saliency])
+def test_of_networks_they_hold(name: str, explanation) -> None:
+    make, shape = NETWORKS[name]
+    for seed, eps in ((0, 0.002), (1, 0.1)):
+        box = xb.Interval.linf(images(1, seed, shape), eps, clip=(0.0, 1.0))
+        assert_holds(explanation(make(seed)), box, torch.tensor([seed]), points=10)
+
+
+def test_what_cancels_is_exactly_zero_but_for_rounding() -> None:
+    box = xb.Interval.linf(images(1, 0, (6,)), 0.3)
+
+    def nothing(x: Tensor) -> Tensor:
+        y = x @ W.T
+        return y @ W - (y + 1) @ W + W.sum(0)
+
+    assert float(evaluated(nothing, box)[0].rad.max()) < 1e-11 < float(xb.bound(nothing)(box).rad.min())
+
+
+def test_numbers_with_symbols_keep_to_the_same_input() -> None:
+    """x₀ - x₀² at x₀ in [0, 1] needs what moves together: its range is [0, 1/4]."""
+    box = xb.Interval(torch.zeros(1, 1).double(), torch.ones(1, 1).double())
+    bounds = evaluated(lambda x: x - x * x, box)[0]
+    assert float(bounds.rad) <= 0.25 + 1e-12 and float(xb.bound(lambda x: x - x * x)(box).rad) >= 0.75
+
+
+def exactly(t: Tensor) -> np.ndarray:
+    """As fractions."""
+    return np.vectorize(Fraction, otypes=[object])(t.double().numpy())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_is_covered_in_exact_arithmetic(dtype: torch.dtype) -> None:
+    """Sums that cancel to 1e-16 of their terms and less, at corners, in fractions."""
+    torch.manual_seed(0)
+    for scale in (1.0, 1e8, 1e-150 if dtype == torch.float64 else 1e-18):
+        a, b, x = (torch.randn(*s, dtype=dtype) for s in ((4, 6), (5, 4), (1, 6)))
+        a[:, 3:] = -a[:, :3] * (1 + 1e-7)
+        a = a * scale
+        box = xb.Interval.of(x, x.abs() * 1e-6)
+
+        def fn(x: Tensor, a: Tensor = a, b: Tensor = b) -> Tensor:
+            y = x @ a.T
+            return (y @ b.T - 3 * y[:, :1]) * y[:, 1:2]
+
+        bounds, form = evaluated(fn, box)
+        for _ in range(8):
+            signs = torch.randn(6).sign().to(dtype)
+            point = exactly(box.mid[0]) + signs.tolist() * exactly(box.rad[0])
+            y = exactly(a) @ point
+            z = (exactly(b) @ y - 3 * y[0]) * y[1]
+            assert (exactly(bounds.lower[0]) <= z).all() and (z <= exactly(bounds.upper[0])).all()
+            explained = sum(s * g for s, g in zip(signs.tolist(), exactly(form.generators[:6, 0]), strict=True))
+            room = abs(exactly(form.generators[6:, 0])).sum(0) + exactly(form.slack[0])
+            assert (abs(z - exactly(form.centre[0]) - explained) <= room).all()
+
+
+def small_cnn(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        *(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 6, 3, stride=2), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(54, 8), nn.ReLU(), nn.Linear(8, 4)),
+    )
+
+
+PROPERTIES = [xb.TopK(3), xb.TopK(2, "signed"), xb.Sign(4), xb.Cosine(0.9), xb.L2(0.05), xb.Linf(0.02)]
+
+
+@pytest.mark.parametrize("property", PROPERTIES, ids=str)
+def test_certificates_are_sharper_and_no_attack_breaks_them(property) -> None:
+    x, target = images(6, 1, (1, 8, 8)).float(), torch.arange(6) % 4
+    fn = xb.explain.gradient(small_cnn())
+    more = 0.0
+    for eps in (0.003, 0.01, 0.03):
+        options = dict(eps=eps, property=property, clip=(0.0, 1.0))
+        plain, sharp = (xb.certify(fn, x, target, sharpen=by, **options) for by in (False, None))
+        assert (sharp.holds >= plain.holds).all() and (sharp.margin >= plain.margin).all()
+        assert (sharp.bounds.rad <= plain.bounds.rad).all()
+        more += float((sharp.margin - plain.margin).sum())
+        attack = xb.attack.pgd(fn, x, target, **options)
+        assert not (sharp.holds & attack.broken).any()
+        double = xb.explain.gradient(copy.deepcopy(small_cnn()).double())
+        box = xb.Interval.linf(x, eps, clip=(0.0, 1.0))
+        box = xb.Interval.of(box.mid.double(), box.rad.double())
+        for n in range(10):
+            values = double(sample(box, n, corners=n % 2 == 0).clamp(0, 1), target).detach()
+            seen = property.margin(sharp.nominal.double(), xb.Interval.of(values, torch.zeros_like(values)))
+            assert (sharp.margin.double() <= seen + 1e-7).all()
+    assert more > 0
+
+
+def test_radii_grow() -> None:
+    fn, x, target = xb.explain.gradient(small_cnn()), images(3, 1, (1, 8, 8)).float(), torch.arange(3)
+    options = dict(property=xb.TopK(3), max_eps=0.1, tol=1e-3, clip=(0.0, 1.0))
+    plain, sharp = (xb.certified_radius(fn, x, target, sharpen=by, **options) for by in (False, None))
+    assert (sharp >= plain).all() and (sharp > 1.2 * plain).any()
+
+
+def test_what_takes_too_much_is_left_and_true_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    fn, x, target = xb.explain.gradient(small_cnn()), images(2, 1, (1, 8, 8)).float(), torch.arange(2)
+
+    def margins(sharpen: bool | None) -> Tensor:
+        return xb.certify(fn, x, target, eps=0.01, property=xb.Sign(), sharpen=sharpen).margin
+
+    plain, sharp = margins(False), margins(None)
+    assert (sharp > plain).all()
+    monkeypatch.setattr(forms, "CHEAP", 2**16)
+    assert torch.equal(margins(None), plain) and torch.equal(margins(True), sharp)
+    monkeypatch.setattr(forms, "LARGEST", 2**14)
+    assert torch.equal(margins(True), plain)
+
+
+def test_where_symbols_run_out_what_is_left_is_slack(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mlp()
+    fn, box = xb.explain.gradient(model), xb.Interval.linf(images(1, 0, (6,)), 0.3)
+    full = evaluated(fn, box, torch.tensor([1]))
+    monkeypatch.setattr(forms, "LARGEST", 9 * 13)
+    assert_holds(fn, box, torch.tensor([1]))
+    few = evaluated(fn, box, torch.tensor([1]))
+    assert len(few[1].generators) <= 13 < len(full[1].generators)
+    assert (full[0].rad.sum() < few[0].rad.sum()).all()
+
+
+def test_functions_that_are_not_of_one_sample_are_left() -> None:
+    model, x, target = mlp(), images(4, shape=(6,)), torch.arange(4)
+
+    def mixed(x: Tensor, y: Tensor) -> Tensor:
+        return xb.explain.gradient(model)(x, y) * (1.0 if len(x) > 1 else 2.0)
+
+    noise = 0.05 * images(3, 1, (4, 6))
+    for fn in (mixed, lambda x, y: xb.explain.smoothgrad(model)(x, y, noise)):
+        plain, sharp = (xb.certify(fn, x, target, eps=0.1, property=xb.Sign(), sharpen=by) for by in (False, True))
+        assert torch.equal(plain.margin, sharp.margin) and torch.equal(plain.bounds.rad, sharp.bounds.rad)
