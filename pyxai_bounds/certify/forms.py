@@ -38,7 +38,7 @@ from pyxai_bounds.rules.registry import Indices, Product, between, narrow, singl
 aten = torch.ops.aten
 
 LARGEST = 2**25  # numbers of the generators of one value, 256 MiB
-CHEAP = 2**30  # multiplications, of which a core does some 1e10 a second
+CHEAP = 2**27  # multiplications, of which a core does some 1e10 a second
 NEGLIGIBLE = 1e-9  # of a value's size: what rounding adds gets no symbols
 TINY = 1e-290  # what underflows in float64, in sums of any length that fits into memory, is less
 

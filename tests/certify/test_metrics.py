@@ -157,10 +157,10 @@ def test_certified_accuracy_counts_labels_that_lead_everywhere() -> None:
     y = model(x).argmax(1)
     y[0] = (y[0] + 1) % 4
     assert metrics.certified_accuracy(model, x, y, 0.0) == 39 / 40
-    fractions = [metrics.certified_accuracy(model, x, y, eps, batch_size=7) for eps in (0.005, 0.02, 0.1, 1.0)]
+    fractions = [metrics.certified_accuracy(model, x, y, eps, batch_size=7) for eps in (0.02, 0.1, 0.3, 1.0)]
     assert fractions == sorted(fractions, reverse=True) and 0 < fractions[1] < 39 / 40 and fractions[3] == 0
     for seed in range(10):
-        assert metrics.accuracy(model, sample(xb.Interval.linf(x, 0.02), seed, corners=True), y) >= fractions[1]
+        assert metrics.accuracy(model, sample(xb.Interval.linf(x, 0.1), seed, corners=True), y) >= fractions[1]
 
 
 def test_unlike_is_the_least_distance_of_the_box_to_any_target() -> None:
