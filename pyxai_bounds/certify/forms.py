@@ -33,7 +33,7 @@ from pyxai_bounds.interpreter import Interpreter, applied
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.program import captured_graph
 from pyxai_bounds.rules import RULES
-from pyxai_bounds.rules.registry import Indices, Product, between, narrow, singleton, use_product
+from pyxai_bounds.rules.registry import Indices, Product, singleton, use_product
 
 aten = torch.ops.aten
 
@@ -262,7 +262,7 @@ class _Evaluator(Interpreter):
 
     def _relu(self, n: fx.Node, result: Interval) -> Form:
         x, box = self.operand(n.args[0]), self.env[n.args[0]]  # type: ignore[index]
-        lower, upper = box.lower.double(), box.upper.double()
+        lower, upper = _ends(box)
         slope = torch.where(lower >= 0, 1.0, torch.where(upper <= 0, 0.0, upper / (upper - lower)))
         # ReLU(x) - slope·x is greatest at an end, and at least 0.
         most = torch.where((lower < 0) & (upper > 0), torch.maximum((1 - slope) * upper, -slope * lower), 0.0)
@@ -395,15 +395,26 @@ def _magnitude(x: Form, box: Any) -> Tensor:
     return torch.fmin(x.size, known)
 
 
+def _ends(x: Interval) -> tuple[Tensor, Tensor]:
+    """End points in float64, on or outside the set's."""
+    mid, rad = x.mid.double(), x.rad.double()
+    lost = (mid.abs() + rad) * (4 * rd.unit(torch.float64))
+    return mid - rad - lost, mid + rad + lost
+
+
 def _within(x: Interval, form: Form) -> Interval:
     """The set cut down to the ends of a form, where these are narrower."""
     if x.facts is not None:
         return x  # they hold about this midpoint
-    lower, upper = form.ends
-    lower, upper = torch.fmax(lower, x.lower.double()), torch.fmin(upper, x.upper.double())
-    cut = narrow(between(lower, upper), x.dtype)
-    better = (lower <= upper) & (cut.rad < x.rad)
-    return Interval.of(torch.where(better, cut.mid, x.mid), torch.where(better, cut.rad, x.rad))
+    (lower, upper), (least, greatest) = form.ends, _ends(x)
+    lower, upper = torch.fmax(lower, least), torch.fmin(upper, greatest)
+    mid = (lower / 2 + upper / 2).to(x.dtype)
+    exact = mid.double()
+    steps = torch.finfo(x.dtype)
+    rad = torch.maximum(upper - exact, exact - lower) * (1 + 2 * steps.eps) + 2 * steps.smallest_normal * steps.eps
+    rad = rad.to(x.dtype)
+    better = (lower <= upper) & (rad < x.rad)
+    return Interval.of(torch.where(better, mid, x.mid), torch.where(better, rad, x.rad))
 
 
 def _work(node: fx.Node) -> int:
