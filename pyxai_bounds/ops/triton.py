@@ -95,16 +95,19 @@ def interval_linear(
         _check_weight(weight, mid, (weight.shape[0], mid.shape[-1]))
         _check_bias(bias, mid, weight.shape[0])
         key = ("linear", mid.shape, weight.shape, weight.stride(), bias is None, relu)
-        return _Problem(key, (*mid.shape[:-1], weight.shape[0]), (mid, rad), library)
+        return _Problem(key, (*mid.shape[:-1], weight.shape[0]), (mid, rad), library, weight.shape[1])
 
     problem = _known(("linear", relu, library), mid, (rad, weight, bias), check)
     mid, rad = problem.dense(mid, rad)
-    epilogue = Epilogue("relu" if relu else "none", bias)
+    epilogue = Epilogue("relu" if relu else "none")
     fused = relu and weight.shape[0] % 8 == 0  # or a byte of the state would belong to two rows
 
-    def run(block: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def product(mid: Tensor, rad: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        return reference.interval_linear(mid, rad, weight, bias, False)[:2]
+
+    def run(block: Any, mid: Tensor, rad: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
         if block is None:
-            return _finish(epilogue, *reference.interval_linear(mid, rad, weight, bias, False)[:2])
+            return _finish(epilogue, *product(mid, rad, weight, bias))
         out_mid, out_rad = _contiguous(mid, problem.size)
         state = epilogue.made(out_mid) if fused else None
         _kernels("interval_linear").box_product_into(
@@ -115,7 +118,10 @@ def interval_linear(
 
     if problem.is_empty:
         return _finish(epilogue, *_contiguous(mid, problem.size))
-    return _fastest(problem, mid, lambda: _box_blocks(mid, weight.shape[0], weight.shape[1], problem.tf32_matmul), run)
+    return _fastest(
+        problem, (mid, rad, weight, bias), run, product, epilogue,
+        lambda: _box_blocks(mid, weight.shape[0], weight.shape[1], problem.tf32_matmul),
+    )  # fmt: skip
 
 
 def interval_linear_backward(
@@ -127,14 +133,17 @@ def interval_linear_backward(
     def check() -> _Problem:
         _check_weight(weight, mid, (mid.shape[-1], weight.shape[1]))
         key = ("linear_backward", mid.shape, weight.shape, weight.stride())
-        return _Problem(key, (*mid.shape[:-1], weight.shape[1]), (mid, rad), library)
+        return _Problem(key, (*mid.shape[:-1], weight.shape[1]), (mid, rad), library, weight.shape[0])
 
     problem = _known(("linear_backward", library), mid, (rad, weight), check)
     mid, rad = problem.dense(mid, rad)
 
-    def run(block: Any) -> tuple[Tensor, Tensor]:
+    def product(mid: Tensor, rad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return reference.interval_linear_backward(mid, rad, weight, None)
+
+    def run(block: Any, mid: Tensor, rad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         if block is None:
-            return reference.interval_linear_backward(mid, rad, weight, None)
+            return product(mid, rad, weight)
         out_mid, out_rad = _contiguous(mid, problem.size)
         _kernels("interval_linear").box_product_into(
             _rows(mid), _rows(rad), weight.t(), None, _rows(out_mid), _rows(out_rad), None, block, problem.tf32_matmul
@@ -143,7 +152,10 @@ def interval_linear_backward(
 
     if problem.is_empty:
         return _contiguous(mid, problem.size)
-    return _fastest(problem, mid, lambda: _box_blocks(mid, weight.shape[1], weight.shape[0], problem.tf32_matmul), run)
+    return _fastest(
+        problem, (mid, rad, weight), run, product, Epilogue(),
+        lambda: _box_blocks(mid, weight.shape[1], weight.shape[0], problem.tf32_matmul),
+    )  # fmt: skip
 
 
 def interval_linear_weight(
@@ -153,21 +165,23 @@ def interval_linear_weight(
         _check_weight(weight, mid, (grad_mid.shape[1], mid.shape[1]))
         _check_same(grad_mid, mid, (mid.shape[0], grad_mid.shape[1]))
         key = ("linear_weight", mid.shape, weight.shape, weight.stride())
-        return _Problem(key, (mid.shape[0], *weight.shape), (grad_mid, grad_rad), library, (mid, rad))
+        size = (mid.shape[0], *weight.shape)
+        return _Problem(key, size, (grad_mid, grad_rad), library, mid.shape[0], (mid, rad))
 
     problem = _known(("linear_weight", library), grad_mid, (grad_rad, mid, rad, weight), check)
     grad_mid, grad_rad, mid, rad = problem.dense(grad_mid, grad_rad, mid, rad)
 
-    def run(block: Any) -> Tensor:
+    def run(block: Any, *tensors: Tensor) -> Tensor:
         if block is None:
-            return reference.interval_linear_weight(grad_mid, grad_rad, mid, rad, weight)
-        return _kernels("interval_linear").weight_gradient(
-            grad_mid, grad_rad, mid, rad, weight, block, problem.tf32_matmul
-        )
+            return reference.interval_linear_weight(*tensors)
+        return _kernels("interval_linear").weight_gradient(*tensors, block, problem.tf32_matmul)
 
     if problem.is_empty:
         return weight.new_zeros(weight.shape)
-    return _fastest(problem, mid, lambda: _weight_blocks(mid, weight.shape[0], problem.tf32_matmul), run)
+    return _fastest(
+        problem, (grad_mid, grad_rad, mid, rad, weight), run, reference.interval_linear_weight, Epilogue(),
+        lambda: _weight_blocks(mid, weight.shape[0], problem.tf32_matmul),
+    )  # fmt: skip
 
 
 def interval_conv2d(
@@ -183,8 +197,8 @@ def interval_conv2d(
     *,
     library: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    epilogue = Epilogue("relu" if relu else "none", bias)
-    return _convolve(mid, rad, weight, _geometry(stride, padding, dilation, groups), epilogue, library)
+    epilogue = Epilogue("relu" if relu else "none")
+    return _convolve(mid, rad, weight, bias, _geometry(stride, padding, dilation, groups), epilogue, library)
 
 
 def interval_conv2d_gate(
@@ -199,8 +213,8 @@ def interval_conv2d_gate(
     *,
     library: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    epilogue = Epilogue("gate", bits=gate)
-    return _convolve(mid, rad, weight, _geometry(stride, padding, dilation, groups), epilogue, library)[:2]
+    epilogue = Epilogue("gate", gate)
+    return _convolve(mid, rad, weight, None, _geometry(stride, padding, dilation, groups), epilogue, library)[:2]
 
 
 def interval_conv2d_backward(
@@ -235,7 +249,7 @@ def interval_conv2d_backward_relu(
     *,
     library: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    epilogue = Epilogue() if state is None else Epilogue("relu_backward", bits=state)
+    epilogue = Epilogue() if state is None else Epilogue("relu_backward", state)
     args = _geometry(stride, padding, dilation, groups)
     return _convolve_back(mid, rad, weight, input_size, args, epilogue, library)
 
@@ -261,18 +275,22 @@ def interval_conv2d_weight(
         _check_same(grad_mid, mid, (mid.shape[0], outputs, *_output_size(mid.shape[2:], kernel, *args[:3])))
         orders = memory_format(mid), memory_format(grad_mid), weight.shape, memory_format(weight)
         size = (*weight.shape, mid.numel(), grad_mid.numel())
-        return _Problem(("conv2d_weight", mid.shape, *orders, *args), size, (grad_mid, grad_rad), library, (mid, rad))
+        key, summed = ("conv2d_weight", mid.shape, *orders, *args), grad_mid.numel() // max(1, outputs)
+        return _Problem(key, size, (grad_mid, grad_rad), library, summed, (mid, rad))
 
     problem = _known(("conv2d_weight", args, library), grad_mid, (grad_rad, mid, rad, weight), check)
     grad_mid, grad_rad, mid, rad = problem.dense(grad_mid, grad_rad, mid, rad)
     tf32 = problem.tf32_convolution
 
-    def run(block: Any) -> Tensor:
+    def product(grad_mid: Tensor, grad_rad: Tensor, mid: Tensor, rad: Tensor, weight: Tensor) -> Tensor:
+        return reference.interval_conv2d_weight(grad_mid, grad_rad, mid, rad, weight, *args)
+
+    def run(block: Any, *tensors: Tensor) -> Tensor:
         if block is None:
-            return reference.interval_conv2d_weight(grad_mid, grad_rad, mid, rad, weight, *args)
+            return product(*tensors)
         kernels: Any = hopper if block is HOPPER else _convolution(block)
         rest = args[:3] if block is HOPPER else (*args, block, tf32)
-        grad = kernels.weight_gradient(*_last(grad_mid, grad_rad, mid, rad, weight), *rest)
+        grad = kernels.weight_gradient(*_last(*tensors), *rest)
         return dense_like(weight).copy_(grad) if grad.stride() != dense_like(weight).stride() else grad
 
     def blocks() -> list[Any]:
@@ -286,7 +304,7 @@ def interval_conv2d_weight(
 
     if problem.is_empty:
         return torch.zeros_like(weight, memory_format=memory_format(weight))
-    return _fastest(problem, mid, blocks, run)
+    return _fastest(problem, (grad_mid, grad_rad, mid, rad, weight), run, product, Epilogue(), blocks)
 
 
 def interval_scale_shift(
@@ -462,7 +480,6 @@ class Epilogue(NamedTuple):
     """
 
     kind: str = "none"
-    bias: Tensor | None = None  # added to the midpoint first, one value a channel
     bits: Tensor | None = None  # that are read
 
     @property
@@ -481,9 +498,15 @@ class Epilogue(NamedTuple):
 
 
 def _convolve(
-    mid: Tensor, rad: Tensor, weight: Tensor, args: Geometry, epilogue: Epilogue, library: bool
+    mid: Tensor,
+    rad: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    args: Geometry,
+    epilogue: Epilogue,
+    library: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    groups, bias = args[3], epilogue.bias
+    groups = args[3]
     outputs, channels, *kernel = weight.shape
 
     def check() -> _Problem:
@@ -492,7 +515,7 @@ def _convolve(
         order = epilogue.order(mid)
         size = (mid.shape[0], outputs, *_output_size(mid.shape[2:], kernel, *args[:3]))
         key = ("conv2d", mid.shape, memory_format(mid), weight.shape, *args, bias is None, epilogue.kind, order)
-        return _Problem(key, size, (mid, rad), library, order=order)
+        return _Problem(key, size, (mid, rad), library, weight.numel() // max(1, outputs), order=order)
 
     problem = _known(("conv2d", args, epilogue.kind, epilogue.dims, library), mid, (rad, weight, bias), check)
     mid, rad = problem.dense(mid, rad)
@@ -501,14 +524,16 @@ def _convolve(
         out_mid = torch.empty(size, dtype=mid.dtype, device=mid.device, memory_format=order)
         return _finish(epilogue, out_mid, torch.empty_like(out_mid))
 
-    def run(block: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def product(mid: Tensor, rad: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        return reference.interval_conv2d(mid, rad, weight, bias, *args, False)[:2]
+
+    def run(block: Any, mid: Tensor, rad: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
         if block is None:
             # cuDNN's bias is a pass of its own; ReLU's adds it on the way, where eight neighbours have eight channels.
             later = bias if epilogue.kind == "relu" and order is torch.channels_last and outputs % 8 == 0 else None
-            out = reference.interval_conv2d(mid, rad, weight, None if later is not None else bias, *args, False)
-            return _finish(epilogue, out[0], out[1], later)
+            return _finish(epilogue, *product(mid, rad, weight, None if later is not None else bias), later)
         if block is HOPPER:
-            return _hopper(problem, epilogue, mid, rad, weight, args, False)
+            return _hopper(problem, epilogue, mid, rad, weight, bias, args, False)
         return _in_one_kernel(
             problem, epilogue, mid, outputs // groups,
             lambda *results: _convolution(block).forward_into(
@@ -522,7 +547,7 @@ def _convolve(
         found += _box_blocks(mid, outputs // groups, channels, tf32, groups)[: 1 if found else None]
         return _with_hopper(found, mid, size, kernel, args, False, library)
 
-    return _fastest(problem, mid, blocks, run)
+    return _fastest(problem, (mid, rad, weight, bias), run, product, epilogue, blocks)
 
 
 def _convolve_back(
@@ -542,7 +567,7 @@ def _convolve_back(
         _check_same(mid, mid, (size[0], outputs, *_output_size(size[2:], kernel, *args[:3])))
         order = epilogue.order(mid)
         key = ("conv2d_backward", mid.shape, memory_format(mid), weight.shape, size, *args, epilogue.kind, order)
-        return _Problem(key, size, (mid, rad), library, order=order)
+        return _Problem(key, size, (mid, rad), library, weight.numel() // max(1, size[1]), order=order)
 
     problem = _known(("conv2d_backward", size, args, epilogue.kind, epilogue.dims, library), mid, (rad, weight), check)
     mid, rad = problem.dense(mid, rad)
@@ -551,11 +576,14 @@ def _convolve_back(
         out_mid = torch.empty(size, dtype=mid.dtype, device=mid.device, memory_format=problem.order).zero_()
         return _finish(epilogue, out_mid, torch.zeros_like(out_mid))
 
-    def run(block: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def product(mid: Tensor, rad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return reference.interval_conv2d_backward(mid, rad, weight, None, size, *args)
+
+    def run(block: Any, mid: Tensor, rad: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         if block is None:
-            return _finish(epilogue, *reference.interval_conv2d_backward(mid, rad, weight, None, size, *args))
+            return _finish(epilogue, *product(mid, rad, weight))
         if block is HOPPER:
-            return _hopper(problem, epilogue, mid, rad, weight, args, True)
+            return _hopper(problem, epilogue, mid, rad, weight, None, args, True)
         return _in_one_kernel(
             problem, epilogue, mid, channels,
             lambda *results: _convolution(block).backward_into(
@@ -568,7 +596,7 @@ def _convolve_back(
         found += _box_blocks(mid, channels, outputs // groups, tf32)
         return _with_hopper(found, mid, size, kernel, args, True, library)
 
-    return _fastest(problem, mid, blocks, run)
+    return _fastest(problem, (mid, rad, weight), run, product, epilogue, blocks)
 
 
 def _with_hopper(
@@ -584,10 +612,17 @@ def _with_hopper(
 
 
 def _hopper(
-    problem: _Problem, epilogue: Epilogue, mid: Tensor, rad: Tensor, weight: Tensor, args: Geometry, back: bool
+    problem: _Problem,
+    epilogue: Epilogue,
+    mid: Tensor,
+    rad: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    args: Geometry,
+    back: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     *box, last_weight = _last(mid, rad, weight)
-    bias = None if epilogue.bias is None else epilogue.bias.contiguous()
+    bias = None if bias is None else bias.contiguous()
 
     def launch(out_mid: Tensor, out_rad: Tensor, kind: str, bits: Tensor | None, made: Tensor | None) -> None:
         hopper.convolve_into(box[0], box[1], last_weight, *args[:3], back, out_mid, out_rad, kind, bias, bits, made)
@@ -635,6 +670,16 @@ def _finish(epilogue: Epilogue, mid: Tensor, rad: Tensor, bias: Tensor | None = 
     return mid, rad, made
 
 
+def _plainly(epilogue: Epilogue, mid: Tensor, rad: Tensor) -> tuple[Tensor, ...]:
+    """What ``_finish`` makes of a product, in plain PyTorch."""
+    if epilogue.kind == "relu":
+        return reference.interval_relu(mid, rad)
+    if epilogue.bits is None:
+        return mid, rad
+    apply: Any = reference.interval_gate if epilogue.kind == "gate" else reference.interval_relu_backward
+    return apply(mid, rad, epilogue.bits)
+
+
 def _relu_backward(mid: Tensor, rad: Tensor, state: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
     mid, rad = in_order_of(state, *_boxes(mid, rad))
     state = _bits_of(state, mid)
@@ -655,6 +700,7 @@ class _Problem:
 
     ``size``: of the results (of a weight's gradient, also of the sum: it holds a 0 where there is nothing to do).
     ``boxes``: pairs of midpoints and radii. ``library``: is cuBLAS or cuDNN, with fused stages about it, a candidate?
+    ``summed``: how many products a result is the sum of, at most.
     """
 
     def __init__(
@@ -663,6 +709,7 @@ class _Problem:
         size: tuple[int, ...],
         box: tuple[Tensor, Tensor],
         library: bool,
+        summed: int,
         other: tuple[Tensor, Tensor] | None = None,
         order: torch.memory_format = torch.contiguous_format,  # of the results
     ) -> None:
@@ -671,7 +718,7 @@ class _Problem:
         self.are_dense = all(t is dense for box in boxes for t, dense in zip(box, _boxes(*box), strict=True))
         self.tf32_matmul, self.tf32_convolution = tf32 = _tf32(mid)
         self.key = (*key, mid.dtype, mid.device, tf32, library)  # what the tuner knows it by
-        self.size, self.library, self.order = size, library, order
+        self.size, self.library, self.summed, self.order = size, library, summed, order
         self.is_empty = math.prod(size) == 0
         self.choice = _UNKNOWN
         # Of results that a kernel writes channels-last; of their bits, if that is the order that they are packed in.
@@ -704,15 +751,63 @@ def _known(call: tuple, mid: Tensor, others: Sequence[Tensor | None], check: Cal
     return problem
 
 
-def _fastest(problem: _Problem, mid: Tensor, blocks: Callable[[], list[Any]], run: Callable[[Any], Any]) -> Any:
-    """Run with the block of this kind of problem; where ``library`` is a candidate, it is None."""
-    with _kernels("launch").on_device(mid):
+def _fastest(
+    problem: _Problem,
+    tensors: tuple[Any, ...],
+    run: Callable[..., Any],
+    product: Callable[..., Any],
+    epilogue: Epilogue,
+    blocks: Callable[[], list[Any]],
+) -> Any:
+    """Run on ``tensors`` with the block of this kind of problem; where ``library`` is a candidate, it is None.
+
+    ``product``: the library's, before the epilogue. What candidates compute is compared with it and plain PyTorch.
+    """
+    with _kernels("launch").on_device(tensors[0]):
         if problem.choice is not _UNKNOWN:
-            return run(problem.choice)
+            return run(problem.choice, *tensors)
         tuning = _kernels("tuning")
-        choice = tuning.fastest(problem.key, [*blocks(), None] if problem.library else blocks(), run)
+        trial = tuning.Trial(run, lambda: _whole_numbers(problem.summed, tensors, product, epilogue))
+
+        def tried(block: Any) -> Any:
+            trial(block)
+            return run(block, *tensors)
+
+        choice = tuning.fastest(problem.key, [*blocks(), None] if problem.library else blocks(), tried)
         problem.choice = tuning.choices().get(problem.key, _UNKNOWN)  # not one that was taken unmeasured
-        return run(choice)
+        return run(choice, *tensors)
+
+
+SUMMED = 64  # products that are not 0, in a sum of a trial, on average: bfloat16 holds the largest sums exactly
+
+
+def _whole_numbers(summed: int, tensors: Sequence[Any], product: Callable[..., Any], epilogue: Epilogue) -> Any:
+    """What a trial compares on: arguments of −1, 0 and 1, laid out as these are; bits that are read are those given."""
+    generator = torch.Generator(tensors[0].device).manual_seed(0)
+    share = min(1.0, math.sqrt(SUMMED / max(1, summed)))  # of factors that are not 0
+
+    def positive(like: Tensor, share: float) -> Tensor:
+        return torch.empty_like(like).bernoulli_(share, generator=generator)
+
+    def signed(like: Tensor, share: float) -> Tensor:
+        return positive(like, share / 2).sub_(positive(like, share / 2))
+
+    given: list[Any] = [signed(tensors[0], share), positive(tensors[1], share / 4)]
+    if len(tensors) == 5:  # a weight's gradient, of which only the signs of the weight count
+        scaled = list(given)
+        given += [signed(tensors[2], share), positive(tensors[3], share / 4), signed(tensors[4], 1.0)]
+    else:
+        biases = [b if b is None else signed(b, 1.0) for b in tensors[3:]]
+        scaled = [*given, *(b for b in biases if b is not None)]
+        given += [signed(tensors[2], share), *biases]
+    results = product(*given)
+    results = results if isinstance(results, tuple) else (results,)
+    is_exact = all(torch.equal(t, t.round()) for t in results)
+    results = [t.round_() for t in results]
+    if len(results) == 2:
+        results = _plainly(epilogue, *results)
+    scaled += [t for t in results if t.is_floating_point()]  # they are linear in these arguments, where signs stay
+    return _kernels("tuning").Given(given, results, scaled, is_exact)
 
 
 def _box_blocks(mid: Tensor, columns: int, summed: int, tf32: bool, groups: int | None = None) -> list[Any]:

@@ -264,6 +264,56 @@ def test_the_librarys_convolution_has_its_bias_and_relu(kernels, dtype, outputs,
         assert torch.equal(found[2].cpu(), expected[2])
 
 
+@pytest.mark.parametrize(
+    "case, dtype, layout",
+    [
+        (CONV[0], torch.float64, channels_last),
+        (CONV[2], torch.bfloat16, channels_last),
+        (CONV[3], torch.float16, torch.clone),
+        (CONV[8], torch.float32, channels_last),
+        (IMAGES[0], torch.float32, channels_last),
+        (IMAGES[1], torch.bfloat16, channels_last),
+        ((5, 7, 9), torch.float32, torch.clone),
+        ((70, 330, 72), torch.bfloat16, torch.clone),
+        ((17, 1000, 16), torch.float16, torch.clone),
+    ],
+)
+def test_what_computes_right_passes_its_trial(kernels, case, dtype, layout, monkeypatch):
+    """Every candidate, the library's products with a kernel after them among them: the bits are those of PyTorch."""
+    tried = []
+
+    def fastest(key, candidates, run):
+        for candidate in candidates:
+            run(candidate)  # raises if something differs
+            tried.append((key[0], candidate))
+        return candidates[0]
+
+    monkeypatch.setattr(triton._kernels("tuning"), "fastest", fastest)
+    if len(case) == 3:
+        (mid, rad), grad = box(case[0], case[1], dtype=dtype), box(case[0], case[2], dtype=dtype)
+        weight, bias = box(case[2], case[1], dtype=dtype)[0], box(case[2], dtype=dtype)[0]
+        calls = [
+            ("interval_linear", (mid, rad, weight, bias), (True,)),
+            ("interval_linear", (mid, rad, weight, None), (False,)),
+            ("interval_linear_backward", (*grad, weight, None), ()),
+            ("interval_linear_weight", (*grad, mid, rad, weight), ()),
+        ]
+    else:
+        mid, rad, weight, bias, grad, gate, args = conv_tensors(case, dtype, layout)
+        state, size = reference.interval_relu(mid, rad)[2], (list(mid.shape),)
+        calls = [
+            ("interval_conv2d", (mid, rad, weight, bias), (*args, True)),
+            ("interval_conv2d", (mid, rad, weight, None), (*args, False)),
+            ("interval_conv2d_gate", (mid, rad, weight, gate), args),
+            ("interval_conv2d_backward", (*grad, weight, None), (*size, *args)),
+            ("interval_conv2d_backward_relu", (*grad, weight, state), (*size, *args)),
+            ("interval_conv2d_weight", (*grad, mid, rad, weight), args),
+        ]
+    for op, tensors, rest in calls:
+        getattr(triton.measured, op)(*on(kernels, *tensors), *rest)
+    assert len(tried) >= 2 * len(calls)
+
+
 def test_bits_packed_in_the_other_order(kernels):
     """The state may be contiguous where the gradient is channels-last, and the other way round."""
     mid, _, weight, _, grad, _, args = conv_tensors(CONV[2], torch.float64, torch.clone)
