@@ -37,7 +37,8 @@ class Recorder:
     A recording is out of date when a constant of the program lies elsewhere in memory (``p.data = …``, ``model.to``),
     or when the backend or the arithmetic was chosen anew. In 4 cases the program runs as it is: it writes more than
     ``LARGEST`` bytes, and more than ``LARGEST_EACH`` an operator; it looks at values on the host; recording it failed,
-    which is said once; the environment says ``PYXAI_BOUNDS_CUDA_GRAPHS=0``.
+    or its first replays did not give what the program does, which is said once; the environment says
+    ``PYXAI_BOUNDS_CUDA_GRAPHS=0``.
     """
 
     def __init__(self, program: fx.GraphModule, launched: Callable[..., Sequence[Tensor]] | None = None) -> None:
@@ -51,7 +52,10 @@ class Recorder:
 
     def __call__(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         recording = self._recording(tensors)
-        return self.launched(*tensors) if recording is None else recording(*tensors)
+        if recording is not None:
+            with self._unless_it_fails():
+                return recording(*tensors)
+        return self.launched(*tensors)
 
     def _recording(self, tensors: Sequence[Tensor]) -> Any:
         """The recording that serves these tensors, made now if it is time; None if there is none."""
@@ -87,7 +91,7 @@ class Recorder:
         try:
             yield
         except RuntimeError as error:
-            self._failed = True
+            self._failed, self._replay = True, None
             warnings.warn(
                 f"A bound program could not be recorded as a CUDA graph and runs without ({replay.first_line(error)}). "
                 "Set PYXAI_BOUNDS_CUDA_GRAPHS=0 to record none.",
@@ -115,11 +119,12 @@ class TrainingRecorder(Recorder):
 
     def __call__(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         recording = self._recording(tensors)
-        turn = None
         if recording is not None:
             with self._unless_it_fails():  # derivatives are recorded late
                 turn = recording.begin()
-        return self.launched(*tensors) if turn is None else recording(turn, *tensors)
+                if turn is not None:
+                    return recording(turn, *tensors)
+        return self.launched(*tensors)
 
     def _describe(self, tensors: Sequence[Tensor], constants: Sequence[Tensor]) -> tuple | None:
         if torch._C._current_graph_task_id() != -1 or torch._C._autograd._top_saved_tensors_default_hooks(False):
@@ -147,6 +152,9 @@ class TrainingReplay:
     The graphs read constants where they lie, and what the first keeps for the others stays where it was written: so
     there is one turn at a time. A derivative (of which results, in which arguments) is run as it is once, and recorded
     before the next turn. Where a second derivative may be asked for, ``fn`` is run and differentiated once more.
+
+    The first replays are compared with what ``fn`` gives: a call that does not agree raises RuntimeError, a derivative
+    leaves the backward pass to others, and the next turn raises.
     """
 
     def __init__(
@@ -161,6 +169,8 @@ class TrainingReplay:
         self._lock = threading.Lock()
         self._turn: Callable[[], _Turn | None] = lambda: None
         self._backward: dict[_Derivative, replay.Graph | None] = {}  # None: not recorded yet
+        self._unchecked, self._checked = replay.CHECKED, set[_Derivative]()
+        self._wrong: RuntimeError | None = None
         with torch.cuda.device(tensors[0].device):
             self._stream, self._free = torch.cuda.Stream(), torch.cuda.Event()
             self._graph = replay.Graph(tensors)
@@ -184,6 +194,8 @@ class TrainingReplay:
     def begin(self) -> _Turn | None:
         """A turn, if nobody has one; what the last ones asked for is recorded first."""
         with self._lock:
+            if self._wrong is not None:
+                raise self._wrong
             last = self._turn()
             if last is not None and not last.is_over:
                 return None
@@ -206,6 +218,10 @@ class TrainingReplay:
             self._free.wait()
             self._graph.fill(tensors)
             self._graph.replay()
+            if self._unchecked:
+                with torch.enable_grad():
+                    self._graph.check(lambda: self.compute(*self._leaves))
+                self._unchecked -= 1
             results = [t.detach().clone() for t in self.outputs]
             self._free.record()
         return results
@@ -213,7 +229,10 @@ class TrainingReplay:
     def backward(
         self, turn: _Turn, derivative: _Derivative, grads: Sequence[Tensor], again: bool
     ) -> Sequence[Tensor | None] | None:
-        """In the arguments that need it; None if there was another turn since. ``again``: it may be asked for again."""
+        """In the arguments that need it; None if there was another turn since, or if the recording is wrong.
+
+        ``again``: it may be asked for again.
+        """
         with self._lock, torch.cuda.device(self.outputs[0].device):
             if self._turn() is not turn:
                 return None
@@ -222,11 +241,18 @@ class TrainingReplay:
             if graph is None:
                 if len(self._backward) < MOST_DERIVATIVES:
                     self._backward[derivative] = None
-                results = self._differentiate(derivative, grads)
+                results = self._differentiate(derivative, grads, self.outputs)
             else:
                 for kept, grad in zip(graph.inputs, grads, strict=True):
                     kept.copy_(grad)
                 graph.replay()
+                if derivative not in self._checked:
+                    try:
+                        graph.check(lambda: self._differentiate(derivative, graph.inputs, self._anew()))
+                    except RuntimeError as error:
+                        self._wrong = error
+                        return None
+                    self._checked.add(derivative)
                 results = [None if t is None else t.clone() for t in graph.outputs]
             self._free.record()
             turn.is_over = not again
@@ -243,8 +269,16 @@ class TrainingReplay:
         finally:
             torch._C._set_grad_enabled(True)  # the program's marks may leave it off
 
-    def _differentiate(self, derivative: _Derivative, grads: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        outputs = [t for t, is_given in zip(self.outputs, derivative[0], strict=True) if is_given]
+    def _anew(self) -> Sequence[Tensor]:
+        """The outputs without what the recording keeps of them; or with it, where what they depend on changed since."""
+        with torch.enable_grad():
+            outputs = self.compute(*self._leaves)
+        return outputs if replay.same_bits(outputs, self.outputs) else self.outputs
+
+    def _differentiate(
+        self, derivative: _Derivative, grads: Sequence[Tensor], results: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
+        outputs = [t for t, is_given in zip(results, derivative[0], strict=True) if is_given]
         leaves = [t for t, is_needed in zip(self._leaves, derivative[1], strict=True) if is_needed]
         return torch.autograd.grad(outputs, leaves, grads, retain_graph=True, allow_unused=True)
 
@@ -252,7 +286,7 @@ class TrainingReplay:
         outputs = [t.detach() for t, is_given in zip(self.outputs, derivative[0], strict=True) if is_given]
         graph = replay.Graph([torch.empty_like(t) for t in outputs])
         with torch.cuda.device(self.outputs[0].device):
-            graph.record(lambda *grads: self._differentiate(derivative, grads), self._stream, self._graph)
+            graph.record(lambda *grads: self._differentiate(derivative, grads, self.outputs), self._stream, self._graph)
         return graph
 
 

@@ -49,6 +49,35 @@ class Graph:
     def replay(self) -> None:
         self._graph.replay()
 
+    def check(self, launch: Callable[[], Sequence[Tensor | None]]) -> None:
+        """Raises RuntimeError if what was replayed is not, bit by bit, what ``launch`` makes of the same inputs.
+
+        What differs from launch to launch shows nothing: some kernels of PyTorch add in whatever order they come. Nor
+        is memory wanted that a replay does without: where it does not suffice, nothing is checked.
+        """
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):
+            wanted = launch()
+            if same_bits(self.outputs, wanted):
+                return
+            if all(same_bits(launch(), wanted) for _ in range(REPEATS)):
+                raise RuntimeError("its replays do not give what launching it does; please report this")
+
+
+CHECKED = 2  # replays of each recording: the first one, and one with other arguments, after parameters may have changed
+REPEATS = 4  # launches that must agree before a difference counts
+
+
+def same_bits(some: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> bool:
+    """NaN equals NaN; None stands for a gradient that there is not."""
+    pairs = list(zip(some, others, strict=True))
+    if any((a is None) != (b is None) for a, b in pairs):
+        return False
+    words = [[t.detach().view(_WORDS[t.element_size()]) for t in pair if t is not None] for pair in pairs]
+    return all(torch.equal(*pair) for pair in words if pair)
+
+
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 @contextlib.contextmanager
 def on(stream: Any) -> Iterator[None]:
@@ -66,13 +95,15 @@ class Replay:
     ``fn`` returns a tuple of tensors, needs no gradient and must not look at values on the host. A target is then
     checked on the device, which stops at one that is out of range: better check it before each call and leave it out.
     Calls copy their arguments in and their results out, on any stream and from any thread: one waits for the other.
-    Raises ValueError for other shapes, dtypes or devices than those of ``example``.
+    Raises ValueError for other shapes, dtypes or devices than those of ``example``; RuntimeError if one of the first
+    two calls does not return what ``fn`` does.
     """
 
     def __init__(self, fn: Callable[..., Sequence[Tensor]], example: Sequence[Tensor]) -> None:
         if not example or not all(on_gpu(t) for t in example):
             raise ValueError("Only work on CUDA tensors can be recorded; call the function itself.")
         self._lock = threading.Lock()
+        self._fn, self._unchecked = fn, CHECKED
         with torch.cuda.device(example[0].device), torch.no_grad():  # all streams are the current device's
             self._graph = Graph(example)
             self._graph.fill(example)
@@ -94,6 +125,10 @@ class Replay:
             self._free.wait()  # a call on another stream may still be reading its results
             self._graph.fill(tensors)
             self._graph.replay()
+            if self._unchecked:
+                with torch.no_grad():
+                    self._graph.check(lambda: self._fn(*self._graph.inputs))
+                self._unchecked -= 1
             results = tuple(t.clone() for t in self._graph.outputs)
             self._free.record()
         return results

@@ -238,6 +238,54 @@ def test_a_replay_takes_what_it_was_recorded_for(device):
         replay.Replay(lambda: (), [])
 
 
+def test_a_recording_that_gives_something_else_is_dropped(device, recorded, monkeypatch):
+    """Here a replay does nothing: what stays is of other arguments, or of nothing at all."""
+    model, x, target = case(device)
+    bounded = xb.bound(xb.explain.gradient(model))
+    monkeypatch.setattr(replay.Graph, "replay", lambda self: None)
+    boxes = [xb.Interval.linf(x, 0.01 * (k + 1)) for k in range(5)]
+    with (
+        torch.no_grad(),
+        pytest.warns(RuntimeWarning, match="its replays do not give what launching it does") as warned,
+    ):
+        for box in boxes:
+            assert same(bounded(box, target), plainly(monkeypatch, bounded, box, target))
+    assert len(warned) == len(recorded) == 1
+
+
+def test_the_first_two_replays_are_compared_with_launches(device):
+    x, factor, launches = torch.rand(3, 4, device=device), [2], []
+    double = replay.Replay(lambda t: launches.append(0) or (t * factor[0], t > 0.5), [x])
+    double(x / 0)  # of infinity and NaN
+    factor[0] = 3  # which a recording cannot see
+    with pytest.raises(RuntimeError, match="its replays do not give what launching it does"):
+        double(x)
+    factor[0] = 2
+    double(x)
+    before = len(launches)
+    assert torch.equal(double(x + 1)[0], (x + 1) * 2) and len(launches) == before
+
+
+def test_what_differs_from_launch_to_launch_and_memory_that_is_missing_drop_nothing(device):
+    x, noise = torch.rand(3, 4, device=device), []
+
+    def noisy(t):
+        noise.append(torch.full_like(t, 1e-6 * len(noise)))
+        return (t + noise[-1],)
+
+    def large(t):
+        noise.append(t)
+        if len(noise) > 3:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return (t + 1,)
+
+    for function in (noisy, large):
+        noise.clear()
+        recording = replay.Replay(function, [x])
+        for k in range(3):
+            assert torch.allclose(recording(x + k)[0] - (x + k), recording(x)[0] - x, atol=1e-5)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="streams of a GPU")
 def test_calls_on_several_streams_wait_for_one_another():
     model, x, target = case("cuda")
@@ -704,6 +752,42 @@ def test_a_derivative_that_cannot_be_recorded_runs_as_it_is(device, turns, monke
     found.append(gradients_of(loss_on(bounded(box, target)), model))
     assert all(all_equal(gradients, found[0]) for gradients in found)
     assert turns == ["call", "run"]
+
+
+@pytest.mark.parametrize("what", ["program", "derivative"])
+def test_a_recording_for_training_that_gives_something_else_is_dropped(device, turns, monkeypatch, what):
+    record, records = replay.Graph.record, []
+
+    def recorded_badly(graph, *args):
+        record(graph, *args)
+        records.append(graph)
+        if len(records) == ["program", "derivative"].index(what) + 1:
+            graph.replay = lambda: None
+
+    monkeypatch.setattr(replay.Graph, "record", recorded_badly)
+    model, x, target = case(device)
+    bounded = xb.bound(xb.explain.gradient(model))
+    with pytest.warns(RuntimeWarning, match="its replays do not give what launching it does") as warned:
+        for k in range(5):
+            box = xb.Interval.linf(x, 0.01 * (k + 1))
+            found = gradients_of(loss_on(bounded(box, target)), model)
+            with launched():
+                assert all_equal(found, gradients_of(loss_on(bounded(box, target)), model))
+    assert len(warned) == 1 and "replayed" not in turns
+    assert turns == ["call", "run", "call", *(["left"] if what == "derivative" else [])]
+
+
+def test_a_derivative_is_compared_with_one_of_the_same_call(device, turns):
+    """Also where something that only the program reads was changed after it."""
+    model, x, target = case(device)
+    bounded, box = xb.bound(xb.explain.gradient(model)), xb.Interval.linf(x, 0.01)
+    for _ in range(4):
+        loss = loss_on(bounded(box, target))
+        with launched():
+            expected = gradients_of(loss_on(bounded(box, target)), model)
+        model[1].running_mean.add_(0.2)
+        assert all_equal(gradients_of(loss, model), expected)
+    assert turns == ["call", "run", "call", "replayed", "call", "replayed"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="streams of a GPU")
