@@ -393,6 +393,7 @@ class Results:
 def work(results: Results, begin: int, budget: float, progress: Path) -> int:
     """Do the jobs from number ``begin`` on; 1 after one that was the end of the CUDA context."""
     known: set[Any] = set()
+    tuning: Any = ops.triton._kernels("tuning")
     for index, job in enumerate(JOBS[begin:], begin):
         left = budget - tables.seconds()
         if left < LEAST:
@@ -407,10 +408,12 @@ def work(results: Results, begin: int, budget: float, progress: Path) -> int:
                 return 1
         gc.collect()
         torch.cuda.empty_cache()
-        chosen = ops.triton._kernels("tuning").choices()
+        chosen, dropped = tuning.choices(), [line for line in tuning.dropped() if line not in known]
+        for line in dropped:
+            results.note(line)
         with open(results.choices, "a") as file:
             file.writelines(f"{key}: {value}\n" for key, value in chosen.items() if key not in known)
-        known.update(chosen)
+        known.update(chosen, dropped)
     return 0
 
 
