@@ -792,10 +792,11 @@ def _whole_numbers(summed: int, tensors: Sequence[Any], product: Callable[..., A
     def signed(like: Tensor, share: float) -> Tensor:
         return positive(like, share / 2).sub_(positive(like, share / 2))
 
-    given: list[Any] = [signed(tensors[0], share), positive(tensors[1], share / 4)]
+    # Of radii there are fewer, so that boxes are on one side of 0 as well as on both.
+    given: list[Any] = [signed(tensors[0], share), positive(tensors[1], share / 8)]
     if len(tensors) == 5:  # a weight's gradient, of which only the signs of the weight count
         scaled = list(given)
-        given += [signed(tensors[2], share), positive(tensors[3], share / 4), signed(tensors[4], 1.0)]
+        given += [signed(tensors[2], share), positive(tensors[3], share / 8), signed(tensors[4], 1.0)]
     else:
         biases = [b if b is None else signed(b, 1.0) for b in tensors[3:]]
         scaled = [*given, *(b for b in biases if b is not None)]
