@@ -114,6 +114,10 @@ class Trial:
             if candidate is None:
                 return  # the library needs no trial; others do
             raise
+        except Exception as error:  # not the candidate's: without a trial it is as good as it was
+            torch.cuda.synchronize()
+            warnings.warn(f"No trial of {candidate}: {error}. Please report this.", RuntimeWarning, stacklevel=2)
+            return
         if candidate is None and not given.is_library_exact:
             return
         for factor in (2.0, 0.5):

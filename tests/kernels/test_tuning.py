@@ -194,6 +194,18 @@ def test_where_memory_does_not_suffice_for_a_trial_the_library_is_taken(linear, 
         call(triton)
 
 
+def test_a_trial_that_cannot_be_held_costs_no_candidate(linear, tuning, monkeypatch):
+    def broken(*args):
+        raise TypeError("bernoulli_ knows no such dtype")
+
+    made_of, call = linear
+    made_of.update({"kernel": lambda results: results, None: lambda results: results})
+    monkeypatch.setattr(triton, "_whole_numbers", broken)
+    with pytest.warns(RuntimeWarning, match="No trial of kernel: bernoulli_"):
+        assert all(torch.equal(a, b) for a, b in zip(call(), call(reference), strict=True))
+    assert tuning.dropped() == []
+
+
 def test_nothing_is_measured_while_a_graph_is_captured(tuning, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert tuning.fastest("x", ["default", "other"], None) == "default" and tuning.choices() == {}
