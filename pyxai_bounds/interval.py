@@ -132,6 +132,9 @@ class Interval:
             "it: xb.bound(fn)(box)."
         )
 
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("An Interval is no array: take its .lower, .upper, .mid or .width, with .detach().numpy().")
+
     def __len__(self) -> int:
         return len(self.mid)
 

@@ -119,6 +119,11 @@ def fit(
     """
     recipe = replace(recipe or Recipe(), **changes)
     recipe.check()
+    if not callable(objective):
+        raise TypeError(
+            f"objective must be a function (model, x, y, eps), such as xb.train.rec, got {objective!r}; names are what "
+            "xb.train.Recipe(objective=...) and xb.train.run take."
+        )
     processes = processes or World(device=next(model.parameters()).device)
     hooks = _Hooks(on_epoch, on_progress, on_checkpoint, checkpoint_every)
     with (
@@ -595,6 +600,8 @@ def run(
         if processes.first:
             tell(f"Continuing after step {saved[1]['step']}.")
     elif processes.first:
+        if resume:
+            tell(f"There is nothing to continue in {out}: training begins.")
         clear_checkpoints(out)
     log: Log | None = None
 
