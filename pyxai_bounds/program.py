@@ -73,6 +73,7 @@ def bound(
     captured: closures, globals and options of the function; mode, attributes, children, hooks and tensors of modules,
     and the global numbers, tensors and functions that their ``forward`` uses.
     Values of tensors may change freely; what else may change unnoticed is said at :meth:`BoundFunction.recapture`.
+    Several threads may call it at once; captures wait for one another.
     Arguments are independent of one another: a function that writes into one of them must not be given two that share
     memory.
 
