@@ -279,7 +279,10 @@ def _check_floating(name: str, value: Any) -> None:
             "converts it."
         )
     if not value.is_floating_point():
-        raise TypeError(f"Interval: {name} must have a floating dtype, got {value.dtype}; convert with .float().")
+        raise TypeError(
+            f"Interval: {name} must have a floating dtype, got {value.dtype}; convert with .float(). In the place of "
+            "tokens stand their embeddings (docs/transformers.md)."
+        )
 
 
 def _check_finite(name: str, value: Tensor) -> None:

@@ -164,7 +164,8 @@ class _Check:
         if not isinstance(x, Tensor) or not x.is_floating_point():
             kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(
-                f"x must be a floating tensor [B, ...], got {kind}; torch.as_tensor or .float() converts it."
+                f"x must be a floating tensor [B, ...], got {kind}; torch.as_tensor or .float() converts it. In "
+                "the place of tokens stand their embeddings (docs/transformers.md)."
             )
         if x.dim() == 0:
             raise ValueError("x must be a batch [B, ...], got a tensor without dimensions; use x[None].")
