@@ -109,6 +109,8 @@ class Train:
         recipe = self.recipe
         dataset = data.load(recipe.data, self.data_root)
         with _progress() as bar:
+            if self.resume and stored_recipe(self.out) is None:
+                bar.say(f"There is nothing to continue in {self.out}: training begins.", "yellow")
             show = _Training(recipe, dataset, bar)
             model = run(
                 recipe, self.out, dataset=dataset, device=self.device, resume=self.resume,

@@ -600,8 +600,6 @@ def run(
         if processes.first:
             tell(f"Continuing after step {saved[1]['step']}.")
     elif processes.first:
-        if resume:
-            tell(f"There is nothing to continue in {out}: training begins.")
         clear_checkpoints(out)
     log: Log | None = None
 
