@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import linecache
+import logging
 import math
 import os
 import sys
@@ -206,7 +207,23 @@ def _clean_modes() -> Iterator[None]:
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
         warnings.filterwarnings("ignore", message=r"Using `torch.compile\(module\)` when there are global hooks")
+        stack.enter_context(_no_second_report())
         yield
+
+
+@contextlib.contextmanager
+def _no_second_report() -> Iterator[None]:
+    """Where shapes do not fit, PyTorch's fake tensors log a traceback besides raising it, which is enough."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+
+    def report(record: logging.LogRecord) -> bool:
+        return not record.msg.startswith("failed while attempting to run meta")
+
+    log.addFilter(report)
+    try:
+        yield
+    finally:
+        log.removeFilter(report)
 
 
 def _itself(t: Tensor) -> Tensor:
@@ -472,8 +489,8 @@ def _refuse_lost_writes(graph: fx.GraphModule, record: _Record) -> None:
         if isinstance(value, Tensor) and _memory_of(value) in written:
             raise CaptureError(
                 "The function writes into a tensor that it did not get as an argument (a buffer, say) and then "
-                f"computes with it, at {source_of(next(iter(node.users)))}. Build a new tensor instead of writing in "
-                "place."
+                f"computes with it, at {source_of(next(iter(node.users)))}. If that is what a module does while it "
+                "trains, as spectral norm does, call model.eval(); else build a new tensor instead of writing in place."
             )
 
 

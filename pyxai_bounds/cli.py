@@ -8,9 +8,10 @@ import json
 import math
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -78,7 +79,8 @@ class Demo:
         _print_table(table(results), f"Even or odd? {len(results[0][0].radius)} held-out digits; top 5 of 64 pixels")
         console = _console()
         console.print(f"[bold]{page}[/bold] shows the explanations and their bounds. Next:", highlight=False)
-        console.print(f"  pyxai-bounds certify {self.out / 'fc-128-rec'} --eps 0.03", highlight=False)
+        trained = shlex.quote(str(self.out / "fc-128-rec"))
+        console.print(f"  pyxai-bounds certify {trained} --eps 0.03", highlight=False)
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,8 @@ class Train:
         recipe = self.recipe
         dataset = data.load(recipe.data, self.data_root)
         with _progress() as bar:
+            if self.resume and stored_recipe(self.out) is None:
+                bar.say(f"There is nothing to continue in {self.out}: training begins.", "yellow")
             show = _Training(recipe, dataset, bar)
             model = run(
                 recipe, self.out, dataset=dataset, device=self.device, resume=self.resume,
@@ -127,7 +131,9 @@ class Train:
                 style="yellow",
                 highlight=False,
             )
-        console.print(f"Next: pyxai-bounds evaluate {self.out} --eps {recipe.eps or 0.01:g}", highlight=False)
+        console.print(
+            f"Next: pyxai-bounds evaluate {shlex.quote(str(self.out))} --eps {recipe.eps or 0.01:g}", highlight=False
+        )
 
 
 @dataclass(frozen=True)
@@ -249,7 +255,13 @@ class Evaluate:
     def __call__(self) -> None:
         if self.samples < 1:
             raise ValueError(f"--samples {self.samples}: at least one sample is needed.")
+        if self.csv is not None:
+            _refuse_folder("--csv", self.csv)
         recipe = read_description(self.run)["recipe"]
+        if not os.access(self.run, os.W_OK):
+            raise ValueError(
+                f"{self.run} cannot be written to, where evaluation.json is kept: copy the run to a folder of your own."
+            )
         model, dataset = load(self.run), data.load(recipe["data"], self.data_root)
         dataset = replace(dataset, test_x=dataset.test_x[: self.samples], test_y=dataset.test_y[: self.samples])
         with _progress() as bar:
@@ -297,6 +309,7 @@ class Report:
     def __call__(self) -> None:
         if not self.runs:
             raise ValueError("Name at least one run, a folder that pyxai-bounds train or demo wrote.")
+        _refuse_folder("--out", self.out)
         report = _html()
         from pyxai_bounds.report import evaluate
 
@@ -318,6 +331,12 @@ class Report:
                     )
                 )  # fmt: skip
         _console().print(f"[bold]{report.write_page(self.out, results)}[/bold]", highlight=False)
+
+
+def _refuse_folder(flag: str, path: Path) -> None:
+    """Before anything is measured that could not be written."""
+    if path.is_dir():
+        raise ValueError(f"{flag} {path} is a folder: name a file, which is written there.")
 
 
 @dataclass
@@ -356,7 +375,10 @@ class Info:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for what the user can mend, 130 when interrupted."""
+    """Run one command; returns the exit code.
+
+    0; 1 where nobody reads what is printed; 2 for what the user can mend; 130 when interrupted.
+    """
     if _missing is not None:
         print(f"error: the command line needs {_missing}: pip install 'pyxai-bounds[cli]'", file=sys.stderr)
         return 2
@@ -368,13 +390,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command = _parse(arguments)
         command()
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads has seen enough, as ``head`` has
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it exits
+        return 1
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         hint = ""
         if isinstance(command, Train) and any(command.out.glob("checkpoint-*.json")):
-            hint = f"; go on with: pyxai-bounds train --resume --out {command.out}"
+            hint = f"; go on with: pyxai-bounds train --resume --out {shlex.quote(str(command.out))}"
         print(f"interrupted{hint}", file=sys.stderr)
         return 130
     return 0

@@ -51,7 +51,15 @@ class _Explanation:
             if not x.requires_grad:
                 x = x.detach().requires_grad_()
             score = _score(self.model(x), target, self.of)
-            return torch.autograd.grad(score.sum(), x, create_graph=differentiable)[0]
+            found: Tensor | None = None
+            if score.requires_grad:
+                (found,) = torch.autograd.grad(score.sum(), x, create_graph=differentiable, allow_unused=True)
+            if found is None:
+                raise ValueError(
+                    "The model's output has no gradient by x: something in it, such as detach(), .data, no_grad(), an "
+                    "integer or a quantised layer, ends the path of derivatives."
+                )
+            return found
 
 
 class Gradient(_Explanation):
@@ -116,6 +124,8 @@ class IntegratedGradients(_Explanation):
 
     def __call__(self, x: Tensor, target: Tensor | None = None, baseline: Tensor | None = None) -> Tensor:
         start = self.baseline if baseline is None else baseline
+        if not isinstance(start, (int, float, Tensor)):
+            raise TypeError(f"baseline must be a number or a tensor, got {type(start).__name__}.")
         if isinstance(start, Tensor) and not _broadcasts(start, x):
             raise ValueError(f"baseline of shape {list(start.shape)} does not broadcast to x of shape {list(x.shape)}.")
         difference = x - start
@@ -217,14 +227,21 @@ def _score(output: Tensor, target: Tensor | None, of: Of) -> Tensor:
             raise ValueError(f"of={of!r} needs a target.")
         return output.reshape(-1)
     if output.dim() != 2:
-        raise ValueError(f"A target needs logits of shape [B, K]; the model returns {list(output.shape)}.")
+        batch = " A batch comes first: for one sample pass x.unsqueeze(0) and target.reshape(1)."
+        raise ValueError(
+            f"A target needs logits of shape [B, K]; the model returns {list(output.shape)}."
+            + (batch if output.dim() == 1 else "")
+        )
     if not isinstance(target, Tensor) or target.is_floating_point() or target.dtype == torch.bool:
         kind = target.dtype if isinstance(target, Tensor) else type(target).__name__
-        raise TypeError(f"target must be an integer tensor of shape [B], got {kind}.")
+        raise TypeError(
+            f"target must be an integer tensor of shape [B], got {kind}: target.long() converts numbers of classes, "
+            "target.argmax(1) one-hot rows, torch.full((len(x),), c) is one class for all."
+        )
     if target.shape != output.shape[:1]:
         raise ValueError(
             f"target has shape {list(target.shape)}, but the batch has {len(output)} samples: it must be "
-            f"[{len(output)}], one class index each."
+            f"[{len(output)}], one class index each; target.argmax(1) makes it of one-hot rows."
         )
     if target.device != output.device:
         raise ValueError(f"target is on {target.device} but the logits are on {output.device}; move one of them.")

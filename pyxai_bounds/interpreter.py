@@ -175,8 +175,14 @@ class Interpreter(fx.Interpreter):
 
     def _cannot_bound(self, node: fx.Node, reason: str) -> _Unknown:
         name = node.target.name() if isinstance(node.target, torch._ops.OpOverload) else str(node.target)
-        self.unsupported.append((name + reason, source_of(node)))
+        self.unsupported.append((name + (reason or _WHY.get(node.target, "")), source_of(node)))
         return _Unknown()
+
+
+_WHY: dict[Any, str] = {
+    aten._local_scalar_dense.default: " (.item(), float() or int() of a set, which holds many numbers)",
+    torch.ops.pyxai_bounds.check_target.default: " (the target is computed from the box: compute it outside)",
+}
 
 
 def applied(rule: Rule, node: fx.Node, args: tuple, kwargs: dict) -> Any:

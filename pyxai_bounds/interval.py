@@ -132,6 +132,9 @@ class Interval:
             "it: xb.bound(fn)(box)."
         )
 
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("An Interval is no array: take its .lower, .upper, .mid or .width, with .detach().numpy().")
+
     def __len__(self) -> int:
         return len(self.mid)
 
@@ -276,7 +279,10 @@ def _check_floating(name: str, value: Any) -> None:
             "converts it."
         )
     if not value.is_floating_point():
-        raise TypeError(f"Interval: {name} must have a floating dtype, got {value.dtype}; convert with .float().")
+        raise TypeError(
+            f"Interval: {name} must have a floating dtype, got {value.dtype}; convert with .float(). In the place of "
+            "tokens stand their embeddings (docs/transformers.md)."
+        )
 
 
 def _check_finite(name: str, value: Tensor) -> None:

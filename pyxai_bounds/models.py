@@ -21,7 +21,10 @@ def build(name: str, input_shape: tuple[int, ...], classes: int) -> nn.Module:
     convolutional network on a table.
     """
     if ":" in name:
-        model = _factory(name)(input_shape, classes)
+        try:
+            model = _factory(name)(input_shape, classes)
+        except TypeError as error:
+            raise TypeError(f"{name}, called with ({input_shape}, {classes}): {error}") from error
         if not isinstance(model, nn.Module):
             raise ValueError(f"{name} returned {type(model).__name__}; a model factory must return an nn.Module.")
         return model

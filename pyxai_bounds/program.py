@@ -9,8 +9,11 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import os
 import re
+import reprlib
 import threading
+import traceback
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -70,6 +73,7 @@ def bound(
     captured: closures, globals and options of the function; mode, attributes, children, hooks and tensors of modules,
     and the global numbers, tensors and functions that their ``forward`` uses.
     Values of tensors may change freely; what else may change unnoticed is said at :meth:`BoundFunction.recapture`.
+    Several threads may call it at once; captures wait for one another.
     Arguments are independent of one another: a function that writes into one of them must not be given two that share
     memory.
 
@@ -79,13 +83,17 @@ def bound(
     """
     if not callable(fn):
         raise TypeError(f"bound() takes a module or a function, got {type(fn).__name__}.")
-    if isinstance(fn, BoundFunction):
-        raise TypeError("bound() takes a function of tensors, but this one is bounded already: call it on Intervals.")
+    _refuse_bounded(fn)
     if parameters is not None and not isinstance(parameters, ParameterBox):
         raise TypeError(f"parameters must be made by xb.parameter_box(model, …), got {type(parameters).__name__}.")
     if product not in get_args(Product):
         raise ValueError(f"product={product!r} is unknown; choose one of {', '.join(get_args(Product))}.")
     return BoundFunction(fn, rd.choose(sound, semantics), parameters, product, checkpoint or _checkpointing.get())
+
+
+def _refuse_bounded(fn: Callable) -> None:
+    if isinstance(fn, BoundFunction):
+        raise TypeError("A function of tensors is needed, but this one is bounded already: pass what was bounded.")
 
 
 _checkpointing: contextvars.ContextVar[bool] = contextvars.ContextVar("pyxai_bounds_checkpointing", default=False)
@@ -117,6 +125,9 @@ class BoundFunction:
         self.parameters = parameters
         self.product = product
         self.checkpoint = checkpoint
+
+    def __repr__(self) -> str:
+        return f"BoundFunction({_name(self.fn)}, rounding={self.rounding.name.lower()!r})"
 
     @property
     def options(self) -> tuple:
@@ -186,6 +197,7 @@ class BoundFunction:
 
 def captured_graph(fn: Callable, *args: Any, **kwargs: Any) -> Captured:
     """The ATen graph of ``fn`` at these tensors: what ``bound`` runs on Intervals, to run or rewrite otherwise."""
+    _refuse_bounded(fn)
     leaves, spec = pytree.tree_flatten((args, kwargs))
     return _captured(unwrap(fn), leaves, spec)
 
@@ -216,7 +228,11 @@ def _captured(fn: Callable, leaves: list[Any], spec: pytree.TreeSpec) -> Capture
                 "their like: call it once outside, with arguments of these shapes."
             )
         _check_devices(points)
-        key, found = _capture(fn, spec, points, key, captures)
+        try:
+            key, found = _capture(fn, spec, points, key, captures)
+        except Exception as error:
+            _note_the_call(fn, points, error)
+            raise
         captures.put(key, found)
     return found
 
@@ -250,6 +266,30 @@ def _explain_mismatch(fn: Callable, points: list[Any], error: Exception) -> None
             f"The arguments are {' and '.join(sorted(arguments))}, the model's tensors {' and '.join(sorted(held))}: "
             f"convert one of them, for example x.to(...) or model.to(...). ({str(error).splitlines()[0]})"
         ) from error
+
+
+def _name(fn: Callable) -> str:
+    return getattr(fn, "__qualname__", type(fn).__name__)
+
+
+def _note_the_call(fn: Callable, points: list[Any], error: Exception) -> None:
+    """To an error that PyTorch or the function itself raised, which knows nothing of bounds, add what was called."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    if frame.f_code.co_filename.startswith(os.path.dirname(__file__)):
+        return
+    given = ", ".join(
+        f"{str(p.dtype).removeprefix('torch.')} {list(p.shape)}" if isinstance(p, Tensor) else reprlib.repr(p)
+        for p in points
+    )
+    error.add_note(
+        f"pyxai_bounds was recording {_name(fn)}, called with {given}. If it fails on such tensors by itself, too, "
+        "they do not fit it; else it does something that cannot be recorded."
+    )
+    if "require grad" in str(error):
+        error.add_note(
+            "It gets tensors that require no gradient: where it differentiates by x, begin with "
+            "x = x.detach().requires_grad_()."
+        )
 
 
 def _tensors(leaves: Iterable[Any]) -> list[Tensor]:

@@ -75,6 +75,10 @@ def test_make_fx_is_imported_in_one_place() -> None:
     assert users == ["capture.py"]
 
 
+def test_types_are_shipped() -> None:
+    assert (ROOT / "pyxai_bounds" / "py.typed").read_bytes() == b""
+
+
 def test_csrc_needs_no_torch() -> None:
     for path in (ROOT / "csrc").rglob("*.[ch]*"):
         assert not re.search(r"#include *[<\"](torch|ATen|c10)", path.read_text()), path

@@ -1039,3 +1039,51 @@ def test_first_calls_inside_a_checkpoint(batch: int, image: bool) -> None:
 
     for a, e in zip(gradients(True), gradients(False), strict=True):
         assert e.any() and torch.equal(a, e)
+
+
+# --- errors that are not ours ------------------------------------------------------------------------------
+
+
+def test_an_error_of_the_function_says_what_it_was_called_with(caplog: pytest.LogCaptureFixture) -> None:
+    wrong = torch.zeros(2, 7, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="reduction dim") as caught:
+        xb.bound(mlp())(xb.Interval.linf(wrong, 0.1))
+    assert caught.value.__notes__ == [
+        "pyxai_bounds was recording Sequential, called with float64 [2, 7]. If it fails on such tensors by itself, "
+        "too, they do not fit it; else it does something that cannot be recorded."
+    ]
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_our_own_errors_stand_alone() -> None:
+    with pytest.raises(xb.CaptureError) as caught:
+        xb.bound(lambda x: x if x.sum() > 0 else -x)(xb.Interval.linf(images(2), 0.1))
+    assert not hasattr(caught.value, "__notes__")
+
+
+def test_a_function_that_differentiates_by_an_argument_without_history_is_told_so() -> None:
+    fn = lambda x: torch.autograd.grad(x.square().sum(), x)[0]  # noqa: E731
+    with pytest.raises(RuntimeError) as caught:
+        xb.bound(fn)(xb.Interval.linf(images(2), 0.1))
+    assert caught.value.__notes__[1].endswith("begin with x = x.detach().requires_grad_().")
+
+
+def test_spectral_norm_in_training_mode_says_how_to_end_it() -> None:
+    layer = torch.nn.utils.parametrizations.spectral_norm(nn.Linear(6, 3)).double()
+    with pytest.raises(xb.CaptureError, match=r"spectral norm does, call model.eval\(\)"):
+        xb.bound(layer)(xb.Interval.linf(images(2, shape=(6,)), 0.1))
+
+
+@pytest.mark.parametrize(
+    "fn, message",
+    [
+        (
+            lambda x: xb.explain.gradient(torch.sin)(x, x.argmax(1)),
+            "target is computed from the box: compute it outside",
+        ),
+        (lambda x: x * x.max().item(), r"_local_scalar_dense \(\.item\(\), float\(\)"),
+    ],
+)
+def test_values_of_a_set_that_a_program_needs_are_explained(fn, message: str) -> None:
+    with pytest.raises(xb.UnsupportedOperatorError, match=message):
+        xb.bound(fn)(xb.Interval.linf(images(2, shape=(6,)), 0.1))

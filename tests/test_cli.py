@@ -133,6 +133,8 @@ def test_resume_takes_the_recipe_of_the_run(capsys, tmp_path, tiny, monkeypatch)
     assert recipe_of(tmp_path / "run")["seed"] == 3
     code, out, _ = call(capsys, "train", "--resume", "--out", tmp_path / "run")
     assert code == 0 and "is finished" in out
+    code, out, _ = call(capsys, "train", "tiny", "--resume", "--out", tmp_path / "new run")
+    assert code == 0 and "There is nothing to continue in" in out and f"evaluate '{tmp_path / 'new run'}' --eps" in out
 
 
 def test_a_data_root_from_a_flag(capsys, tmp_path):
@@ -213,6 +215,20 @@ def test_json_stays_json_where_every_feature_is_on_top(capsys, runs):
     assert code == 0 and json.loads(out, parse_constant=pytest.fail)["margin"] == [None] * 39
 
 
+def test_a_run_that_cannot_be_written_to_is_not_measured_in_vain(capsys, runs, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *_: False)
+    code, out, err = call(capsys, "evaluate", runs / "linear")
+    assert code == 2 and out == "" and "evaluation.json is kept: copy the run" in err
+
+
+def test_a_reader_that_leaves_is_no_error(runs):
+    command = [sys.executable, "-m", "pyxai_bounds", "certify", str(runs / "linear"), "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.wait() == 1 and process.stderr.read() == ""
+    process.stderr.close()
+
+
 def test_report_compares_runs(capsys, runs, tmp_path):
     page = tmp_path / "page.html"
     code, out, err = call(capsys, "report", runs / "linear", runs / "fc-128", "--eps", 0.1, "--out", page)
@@ -263,16 +279,20 @@ def test_info_explains_an_objective(capsys):
         (["evaluate", "OUT"], "is not a run"),
         (["evaluate", "RUN", "--eps", "0"], "all of them positive"),
         (["evaluate", "RUN", "--samples", "0"], "at least one sample"),
+        (["evaluate", "RUN", "--csv", "EMPTY"], "is a folder: name a file"),
         (["evaluate", "RUN", "--explanation", "smoothgrad", "--noise", "0"], "--noise > 0, got 10 and 0"),
         (["evaluate", "RUN", "--explanation", "integrated-gradients", "--points", "0"], "at least one step"),
         (["train", "--out", "OUT", "--model", "resnet"], "no model 'resnet'; choose one of linear"),
         (["train", "--out", "OUT", "--data", "wine", "--model", "cnn7"], "cnn7 takes images"),
         (["train", "--out", "OUT", "--model", "no_such_module:f"], "cannot be imported"),
+        (["train", "--out", "OUT", "--model", "os:getcwd"], "os:getcwd, called with ((1, 8, 8), 2): "),
+        (["train", "--out", "OUT", "--data", "json:dumps"], "json:dumps, called without arguments: "),
         (["train", "--out", "OUT", "--epochs", "0"], "epochs=0"),
         (["certify", "OUT"], "is not a run"),
         (["certify", "RUN", "--eps", "-1"], "eps must be finite and ≥ 0"),
         (["certify", "RUN", "--k", "0"], "k must be at least 1"),
         (["report"], "at least one run"),
+        (["report", "RUN", "--out", "EMPTY"], "is a folder: name a file"),
         (["report", "RUN", "--eps", "0"], "all of them positive"),
         (["demo", "--seeds", "0"], "at least one seed"),
     ],

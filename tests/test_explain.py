@@ -108,3 +108,42 @@ def test_bad_options() -> None:
         xb.explain.gradient(mlp(), of="odds")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least one step"):
         xb.explain.integrated_gradients(mlp(), steps=0)
+
+
+@pytest.mark.parametrize(
+    "given, target, error, message",
+    [
+        (X[0], TARGET[:1], ValueError, r"returns \[4\]. A batch comes first: for one sample pass x.unsqueeze\(0\)"),
+        (X, TARGET.double(), TypeError, r"got torch.float64: target.long\(\) converts"),
+        (
+            X,
+            torch.nn.functional.one_hot(TARGET, 4),
+            ValueError,
+            r"shape \[2, 4\].*argmax\(1\) makes it of one-hot rows",
+        ),
+        (X, 1, TypeError, r"got int: .*torch.full\(\(len\(x\),\), c\) is one class for all"),
+    ],
+)
+def test_a_wrong_target_is_told_how_to_be_mended(given, target, error, message) -> None:
+    with pytest.raises(error, match=message):
+        xb.explain.gradient(mlp())(given, target)
+
+
+MODEL = mlp()
+
+
+@pytest.mark.parametrize(
+    "cut", [lambda x: MODEL(x).detach(), lambda x: MODEL(x.detach()), lambda x: MODEL(x).round().long()]
+)
+def test_a_model_without_a_gradient_is_named(cut) -> None:
+    for call in (
+        xb.explain.gradient(cut),
+        lambda x, y: xb.bound(xb.explain.gradient(cut))(xb.Interval.linf(x, 0.1), y),
+    ):
+        with pytest.raises(ValueError, match="no gradient by x: something in it, such as detach"):
+            call(X, TARGET)
+
+
+def test_a_baseline_is_a_number_or_a_tensor() -> None:
+    with pytest.raises(TypeError, match="baseline must be a number or a tensor, got ndarray"):
+        xb.explain.integrated_gradients(mlp(), steps=2)(X, TARGET, X.numpy())  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -215,3 +216,8 @@ def test_functions_of_tensors_say_how_to_bound_them() -> None:
     for call in (lambda: torch.relu(box), lambda: torch.nn.Linear(6, 2)(box)):
         with pytest.raises(TypeError, match=r"given an Interval.*xb.bound\(fn\)\(box\)"):
             call()  # type: ignore[arg-type]
+
+
+def test_a_set_becomes_no_array() -> None:
+    with pytest.raises(TypeError, match=r"no array: take its \.lower"):
+        np.asarray(xb.Interval.linf(torch.zeros(4, 6), 0.1))

@@ -452,3 +452,11 @@ def test_a_seed_with_rows_of_its_own_selects_nothing() -> None:
 
     x = torch.rand(3, 6, dtype=torch.float64)
     assert torch.allclose(xb.bound(explained)(xb.Interval.point(x), target).mid, explained(x, target))
+
+
+def test_a_bound_function_prints_what_it_bounds_and_is_not_bounded_again() -> None:
+    bounded = xb.bound(nn.Linear(6, 3), sound=True)
+    assert repr(bounded) == "BoundFunction(Linear, rounding='outward')"
+    for again in (xb.bound, lambda fn: xb.attack.pgd(fn, torch.zeros(2, 6), eps=0.1, property=xb.TopK(1))):
+        with pytest.raises(TypeError, match="is bounded already: pass what was bounded"):
+            again(bounded)

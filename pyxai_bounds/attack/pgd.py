@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyxai_bounds.attack.search import Attack, Search, search
-from pyxai_bounds.certify.properties import Property, kept
+from pyxai_bounds.certify.properties import Property, check_property, kept
 from pyxai_bounds.interval import Clip, Interval
 
 
@@ -33,6 +33,7 @@ def pgd(
     property that is certified is never broken here, which makes the two a test of each other.
     Source: Ghorbani et al., "Interpretation of neural networks is fragile", AAAI 2019, with random restarts.
     """
+    check_property(property)
 
     def margin(attribution: Tensor, nominal: Tensor) -> Tensor:
         return property.margin(nominal, Interval.of(attribution, torch.zeros_like(attribution)))

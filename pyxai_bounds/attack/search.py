@@ -35,6 +35,10 @@ class Attack:
     margin: Tensor
     broken: Tensor
 
+    def __repr__(self) -> str:
+        worst = f", least margin {float(self.margin.min()):.3g}" if len(self.margin) else ""
+        return f"Attack(broke {int(self.broken.sum())} of {len(self.broken)}{worst})"
+
 
 @dataclass(frozen=True)
 class Search:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pyxai_bounds.certify.differences import Differences, least_difference
 from pyxai_bounds.certify.forms import Forms
 from pyxai_bounds.certify.pieces import Pieces
-from pyxai_bounds.certify.properties import Property, TopK, flat, kept
+from pyxai_bounds.certify.properties import Property, TopK, check_property, flat, kept
 from pyxai_bounds.interval import Clip, Interval
 from pyxai_bounds.parameters import ParameterBox
 from pyxai_bounds.program import BoundFunction, bound
@@ -164,7 +164,8 @@ class _Check:
         if not isinstance(x, Tensor) or not x.is_floating_point():
             kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(
-                f"x must be a floating tensor [B, ...], got {kind}; torch.as_tensor or .float() converts it."
+                f"x must be a floating tensor [B, ...], got {kind}; torch.as_tensor or .float() converts it. In "
+                "the place of tokens stand their embeddings (docs/transformers.md)."
             )
         if x.dim() == 0:
             raise ValueError("x must be a batch [B, ...], got a tensor without dimensions; use x[None].")
@@ -173,8 +174,7 @@ class _Check:
             raise TypeError(
                 f"target must be an integer tensor [B] or None, got {type(target).__name__}; {mend} makes one."
             )
-        if not hasattr(property, "margin") or isinstance(property, type):
-            raise TypeError(f"property must be one such as TopK(5), got {property!r}.")
+        check_property(property)
         if target is not None and target.dim() == 0:
             raise ValueError(
                 f"target is a single class, of shape [], and x has shape {list(x.shape)}. A batch comes first: for one "
@@ -183,6 +183,7 @@ class _Check:
         if target is not None and target.shape[:1] != x.shape[:1]:
             raise ValueError(
                 f"x has {len(x)} samples, but target has shape {list(target.shape)}; it must be [{len(x)}]."
+                + (" For one sample pass x.unsqueeze(0)." if x.dim() == 1 else "")
             )
         self.fn, self.x, self.target, self.clip, self.property = fn, usual(x), target, clip, property
         self.bounded: BoundFunction = bound(fn, sound=sound, parameters=parameters, product=product)

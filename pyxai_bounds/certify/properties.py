@@ -9,7 +9,7 @@ takes roots does so in float64, and leaves room for what that may lose.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,12 @@ class Property(Protocol):
     def margin(self, nominal: Tensor, bounds: Interval) -> Tensor:
         """Distance from being broken, [B], for explanations of shape [B, ...]."""
         ...
+
+
+def check_property(property: Any) -> None:
+    """Raise TypeError for what is no property, a class such as ``TopK`` included."""
+    if not hasattr(property, "margin") or isinstance(property, type):
+        raise TypeError(f"property must be one such as TopK(5), got {property!r}.")
 
 
 def kept(property: Property, margin: Tensor) -> Tensor:

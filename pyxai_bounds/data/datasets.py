@@ -46,7 +46,10 @@ def _own(name: str) -> Dataset:
         factory = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"The data factory {name!r} cannot be imported: {error}.") from error
-    dataset = factory() if callable(factory) else factory
+    try:
+        dataset = factory() if callable(factory) else factory
+    except TypeError as error:
+        raise TypeError(f"{name}, called without arguments: {error}") from error
     if not isinstance(dataset, Dataset):
         raise ValueError(f"{name} gave {type(dataset).__name__}; a data factory returns a pyxai_bounds.data.Dataset.")
     return dataset

@@ -12,15 +12,14 @@ from matplotlib.figure import Figure
 from pyxai_bounds.report.evaluate import Evaluation, rounded_down
 from pyxai_bounds.report.glossary import entry
 from pyxai_bounds.report.plots import encode, plot_curves, plot_samples
+from pyxai_bounds.train.checkpoint import write_file
 
 
 def write_page(path: str | Path, evaluations: Sequence[Evaluation], title: str = "How much of it is certain?") -> Path:
     """Write the page of these evaluations, grouped by data set; folders are made as needed. Returns the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(page(evaluations, title), encoding="utf-8")
-    temporary.replace(path)
+    write_file(path, page(evaluations, title).encode())
     return path
 
 

@@ -163,7 +163,7 @@ def _short(content: bytes) -> str:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """All of it or nothing: a reader never sees half a file."""
+    """All of it or nothing: a reader never sees half a file. An OSError names it, whatever step failed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -171,6 +171,8 @@ def write_file(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror or error}; it cannot be written", str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

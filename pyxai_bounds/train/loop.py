@@ -119,6 +119,11 @@ def fit(
     """
     recipe = replace(recipe or Recipe(), **changes)
     recipe.check()
+    if not callable(objective):
+        raise TypeError(
+            f"objective must be a function (model, x, y, eps), such as xb.train.rec, got {objective!r}; names are what "
+            "xb.train.Recipe(objective=...) and xb.train.run take."
+        )
     processes = processes or World(device=next(model.parameters()).device)
     hooks = _Hooks(on_epoch, on_progress, on_checkpoint, checkpoint_every)
     with (

@@ -93,3 +93,13 @@ def test_leaky_relu_has_a_smooth_twin_too() -> None:
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="steps ≥ 1"):
         xb.attack.pgd(xb.explain.gradient(mlp()), X, TARGET, eps=0.1, property=xb.TopK(2), steps=0)
+
+
+def test_a_property_is_one_and_no_class() -> None:
+    with pytest.raises(TypeError, match=r"property must be one such as TopK\(5\)"):
+        xb.attack.pgd(lambda x: x, torch.rand(2, 6), eps=0.1, property=xb.TopK)  # type: ignore[arg-type]
+
+
+def test_an_attack_prints_its_outcome() -> None:
+    attack = xb.attack.pgd(lambda x: x, torch.tensor([[0.0, 1.0], [0.0, 0.01]]), eps=0.1, property=xb.TopK(1))
+    assert repr(attack).startswith("Attack(broke 1 of 2, least margin -")

@@ -399,7 +399,7 @@ def test_an_interrupted_write_leaves_the_old_run_whole(kept, monkeypatch):
     newer = nn.Sequential(nn.Flatten(), nn.Linear(6, 2))
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(OSError, match=rf"disk full; it cannot be written: '{kept}/model-\w+.safetensors'"):
             write(newer, kept)
     assert same(load(kept), old)
     assert sorted(p.suffix for p in kept.iterdir()) == [".json", ".safetensors"]
@@ -477,3 +477,9 @@ def test_all_parts_see_the_network_that_all_parts_taught(monkeypatch):
     fit(model, x.double(), y, objective, optimiser="sgd", epochs=2, natural_epochs=0, batch_size=24, accumulate=3)
     assert [(size, learned) for size, learned, _ in seen] == [(8, 3)] * 3 + [(8, 6)] * 3
     assert torch.equal(seen[0][2], seen[2][2])
+
+
+def test_an_objective_is_a_function():
+    x, y = problem(40)
+    with pytest.raises(TypeError, match=r"such as xb\.train\.rec, got 'rec'; names are what"):
+        fit(nn.Linear(3, 2), x, y, "rec", epochs=1)
