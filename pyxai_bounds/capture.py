@@ -277,9 +277,10 @@ class _Record(TorchDispatchMode):
 
     def at_constants(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """What a function makes of integers that are known, and knows then, too; NotImplemented for all others."""
+        if not self._makes_constants:
+            return NotImplemented
         given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        known = all(id(t) in self._readable for t in given) if given else func in _MAKE_INTEGERS
-        if not self._makes_constants or not known:
+        if not (all(id(t) in self._readable for t in given) if given else func in _MAKE_INTEGERS):
             return NotImplemented
         with _disable_current_modes(), _RefuseRandomness():
             value = func(*args, **kwargs)

@@ -233,7 +233,11 @@ def _capture(
         if not any(is_readable(leaf) for leaf in points):
             _explain_mismatch(fn, points, error)
             raise
-    captured = capture(fn, spec, points, specialise=True)
+    try:
+        captured = capture(fn, spec, points, specialise=True)
+    except Exception as error:
+        _explain_mismatch(fn, points, error)
+        raise
     captures.put(key, _READS_INTEGERS)
     return (*key, _integers(points)), captured
 
