@@ -30,7 +30,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.modules import transformer
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from pyxai_bounds.decompose import DECOMPOSED, REWRITTEN
 from pyxai_bounds.errors import CaptureError
@@ -52,7 +52,7 @@ class Captured:
     graph: fx.GraphModule  # one placeholder per tensor argument, in order; one flat tuple of results
     out_spec: pytree.TreeSpec
     modules: ModuleWatch
-    specialised: bool = False  # to the values of one-element integer arguments, which are constants of it
+    specialised: bool = False  # to the values of integer arguments, which are constants of it
     derived: dict[Any, Any] = field(default_factory=dict)  # programs made from this graph
 
     def constants(self) -> Iterator[Tensor]:
@@ -72,15 +72,15 @@ def capture(fn: Callable, spec: pytree.TreeSpec, leaves: list[Any], *, specialis
     """Capture ``fn(*args, **kwargs)``, where ``(args, kwargs)`` is ``spec`` with ``leaves``.
 
     Tensor leaves become placeholders, in order; all other leaves are constants of the graph. With
-    ``specialise``, integer tensors of one element are constants too, because some programs read them.
+    ``specialise``, integer tensors are constants too, because some programs read them.
     Raises CaptureError for what a fixed graph cannot express: values read back into Python, random
     numbers, dropout or batch statistics in training mode.
     """
     tensor_positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     tensors = [leaves[i] for i in tensor_positions]
-    constants = {i: leaves[i].detach().clone() for i in tensor_positions if specialise and is_one_integer(leaves[i])}
+    constants = {i: leaves[i].detach().clone() for i in tensor_positions if specialise and is_readable(leaves[i])}
     out_spec: pytree.TreeSpec | None = None
-    record = _Record(readable=list(constants.values()))
+    record = _Record(readable=list(constants.values()), makes_constants=specialise)
 
     def program(*tensors: Tensor) -> list[Any]:
         nonlocal out_spec
@@ -100,13 +100,11 @@ def capture(fn: Callable, spec: pytree.TreeSpec, leaves: list[Any], *, specialis
                 _refuse_randomness(graph)
                 return _functional(graph, record), watch
             except (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException) as error:
-                raise CaptureError(
-                    "The function reads the value of a tensor into Python (a comparison in an if, .item(), float()), "
-                    f"or makes a tensor whose shape depends on values, at {_users_line_of(error)}. Bounds hold for one "
-                    "fixed program: use torch.where, or pass the number in."
-                ) from error
-            except Exception:
+                raise (record.random or _refusal_of_values(_users_line_of(error))) from error
+            except Exception as error:
                 # A function that calls .backward() would add to gradients that are real: try it without them.
+                if record.random is not None:
+                    raise record.random from error
                 if clear_grads or not saved.had_grads():
                     raise
             finally:
@@ -116,6 +114,7 @@ def capture(fn: Callable, spec: pytree.TreeSpec, leaves: list[Any], *, specialis
     with _lock, _clean_modes():
         graph, watch = traced(clear_grads=False)
     _simplify(graph)
+    _refuse_values_in_results(graph)
     _refuse_lost_writes(graph, record)
     assert out_spec is not None
     return Captured(graph, out_spec, watch, specialise)
@@ -127,8 +126,9 @@ def retrace(program: Callable, tensors: list[Tensor]) -> fx.GraphModule:
         return _trace(program, tensors)
 
 
-def is_one_integer(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.numel() == 1 and not leaf.is_floating_point()
+def is_readable(leaf: Any) -> bool:
+    """May a program read these values, and be captured once for each of them? Targets, masks and lengths may be."""
+    return isinstance(leaf, Tensor) and leaf.numel() <= 2**20 and not (leaf.is_floating_point() or leaf.is_complex())
 
 
 def source_of(node: fx.Node) -> str:
@@ -261,26 +261,51 @@ def _unchecked_distributions() -> Iterator[None]:
         Distribution.set_default_validate_args(checks)
 
 
+_MAKE_INTEGERS = (torch.arange, torch.tensor, torch.as_tensor)
+
+
 class _Record(TorchDispatchMode):
     """Note the user's line of every operator and what is written in place; refuse to bake values into the graph."""
 
-    def __init__(self, readable: list[Tensor]) -> None:
+    def __init__(self, readable: list[Tensor], makes_constants: bool) -> None:
         super().__init__()
-        self._readable = {id(t) for t in readable}
+        self._makes_constants = makes_constants
+        self._readable = {id(t): t for t in readable}
         self._sources: dict[int, str] = {}  # of each forward operator, by its autograd sequence number
+        self.random: CaptureError | None = None  # what to say, if that an operator draws random numbers goes wrong
         self.written: dict[int, tuple[Tensor, Tensor]] = {}  # tensors that are no arguments, with their values before
         self.written_memory: set[int] = set()  # of such tensors, where views of them are written
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is aten._local_scalar_dense.default and (self.is_live(args[0]) or args[0].requires_grad):
             _refuse_read()
+        if func is aten._local_scalar_dense.default and id(args[0]) in self._readable:
+            with _disable_current_modes():
+                return func(*args)
         self._save_what_is_written(func, args)
+        if self.random is None and torch.Tag.nondeterministic_seeded in func.tags:
+            self.random = _refusal_of_randomness(func, _users_line())
         fx.traceback.set_stack_trace([self._source()])
         return func(*args, **(kwargs or {}))
 
     def is_live(self, value: Any) -> bool:
         """Is it a real tensor, which the function did not get as an argument?"""
         return isinstance(value, Tensor) and not isinstance(value, FakeTensor) and id(value) not in self._readable
+
+    def at_constants(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """What a function makes of integers that are known, and knows then, too; NotImplemented for all others."""
+        if not self._makes_constants:
+            return NotImplemented
+        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if not (all(id(t) in self._readable for t in given) if given else func in _MAKE_INTEGERS):
+            return NotImplemented
+        with _disable_current_modes(), _RefuseRandomness():
+            value = func(*args, **kwargs)
+        made = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+        if not all(is_readable(t) for t in made):
+            return NotImplemented
+        self._readable |= {id(t): t for t in made}
+        return value
 
     def _save_what_is_written(self, func: Any, args: tuple) -> None:
         """Tracing really performs in-place operators on tensors that are no arguments, such as counters in buffers."""
@@ -315,12 +340,21 @@ class _RefuseConversions(TorchFunctionMode):
         self._record = record
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        value = self._record.at_constants(func, args, kwargs or {})
+        if value is not NotImplemented:
+            return value
         if func in (Tensor.tolist, Tensor.numpy, Tensor.__array__) and self._record.is_live(args[0]):
             _refuse_read()
         if func in (Tensor.numpy, Tensor.__array__):
             raise CaptureError(
                 f"The function leaves PyTorch for NumPy at {_users_line()}. Bounds follow PyTorch's operators alone: "
                 "compute with torch functions there."
+            )
+        if func is torch._pack_padded_sequence:
+            raise CaptureError(
+                f"The function packs sequences of different lengths at {_users_line()}; how many steps there are "
+                "depends on the values of a tensor. Give the layer padded sequences, and take of its outputs what each "
+                "length allows: output[torch.arange(B), lengths - 1] (a bidirectional layer reads the padding first)."
             )
         return REWRITTEN.get(func, func)(*args, **(kwargs or {}))
 
@@ -331,6 +365,21 @@ def _refuse_read() -> NoReturn:
         f"(.item(), float(), bool(), .tolist() or a comparison in an if) at {_users_line()}. The bounds would keep "
         "that value for ever. Compute with the tensor itself instead."
     )
+
+
+def _refusal_of_values(source: str) -> CaptureError:
+    return CaptureError(
+        "The function reads the value of a tensor into Python (a comparison in an if, .item(), float()), or makes a "
+        f"tensor whose shape depends on values, at {source}. Bounds hold for one fixed program: use torch.where, or "
+        "pass the number in."
+    )
+
+
+def _refuse_values_in_results(graph: fx.GraphModule) -> None:
+    """A number that was read, and never compared, is a symbol; rules know numbers and tensors alone."""
+    for node in graph.graph.nodes:
+        if isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)) and node.users:
+            raise _refusal_of_values(source_of(node))
 
 
 def _refuse_hidden_tensors(results: list[Any]) -> None:
@@ -496,12 +545,27 @@ def _refuse_lost_writes(graph: fx.GraphModule, record: _Record) -> None:
 
 def _refuse_randomness(graph: fx.GraphModule) -> None:
     for node in graph.graph.nodes:
-        target = node.target
-        if isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags:
-            raise CaptureError(
-                f"The function draws random numbers ({target.name()} at {source_of(node)}). Bounds hold for one fixed "
-                "program: draw the noise outside and pass it as an argument."
-            )
+        _refuse_if_random(node.target, source_of(node))
 
 
-__all__ = ["Captured", "capture", "is_one_integer", "remove_unused", "retrace", "source_of"]
+def _refuse_if_random(op: Any, source: str) -> None:
+    if isinstance(op, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in op.tags:
+        raise _refusal_of_randomness(op, source)
+
+
+def _refusal_of_randomness(op: torch._ops.OpOverload, source: str) -> CaptureError:
+    return CaptureError(
+        f"The function draws random numbers ({op.name()} at {source}). Bounds hold for one fixed program: draw the "
+        "noise outside and pass it as an argument."
+    )
+
+
+class _RefuseRandomness(TorchDispatchMode):
+    """Of what is computed while the graph is captured, and is a constant of it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        _refuse_if_random(func, _users_line())
+        return func(*args, **(kwargs or {}))
+
+
+__all__ = ["Captured", "capture", "is_readable", "remove_unused", "retrace", "source_of"]

@@ -43,6 +43,11 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
     return v * (g / norm), norm
 
 
+def _zeros(size: list[int], *, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
+    """A forward derivative's tangent of what has none, which the tracer would put on no device."""
+    return torch.zeros(size, dtype=dtype, device=device)
+
+
 def _vdot(a: Tensor, b: Tensor) -> Any:
     """Spectral norm's."""
     return NotImplemented if a.is_complex() else aten.dot.default(a, b)
@@ -203,6 +208,17 @@ def _logcumsumexp(x: Tensor, dim: int, *, out: Any = None) -> Tensor:
     if out is not None or not x.dim() or not x.is_floating_point():
         return torch.logcumsumexp(x, dim, out=out)
     return _LogCumSumExp.apply(x, dim)
+
+
+def _lstsq(a: Tensor, b: Tensor, rcond: float | None = None, *, driver: str | None = None, out: Any = None) -> Any:
+    """Of matrices of full rank, as the rule of ``pinv`` makes sure; PyTorch's own looks for the rank."""
+    vector = b.dim() == 1 or (a.dim() - 1 == b.dim() and b.shape == a.shape[:-1])
+    b = b.unsqueeze(-1) if vector else b
+    x = torch.linalg.pinv(a, rtol=rcond) @ b
+    m, n = a.shape[-2:]
+    off = (a @ x - b).square().sum(-2) if m > n else a.new_empty(0)
+    rank = torch.full(a.shape[:-2], min(m, n), dtype=torch.int64, device=a.device)
+    return torch.return_types.linalg_lstsq((x.squeeze(-1) if vector else x, off, rank, a.new_empty(0)))  # type: ignore[attr-defined]
 
 
 def _recurrent(step: Callable[..., Any], whole: Callable[..., Any]) -> Callable[..., Any]:
@@ -377,6 +393,7 @@ REWRITTEN: dict[Callable, Callable[..., Any]] = {
     torch.rms_norm: _rms_norm,
     F.rms_norm: _rms_norm,
     F.gaussian_nll_loss: _gaussian_nll,
+    torch.linalg.lstsq: _lstsq,
     torch.cumprod: _cumprod,
     Tensor.cumprod: _cumprod,
     torch.logcumsumexp: _logcumsumexp,
@@ -385,6 +402,7 @@ REWRITTEN: dict[Callable, Callable[..., Any]] = {
 
 DECOMPOSED: dict[Any, Callable[..., Any]] = {
     aten._weight_norm_interface.default: _weight_norm,
+    aten._efficientzerotensor.default: _zeros,
     aten.vdot.default: _vdot,
     aten.adaptive_max_pool2d.default: _adaptive_max_pool2d,
     aten.adaptive_max_pool2d_backward.default: _adaptive_max_pool2d_backward,

@@ -21,6 +21,7 @@ from pyxai_bounds.fuse import VIEWS
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.parameters import ParameterBox
 from pyxai_bounds.rules import RULES, UnsupportedArgumentsError, facts
+from pyxai_bounds.rules.reduce import normalised
 from pyxai_bounds.rules.registry import (
     Indices,
     Rule,
@@ -34,6 +35,10 @@ from pyxai_bounds.rules.registry import (
 )
 
 aten = torch.ops.aten
+
+_AT_POINTS = " (at points, where sound=True would bound its rounding: compute it outside, and use the tensor here)"
+
+_OTHER_POOL = " (differentiates a max pool's gradient forwards inside of vmap; use jacrev, or autograd.grad twice)"
 
 SET = object()  # marks a result that is a set among results that are constants
 
@@ -84,6 +89,15 @@ class Interpreter(fx.Interpreter):
         if n.op != "call_function":
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if n.target in _POOL_GRADIENTS and isinstance(args[-1], Indices):
+            pooled = self._pooled(n)
+            if pooled is None:
+                return self._cannot_bound(n, _OTHER_POOL)
+            args = (args[0], pooled, *args[2:])
+        if n.target is aten.div.Tensor and isinstance(args[0], Interval) and rd.mode() != rd.Rounding.EVALUATED:
+            unit = _normalised(n, args[0])
+            if unit is not None:
+                return unit
         if n.target is aten._to_copy.default and isinstance(args[0], Interval) and self._is_place(n):
             return _at_point(n.target, fx.map_arg(n.args, self._at_constants({})), kwargs)
         if n.target is operator.getitem:
@@ -99,7 +113,7 @@ class Interpreter(fx.Interpreter):
             if not outward() or _is_exact(n, rule, args, kwargs):
                 return _at_point(n.target, args, kwargs)
             if rule is None:
-                return self._cannot_bound(n, " (at a point: sound=True bounds its rounding)")
+                return self._cannot_bound(n, _AT_POINTS)
             args = _enclosed(rule, args)
         elif rule is None:
             return self._cannot_bound(n, "")
@@ -109,6 +123,24 @@ class Interpreter(fx.Interpreter):
             return facts.carried(n.target, args, kwargs, result) if maxima is None else maxima
         except UnsupportedArgumentsError as reason:
             return self._cannot_bound(n, f" ({reason})")
+
+    def _pooled(self, n: fx.Node) -> Any:
+        """The set in which a max pool found the places that its gradient goes to; None if it is not known.
+
+        The operator looks at the places alone. Where PyTorch differentiates it forwards, a tangent stands in the place
+        of the pool's input.
+        """
+        (given, _), (found, in_order) = _origin(n.args[1]), _origin(n.args[-1])
+        pool = found.args[0] if found.target is operator.getitem else None
+        if not isinstance(pool, fx.Node) or pool.target not in _POOLS:
+            return None
+        if given is _origin(pool.args[0])[0]:
+            return self.env[n.args[1]]  # type: ignore[index]
+        shape = n.args[1].meta["val"].shape  # type: ignore[union-attr]
+        x = self.env[pool.args[0]]  # type: ignore[index]
+        if not in_order or shape.numel() != x.shape.numel():
+            return None
+        return Interval.of(x.mid.reshape(shape), x.rad.reshape(shape))
 
     def _is_place(self, n: fx.Node) -> bool:
         """Is it an integer or a truth value that follows from shapes and integers, as relative positions do?
@@ -240,6 +272,19 @@ _EXTREMA = frozenset(
      aten.nanmedian.default)
 )  # fmt: skip
 
+_POOLS = (
+    aten.max_pool2d_with_indices.default, aten.max_pool3d_with_indices.default, aten.adaptive_max_pool2d.default,
+    aten.adaptive_max_pool3d.default,
+)  # fmt: skip
+_POOL_GRADIENTS = frozenset(
+    (aten.max_pool2d_with_indices_backward.default, aten.max_pool3d_with_indices_backward.default,
+     aten.adaptive_max_pool2d_backward.default, aten.adaptive_max_pool3d_backward.default)
+)  # fmt: skip
+_IN_ORDER = frozenset(
+    (*VIEWS, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
+     aten.clone.default)
+)  # fmt: skip
+
 # Operators without a rule that return numbers they are given, or numbers that a program may call constants.
 _MOVING = frozenset(
     (aten.detach.default, aten.alias.default, aten.clone.default, aten.lift_fresh_copy.default, aten.sort.default,
@@ -259,6 +304,42 @@ def _is_exact(node: fx.Node, rule: Rule | None, args: tuple, kwargs: dict) -> bo
         return True
     leaves = pytree.tree_leaves((args, kwargs))
     return rule is None and not any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves)
+
+
+def _normalised(n: fx.Node, x: Interval) -> Interval | None:
+    """Rows divided by their own norm or a little more: F.normalize, and g / (g.norm(dim=1, keepdim=True) + 1e-8)."""
+    divisor: Any = n.args[1]
+    while isinstance(divisor, fx.Node) and divisor.target is aten.expand.default:
+        divisor = divisor.args[0]
+    if not isinstance(divisor, fx.Node) or divisor.kwargs or len(divisor.args) != 2:
+        return None
+    norm, least = divisor.args
+    if not isinstance(norm, fx.Node) or norm.target is not aten.linalg_vector_norm.default or norm.kwargs:
+        return None
+    dims: Any
+    of, ord, dims, kept = (*norm.args, *(None, 2, None, False)[len(norm.args) :])[:4]
+    if of is not n.args[0] or ord != 2 or not kept or not isinstance(least, int | float) or least < 1e-100:
+        return None
+    if divisor.target is aten.clamp_min.default:
+        limit: Callable[[Tensor], Tensor] = lambda norm: norm.clamp(min=least)  # noqa: E731
+    elif divisor.target in (aten.add.Tensor, aten.add.Scalar):
+        limit = lambda norm: norm + least  # noqa: E731
+    else:
+        return None
+    given = in_float64(x) if outward() else x
+    every = list(range(len(x.shape))) if dims is None else [dims] if isinstance(dims, int) else list(dims)
+    out = normalised(given, every, limit)
+    return narrow(out, n.meta["val"].dtype) if outward() else out
+
+
+def _origin(node: Any) -> tuple[fx.Node, bool]:
+    """What a node shows in another shape, and whether its elements are all there, in their order."""
+    in_order = True
+    while node.target in _IN_ORDER or node.target in (aten.permute.default, aten.expand.default):
+        moved = node.target is aten.permute.default and list(node.args[1]) != list(range(len(node.args[1])))
+        in_order = in_order and not moved and node.target is not aten.expand.default
+        node = node.args[0]
+    return node, in_order
 
 
 def _dims(node: fx.Node, shape: torch.Size) -> set[int]:

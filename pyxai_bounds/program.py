@@ -25,7 +25,7 @@ from torch import Tensor, fx
 
 from pyxai_bounds import fuse, ops
 from pyxai_bounds import rounding as rd
-from pyxai_bounds.capture import Captured, capture, is_one_integer, retrace
+from pyxai_bounds.capture import Captured, capture, is_readable, retrace
 from pyxai_bounds.chain import chain
 from pyxai_bounds.errors import CaptureError
 from pyxai_bounds.identity import identity, is_dead, tensors_of, token, unwrap
@@ -219,7 +219,7 @@ def _captured(fn: Callable, leaves: list[Any], spec: pytree.TreeSpec) -> Capture
     key: tuple[Any, ...] = (spec, (torch.get_default_dtype(), *(_leaf_key(leaf) for leaf in points)))
     found = captures.get(key)
     if found is _READS_INTEGERS:
-        key = (*key, tuple(leaf.item() for leaf in points if is_one_integer(leaf)))
+        key = (*key, _integers(points))
         found = captures.get(key)
     if found is None or not found.is_current():
         if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -240,19 +240,26 @@ def _captured(fn: Callable, leaves: list[Any], spec: pytree.TreeSpec) -> Capture
 def _capture(
     fn: Callable, spec: pytree.TreeSpec, points: list[Any], key: tuple, captures: _Captures
 ) -> tuple[tuple, Captured]:
-    integers = tuple(leaf.item() for leaf in points if is_one_integer(leaf))
     if len(key) == 3:
         return key, capture(fn, spec, points, specialise=True)
     try:
         return key, capture(fn, spec, points)
     except Exception as error:
         # Some programs look at an integer argument's value, which fake tensors do not have.
-        if not integers:
+        if not any(is_readable(leaf) for leaf in points):
             _explain_mismatch(fn, points, error)
             raise
-    captured = capture(fn, spec, points, specialise=True)
+    try:
+        captured = capture(fn, spec, points, specialise=True)
+    except Exception as error:
+        _explain_mismatch(fn, points, error)
+        raise
     captures.put(key, _READS_INTEGERS)
-    return (*key, integers), captured
+    return (*key, _integers(points)), captured
+
+
+def _integers(points: list[Any]) -> tuple[bytes, ...]:
+    return tuple(leaf.contiguous().cpu().numpy().tobytes() for leaf in points if is_readable(leaf))
 
 
 def _explain_mismatch(fn: Callable, points: list[Any], error: Exception) -> None:

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from captum.attr import DeepLift, GuidedBackprop, InputXGradient, IntegratedGradients, LayerGradCam, Saliency
+from captum.attr import (
+    DeepLift,
+    FeatureAblation,
+    GuidedBackprop,
+    InputXGradient,
+    IntegratedGradients,
+    LayerGradCam,
+    Saliency,
+)
 from torch import Tensor
 
 import pyxai_bounds as xb
@@ -85,6 +93,17 @@ def test_one_image(name: str) -> None:
         assert_exact_at_zero_radius(method, x, y)
         bounds = xb.bound(method)(xb.Interval.linf(x, EPS), y)
         assert_encloses(bounds, method(sample(xb.Interval.linf(x, EPS), 1, corners=True), y).detach())
+
+
+def test_groups_of_features_are_arguments() -> None:
+    """Captum reads the mask's values: each of them is a capture of its own."""
+    method = FeatureAblation(residual())
+    x, y = images(1), torch.tensor([1])
+    box = xb.Interval.linf(x, EPS)
+    for groups in (2, 3):
+        mask = torch.arange(8).expand(1, 3, 8, 8) % groups
+        bounds = xb.bound(lambda x, y, k: method.attribute(x, target=y, feature_mask=k))(box, y, mask)
+        assert_encloses(bounds, method.attribute(sample(box, 1, corners=True), target=y, feature_mask=mask).detach())
 
 
 def test_the_model_is_left_as_it_was() -> None:

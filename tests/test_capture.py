@@ -10,6 +10,7 @@ import threading
 import types
 import weakref
 from collections import Counter, OrderedDict
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -764,6 +765,45 @@ def test_a_single_integer_target_is_not_baked_in() -> None:
     for label in (0, 3, 0, 2):
         bounds = bounded(xb.Interval.point(x), torch.tensor([label]))
         assert torch.allclose(bounds.mid, model(x)[:, label])
+
+
+def test_integers_that_are_read_are_constants_of_one_capture_each() -> None:
+    """Loops over targets, masks of groups of features, lengths."""
+    model = mlp()
+
+    def fn(x: Tensor, y: Tensor, groups: Tensor) -> Tensor:
+        rows = [model(x)[i, y[i]] for i in range(len(x))]
+        left_out = [model(x * (groups != group)).gather(1, y[:, None])[:, 0] for group in torch.unique(groups).tolist()]
+        counted = torch.arange(3)
+        return torch.stack([*rows, *torch.stack(left_out).flatten()]) * int(counted.max())
+
+    x, bounded = images(2, shape=(6,)), xb.bound(fn)
+    for targets, groups in (([0, 3], [0, 0, 1, 1, 2, 2]), ([2, 3], [0, 1, 1, 1, 1, 0]), ([0, 3], [0, 0, 1, 1, 2, 2])):
+        y, mask = torch.tensor(targets), torch.tensor(groups)
+        bounds = bounded(xb.Interval.linf(x, 0.01), y, mask)
+        assert_encloses(bounds, fn(sample(xb.Interval.linf(x, 0.01), 1, corners=True), y, mask))
+        assert y.tolist() == targets and mask.tolist() == groups
+    with pytest.raises(xb.CaptureError, match="draws random numbers"):
+        xb.bound(lambda x, y: x[torch.randint_like(y, 2)] if y[0] else x)(
+            xb.Interval.linf(x, 0.01), torch.tensor([1, 0])
+        )
+
+
+@pytest.mark.parametrize(
+    ("fn", "message"),
+    [
+        (lambda x: x * torch.randperm(3).tolist()[0], "draws random numbers .aten::randperm"),
+        (lambda x: x * x.sum().item(), "reads the value of a tensor into Python"),
+        (
+            lambda x: nn.utils.rnn.pack_padded_sequence(x[None], [2], batch_first=True).data,
+            "packs sequences of different lengths.*output.torch.arange.B., lengths - 1.",
+        ),
+    ],
+)
+def test_what_a_fixed_program_cannot_hold_is_named(fn: Callable, message: str) -> None:
+    with pytest.raises(xb.CaptureError, match=message) as caught:
+        xb.bound(fn)(xb.Interval.linf(images(2, shape=(6,)), 0.01))
+    assert "test_capture.py:" in str(caught.value)
 
 
 # --- in-place operators, writes into arguments -------------------------------------------------------------------

@@ -19,6 +19,7 @@ from pyxai_bounds.rules import (  # noqa: F401
     remainder,
     shape,
     softmax,
+    solve,
     standardise,
 )
 from pyxai_bounds.rules.registry import RULES, Rule, UnsupportedArgumentsError, rule

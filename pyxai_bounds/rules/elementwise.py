@@ -103,8 +103,9 @@ def div(a: Any, b: Any) -> Interval:
 def reciprocal(x: Interval) -> Interval:
     """Decreasing on either side of 0; a set that touches 0 has no bound, which is (0, ∞)."""
     lower, upper = ends(x)
-    out = enclose(1 / upper, 1 / lower, ulps=1)
     touches = ~((lower > 0) | (upper < 0))
+    lower, upper = (torch.where(touches, 1.0, end) for end in (lower, upper))  # or gradients would be NaN there
+    out = enclose(1 / upper, 1 / lower, ulps=1)
     return filled(out, touches, rad=math.inf)
 
 

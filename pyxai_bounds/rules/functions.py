@@ -28,6 +28,7 @@ from pyxai_bounds.rules.registry import (
     outward,
     range_of,
     rule,
+    steep,
 )
 
 aten = torch.ops.aten
@@ -38,9 +39,13 @@ for op in (aten.exp, aten.exp2, aten.expm1, aten.log2, aten.log10, aten.erf, ate
     increasing(op.default, ulps=4)
 for op in (aten.asinh, aten.acosh, aten.atanh):
     increasing(op.default, ulps=8)
-increasing(aten.sqrt.default, ulps=2)
 log = increasing(aten.log.default, ulps=4)
 log1p = increasing(aten.log1p.default, ulps=4)
+
+
+@rule(aten.sqrt.default, ulps=2)
+def sqrt(x: Interval) -> Interval:
+    return monotone(steep(torch.sqrt), x, ulps=2)
 
 
 def _decreasing(function: Callable[[Tensor], Tensor], x: Interval, ulps: float) -> Interval:
@@ -74,6 +79,40 @@ def entr(x: Interval) -> Interval:
     return range_of(torch.special.entr, x, [(1 / math.e, 1 / math.e)], ulps=8)
 
 
+# --- the gamma function -----------------------------------------------------------------------------------------
+
+_LEAST_GAMMA = (1.4616321449683622, -0.12148629053584961)  # where digamma is 0, and log Γ there
+
+
+def _on_positive(x: Interval, out: Interval) -> Interval:
+    """What holds of positive numbers; a set that reaches 0 has no bound."""
+    return filled(out, ~(ends(x)[0] > 0), rad=math.inf)
+
+
+@rule(aten.lgamma.default, ulps=None)
+def lgamma(x: Interval) -> Interval:
+    """Convex on positive numbers; around its zeros, 1 and 2, it is off by a few u."""
+    return _on_positive(x, range_of(torch.lgamma, x, [_LEAST_GAMMA], ulps=16, absolute=16))
+
+
+@rule(aten.digamma.default, ulps=None)
+def digamma(x: Interval) -> Interval:
+    """Increasing on positive numbers: a sum of ten fractions and a series, off by a few u of each."""
+    return _on_positive(x, monotone(torch.digamma, x, ulps=64, absolute=64))
+
+
+@rule(aten.polygamma.default, ulps=None, set_first="self")
+def polygamma(n: int, x: Interval) -> Interval:
+    """Of n = 1, which decreases on positive numbers. PyTorch breaks the series off from x = 6.5 on before 1/(30 x⁹), in
+    whatever dtype, which is less than 2e-9.
+    """
+    if n != 1:
+        raise UnsupportedArgumentsError(f"is asked for derivative {n} of digamma; only the first has a rule")
+    lower, upper = ends(x)
+    (at_lower, at_upper), off = (aten.polygamma(1, end) for end in (lower, upper)), 4e-9 / rd.unit(x.dtype)
+    return _on_positive(x, enclose(at_upper, at_lower, ulps=64, absolute=off))
+
+
 # --- powers ---------------------------------------------------------------------------------------------------
 
 
@@ -84,7 +123,9 @@ def pow_(x: Interval, exponent: float) -> Interval:
         return reciprocal(pow_(x, -exponent))
     if exponent == 0:
         return Interval.of(torch.ones_like(x.mid), torch.zeros_like(x.rad))
-    out = range_of(lambda t: aten.pow(t, exponent), x, [(0.0, 0.0)] if exponent % 2 == 0 else [], ulps=8)
+    power: Callable[[Tensor], Tensor] = lambda t: aten.pow(t, exponent)  # noqa: E731
+    critical = [(0.0, 0.0)] if exponent % 2 == 0 else []
+    out = range_of(steep(power) if exponent < 1 else power, x, critical, ulps=8)
     # An exponent that float32 rounds costs |exponent·log x| u, which is at most 104 u where the result is a number.
     return out if rd.stored(exponent, torch.float32)[1] == 0 else evaluated(out, 128)
 
@@ -179,8 +220,14 @@ def atan2(y: Value, x: Value) -> Interval:
 def hypot(a: Value, b: Value) -> Interval:
     """It grows with the size of either."""
     sizes = [ends(abs_(as_set(x))) for x in (a, b)]
-    (least, greatest) = (torch.hypot(*(size[i] for size in sizes)) for i in (0, 1))
+    (least, greatest) = (_hypot(*(size[i] for size in sizes)) for i in (0, 1))
     return filled(enclose(least, greatest, ulps=8), greatest == 0)
+
+
+def _hypot(a: Tensor, b: Tensor) -> Tensor:
+    """With the slope 0 at 0, where PyTorch's is NaN."""
+    zero = (a == 0) & (b == 0)
+    return torch.where(zero, 0.0, torch.hypot(torch.where(zero, 1.0, a), b))
 
 
 # --- logarithms of sums, products with logarithms --------------------------------------------------------------

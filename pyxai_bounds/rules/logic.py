@@ -13,7 +13,7 @@ from pyxai_bounds.rules.registry import Truth, UnsupportedArgumentsError, Value,
 aten = torch.ops.aten
 
 
-def _truth(must: Tensor, may: Tensor, *operands: Any) -> Interval:
+def truth(must: Tensor, may: Tensor, *operands: Any) -> Interval:
     """True where it must be, unknown where it only may be; in the dtype of the sets that were compared."""
     dtype = next(x.dtype for x in operands if isinstance(x, Interval))
     lower, upper = must.to(dtype), may.to(dtype)
@@ -29,25 +29,25 @@ def _must_and_may(x: Value) -> tuple[Tensor, Tensor]:
 @rule(aten.lt.Tensor, aten.lt.Scalar, precision="exact")
 def lt(a: Any, b: Any) -> Interval:
     (al, au), (bl, bu) = ends(a), ends(b)
-    return _truth(au < bl, ~(al >= bu), a, b)
+    return truth(au < bl, ~(al >= bu), a, b)
 
 
 @rule(aten.le.Tensor, aten.le.Scalar, precision="exact")
 def le(a: Any, b: Any) -> Interval:
     (al, au), (bl, bu) = ends(a), ends(b)
-    return _truth(au <= bl, ~(al > bu), a, b)
+    return truth(au <= bl, ~(al > bu), a, b)
 
 
 @rule(aten.gt.Tensor, aten.gt.Scalar, precision="exact")
 def gt(a: Any, b: Any) -> Interval:
     (al, au), (bl, bu) = ends(a), ends(b)
-    return _truth(al > bu, ~(au <= bl), a, b)
+    return truth(al > bu, ~(au <= bl), a, b)
 
 
 @rule(aten.ge.Tensor, aten.ge.Scalar, precision="exact")
 def ge(a: Any, b: Any) -> Interval:
     (al, au), (bl, bu) = ends(a), ends(b)
-    return _truth(al >= bu, ~(au < bl), a, b)
+    return truth(al >= bu, ~(au < bl), a, b)
 
 
 @rule(aten.eq.Tensor, aten.eq.Scalar, precision="exact")
@@ -55,9 +55,9 @@ def eq(a: Any, b: Any) -> Interval:
     """Only points are known to be equal, and a number to itself."""
     if a is b:
         known = ~a.mid.isnan() & a.rad.isfinite()
-        return _truth(known, torch.ones_like(known), a)
+        return truth(known, torch.ones_like(known), a)
     (al, au), (bl, bu) = ends(a), ends(b)
-    return _truth((al == bu) & (au == bl), ~((au < bl) | (al > bu)), a, b)
+    return truth((al == bu) & (au == bl), ~((au < bl) | (al > bu)), a, b)
 
 
 @rule(aten.ne.Tensor, aten.ne.Scalar, precision="exact")
@@ -69,61 +69,61 @@ def ne(a: Any, b: Any) -> Interval:
 def isnan(x: Interval) -> Interval:
     """Only where nothing finite is known may there be a NaN or an infinity."""
     may = ~x.isfinite()
-    return _truth(torch.zeros_like(may), may, x)
+    return truth(torch.zeros_like(may), may, x)
 
 
 @rule(aten.logical_not.default, aten.bitwise_not.default, precision="exact")
 def logical_not(x: Interval) -> Interval:
     must, may = _must_and_may(x)
-    return _truth(~may, ~must, x)
+    return truth(~may, ~must, x)
 
 
 @rule(aten.logical_and.default, precision="exact")
 def logical_and(a: Value, b: Value) -> Interval:
     (must, may), (b_must, b_may) = _must_and_may(a), _must_and_may(b)
-    return _truth(must & b_must, may & b_may, a, b)
+    return truth(must & b_must, may & b_may, a, b)
 
 
 @rule(aten.logical_or.default, precision="exact")
 def logical_or(a: Value, b: Value) -> Interval:
     (must, may), (b_must, b_may) = _must_and_may(a), _must_and_may(b)
-    return _truth(must | b_must, may | b_may, a, b)
+    return truth(must | b_must, may | b_may, a, b)
 
 
 @rule(aten.logical_xor.default, precision="exact")
 def logical_xor(a: Value, b: Value) -> Interval:
     (must, may), (b_must, b_may) = _must_and_may(a), _must_and_may(b)
-    return _truth((must & ~b_may) | (~may & b_must), ~((must & b_must) | (~may & ~b_may)), a, b)
+    return truth((must & ~b_may) | (~may & b_must), ~((must & b_must) | (~may & ~b_may)), a, b)
 
 
 @rule(aten.any.default, aten.any.dim, aten.any.dims, precision="exact")
 def any_(x: Interval, *args: Any, **kwargs: Any) -> Interval:
     must, may = _must_and_may(x)
-    return _truth(torch.any(must, *args, **kwargs), torch.any(may, *args, **kwargs), x)
+    return truth(torch.any(must, *args, **kwargs), torch.any(may, *args, **kwargs), x)
 
 
 @rule(aten.all.default, aten.all.dim, aten.all.dims, precision="exact")
 def all_(x: Interval, *args: Any, **kwargs: Any) -> Interval:
     must, may = _must_and_may(x)
-    return _truth(torch.all(must, *args, **kwargs), torch.all(may, *args, **kwargs), x)
+    return truth(torch.all(must, *args, **kwargs), torch.all(may, *args, **kwargs), x)
 
 
 @rule(aten.bitwise_and.Tensor, precision="exact")
 def bitwise_and(a: Value, b: Value) -> Interval:
-    return logical_and(_only_truth(a), _only_truth(b))
+    return logical_and(_onlytruth(a), _onlytruth(b))
 
 
 @rule(aten.bitwise_or.Tensor, precision="exact")
 def bitwise_or(a: Value, b: Value) -> Interval:
-    return logical_or(_only_truth(a), _only_truth(b))
+    return logical_or(_onlytruth(a), _onlytruth(b))
 
 
 @rule(aten.bitwise_xor.Tensor, precision="exact")
 def bitwise_xor(a: Value, b: Value) -> Interval:
-    return logical_xor(_only_truth(a), _only_truth(b))
+    return logical_xor(_onlytruth(a), _onlytruth(b))
 
 
-def _only_truth(x: Value) -> Value:
+def _onlytruth(x: Value) -> Value:
     """A truth value and an integer have bits in common, or not: 2 & True is 0."""
     if isinstance(x, Tensor) and x.dtype != torch.bool:
         raise UnsupportedArgumentsError(f"combines truth values with the bits of {x.dtype}; compare these with 0 first")

@@ -127,17 +127,27 @@ def native_batch_norm_backward(
         return instance_norm_backward(grad, x, weight, save_mean, save_inverse, output_mask)
     if variance is None:
         raise UnsupportedArgumentsError(BATCH_STATISTICS)
-    if output_mask[1]:
-        raise UnsupportedArgumentsError("is asked for the gradient of its weight")
     if not isinstance(grad, Interval):
         grad = singleton(grad)
+    weight_grad = _weight_gradient(grad, x, mean, variance, eps) if output_mask[1] else None
     bias_grad = total(grad, [0, *range(2, len(grad.shape))]) if output_mask[2] else None
     inverse = _inverse(variance, eps)
     if isinstance(weight, Interval):
         out = multiply(_scale_shift(grad, inverse, None), _per_channel(weight, len(grad.shape)))
     else:
         out = _scale_shift(grad, _times(inverse, in_float64(weight) if outward() else weight), None)
-    return out, None, bias_grad
+    return out, weight_grad, bias_grad
+
+
+def _weight_gradient(grad: Interval, x: Value, mean: Tensor | None, variance: Tensor, eps: float) -> Interval:
+    """The sum of grad·(x − mean)/√(variance + eps) over all that a channel's weight scales."""
+    dims = len(x.shape)
+    scale = _per_channel(as_set(_inverse(variance, eps)), dims)
+    if outward():
+        grad, x = in_float64(grad), in_float64(x)
+    offset = torch.zeros_like(variance) if mean is None else mean
+    normal = multiply(minus(as_set(x), _per_channel(as_set(offset.to(x.dtype)), dims)), scale)
+    return total(multiply(grad, normal), [0, *range(2, dims)])
 
 
 class _BatchNormBackward(Rule):

@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._ops import OpOverload
 
+import pyxai_bounds.rules.shape  # noqa: F401  the rule for gathering at points, which this file extends
 from pyxai_bounds import ops
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.ops.windows import MOST, Windows, first_of_greatest
 from pyxai_bounds.rules.registry import (
+    RULES,
     Indices,
     UnsupportedArgumentsError,
     Value,
@@ -227,6 +229,30 @@ def _as_rows(x: Value, places: Places) -> Value:
     return Interval.of(x.mid.reshape(shape), x.rad.reshape(shape)) if isinstance(x, Interval) else x.reshape(shape)
 
 
+_gather = RULES[aten.gather.default].function
+
+
+@rule(aten.gather.default, precision="exact")
+def gather(x: Value, dim: int, index: Any, **options: Any) -> Any:
+    """What stands at the maxima of windows, of any tensor in the shape of the pool's input with its image flattened: a
+    max pool's forward derivative, and that of its gradient.
+    """
+    if not isinstance(index, Indices) or index.viewed is None:
+        return _gather(x, dim, index, **options)
+    found, places = index.windows()
+    windows, rows = places.index.shape[1], list(x.shape[:-1])
+    seen, last = (index.expanded or index.viewed)[:-1], index.viewed[-1]
+    whole = math.prod(index.viewed[:-1]) == found.mid.numel() // places.whole
+    if dim % len(x.shape) != len(rows) or seen != rows or x.shape[-1] != places.whole or not whole:
+        raise UnsupportedArgumentsError(index.why)
+    if last not in (windows, -1) or (index.expanded and index.expanded[-1] != windows):
+        raise UnsupportedArgumentsError(index.why)
+    each = places.index.shape
+    may = places.first_maximum(found)[1].reshape(*index.viewed[:-1], *each).expand(*rows, *each)
+    lower, upper = (places.unfold(end, 0.0).reshape(*rows, *each) for end in ends(x))
+    return between(torch.where(may, lower, math.inf).amin(-2), torch.where(may, upper, -math.inf).amax(-2))
+
+
 @rule(aten.max_unpool2d.default, precision="exact")
 def max_unpool2d(x: Value, indices: Any, size: list[int]) -> Interval:
     return _unpool(lambda t: aten.max_unpool2d(t, indices, size), x, indices, size)
@@ -246,6 +272,8 @@ def _unpool(function: Callable[[Tensor], Tensor], x: Value, indices: Any, size: 
     if not isinstance(indices, Indices):
         assert isinstance(x, Interval)
         return Interval.of(function(x.mid), function(x.rad))
+    if indices.viewed not in (None, list(x.shape)):
+        raise UnsupportedArgumentsError(indices.why)
     found, places = indices.windows()
     if [n for n in size if n > 1] != [n for n in places.size if n > 1]:  # in one dimension PyTorch adds another
         raise UnsupportedArgumentsError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,13 +12,14 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from pyxai_bounds.interval import Interval
-from pyxai_bounds.rules import shape  # noqa: F401  the rules that indices of points have, which this file extends
+from pyxai_bounds.rules import logic, shape  # noqa: F401  the rules for points, which this file extends
 from pyxai_bounds.rules.registry import (
     RULES,
     Indices,
     Ranks,
     UnsupportedArgumentsError,
     Value,
+    as_set,
     between,
     ends,
     monotone,
@@ -204,6 +206,78 @@ def _with_places(op: OpOverload, by_ranks: Callable, ulps: float | None) -> None
         if isinstance(index, Indices) and index.ranks is not None:
             return by_ranks(x, dim, index.ranks, *args)
         return plain.function(x, dim, index, *args, **kwargs)
+
+
+def _rows_of(x: Value, indices: Any) -> tuple[Tensor, Ranks]:
+    """Of x[rows, places]: the rows, and the places of maxima along the second dimension, one for each of them."""
+    rows, places = indices if len(indices) == 2 else (None, None)
+    ranks = places.ranks if isinstance(places, Indices) else None
+    if not isinstance(rows, Tensor) or rows.dtype != torch.int64 or ranks is None or ranks.kept:
+        raise UnsupportedArgumentsError("uses indices that differ within a set; use gather(1, index)")
+    found = ranks.found.shape
+    if len(x.shape) != 2 or ranks.dim != 1 or list(found) != [*rows.shape, x.shape[1]]:
+        raise UnsupportedArgumentsError("uses indices that differ within a set, and not on rows of their own")
+    return rows, replace(ranks, kept=True)
+
+
+_index, _index_put = (RULES[op].function for op in (aten.index.Tensor, aten.index_put.default))
+
+
+@rule(aten.index.Tensor, precision="exact")
+def index(x: Value, indices: Any) -> Any:
+    if not any(isinstance(place, Indices) for place in indices):
+        return _index(x, indices)
+    rows, ranks = _rows_of(x, indices)
+    out = _gather(_index(as_set(x), [rows]), 1, ranks)
+    return Interval.of(out.mid.squeeze(1), out.rad.squeeze(1))
+
+
+@rule(aten.index_put.default, ulps=0)
+def index_put(x: Value, indices: Any, values: Value, accumulate: bool = False) -> Any:
+    if not any(isinstance(place, Indices) for place in indices):
+        return _index_put(x, indices, values, accumulate)
+    rows, ranks = _rows_of(x, indices)
+    if not accumulate:
+        raise UnsupportedArgumentsError("writes at indices that differ within a set; use scatter")
+    values = as_set(values)
+    column = Interval.of(*(part.expand(rows.shape).unsqueeze(1) for part in (values.mid, values.rad)))
+    zeros = torch.zeros_like(ranks.found.mid, dtype=column.dtype)
+    return _index_put(x, [rows], _scatter(zeros, 1, ranks, column), True)
+
+
+_eq = RULES[aten.eq.Tensor].function
+
+
+@rule(aten.eq.Tensor, aten.eq.Scalar, precision="exact")
+def eq(a: Any, b: Any) -> Interval:
+    """Is the place of a maximum the one that is given? True where the element there must be the maximum, open where it
+    may be.
+    """
+    if not isinstance(a, Indices):
+        a, b = b, a
+    if not isinstance(a, Indices) or isinstance(b, Indices) or a.ranks is None:
+        return _eq(a, b)
+    ranks, rows = a.ranks, a.ranks.found.shape
+    must, may = (t.movedim(-2, ranks.dim) for t in ranks.chosen())
+    if must.shape[-1] != 1:
+        raise UnsupportedArgumentsError(a.why)
+    joined = [n for d, n in enumerate(rows) if d != ranks.dim]
+    place = torch.as_tensor(b, device=must.device)
+    if not ranks.kept:
+        place = place.expand(joined).unsqueeze(ranks.dim)
+    elif place.dim() == len(rows) or place.dim() == 1 == len(rows) - ranks.dim:
+        place = place.expand([n if d != ranks.dim else place.shape[d - len(rows)] for d, n in enumerate(rows)])
+    else:
+        raise UnsupportedArgumentsError(a.why)
+    inside = (place >= 0) & (place < rows[ranks.dim])
+    chosen = place.clamp(0, rows[ranks.dim] - 1).long()
+    known = [inside & t.squeeze(-1).gather(ranks.dim, chosen) for t in (must, may)]
+    return logic.truth(*(known if ranks.kept else [t.squeeze(ranks.dim) for t in known]), ranks.found)
+
+
+@rule(aten.ne.Tensor, aten.ne.Scalar, precision="exact")
+def ne(a: Any, b: Any) -> Interval:
+    return logic.logical_not(eq(a, b))
 
 
 _with_places(aten.gather.default, _gather, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from pyxai_bounds.rules.registry import (
     Value,
     as_set,
     between,
+    enclose,
     ends,
     evaluated,
     increasing,
@@ -28,6 +30,7 @@ from pyxai_bounds.rules.registry import (
     range_of,
     rule,
     singleton,
+    steep,
     total,
 )
 
@@ -165,7 +168,7 @@ def vector_norm(x: Interval, ord: float = 2, dim: Any = None, keepdim: bool = Fa
     """‖·‖ grows with every |component|."""
     dims = list(range(len(x.shape))) if dim is None else [dim] if isinstance(dim, int) else dim
     if ord == 2:
-        root = monotone(lambda t: t.clamp(min=0).sqrt(), total(square(x), dims, keepdim), ulps=2)
+        root = monotone(steep(lambda t: t.clamp(min=0).sqrt()), total(square(x), dims, keepdim), ulps=2)
         return evaluated(root, 2)
     if ord in (1, float("inf")):
         magnitude = range_of(torch.abs, x, [(0.0, 0.0)], ulps=0)
@@ -184,8 +187,31 @@ def vector_norm(x: Interval, ord: float = 2, dim: Any = None, keepdim: bool = Fa
     return _root(total(pow_(magnitude, ord), dims, keepdim), ord)
 
 
+def normalised(x: Interval, dims: list[int], limit: Callable[[Tensor], Tensor]) -> Interval:
+    """x/limit(‖x‖₂) over rows, where ``limit`` is max(·, c) or · + c with c > 0: as F.normalize, and by hand.
+
+    With s the sum of the other squares it is x/limit(√(x² + s)), which grows with x, and towards 0 with s. So its
+    range is exact, and no wider than [−1, 1] where the norm may be 0.
+    """
+    lower, upper = ends(x)
+    least, greatest = ends(square(x))
+    most, fewest = greatest.sum(dims, keepdim=True), least.sum(dims, keepdim=True)
+    others, least_others = most - greatest, fewest - least
+    if outward():
+        lost = rd.gamma(_summed(x.mid, dims) + 4, x.dtype)
+        others, least_others = others + most * lost, least_others - fewest * lost
+    least_others = least_others.clamp(min=0)
+    root = steep(torch.sqrt)
+
+    def value(end: Tensor, rest: Tensor) -> Tensor:
+        return end / limit(root(end.square() + rest))
+
+    at_lower = value(lower, torch.where(lower >= 0, others, least_others))
+    return enclose(at_lower, value(upper, torch.where(upper >= 0, least_others, others)), ulps=32)
+
+
 def _root(x: Interval, ord: float) -> Interval:
     """x^(1/ord), of x ≥ 0; 1/ord is rounded, which costs log x roundings of the result, at most 745."""
     if ord > 0:
-        return monotone(lambda t: aten.pow(t.clamp(min=0), 1 / ord), x, ulps=1024)
+        return monotone(steep(lambda t: aten.pow(t.clamp(min=0), 1 / ord)), x, ulps=1024)
     return reciprocal(monotone(lambda t: aten.pow(t.clamp(min=0), -1 / ord), x, ulps=1024))

@@ -109,26 +109,43 @@ class Indices(Interval):
     that know what to make of the set in which they were found.
     """
 
-    __slots__ = ("_windows", "ranks")
+    __slots__ = ("_windows", "expanded", "ranks", "viewed")
 
     ranks: Ranks | None
+    viewed: list[int] | None  # the shape in which a pool's places are seen, where that is another one than it gave them
+    expanded: list[int] | None  # to which they are repeated after that
+    why = "uses indices that differ within a set"
 
     def __init__(
-        self, *, windows: tuple[Interval, Callable[[], Any]] | None = None, ranks: Ranks | None = None
+        self,
+        *,
+        windows: tuple[Interval, Callable[[], Any]] | None = None,
+        ranks: Ranks | None = None,
+        viewed: list[int] | None = None,
+        expanded: list[int] | None = None,
     ) -> None:
-        self._windows, self.ranks = windows, ranks
+        self._windows, self.ranks, self.viewed, self.expanded = windows, ranks, viewed, expanded
         self.facts = self.state = None
 
     def windows(self) -> tuple[Interval, Any]:
         """The set in which a pool found these places, and its windows."""
         if self._windows is None:
-            raise UnsupportedArgumentsError("uses indices that differ within a set")
+            raise UnsupportedArgumentsError(self.why)
         x, places = self._windows
         return x, places()
 
     def reshaped(self, op: OpOverload, *args: Any) -> Indices:
         """The same places with a dimension more or less, where that is known to be the one along which they lie."""
-        if self._windows is not None and op in (torch.ops.aten.unsqueeze.default, torch.ops.aten.squeeze.dim):
+        if self._windows is not None and self.expanded is None:
+            if op in _RESHAPES:
+                return Indices(windows=self._windows, viewed=list(args[0]))
+            if op is torch.ops.aten.expand.default and self.viewed is not None:
+                return Indices(windows=self._windows, viewed=self.viewed, expanded=list(args[0]))
+        if (
+            self._windows is not None
+            and self.viewed is None
+            and op in (torch.ops.aten.unsqueeze.default, torch.ops.aten.squeeze.dim)
+        ):
             return self
         if self.ranks is not None:
             rows = self.ranks.found.shape
@@ -139,16 +156,26 @@ class Indices(Interval):
             squeezed = op is torch.ops.aten.squeeze.dim and args[0] % len(rows) == self.ranks.dim
             if squeezed and self.ranks.kept and self.ranks.values().shape[self.ranks.dim] == 1:
                 return Indices(ranks=replace(self.ranks, kept=False))
-        raise UnsupportedArgumentsError("uses indices that differ within a set")
+        if op in _MOVES:
+            return Indices()  # a pool's gradient under vmap needs no more than the set itself
+        raise UnsupportedArgumentsError(self.why)
 
     @property
     def mid(self) -> Tensor:  # type: ignore[override]
-        raise UnsupportedArgumentsError("uses indices that differ within a set")
+        raise UnsupportedArgumentsError(self.why)
 
     rad = mid
 
 
 _RESHAPES = (torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default)
+_MOVES = (
+    *_RESHAPES,
+    torch.ops.aten.expand.default,
+    torch.ops.aten.permute.default,
+    torch.ops.aten.unsqueeze.default,
+    torch.ops.aten.squeeze.dim,
+    torch.ops.aten.squeeze.dims,
+)
 
 
 def singleton(x: Tensor) -> Interval:
@@ -475,6 +502,18 @@ def monotone(function: Callable[[Tensor], Tensor], x: Interval, *, ulps: float, 
     if ulps == absolute == 0:
         return between(at_lower, at_upper)
     return _zero_stays(enclose(at_lower, at_upper, ulps, absolute), x, at_lower)
+
+
+def steep(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A root, whose slope at 0 is infinite: there it gets the slope 0. An end of a set that is 0 mostly does not move
+    either, and the product of both would be NaN.
+    """
+
+    def apply(t: Tensor) -> Tensor:
+        moves = t > 0
+        return torch.where(moves, function(torch.where(moves, t, 1.0)), function(t.detach()))
+
+    return apply
 
 
 def increasing(op: OpOverload, *, ulps: float = 0) -> Callable[..., Interval]:

@@ -44,6 +44,7 @@ from pyxai_bounds.rules.registry import (
     plus,
     rad_of,
     rule,
+    steep,
     total,
     within,
 )
@@ -448,7 +449,7 @@ def _variance(x: Interval, dim: Any, correction: float | None, root: bool) -> tu
         raise UnsupportedArgumentsError(f"divides by {divisor}: {count} numbers have no variance with this correction")
     lower, upper = m.least / divisor, torch.maximum(m.least, m.most) / divisor  # equal at a point, but for rounding
     if root:
-        lower, upper = lower.sqrt(), upper.sqrt()
+        lower, upper = steep(torch.sqrt)(lower), steep(torch.sqrt)(upper)
     return enclose(lower, upper, ulps=16), m.mean, shape
 
 

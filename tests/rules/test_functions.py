@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import pyxai_bounds as xb
@@ -53,6 +54,9 @@ CASES = [
     Case("atan2, on the left", lambda x: torch.atan2(x, x.flip(0)), 3 * X, kinks=False, finite=False),
     Case("logaddexp", lambda x: torch.logaddexp(x, OTHER), X),
     Case("logaddexp2", lambda x: torch.logaddexp2(x, x.flip(0)), X),
+    on_positive("lgamma", lambda x: torch.lgamma(2 * x)),
+    on_positive("digamma", torch.digamma),
+    Case("polygamma", lambda x: torch.polygamma(1, x), X.abs() + 0.5, gradient=False, kinks=False),
     on_positive("xlogy", lambda x: torch.xlogy(OTHER, x)),
     on_positive("xlogy, set and set", lambda x: torch.xlogy(x, x.flip(0))),
     on_positive("xlogy, numbers", lambda x: torch.xlogy(2.0, x) + torch.xlogy(x, 0.3)),
@@ -115,3 +119,36 @@ def test_the_range_of_a_wave_is_exact(fn: Callable[[Tensor], Tensor]) -> None:
     for point in (1e12, -3e15):
         bounds = xb.bound(fn, sound=True)(xb.Interval.point(torch.tensor([point], dtype=torch.float64)))
         assert bounds.contains(fn(torch.tensor([point], dtype=torch.float64))).all() and bounds.rad.item() < 1e-14
+
+
+@pytest.mark.parametrize("fn", [torch.lgamma, torch.digamma, lambda x: torch.polygamma(1, x)])
+def test_the_gamma_function_is_bounded_on_positive_numbers_alone(fn: Callable[[Tensor], Tensor]) -> None:
+    bounds = xb.bound(fn)(xb.Interval.linf(torch.tensor([-1.5, 0.05, 0.2, 1.0, 30.0]), 0.1))
+    assert bounds.isfinite().tolist() == [False, False, True, True, True]
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        torch.sqrt,
+        lambda x: x**0.3,
+        lambda x: x.norm(dim=1),
+        lambda x: x.norm(3, dim=1),
+        lambda x: torch.hypot(x, 2 * x),
+        lambda x: x.std(1),
+        lambda x: F.lp_pool1d(x, 2, 2),
+    ],
+)
+def test_gradients_of_bounds_are_finite_where_roots_start(fn: Callable[[Tensor], Tensor]) -> None:
+    """Their slope is infinite there, the slope of an end that is 0 is 0."""
+    weight = torch.ones(4, 4, dtype=torch.float64, requires_grad=True)
+    bounds = xb.bound(lambda x: fn(F.relu(x @ weight)))(xb.Interval(torch.full_like(X, -1.0), torch.full_like(X, 0.5)))
+    bounds.width.sum().backward()
+    assert bounds.isfinite().all() and weight.grad is not None and weight.grad.isfinite().all()
+
+
+def test_a_division_by_0_does_not_spoil_the_gradients_of_other_bounds() -> None:
+    weight = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    bounds = xb.bound(lambda x: 1 / (x * weight))(xb.Interval.linf(torch.tensor([0.0, 1.0, 2.0]).double(), 0.1))
+    bounds.rad[1:].sum().backward()
+    assert bounds.isfinite().tolist() == [False, True, True] and weight.grad.isfinite().all()

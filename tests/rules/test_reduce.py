@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import pyxai_bounds as xb
@@ -20,6 +21,9 @@ CASES = [
     Case("sum, kept", lambda x: x.sum((0, -1), keepdim=True), X),
     Case("mean", lambda x: x.mean(), X),
     Case("mean over dimensions", lambda x: x.mean((0, 1), keepdim=True), X),
+    Case("normalised", lambda x: F.normalize(x, dim=1), X, gradient=False),
+    Case("normalised by hand", lambda x: x / (x.norm(dim=(0, 1), keepdim=True) + 1e-8), X, gradient=False),
+    Case("normalised, and its gradient", lambda x: F.normalize(x, dim=0), X + 3, kinks=False),
     Case("cumsum", lambda x: x.cumsum(1), X),
     Case("amax", lambda x: x.amax(1), X, finite=False),
     Case("amax over all", lambda x: x.amax(), X, finite=False),
@@ -134,3 +138,18 @@ def test_cumulative_products_are_written_where_they_are_asked_for() -> None:
 def test_the_largest_in_no_order_have_no_places() -> None:
     with pytest.raises(xb.UnsupportedOperatorError, match="sorted=False"):
         xb.bound(lambda x: x.topk(2, 1, sorted=False).values)(xb.Interval.linf(X, 0.1))
+
+
+@pytest.mark.parametrize("sound", [False, True])
+def test_normalised_rows_are_bounded_exactly_where_they_may_be_0(sound: bool) -> None:
+    box = xb.Interval(torch.tensor([[-1.0, 1.0, 0.0]]).double(), torch.tensor([[2.0, 2.0, 0.0]]).double())
+    around = xb.Interval.linf(torch.zeros(1, 3).double(), 0.5)
+    for fn in (lambda x: F.normalize(x, dim=1), lambda x: x / (x.norm(dim=1, keepdim=True) + 1e-12)):
+        bounds = xb.bound(fn, sound=sound)(box)
+        expected = torch.tensor([[-(2**-0.5), 5**-0.5, 0.0], [2 / 5**0.5, 1.0, 0.0]], dtype=torch.float64)
+        assert (torch.cat((bounds.lower, bounds.upper)) - expected).abs().max() < 1e-11
+        near = xb.bound(fn, sound=sound)(around)
+        assert (near.lower + 1).abs().max() < 1e-11 and (near.upper - 1).abs().max() < 1e-11
+        for b, set_ in ((bounds, box), (near, around)):
+            for x in members(set_, 100):
+                assert not sound or not outside(b, fn(x)).any()
