@@ -195,6 +195,19 @@ def test_what_one_sample_is_alone_must_be_what_it_is_among_others() -> None:
     assert torch.equal(plain, sharp)
 
 
+def test_a_function_that_reads_the_target_of_a_single_sample_is_not_cut() -> None:
+    """Its graph of one sample knows one target: where the second unit is on, the other takes from the first entry."""
+    rows, factors = torch.tensor([[2.0, 1.0], [1.5, 0.0]]), torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+
+    def reads(x: Tensor, y: Tensor) -> Tensor:
+        return ((x > 0).to(x) * (factors[y.item()] if len(y) == 1 else factors[y])) @ rows
+
+    x, target, property = torch.tensor([[1.0, -0.05], [1.0, -0.05]]), torch.tensor([0, 1]), xb.TopK(1)
+    found = xb.certify(reads, x, target, eps=0.1, property=property)
+    seen = least_difference(property, found.nominal, reads(x + 0.1, target))
+    assert seen[1] < 0 and (found.margin <= seen).all()
+
+
 @pytest.mark.parametrize("limit", ["MOST_NUMBERS", "MOST_PRODUCTS", "MOST_CHANNELS"])
 def test_what_would_take_too_much_is_left(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fn, x, target = xb.explain.gradient(convolutional()), images(3), torch.arange(3)
