@@ -195,17 +195,36 @@ def test_what_one_sample_is_alone_must_be_what_it_is_among_others() -> None:
     assert torch.equal(plain, sharp)
 
 
-def test_a_function_that_reads_the_target_of_a_single_sample_is_not_cut() -> None:
-    """Its graph of one sample knows one target: where the second unit is on, the other takes from the first entry."""
+def test_what_one_sample_alone_does_not_know() -> None:
+    """Its target, or what stands beside it: where the second unit is on, the second sample's takes from entry 0."""
     rows, factors = torch.tensor([[2.0, 1.0], [1.5, 0.0]]), torch.tensor([[1.0, 1.0], [1.0, -1.0]])
 
     def reads(x: Tensor, y: Tensor) -> Tensor:
         return ((x > 0).to(x) * (factors[y.item()] if len(y) == 1 else factors[y])) @ rows
 
+    def stands_beside(x: Tensor) -> Tensor:
+        return ((x > 0).to(x) * factors) @ rows
+
     x, target, property = torch.tensor([[1.0, -0.05], [1.0, -0.05]]), torch.tensor([0, 1]), xb.TopK(1)
-    found = xb.certify(reads, x, target, eps=0.1, property=property)
-    seen = least_difference(property, found.nominal, reads(x + 0.1, target))
-    assert seen[1] < 0 and (found.margin <= seen).all()
+    for fn, *arguments in ((reads, target), (stands_beside,)):
+        found = xb.certify(fn, x, *arguments, eps=0.1, property=property)
+        seen = least_difference(property, found.nominal, fn(x + 0.1, *arguments))
+        assert seen[1] < 0 and (found.margin <= seen).all()
+
+
+def test_entries_must_be_what_they_are_alone_at_the_sample_itself() -> None:
+    """Gradients of a sum over what is added to each sample: alone, a sample is explained with all of it."""
+    model, x, added = mlp(), images(3, shape=(6,)), 0.3 * images(3, 1, (6,))
+
+    def fn(x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.requires_grad_()
+            return torch.autograd.grad(model(x + added)[:, 0].sum(), x, create_graph=True)[0]
+
+    plain, sharp = (
+        xb.certify(fn, x, eps=0.5, property=TOP2, differences=by, batch_size=3).margin for by in (False, True)
+    )
+    assert torch.equal(plain, sharp)
 
 
 @pytest.mark.parametrize("limit", ["MOST_NUMBERS", "MOST_PRODUCTS", "MOST_CHANNELS"])
