@@ -94,8 +94,11 @@ class ParameterBox:
 
     def radius(self, parameter: Tensor) -> Tensor:
         """relative·|θ| + absolute; rounded up where bounds are proofs."""
-        rad = parameter.abs() * self.relative + self.absolute
-        return rd.up(rad, underflows=True) if rd.mode() != rd.Rounding.NEAREST else rad
+        if rd.mode() == rd.Rounding.NEAREST:
+            return parameter.abs() * self.relative + self.absolute
+        # In float64, which holds the two numbers themselves: a small factor would underflow in float32.
+        rad = parameter.abs().double() * self.relative + self.absolute
+        return rd.narrow_up(rd.up(rad, underflows=True), parameter.dtype)
 
     def interval(self, parameter: Tensor) -> Interval:
         """The box of one parameter as an Interval; differentiable in it."""

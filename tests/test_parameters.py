@@ -6,12 +6,14 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable
+from fractions import Fraction
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import pyxai_bounds as xb
+from pyxai_bounds import rounding as rd
 from tests.networks import images, mlp, residual, sample
 
 
@@ -177,6 +179,20 @@ def test_gradients_in_the_parameters_agree_with_finite_differences(product: str)
         below = width()
         weight[index] += h
     assert weight.grad[index].item() == pytest.approx(((above - below) / (2 * h)).item(), rel=1e-5)
+
+
+def test_proofs_never_shrink_the_box() -> None:
+    """Factors and summands that float32 cannot hold, compared with rational numbers."""
+    model = nn.Linear(5, 1, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([1e8, -3.3e37, 0.0, 1e-40, 0.7]))
+    for relative, absolute in [(1.9e-45, 0.0), (1e-50, 1e-50), (0.1, 0.3), (1e-3, 1e-44), (0.0, 1e-7)]:
+        box = xb.parameter_box(model, relative=relative, absolute=absolute)
+        with rd.use(rd.Rounding.OUTWARD):
+            found = box.interval(model.weight)
+        for weight, rad in zip(model.weight[0].tolist(), found.rad[0].tolist(), strict=True):
+            assert Fraction(relative) * abs(Fraction(weight)) + Fraction(absolute) <= Fraction(rad)
+            assert rad <= (relative * abs(weight) + absolute) * (1 + 1e-6) + 4 * rd.tiny(torch.float32)
 
 
 def test_what_is_in_the_box() -> None:

@@ -8,17 +8,19 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from pyxai_bounds.certify.differences import Differences, least_difference
 from pyxai_bounds.certify.forms import Forms
 from pyxai_bounds.certify.pieces import Pieces
 from pyxai_bounds.certify.properties import Property, TopK, check_property, flat, kept
+from pyxai_bounds.interpreter import Interpreter
 from pyxai_bounds.interval import Clip, Interval
 from pyxai_bounds.parameters import ParameterBox
-from pyxai_bounds.program import BoundFunction, bound
+from pyxai_bounds.program import BoundFunction, bound, captured_graph
 from pyxai_bounds.rounding import without_autocast
 from pyxai_bounds.rules.registry import Product
 
@@ -70,9 +72,10 @@ def certify(
 
     Shapes: x [B, ...]; target integer [B], or None to call ``fn(x)``; eps a float, or a tensor that broadcasts to x
     (one radius per feature: [D]); clip two numbers, or two tensors that broadcast to a sample.
-    Each sample must be explained independently of the others: large batches are run in pieces of equal size, of at
-    most ``batch_size`` samples if that is given, else so that a piece's bounds take at most ``memory_budget`` bytes
-    (default: :func:`~pyxai_bounds.certify.pieces.default_budget`). A sample that takes more is a piece of its own.
+    Each sample must be explained independently of the others and of its place among them: large batches are run in
+    pieces of equal size, of at most ``batch_size`` samples if that is given, else so that a piece's bounds take at most
+    ``memory_budget`` bytes (default: :func:`~pyxai_bounds.certify.pieces.default_budget`). A sample that takes more is
+    a piece of its own.
     ``sound=True`` rounds outward, so that the certificate is a proof about the function in real arithmetic; it needs
     float32 or float64. ``sound=False`` rounds to nearest, and the certificate says so.
     ``sharpen``: what is done for samples for which the bounds that :func:`bound` gives do not prove the property.
@@ -127,7 +130,8 @@ def certified_radius(
     unknown = torch.full((len(x),), max_eps, dtype=x.dtype, device=x.device)
     # What is returned is max_eps as the dtype holds it, which may be a little more.
     most = max(max_eps, torch.tensor(max_eps, dtype=x.dtype, device="cpu").item())
-    holds = check.at(most if unit is None else _multiple(most, unit)).holds
+    for_all = torch.full([1] * x.dim(), most, dtype=torch.float64, device=x.device)
+    holds = check.at(most if unit is None else _multiple(for_all, unit)).holds
     safe = torch.where(holds, unknown, torch.zeros_like(unknown))
     while len(x) and (unknown - safe).max() > tol:
         middle = (safe + unknown) / 2
@@ -139,9 +143,9 @@ def certified_radius(
     return safe
 
 
-def _multiple(radius: float | Tensor, unit: Tensor) -> Tensor:
+def _multiple(radius: Tensor, unit: Tensor) -> Tensor:
     """radius · unit in float64, rounded up; 0 stays 0."""
-    product = torch.as_tensor(radius, dtype=torch.float64, device=unit.device) * unit.double()
+    product = radius.to(unit.device, torch.float64) * unit.double()
     return torch.where(unit == 0, product, product.nextafter(torch.full_like(product, torch.inf)))
 
 
@@ -237,12 +241,33 @@ class _Check:
     def _one(self) -> list[Tensor]:
         return [self.x[:1]] if self.target is None else [self.x[:1], self.target[:1]]
 
+    @functools.cached_property
+    def _alone(self) -> fx.GraphModule | None:
+        """The function of one sample; None if it is that of the first one only, or explains more than one."""
+        try:
+            captured = captured_graph(self.bounded.fn, *self._one)
+        except Exception:  # whatever the function says of a batch of one: the batch's own bounds stand
+            return None
+        value: Any = captured.graph.graph.output_node().all_input_nodes[0].meta["val"]
+        return None if captured.specialised or value.shape != self.nominal[:1].shape else captured.graph
+
+    def _is_alike_alone(self, place: int) -> bool:
+        """Is the sample alone explained at x as it is among the others, but for rounding?"""
+        if self._alone is None:
+            return False
+        one = slice(place, place + 1)
+        arguments = (self.x[one],) if self.target is None else (self.x[one], self.target[one])
+        value, rad = Interpreter(self._alone, None).run_flat(arguments, [False] * len(arguments))
+        return not bool(_outside(self.nominal[one], Interval.of(value, rad)).any())
+
     def _sharpened(self, margin: Tensor, box: Interval, bounds: Interval, usable: Tensor) -> tuple[Tensor, Interval]:
         """Margins and bounds; sharper ones of the samples whose bounds do not prove the property, one by one."""
         property = self.property
         open_ = usable & ~kept(property, margin) & margin.isfinite()
         margin, bounds = margin.clone(), Interval.of(bounds.mid.clone(), bounds.rad.clone())
         for place in open_.nonzero()[:, 0].tolist():
+            if not self._is_alike_alone(place):
+                continue
             one = slice(place, place + 1)
             nominal, arguments = self.nominal[one], self._arguments(box, place, 1)
             if isinstance(property, TopK) and self._differences is not None:

@@ -217,13 +217,16 @@ class Cosine:
         check_shapes(self, nominal, bounds)
         v, d = flat(nominal).double(), flat(deviation(nominal, bounds))
         lost = rounding_loss(v.shape[1])
+        # Divided by the greatest entry, so that squares neither underflow nor overflow where that counts.
+        top = v.abs().amax(1, keepdim=True) if v.shape[1] else v
+        v, d = v / top, d / top
         norm = torch.linalg.vector_norm(v, dim=1)
         ratio = torch.linalg.vector_norm(d, dim=1) / norm * (1 + lost)
         by_angle = (1 - ratio.square()).clamp(min=0).sqrt() - lost
         numerator = norm.square() * (1 - lost) - (v.abs() * d).sum(1) * (1 + lost)
         by_product = numerator / (norm * torch.linalg.vector_norm(v.abs() + d, dim=1)) * (1 - lost)
-        # Where neither argument applies nothing is known: the cosine is at least -1.
-        bound = torch.full_like(norm, -1.0)
+        # Where neither argument applies nothing is known: the cosine is at least -1. A zero has none.
+        bound = torch.where(norm > 0, -1.0, torch.nan)
         bound = torch.where(ratio < 1, by_angle, bound)
         bound = torch.where(numerator >= 0, torch.maximum(bound, by_product), bound)
         return bound - self.least

@@ -169,6 +169,10 @@ def test_limits_and_units_of_each_feature() -> None:
     radius = xb.certified_radius(fn, X, TARGET, property=xb.TopK(2), max_eps=1.0, tol=1e-3, unit=unit)
     scaled = xb.certify(fn, X, TARGET, property=xb.TopK(2), eps=radius[:, None] * unit * (1 - 1e-6))
     assert ((radius > 0) & (radius < 1)).any() and scaled.holds[radius > 0].all()
+    square = [t[: X.shape[1]] for t in (X, TARGET)]  # as many samples as features
+    assert torch.equal(
+        xb.certified_radius(fn, *square, property=xb.TopK(2), max_eps=1.0, tol=1e-3, unit=unit), radius[: X.shape[1]]
+    )
     with pytest.raises(ValueError, match="do not broadcast to a sample"):
         xb.Interval.linf(X, 0.1, (low[:-1], high[:-1]))
     with pytest.raises(ValueError, match="is empty for some features"):

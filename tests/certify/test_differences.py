@@ -195,6 +195,39 @@ def test_what_one_sample_is_alone_must_be_what_it_is_among_others() -> None:
     assert torch.equal(plain, sharp)
 
 
+def test_what_one_sample_alone_does_not_know() -> None:
+    """Its target, or what stands beside it: where the second unit is on, the second sample's takes from entry 0."""
+    rows, factors = torch.tensor([[2.0, 1.0], [1.5, 0.0]]), torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+
+    def reads(x: Tensor, y: Tensor) -> Tensor:
+        return ((x > 0).to(x) * (factors[y.item()] if len(y) == 1 else factors[y])) @ rows
+
+    def stands_beside(x: Tensor) -> Tensor:
+        return ((x > 0).to(x) * factors) @ rows
+
+    x, target, property = torch.tensor([[1.0, -0.05], [1.0, -0.05]]), torch.tensor([0, 1]), xb.TopK(1)
+    for fn, *arguments in ((reads, target), (stands_beside,)):
+        found = xb.certify(fn, x, *arguments, eps=0.1, property=property)
+        seen = least_difference(property, found.nominal, fn(x + 0.1, *arguments))
+        assert seen[1] < 0 and (found.margin <= seen).all()
+
+
+def test_entries_must_be_what_they_are_alone_at_the_sample_itself() -> None:
+    """Alone, a sample is explained with all that is added to samples: the first unit counts twice, and the third."""
+    rows, factors = torch.tensor([[2.0, 1.0], [1.5, 0.0], [-2.0, -2.0]]), torch.tensor([1.0, -1.0, 1.0])
+    added = torch.tensor([[0.0, -9.0, 0.0], [0.0, 0.0, -9.0]])
+
+    def fn(x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad((F.relu(x + added) * factors).sum(), x)[0] @ rows
+
+    x, property = torch.tensor([[1.0, -0.05, -0.05]]).repeat(2, 1), xb.TopK(1, by="signed")
+    found = xb.certify(fn, x, eps=0.1, property=property)
+    seen = least_difference(property, found.nominal, fn(x + 0.1))
+    assert seen[1] < 0 and (found.margin <= seen).all()
+
+
 @pytest.mark.parametrize("limit", ["MOST_NUMBERS", "MOST_PRODUCTS", "MOST_CHANNELS"])
 def test_what_would_take_too_much_is_left(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fn, x, target = xb.explain.gradient(convolutional()), images(3), torch.arange(3)

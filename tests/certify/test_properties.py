@@ -104,3 +104,13 @@ def test_deviations_whose_squares_underflow_are_no_zeros(kind: type) -> None:
         for rad in (0.0, 1e-170)
     )
     assert kind(0.0).margin(still.mid, still) == 0 and kind(0.0).margin(moved.mid, moved) < 0
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e-161, 1e-155, 1e155, 1e200])
+def test_cosines_where_squares_underflow_or_overflow(scale: float) -> None:
+    """The cosine does not depend on the explanation's unit."""
+    v = torch.tensor([[2.0, 1.0], [1.0, -1.0], [3.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
+    rad = torch.tensor([[1.5, 1.5], [0.05, 0.05], [0.5, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    usual, scaled = (xb.Cosine(0.9).margin(v * by, xb.Interval.of(v * by, rad * by)) for by in (1.0, scale))
+    assert usual[3].isnan() and torch.allclose(scaled, usual, rtol=0, atol=1e-12, equal_nan=True)
+    assert (scaled > 0).tolist() == [False, True, True, False]

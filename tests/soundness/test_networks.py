@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import random
 from collections import Counter
 
@@ -9,14 +11,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 import pyxai_bounds as xb
 from pyxai_bounds import ops
 from pyxai_bounds.program import captured_graph
+from tests.ops.cases import LEVELS, level, needs_native
 from tests.soundness.__main__ import evaluations, networks
 from tests.soundness.evaluations import Evaluation
-from tests.soundness.networks import Subject, subject
-from tests.soundness.programs import outside
+from tests.soundness.networks import CLASSES, Subject, redraw, subject
+from tests.soundness.programs import members, outside
 from tests.soundness.rules import CHAINS, Chain
 from tests.soundness.rules import check as check_one
 
@@ -106,6 +110,37 @@ def test_backends_round_outward_alike() -> None:
                         results.append([*relu, *back, *product, *shifted])
                 for a, b in zip(*results, strict=True):
                     assert torch.equal(*(t if t.dtype == torch.uint8 else t.nan_to_num(0.5) for t in (a, b)))
+
+
+@needs_native
+def test_every_instruction_set_level_encloses() -> None:
+    """Convolutions and linear layers in a row, as chains run them at each level; float64 and float32 evaluations."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 17, 3, padding=1), nn.ReLU(), nn.Conv2d(17, 32, 3, stride=2), nn.ReLU(), nn.Flatten()),
+        *(nn.Linear(288, 40), nn.ReLU(), nn.Linear(40, CLASSES)),
+    )
+    twin = copy.deepcopy(model).double()
+    fn, oracle = xb.explain.gradient(model, of="loss"), xb.explain.gradient(twin, of="loss")
+    target = torch.tensor([0, 3])
+    found: Counter = Counter()
+    for seed, name in itertools.product(range(6), LEVELS):
+        redraw(model, seed)
+        twin.load_state_dict(model.state_dict())
+        x = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+        x = x * (x > 0.5) if seed % 2 else x
+        box = xb.Interval.linf(x, (0.0, 1e-6, 1e-3)[seed % 3])
+        with level(name):
+            nearest, sound, evaluated = (
+                xb.bound(fn, **options)(box, target)
+                for options in ({}, {"sound": True}, {"sound": True, "semantics": "float32"})
+            )
+        values = [oracle(point, target) for point in members(box, 4, seed)]
+        for image in (x, x.contiguous(memory_format=torch.channels_last)):
+            assert not outside(evaluated, fn(image, target)).any()
+        assert not any(outside(bounds, value).any() for value in values for bounds in (sound, evaluated))
+        found[name] += sum(int(outside(nearest, value).sum()) for value in values)
+    assert all(found[name] > 0 for name in LEVELS)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
