@@ -19,10 +19,12 @@ from bench.contenders import CONTENDERS
 from bench.measure import Case, Step
 from pyxai_bounds import models as named
 
-# Name → (network, batch, shape). A capture does not depend on the batch; the run that follows it is part of the call.
-FIRST_CALLS: dict[str, tuple[Callable[[], nn.Module], int, tuple[int, ...]]] = {
-    "n4 B32": (models.n4, 32, (3, 32, 32)),
-    "resnet18 B1": (lambda: named.build("resnet18", (3, 32, 32), 10).eval(), 1, (3, 32, 32)),
+# Name → (network, batch, shape, sound). The run that follows a capture, and alone depends on the batch, is part of it.
+FIRST_CALLS: dict[str, tuple[Callable[[], nn.Module], int, tuple[int, ...], bool]] = {
+    "n4 B32": (models.n4, 32, (3, 32, 32), False),
+    "resnet18 B1": (lambda: named.build("resnet18", (3, 32, 32), 10).eval(), 1, (3, 32, 32), False),
+    "transformer B1": (models.transformer, 1, (3, 32, 32), False),
+    "transformer B1 sound": (models.transformer, 1, (3, 32, 32), True),
 }
 
 
@@ -38,12 +40,12 @@ def first_call(name: str) -> float:
     come before; what they leave to be imported by the first call is part of it."""
     import pyxai_bounds as xb
 
-    build, batch, shape = FIRST_CALLS[name]
+    build, batch, shape, sound = FIRST_CALLS[name]
     model, x, target = build(), torch.rand(batch, *shape), torch.zeros(batch, dtype=torch.long)
     model(x)
     start = time.perf_counter()
     with torch.no_grad():
-        xb.bound(xb.explain.gradient(model))(xb.Interval.linf(x, measure.EPS), target)
+        xb.bound(xb.explain.gradient(model), sound=sound)(xb.Interval.linf(x, measure.EPS), target)
     return time.perf_counter() - start
 
 

@@ -151,6 +151,24 @@ def wrn16_4(width: int = 16) -> nn.Sequential:
     return _with_statistics(model)
 
 
+class _Patches(nn.Module):
+    """Images [B, 3, H, W] as rows of tokens, one for each square of pixels."""
+
+    def __init__(self, width: int, pixels: int) -> None:
+        super().__init__()
+        self.project = nn.Conv2d(3, width, pixels, stride=pixels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.project(x).flatten(2).transpose(1, 2)
+
+
+def transformer(depth: int = 4, width: int = 48) -> nn.Sequential:
+    """A small vision transformer for 32×32 images: patches of 8×8, encoder layers with four heads and GELU."""
+    layer = nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+    encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+    return nn.Sequential(_Patches(width, 8), encoder, nn.Flatten(), nn.Linear(16 * width, 10)).eval()
+
+
 def _with_statistics(model: nn.Sequential) -> nn.Sequential:
     """Random running statistics: fresh ones (mean 0, variance 1) would hide a wrong fold of batch norm."""
     for module in model.modules():

@@ -3,7 +3,7 @@
 The first stage of the engine. Whatever the function does through PyTorch, ``torch.autograd.grad`` and
 Captum included, is recorded at fake tensors; in-place operators are then removed. Parameters stay live:
 ``get_attr`` nodes hold the very ``nn.Parameter`` objects, so that one capture serves every training step.
-``make_fx`` is semi-public and is imported here alone.
+``make_fx`` is semi-public and is imported here alone, for programs with shapes that depend on values.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from pyxai_bounds.decompose import DECOMPOSED, REWRITTEN
 from pyxai_bounds.errors import CaptureError
 from pyxai_bounds.rounding import without_autocast
+from pyxai_bounds.tracer import trace
 from pyxai_bounds.watch import ModuleWatch, preserved
 
 aten = torch.ops.aten
@@ -52,6 +53,7 @@ class Captured:
     graph: fx.GraphModule  # one placeholder per tensor argument, in order; one flat tuple of results
     out_spec: pytree.TreeSpec
     modules: ModuleWatch
+    symbolic: bool = False  # does it hold sizes that depend on values?
     specialised: bool = False  # to the values of integer arguments, which are constants of it
     derived: dict[Any, Any] = field(default_factory=dict)  # programs made from this graph
 
@@ -93,37 +95,40 @@ def capture(fn: Callable, spec: pytree.TreeSpec, leaves: list[Any], *, specialis
             _refuse_hidden_tensors(results)
         return results
 
-    def traced(clear_grads: bool) -> tuple[fx.GraphModule, ModuleWatch]:
+    def traced(clear_grads: bool, symbolic: bool) -> tuple[fx.GraphModule, ModuleWatch, bool]:
         with preserved(fn, _check_mode, clear_grads=clear_grads) as (watch, saved):
             try:
-                graph = _trace(program, tensors)
+                graph = _trace(program, _plain(tensors), DECOMPOSED, symbolic)
                 _refuse_randomness(graph)
-                return _functional(graph, record), watch
+                return _functional(graph, record, symbolic), watch, symbolic
             except (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException) as error:
-                raise (record.random or _refusal_of_values(_users_line_of(error))) from error
+                if symbolic:
+                    raise (record.random or _refusal_of_values(_users_line_of(error))) from error
+                symbolic = True
             except Exception as error:
                 # A function that calls .backward() would add to gradients that are real: try it without them.
                 if record.random is not None:
                     raise record.random from error
                 if clear_grads or not saved.had_grads():
                     raise
+                clear_grads = True
             finally:
                 record.undo_writes()
-        return traced(clear_grads=True)
+        return traced(clear_grads, symbolic)
 
     with _lock, _clean_modes():
-        graph, watch = traced(clear_grads=False)
+        graph, watch, symbolic = traced(clear_grads=False, symbolic=False)
     _simplify(graph)
     _refuse_values_in_results(graph)
     _refuse_lost_writes(graph, record)
     assert out_spec is not None
-    return Captured(graph, out_spec, watch, specialise)
+    return Captured(graph, out_spec, watch, symbolic, specialise)
 
 
-def retrace(program: Callable, tensors: list[Tensor]) -> fx.GraphModule:
+def retrace(program: Callable, tensors: list[Tensor], symbolic: bool) -> fx.GraphModule:
     """Trace a function that is already functional, such as a captured graph run on intervals."""
     with _lock, _clean_modes(), torch.no_grad():
-        return _trace(program, tensors)
+        return _trace(program, _plain(tensors), DECOMPOSED, symbolic, functional=True)
 
 
 def is_readable(leaf: Any) -> bool:
@@ -136,14 +141,22 @@ def source_of(node: fx.Node) -> str:
     return node.stack_trace or "(unknown source)"
 
 
-def _trace(program: Callable, tensors: list[Tensor]) -> fx.GraphModule:
-    # make_fx looks at the signature of what it is given; a lambda hides it.
-    tracer = make_fx(lambda *args: program(*args), DECOMPOSED, tracing_mode="fake", _allow_non_fake_inputs=True)
+def _trace(
+    program: Callable, tensors: list[Tensor], decompositions: dict, symbolic: bool, functional: bool = False
+) -> fx.GraphModule:
     with fx.traceback.preserve_node_meta():
-        return tracer(*[t.clone() if t.is_inference() else t.detach() for t in tensors])
+        if not symbolic:
+            return trace(program, tensors, decompositions, functional=functional)
+        # make_fx looks at the signature of what it is given; a lambda hides it.
+        tracer = make_fx(lambda *a: program(*a), decompositions, tracing_mode="fake", _allow_non_fake_inputs=True)
+        return tracer(*tensors)
 
 
-def _functional(graph: fx.GraphModule, record: _Record) -> fx.GraphModule:
+def _plain(tensors: list[Tensor]) -> list[Tensor]:
+    return [t.clone() if t.is_inference() else t.detach() for t in tensors]
+
+
+def _functional(graph: fx.GraphModule, record: _Record, symbolic: bool) -> fx.GraphModule:
     """The same graph without in-place operators; every node keeps its line of the user's code."""
 
     def run(*args: Any) -> Any:
@@ -154,8 +167,8 @@ def _functional(graph: fx.GraphModule, record: _Record) -> fx.GraphModule:
 
     examples = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
     functional = torch.func.functionalize(run, remove="mutations")
-    with torch.no_grad(), fx.traceback.preserve_node_meta():
-        return make_fx(functional, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)
+    with torch.no_grad():
+        return _trace(functional, examples, {}, symbolic, functional=True)
 
 
 class _FunctionalConstants(fx.Interpreter):

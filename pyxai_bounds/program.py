@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import logging
 import os
 import re
 import reprlib
 import threading
+import time
 import traceback
 import weakref
 from collections import OrderedDict
@@ -36,8 +38,10 @@ from pyxai_bounds.recompute import checkpointed, constants_last, direct
 from pyxai_bounds.recorder import Recorder, TrainingRecorder
 from pyxai_bounds.rounding import Semantics
 from pyxai_bounds.rules.registry import Product, use_product
+from pyxai_bounds.tracer import lazy, without_collector, written
 
 CACHE_SIZE = 128  # captures kept per function
+_log = logging.getLogger(__name__)
 
 
 def bound(
@@ -69,7 +73,8 @@ def bound(
     time, the same bounds bit for bit and the same gradients up to rounding. Without effect where gradients are off,
     and inside ``torch.compile``, dispatch modes and ``torch.func``, which must see every operator.
 
-    A function is captured once for each kind of arguments. Each call looks whether what it refers to is still what was
+    A function is captured once for each kind of arguments, which takes seconds where networks are deep; at level INFO
+    the logger ``pyxai_bounds.program`` tells of it. Each call looks whether what it refers to is still what was
     captured: closures, globals and options of the function; mode, attributes, children, hooks and tensors of modules,
     and the global numbers, tensors and functions that their ``forward`` uses.
     Values of tensors may change freely; what else may change unnoticed is said at :meth:`BoundFunction.recapture`.
@@ -178,7 +183,7 @@ class BoundFunction:
         """
         leaves, spec = pytree.tree_flatten((args, kwargs))
         program = _program(self, leaves, spec)
-        return program.graph if torch.is_grad_enabled() else program._inference_graph
+        return written(program.graph if torch.is_grad_enabled() else program._inference_graph)
 
     def peak_bytes(self, *args: Any, **kwargs: Any) -> int:
         """The memory that a call with such arguments takes without gradients, by the program's shapes; nothing is run.
@@ -203,12 +208,17 @@ def captured_graph(fn: Callable, *args: Any, **kwargs: Any) -> Captured:
 
 
 def _program(bounded: BoundFunction, leaves: list[Any], spec: pytree.TreeSpec) -> Program:
+    start = time.perf_counter()
     captured = _captured(bounded.fn, leaves, spec)
     sets = tuple(leaf.rad.stride() if isinstance(leaf, Interval) else None for leaf in leaves)
     key = (bounded.options, sets)
     program = captured.derived.get(key)
     if program is None:
+        count = len(captured.graph.graph.nodes)
+        _log.info("Building the bounds of a program of %d operators, once for arguments of this kind.", count)
         program = captured.derived[key] = Program(captured, leaves, bounded)
+        seconds = time.perf_counter() - start
+        _log.info("Captured and built in %.1f s: %d operators on tensors.", seconds, len(program.graph.graph.nodes))
     return program
 
 
@@ -237,6 +247,7 @@ def _captured(fn: Callable, leaves: list[Any], spec: pytree.TreeSpec) -> Capture
     return found
 
 
+@without_collector()
 def _capture(
     fn: Callable, spec: pytree.TreeSpec, points: list[Any], key: tuple, captures: _Captures
 ) -> tuple[tuple, Captured]:
@@ -327,6 +338,7 @@ def _check_devices(points: list[Any]) -> None:
 class Program:
     """A compiled bound program: tensors in, Intervals out."""
 
+    @without_collector()
     def __init__(self, captured: Captured, leaves: list[Any], bounded: BoundFunction) -> None:
         self.captured = captured
         self.rounding = bounded.rounding
@@ -338,7 +350,9 @@ class Program:
         kinds = [isinstance(leaf, Interval) for leaf in leaves if isinstance(leaf, (Interval, Tensor))]
         interpreter = Interpreter(captured.graph, bounded.parameters)
         with rd.use(bounded.rounding), use_product(bounded.product):
-            self.graph = retrace(lambda *flat: interpreter.run_flat(flat, kinds), _tensors(leaves))
+            self.graph = retrace(
+                lambda *flat: interpreter.run_flat(flat, kinds), _tensors(leaves), symbolic=captured.symbolic
+            )
         self.results = interpreter.results
         self.single = captured.out_spec == _LEAF and self.results == [SET]
         fuse.optimise(self.graph)
@@ -397,9 +411,8 @@ class Program:
         """The program without the marks that switch gradients on and off."""
         graph = fx.Graph()
         graph.output(graph.graph_copy(self.graph.graph, {}))
-        for node in graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled):
-            graph.erase_node(node)
-        return fx.GraphModule(self.graph, graph)
+        _remove_marks(graph)
+        return lazy(self.graph, graph)
 
     @functools.cached_property
     def peak_bytes(self) -> int:
@@ -408,10 +421,11 @@ class Program:
     @functools.cached_property
     def _undispatched(self) -> Callable:
         def make(graph: fx.Graph, _: list[fx.Node]) -> Callable:
+            _remove_marks(graph)
             chain(graph)
             return direct(graph, grads=False)
 
-        return _with_constants(self._inference_graph, make)
+        return _with_constants(self.graph, make) or self._inference_graph
 
     @functools.cached_property
     def _undispatched_with_grad(self) -> Callable:
@@ -419,18 +433,30 @@ class Program:
             chain(graph, grads=True)
             return direct(graph, grads=True)
 
-        return _with_constants(self.graph, make)
+        return _with_constants(self.graph, make) or self.graph
 
     @functools.cached_property
     def _checkpointed(self) -> Callable:
-        return _with_constants(self.graph, lambda graph, constants: checkpointed(graph, constants, self._circumstances))
+        def make(graph: fx.Graph, constants: list[fx.Node]) -> Callable:
+            return checkpointed(graph, constants, self._circumstances)
+
+        return _with_constants(self.graph, make) or self.graph
 
 
-def _with_constants(program: fx.GraphModule, make: Callable[[fx.Graph, list[fx.Node]], Callable]) -> Callable:
-    """What ``make`` makes of the program's graph, in which constants are further arguments; and they are at hand."""
+def _remove_marks(graph: fx.Graph) -> None:
+    for node in graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled):
+        graph.erase_node(node)
+
+
+@without_collector()
+def _with_constants(program: fx.GraphModule, make: Callable[[fx.Graph, list[fx.Node]], Callable]) -> Callable | None:
+    """What ``make`` makes of the program's graph, in which constants are further arguments; and they are at hand.
+
+    None where they cannot be arguments.
+    """
     found = constants_last(program)
     if found is None:
-        return program
+        return None
     graph, nodes, constants = found
     run = make(graph, nodes)
     return lambda *tensors: run(*tensors, *constants)

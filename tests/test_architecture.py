@@ -21,7 +21,7 @@ ORDER = [
     ["interval", "data", "models"],
     ["ops", "parameters"],
     ["rules"],
-    ["identity", "decompose"],
+    ["identity", "decompose", "tracer"],
     ["watch"],
     ["capture"],
     ["fuse"],

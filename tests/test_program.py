@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 
 import pytest
@@ -101,6 +102,16 @@ def test_what_does_not_exist_says_so() -> None:
         xb.bound(mlp(), parameters={"relative": 0.01})
     with pytest.raises(TypeError, match="module or a function, got int"):
         xb.bound(3)  # type: ignore[arg-type]
+
+
+def test_a_first_call_says_what_takes_its_time(caplog: pytest.LogCaptureFixture) -> None:
+    bounded, box = xb.bound(mlp()), xb.Interval.point(images(2, shape=(6,)))
+    with caplog.at_level("INFO", "pyxai_bounds.program"):
+        for _ in range(2):
+            bounded(box)
+    before, after = (record.getMessage() for record in caplog.records)
+    assert re.fullmatch(r"Building the bounds of a program of \d+ operators, once for arguments of this kind\.", before)
+    assert re.fullmatch(r"Captured and built in \d+\.\d s: \d+ operators on tensors\.", after)
 
 
 @pytest.mark.parametrize(
