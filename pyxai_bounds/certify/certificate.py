@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from pyxai_bounds.certify.pieces import Pieces
 from pyxai_bounds.certify.properties import Property, TopK, flat, kept
 from pyxai_bounds.interval import Clip, Interval
 from pyxai_bounds.parameters import ParameterBox
-from pyxai_bounds.program import BoundFunction, bound
+from pyxai_bounds.program import BoundFunction, bound, captured_graph
 from pyxai_bounds.rounding import without_autocast
 from pyxai_bounds.rules.registry import Product
 
@@ -191,6 +192,8 @@ class _Check:
         self.pieces = pieces
         self.sharpen = sharpen is not False and parameters is None  # with a box of parameters linear layers are sets
         self.cheaply = not sharpen
+        self._made: dict[Any, Any] = {}
+        self._alone: dict[int, bool] = {}
 
     @functools.cached_property
     def nominal(self) -> Tensor:
@@ -224,42 +227,74 @@ class _Check:
         margin = torch.where(margin.isnan() | ~usable, -torch.inf, margin)
         return Certificate(holds, margin, self.nominal, bounds, self.rounding)
 
-    @functools.cached_property
-    def _differences(self) -> Differences | None:
-        return Differences.of(self.bounded.fn, self._one, self.rounding == "outward", self.bounded.product)
+    def _differences(self, place: int) -> Differences | None:
+        fn, product, sound = self.bounded.fn, self.bounded.product, self.rounding == "outward"
+        return self._for_one(place, "differences", lambda one: Differences.of(fn, one, sound, product))
+
+    def _forms(self, place: int) -> Forms | None:
+        fn, product, rounding = self.bounded.fn, self.bounded.product, self.bounded.rounding
+        return self._for_one(place, "forms", lambda one: Forms.of(fn, one, rounding, product, self.cheaply))
+
+    def _for_one(self, place: int, what: str, make: Callable[[list[Tensor]], Any]) -> Any:
+        """What samples share, but for those of other classes if the function of one sample is captured for a class."""
+        key = self._key(what, place)
+        if key not in self._made:
+            self._made[key] = make(self._one(place))
+        return self._made[key]
+
+    def _key(self, what: str, place: int) -> tuple[str, Any]:
+        return what, self.target[place].item() if self._reads_target and self.target is not None else None
 
     @functools.cached_property
-    def _forms(self) -> Forms | None:
-        return Forms.of(self.bounded.fn, self._one, self.bounded.rounding, self.bounded.product, self.cheaply)
+    def _reads_target(self) -> bool:
+        try:
+            return captured_graph(self.bounded.fn, *self._one(0)).specialised
+        except Exception:  # whatever the function says of a batch of one: nothing is made of it
+            return False
 
-    @property
-    def _one(self) -> list[Tensor]:
-        return [self.x[:1]] if self.target is None else [self.x[:1], self.target[:1]]
+    def _one(self, place: int) -> list[Tensor]:
+        one = slice(place, place + 1)
+        return [self.x[one]] if self.target is None else [self.x[one], self.target[one]]
+
+    def _is_alone(self, place: int) -> bool:
+        """Is the sample explained without the batch as it is with it?"""
+        if place not in self._alone:
+            try:
+                found = evaluate(self.fn, *self._one(place))
+            except Exception:  # whatever the function says of a batch of one: the batch's own bounds stand
+                return self._alone.setdefault(place, False)
+            nominal = self.nominal[place : place + 1]
+            same = found.shape == nominal.shape and not _outside(nominal, Interval.of(found, torch.zeros_like(found)))
+            self._alone[place] = bool(same)
+        return self._alone[place]
 
     def _sharpened(self, margin: Tensor, box: Interval, bounds: Interval, usable: Tensor) -> tuple[Tensor, Interval]:
         """Margins and bounds; sharper ones of the samples whose bounds do not prove the property, one by one."""
         property = self.property
         open_ = usable & ~kept(property, margin) & margin.isfinite()
         margin, bounds = margin.clone(), Interval.of(bounds.mid.clone(), bounds.rad.clone())
-        for place in open_.nonzero()[:, 0].tolist():
+        for place in filter(self._is_alone, open_.nonzero()[:, 0].tolist()):
             one = slice(place, place + 1)
             nominal, arguments = self.nominal[one], self._arguments(box, place, 1)
-            if isinstance(property, TopK) and self._differences is not None:
-                found = self._differences.margin(property, nominal, bounds[one], arguments)
+            if isinstance(property, TopK) and (differences := self._differences(place)) is not None:
+                found = differences.margin(property, nominal, bounds[one], arguments)
                 margin[place] = margin[place].clamp(min=found)
-            if kept(property, margin[one]) or self._forms is None:
+            if kept(property, margin[one]) or (forms := self._forms(place)) is None:
                 continue
-            sharper, rows = self._forms(arguments)
+            try:
+                sharper, rows = forms(arguments)
+            except Exception:  # what vmap cannot do, or memory does not hold: the bounds stand
+                self._made[self._key("forms", place)] = None
+                continue
             if not bool(sharper.isfinite().all()) or _outside(nominal, sharper).any():
                 continue
             narrower = sharper.rad < bounds.rad[one]
             bounds.mid[one] = torch.where(narrower, sharper.mid, bounds.mid[one])
             bounds.rad[one] = torch.where(narrower, sharper.rad, bounds.rad[one])
-            margin[one] = margin[one].maximum(property.margin(nominal, bounds[one]))
-            if isinstance(property, TopK) and not kept(property, margin[one]):
+            if isinstance(property, TopK) and not kept(property, property.margin(nominal, bounds[one])):
                 found = least_difference(property, nominal, bounds[one], rows, rows.box)
                 margin[place] = margin[place].clamp(min=found)
-        return margin, bounds
+        return margin.maximum(property.margin(self.nominal, bounds)), bounds  # a property may know its batch
 
     def _strays(self, bounds: Interval) -> Tensor:
         """Samples whose own explanation lies outside its bounds by more than rounding: bounds of something else.
