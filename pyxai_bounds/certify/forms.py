@@ -40,6 +40,8 @@ aten = torch.ops.aten
 
 LARGEST = 2**25  # numbers of the generators of one value, 256 MiB
 CHEAP = 2**27  # multiplications, of which a core does some 1e10 a second
+PASSES = 16  # as many multiplications as an operator takes the time of for each number, moving it through memory
+CHEAP_NODES = 150  # operators, each of which takes some 0.3 ms however small it is
 NEGLIGIBLE = 1e-9  # of a value's size: what rounding adds gets no symbols
 TINY = 1e-290  # what underflows in float64, in sums of any length that fits into memory, is less
 
@@ -104,11 +106,13 @@ class Forms:
         except Exception:  # whatever the function says of a batch of one: the batch's own bounds stand
             return None
         moving = behind(graph.graph.find_nodes(op="placeholder"))
-        values = pytree.tree_leaves([node.meta.get("val") for node in moving])
-        largest = max(t.numel() for t in values if isinstance(t, Tensor))
-        most = LARGEST // max(1, largest)
+        values = [t for t in pytree.tree_leaves([node.meta.get("val") for node in moving]) if isinstance(t, Tensor)]
+        most = LARGEST // max(1, *(t.numel() for t in values))
         if cheaply:
-            most = min(most, CHEAP // max(1, largest, sum(map(_work, moving))))
+            if len(moving) > CHEAP_NODES:
+                return None
+            work = sum(map(_work, moving)) + PASSES * sum(t.numel() for t in values)
+            most = min(most, CHEAP // max(1, work))
         return cls(graph, rounding, product, most) if 2 * arguments[0].numel() <= most else None
 
     def __call__(self, arguments: Sequence[Interval | Tensor]) -> tuple[Interval, FormRows]:
