@@ -6,13 +6,14 @@ import functools
 import inspect
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
+from pyxai_bounds.capture import Captured
 from pyxai_bounds.certify.differences import Differences, least_difference
 from pyxai_bounds.certify.forms import Forms
 from pyxai_bounds.certify.pieces import Pieces
@@ -196,6 +197,7 @@ class _Check:
         self.pieces = pieces
         self.sharpen = sharpen is not False and parameters is None  # with a box of parameters linear layers are sets
         self.cheaply = not sharpen
+        self._made: dict[Hashable, Any] = {}
 
     @functools.cached_property
     def nominal(self) -> Tensor:
@@ -229,36 +231,39 @@ class _Check:
         margin = torch.where(margin.isnan() | ~usable, -torch.inf, margin)
         return Certificate(holds, margin, self.nominal, bounds, self.rounding)
 
-    @functools.cached_property
-    def _differences(self) -> Differences | None:
-        return Differences.of(self.bounded.fn, self._one, self.rounding == "outward", self.bounded.product)
+    def _differences(self, alone: Captured, one: Sequence[Tensor]) -> Differences | None:
+        fn, product, sound = self.bounded.fn, self.bounded.product, self.rounding == "outward"
+        return self._once(("differences", id(alone)), lambda: Differences.of(fn, one, sound, product))
 
-    @functools.cached_property
-    def _forms(self) -> Forms | None:
-        return Forms.of(self.bounded.fn, self._one, self.bounded.rounding, self.bounded.product, self.cheaply)
+    def _forms(self, alone: Captured) -> Forms | None:
+        rounding, product = self.bounded.rounding, self.bounded.product
+        return self._once(("forms", id(alone)), lambda: Forms.of(alone.graph, rounding, product, self.cheaply))
 
-    @property
-    def _one(self) -> list[Tensor]:
-        return [self.x[:1]] if self.target is None else [self.x[:1], self.target[:1]]
+    def _once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
-    @functools.cached_property
-    def _alone(self) -> fx.GraphModule | None:
-        """The function of one sample; None if it is that of the first one only, or explains more than one."""
+    def _alone(self, place: int) -> Captured | None:
+        """The function of one sample; None if that is not explained at x as it is among the others, but for rounding.
+
+        Where the function reads the target, there is a capture for each class.
+        """
+        nominal, one = self.nominal[place : place + 1], self._one(place)
         try:
-            captured = captured_graph(self.bounded.fn, *self._one)
-        except Exception:  # whatever the function says of a batch of one: the batch's own bounds stand
+            captured = captured_graph(self.bounded.fn, *one)
+            value: Any = captured.graph.graph.output_node().all_input_nodes[0].meta["val"]
+        except Exception:  # whatever the function says of a batch of one: the batches' own bounds stand
+            self.sharpen = False
             return None
-        value: Any = captured.graph.graph.output_node().all_input_nodes[0].meta["val"]
-        return None if captured.specialised or value.shape != self.nominal[:1].shape else captured.graph
+        if value.shape != nominal.shape:
+            return None
+        found = Interpreter(captured.graph, None).run_flat(tuple(one), [False] * len(one))
+        return None if _outside(nominal, Interval.of(*found)).any() else captured
 
-    def _is_alike_alone(self, place: int) -> bool:
-        """Is the sample alone explained at x as it is among the others, but for rounding?"""
-        if self._alone is None:
-            return False
+    def _one(self, place: int) -> list[Tensor]:
         one = slice(place, place + 1)
-        arguments = (self.x[one],) if self.target is None else (self.x[one], self.target[one])
-        value, rad = Interpreter(self._alone, None).run_flat(arguments, [False] * len(arguments))
-        return not bool(_outside(self.nominal[one], Interval.of(value, rad)).any())
+        return [self.x[one]] if self.target is None else [self.x[one], self.target[one]]
 
     def _sharpened(self, margin: Tensor, box: Interval, bounds: Interval, usable: Tensor) -> tuple[Tensor, Interval]:
         """Margins and bounds; sharper ones of the samples whose bounds do not prove the property, one by one."""
@@ -266,26 +271,34 @@ class _Check:
         open_ = usable & ~kept(property, margin) & margin.isfinite()
         margin, bounds = margin.clone(), Interval.of(bounds.mid.clone(), bounds.rad.clone())
         for place in open_.nonzero()[:, 0].tolist():
-            if not self._is_alike_alone(place):
+            alone = self._once(("alone", place), lambda place=place: self._alone(place))  # type: ignore[misc]
+            if not self.sharpen:
+                break
+            if alone is None:
                 continue
             one = slice(place, place + 1)
             nominal, arguments = self.nominal[one], self._arguments(box, place, 1)
-            if isinstance(property, TopK) and self._differences is not None:
-                found = self._differences.margin(property, nominal, bounds[one], arguments)
+            differences = self._differences(alone, self._one(place)) if isinstance(property, TopK) else None
+            if differences is not None:
+                found = differences.margin(property, nominal, bounds[one], arguments)  # type: ignore[arg-type]
                 margin[place] = margin[place].clamp(min=found)
-            if kept(property, margin[one]) or self._forms is None:
+            forms = self._forms(alone)
+            if kept(property, margin[one]) or forms is None:
                 continue
-            sharper, rows = self._forms(arguments)
+            try:
+                sharper, rows = forms(arguments)
+            except Exception:  # what vmap cannot do, or memory does not hold: the bounds stand
+                self._made["forms", id(alone)] = None
+                continue
             if not bool(sharper.isfinite().all()) or _outside(nominal, sharper).any():
                 continue
             narrower = sharper.rad < bounds.rad[one]
             bounds.mid[one] = torch.where(narrower, sharper.mid, bounds.mid[one])
             bounds.rad[one] = torch.where(narrower, sharper.rad, bounds.rad[one])
-            margin[one] = margin[one].maximum(property.margin(nominal, bounds[one]))
-            if isinstance(property, TopK) and not kept(property, margin[one]):
+            if isinstance(property, TopK) and not kept(property, property.margin(nominal, bounds[one])):
                 found = least_difference(property, nominal, bounds[one], rows, rows.box)
                 margin[place] = margin[place].clamp(min=found)
-        return margin, bounds
+        return margin.maximum(property.margin(self.nominal, bounds)), bounds  # a property may know its batch
 
     def _strays(self, bounds: Interval) -> Tensor:
         """Samples whose own explanation lies outside its bounds by more than rounding: bounds of something else.

@@ -28,17 +28,19 @@ from torch import Tensor, fx
 from pyxai_bounds import rounding as rd
 from pyxai_bounds.certify.differences import LINEAR_AT, Box, behind
 from pyxai_bounds.certify.properties import rounding_loss
+from pyxai_bounds.errors import UnsupportedOperatorError
 from pyxai_bounds.fuse import VIEWS
 from pyxai_bounds.interpreter import Interpreter, applied
 from pyxai_bounds.interval import Interval
-from pyxai_bounds.program import captured_graph
 from pyxai_bounds.rules import RULES
-from pyxai_bounds.rules.registry import Indices, Product, singleton, use_product
+from pyxai_bounds.rules.registry import Indices, Product, as_set, singleton, use_product
 
 aten = torch.ops.aten
 
 LARGEST = 2**25  # numbers of the generators of one value, 256 MiB
-CHEAP = 2**27  # multiplications, of which a core does some 1e10 a second
+CHEAP = 2**28  # multiplications, of which a core does some 1e10 a second
+PASSES = 16  # as many multiplications as an operator takes the time of for each number, moving it through memory
+CHEAP_NODES = 150  # operators, each of which takes some 0.3 ms however small it is
 NEGLIGIBLE = 1e-9  # of a value's size: what rounding adds gets no symbols
 TINY = 1e-290  # what underflows in float64, in sums of any length that fits into memory, is less
 
@@ -87,28 +89,22 @@ class Forms:
         self.graph, self.rounding, self.product, self.most = graph, rounding, product, most
 
     @classmethod
-    def of(
-        cls,
-        fn: Callable[..., Tensor],
-        arguments: Sequence[Tensor],
-        rounding: rd.Rounding,
-        product: Product,
-        cheaply: bool,
-    ) -> Forms | None:
-        """For samples like the one in ``arguments``, [1, ...]; None where that would take too much memory (or, if it is
-        to be cheap, work), or where ``fn`` is no function of a single sample.
+    def of(cls, graph: fx.GraphModule, rounding: rd.Rounding, product: Product, cheaply: bool) -> Forms | None:
+        """``graph``: the captured function of a single sample [1, ...]. None where forms would take too much memory
+        (or, if they are to be cheap, work).
         """
-        try:
-            graph = captured_graph(fn, *arguments).graph
-        except Exception:  # whatever the function says of a batch of one: the batch's own bounds stand
-            return None
-        moving = behind(graph.graph.find_nodes(op="placeholder"))
-        values = pytree.tree_leaves([node.meta.get("val") for node in moving])
-        largest = max(t.numel() for t in values if isinstance(t, Tensor))
-        most = LARGEST // max(1, largest)
+        placeholders = graph.graph.find_nodes(op="placeholder")
+        moving = behind(placeholders)
+        values = [t for t in pytree.tree_leaves([node.meta.get("val") for node in moving]) if isinstance(t, Tensor)]
+        most = LARGEST // max(1, *(t.numel() for t in values))
         if cheaply:
-            most = min(most, CHEAP // max(1, largest, sum(map(_work, moving))))
-        return cls(graph, rounding, product, most) if 2 * arguments[0].numel() <= most else None
+            if len(moving) > CHEAP_NODES:
+                return None
+            work = sum(map(_work, moving)) + PASSES * sum(t.numel() for t in values)
+            most = min(most, CHEAP // max(1, work))
+        inputs = [node.meta["val"] for node in placeholders]
+        fits = 2 * sum(t.numel() for t in inputs if t.is_floating_point()) <= most
+        return cls(graph, rounding, product, most) if fits else None
 
     def __call__(self, arguments: Sequence[Interval | Tensor]) -> tuple[Interval, FormRows]:
         """The explanation [1, ...] over a box: its bounds, and what they are the ends of."""
@@ -118,7 +114,9 @@ class Forms:
             exact = torch.no_grad(), torch.backends.cudnn.flags(enabled=False), rd.without_autocast()
             for context in (*exact, rd.ieee_arithmetic(), rd.use(self.rounding), use_product(self.product)):
                 stack.enter_context(context)
-            bounds = evaluator.run(*arguments, enable_io_processing=False)[0]
+            bounds = as_set(evaluator.run(*arguments, enable_io_processing=False)[0])
+        if evaluator.unsupported:
+            raise UnsupportedOperatorError(list(dict.fromkeys(evaluator.unsupported)))
         return bounds, FormRows(evaluator.operand(self.graph.graph.output_node().all_input_nodes[0]))
 
 
@@ -155,7 +153,8 @@ class _Evaluator(Interpreter):
         result = super().run_node(n)
         if n.op == "placeholder" and isinstance(result, Interval):
             self.moving |= behind([n])
-        if n in self.moving and type(result) is Interval:
+        # Rounded to nearest, sets of integers are held by integers.
+        if n in self.moving and type(result) is Interval and result.dtype.is_floating_point:
             form = self._form(n, result)
             result = _within(result, form)
             self.forms[n] = form
@@ -169,7 +168,10 @@ class _Evaluator(Interpreter):
             if x in self.forms:
                 return self.forms[x]
             x = self.env[x]
-        return Form.box(x if isinstance(x, Interval) else singleton(torch.as_tensor(x).double()))
+        box = x if isinstance(x, Interval) else singleton(torch.as_tensor(x, dtype=torch.float64))
+        # Numbers, and tensors without dimensions, may lie elsewhere.
+        device = next((form.centre.device for form in self.forms.values()), box.device)
+        return Form.box(Interval.of(box.mid.to(device), box.rad.to(device)))
 
     def _form(self, n: fx.Node, result: Interval) -> Form:
         found = None
@@ -204,7 +206,7 @@ class _Evaluator(Interpreter):
         left = amounts.flatten().index_fill(0, wanted, 0.0).reshape(amounts.shape)
         before = _padded(form.generators, self.symbols) if len(wanted) else form.generators
         self.symbols += len(wanted)
-        generators = torch.cat([before, new.reshape(-1, *amounts.shape)])
+        generators = torch.cat([before, new.reshape(len(wanted), *amounts.shape)])
         return Form(form.centre, generators, _up(form.slack + left, 1))
 
     def _linear(self, n: fx.Node) -> Form | None:
@@ -221,6 +223,8 @@ class _Evaluator(Interpreter):
             return None
         if any(values[2:]) if call.target is aten.constant_pad_nd.default else {"alpha", "beta"} & call.kwargs.keys():
             return None
+        if not (call.kwargs.get("dtype") or torch.float64).is_floating_point:  # terms are cut down to integers
+            return None
         target: Any = aten.reshape.default if call.target in VIEWS else call.target
         values = [v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in values]
         kwargs = {key: torch.float64 if isinstance(v, torch.dtype) else v for key, v in call.kwargs.items()}
@@ -230,7 +234,10 @@ class _Evaluator(Interpreter):
             added = added if n.target is aten.addmm.default else added.reshape(-1, *[1] * (n.meta["val"].dim() - 2))
             values[bias_at] = torch.zeros_like(values[bias_at]) if n.target is aten.addmm.default else None
         coefficients = (Tensor, float, int) if call.target in _SCALING else Tensor
-        sizes = [abs(v) if isinstance(v, coefficients) and type(v) is not bool else v for v in values]
+        truths = bool, torch.bool
+        sizes = [
+            abs(v) if isinstance(v, coefficients) and getattr(v, "dtype", type(v)) not in truths else v for v in values
+        ]
 
         def function(t: Tensor, values: list[Any] = values) -> Tensor:
             found = target(*values[:place], t, *values[place + 1 :], **kwargs)
@@ -318,6 +325,8 @@ class _Evaluator(Interpreter):
 
     def _joined(self, n: fx.Node, result: Interval) -> Form:
         parts: Any = [self.operand(arg) for arg in n.args[0]]  # type: ignore[union-attr]
+        if n.target is aten.cat.default:  # which passes over tensors of shape [0], whatever the others have
+            parts = [part for part in parts if part.centre.shape != (0,)] or parts
         dim = int(n.args[1]) if len(n.args) > 1 else 0  # type: ignore[arg-type]
         dim %= len(n.meta["val"].shape)
         join: Any = torch.cat if n.target is aten.cat.default else torch.stack

@@ -15,6 +15,7 @@ import pyxai_bounds as xb
 from pyxai_bounds import rounding as rd
 from pyxai_bounds.certify import forms
 from pyxai_bounds.certify.forms import Forms
+from pyxai_bounds.program import captured_graph
 from tests.certify.test_differences import NETWORKS
 from tests.networks import images, mlp, sample
 
@@ -22,7 +23,7 @@ from tests.networks import images, mlp, sample
 def evaluated(fn, box: xb.Interval, *arguments: Tensor, sound: bool = True) -> tuple[xb.Interval, forms.Form]:
     """Bounds of one sample by forms, and the form of its explanation."""
     mode = rd.choose(sound, "real")
-    found = Forms.of(fn, [box.mid, *arguments], mode, "rump", cheaply=False)
+    found = Forms.of(captured_graph(fn, box.mid, *arguments).graph, mode, "rump", cheaply=False)
     bounds, rows = found([box, *arguments])
     return bounds, rows._form
 
@@ -258,3 +259,109 @@ def test_functions_that_are_not_of_one_sample_are_left() -> None:
     for fn in (mixed, lambda x, y: xb.explain.smoothgrad(model)(x, y, noise)):
         plain, sharp = (xb.certify(fn, x, target, eps=0.1, property=xb.Sign(), sharpen=by) for by in (False, True))
         assert torch.equal(plain.margin, sharp.margin) and torch.equal(plain.bounds.rad, sharp.bounds.rad)
+
+
+MASK = torch.tensor([True, False, True, True, False, True])
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x: x + 0.1,
+        lambda x: 0.1 - x,
+        lambda x: torch.sub(x, 0.3, alpha=0.7),
+        lambda x: x * 1e-45 + 1e-50,
+        lambda x: x + True,
+        lambda x: x * MASK + MASK,
+        lambda x: x / torch.arange(1, 7),
+        lambda x: torch.cat([torch.zeros(0, dtype=x.dtype), x]) - x,
+        lambda x: x + F.relu(x[:, :0]).sum(1, keepdim=True),
+        lambda x: (x * 5).sum(1, keepdim=True, dtype=torch.int64) * 0.1 - x,
+        lambda x: torch.ones_like(x) + W[0, 0],
+        lambda x: W[:1] + 0 * x[:, :1],
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_numbers_truths_and_empty_tensors_are_what_they_are(fn, dtype: torch.dtype) -> None:
+    x = images(1, 3, (6,)).to(dtype)
+    for eps, sound in ((1e-6, True), (1e-6, False), (0.01, True)):
+        box = xb.Interval.linf(x, eps)
+        bounds = evaluated(fn, box, sound=sound)[0]
+        if sound:
+            for n in range(6):
+                value = fn(sample(xb.Interval.of(box.mid.double(), box.rad.double()), n, corners=n % 2 == 0)).double()
+                lost = 1e-15 * value.abs()
+                assert (bounds.lower - lost <= value).all() and (value <= bounds.upper + lost).all()
+
+
+def test_what_reads_a_single_target_is_bounded_for_that_one() -> None:
+    """As Captum does: then the function of one sample is captured for its class."""
+    model, x, target = mlp(), images(4, 1, (6,)), torch.arange(4)
+
+    def reads(x: Tensor, y: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x if x.requires_grad else x.detach().requires_grad_()
+            scores = model(x)
+            score = scores[:, y.item()] if y.numel() == 1 else scores.gather(1, y[:, None])
+            return torch.autograd.grad(score.sum(), x, create_graph=True)[0]
+
+    for property in (xb.Linf(0.0), xb.TopK(1), xb.Sign(1)):
+        for eps in (0.2, 1.0):
+            options = dict(eps=eps, property=property)
+            plain = xb.certify(xb.explain.gradient(model), x, target, **options)
+            read = xb.certify(reads, x, target, **options)
+            assert torch.allclose(plain.margin, read.margin, rtol=0, atol=1e-9)
+
+
+def test_another_function_of_one_sample_is_left_even_if_its_bounds_hold_the_explanation() -> None:
+    model, x, target = mlp(), images(4, 1, (6,)), torch.arange(4)
+
+    def halved(x: Tensor, y: Tensor) -> Tensor:
+        return xb.explain.gradient(model)(x, y) * (1.0 if len(x) > 1 else 0.5)
+
+    for property in (xb.Linf(0.05), xb.TopK(1)):
+        plain, sharp = (xb.certify(halved, x, target, eps=1.0, property=property, sharpen=by) for by in (False, None))
+        assert torch.equal(plain.margin, sharp.margin) and torch.equal(plain.bounds.rad, sharp.bounds.rad)
+
+
+def test_a_property_may_know_its_batch() -> None:
+    class Widest:
+        strict = True
+
+        def margin(self, nominal: Tensor, bounds: xb.Interval) -> Tensor:
+            return torch.tensor([0.1, 0.2, 0.3]).double() - bounds.rad.flatten(1).amax(1)
+
+    fn, x = xb.explain.gradient(mlp()), images(3, 1, (6,))
+    plain, sharp = (
+        xb.certify(fn, x, torch.arange(3), eps=0.3, property=Widest(), sharpen=by).margin for by in (False, None)
+    )
+    assert (sharp >= plain).all() and (sharp > plain).any()
+
+
+def test_what_forms_cannot_do_leaves_the_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self, arguments):
+        raise MemoryError
+
+    fn, x = xb.explain.gradient(mlp()), images(3, 1, (6,))
+    options = dict(eps=0.3, property=xb.Linf(0.0))
+    plain = xb.certify(fn, x, torch.arange(3), sharpen=False, **options)
+    monkeypatch.setattr(Forms, "__call__", fails)
+    assert torch.equal(plain.margin, xb.certify(fn, x, torch.arange(3), **options).margin)
+
+
+def test_many_operators_are_not_cheap() -> None:
+    """Neither elementwise ones of many numbers, nor many of few."""
+
+    def elementwise(x: Tensor) -> Tensor:
+        return (((x * x).tanh() * x).sigmoid() * x * x).tanh() * x
+
+    def long(x: Tensor) -> Tensor:
+        for _ in range(100):
+            x = (x + 0.1).tanh()
+        return x
+
+    mode = rd.choose(True, "real")
+    for fn, x in ((elementwise, torch.zeros(1, 3000)), (long, torch.zeros(1, 2))):
+        graph = captured_graph(fn, x).graph
+        assert Forms.of(graph, mode, "rump", cheaply=True) is None
+        assert Forms.of(graph, mode, "rump", cheaply=False) is not None
