@@ -212,7 +212,6 @@ class Interpreter(fx.Interpreter):
 
 
 _WHY: dict[Any, str] = {
-    aten._local_scalar_dense.default: " (.item(), float() or int() of a set, which holds many numbers)",
     torch.ops.pyxai_bounds.check_target.default: " (the target is computed from the box: compute it outside)",
 }
 

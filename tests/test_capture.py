@@ -1114,16 +1114,9 @@ def test_spectral_norm_in_training_mode_says_how_to_end_it() -> None:
         xb.bound(layer)(xb.Interval.linf(images(2, shape=(6,)), 0.1))
 
 
-@pytest.mark.parametrize(
-    "fn, message",
-    [
-        (
-            lambda x: xb.explain.gradient(torch.sin)(x, x.argmax(1)),
-            "target is computed from the box: compute it outside",
-        ),
-        (lambda x: x * x.max().item(), r"_local_scalar_dense \(\.item\(\), float\(\)"),
-    ],
-)
-def test_values_of_a_set_that_a_program_needs_are_explained(fn, message: str) -> None:
-    with pytest.raises(xb.UnsupportedOperatorError, match=message):
-        xb.bound(fn)(xb.Interval.linf(images(2, shape=(6,)), 0.1))
+def test_values_of_a_set_that_a_program_needs_are_explained() -> None:
+    box = xb.Interval.linf(images(2, shape=(6,)), 0.1)
+    with pytest.raises(xb.UnsupportedOperatorError, match="target is computed from the box: compute it outside"):
+        xb.bound(lambda x: xb.explain.gradient(torch.sin)(x, x.argmax(1)))(box)
+    with pytest.raises(xb.CaptureError, match=r"reads the value of a tensor into Python \(.*\.item\(\)"):
+        xb.bound(lambda x: x * x.max().item())(box)
