@@ -34,6 +34,7 @@ from pyxai_bounds.interpreter import Interpreter, applied
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.rules import RULES
 from pyxai_bounds.rules.registry import Indices, Product, as_set, singleton, use_product
+from pyxai_bounds.rules.standardise import Standardised
 
 aten = torch.ops.aten
 
@@ -413,8 +414,8 @@ def _ends(x: Interval) -> tuple[Tensor, Tensor]:
 
 def _within(x: Interval, form: Form) -> Interval:
     """The set cut down to the ends of a form, where these are narrower."""
-    if x.facts is not None:
-        return x  # they hold about this midpoint
+    if x.facts is not None or isinstance(x.state, Standardised):
+        return x  # what is known besides holds about this midpoint, and says more
     (lower, upper), (least, greatest) = form.ends, _ends(x)
     lower, upper = torch.fmax(lower, least), torch.fmin(upper, greatest)
     mid = (lower / 2 + upper / 2).to(x.dtype)
