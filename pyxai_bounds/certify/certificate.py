@@ -258,7 +258,8 @@ class _Check:
             return None
         if value.shape != nominal.shape:
             return None
-        found = Interpreter(captured.graph, None).run_flat(tuple(one), [False] * len(one))
+        with without_autocast():
+            found = Interpreter(captured.graph, None).run_flat(tuple(one), [False] * len(one))
         return None if _outside(nominal, Interval.of(*found)).any() else captured
 
     def _one(self, place: int) -> list[Tensor]:

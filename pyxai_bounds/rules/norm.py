@@ -35,8 +35,10 @@ from pyxai_bounds.rules.standardise import BATCH_STATISTICS, instance_norm, inst
 aten = torch.ops.aten
 
 
-def _inverse(variance: Tensor, eps: float) -> Value:
+def _inverse(variance: Value, eps: float) -> Value:
     """1/√(variance + eps): one sum, one reciprocal root."""
+    if isinstance(variance, Interval):
+        raise UnsupportedArgumentsError("has running statistics that the program computes; compute them outside")
     if not outward():
         return torch.rsqrt(variance + eps)
     root = torch.rsqrt(variance.double() + eps)

@@ -255,3 +255,15 @@ def test_second_derivatives_of_a_layer_norms_bounds() -> None:
         values.append(slope().item())
     difference = (values[0] - values[1]) / 2e-6
     assert (second * direction).sum().item() == pytest.approx(difference, rel=1e-4)
+
+
+def test_running_statistics_that_the_program_computes_are_refused() -> None:
+    """In proofs they are sets, by what computing them rounds."""
+    v, box = torch.ones(3, dtype=torch.float64), xb.Interval.linf(rand(2, 3, 4, 4, seed=9), 0.1)
+
+    def normal(x: Tensor) -> Tensor:
+        return F.batch_norm(x, torch.zeros_like(v), v.abs() + 0.1)
+
+    assert xb.bound(normal)(box).isfinite().all()
+    with pytest.raises(xb.UnsupportedOperatorError, match="running statistics that the program computes"):
+        xb.bound(normal, sound=True)(box)
