@@ -252,7 +252,7 @@ def measure(model: nn.Module, dataset: Dataset, plan: Plan) -> dict[str, float |
         right = (model(x).argmax(1) == y).nonzero().flatten()
     how: dict[str, Any] = {"eps": eps, "clip": clip, "steps": steps, "batch_size": len(x)}
     length = 2.5 * eps / steps  # sign steps that can cross the box
-    found["AA"] = 1 - attack.misclassify(model, x, y, step_size=length, **how).broken.double().mean().item()
+    found["AA"] = (~attack.misclassify(model, x, y, step_size=length, **how).broken).double().mean().item()
     if not len(right):
         return found | {"IN": None, "CO": None, "P@5": None}
     x, y, before = x[right], y[right], metrics.saliency_map(nominal[right])

@@ -183,7 +183,7 @@ def _row(label: str, eps: float, holds: Tensor, broken: Tensor) -> AtRadius:
             f"{label}: at eps {eps:g} the attack broke {len(wrong)} certified samples, the first with index "
             f"{wrong[0]}. A certificate is wrong. Please report this with the model and the data."
         )
-    return AtRadius(eps, holds.double().mean().item(), 1 - broken.double().mean().item())
+    return AtRadius(eps, holds.double().mean().item(), (~broken).double().mean().item())
 
 
 def _samples(

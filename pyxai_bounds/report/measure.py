@@ -145,7 +145,7 @@ class _Measure:
     def _prediction(self, eps: float) -> dict[str, Any]:
         found = attack.misclassify(self.model, self.x, self.y, batch_size=self.batch_size, **self._options(eps))
         certified = metrics.certified_accuracy(self.model, self.x, self.y, eps, self.clip, self.batch_size)
-        survived = 1 - found.broken.double().mean().item()
+        survived = (~found.broken).double().mean().item()
         _check("certified accuracy", certified <= survived, eps)
         return {"AA": survived, "certified_accuracy": certified}
 
@@ -169,7 +169,7 @@ class _Measure:
             batch_size=self.batch_size,
         )  # fmt: skip
         _check("certified top-k", not bool((self.certificate.holds & found.broken).any()), eps)
-        return {"survived_topk": 1 - found.broken.double().mean().item()}
+        return {"survived_topk": (~found.broken).double().mean().item()}
 
     def _compare(self, eps: float, found: Attack, overlap: Tensor | None) -> dict[str, Any]:
         """The explanations of the attacked inputs beside the nominal ones, over correctly classified samples."""
@@ -231,7 +231,7 @@ class _Measure:
         _check("certified mean square", not bool((certificate.holds & found.broken).any()), eps)
         return {
             "certified_mean_square": certificate.fraction,
-            "survived_mean_square": 1 - found.broken.double().mean().item(),
+            "survived_mean_square": (~found.broken).double().mean().item(),
             "tau": self.tau,
         }
 
