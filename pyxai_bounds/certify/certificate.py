@@ -25,6 +25,8 @@ from pyxai_bounds.program import BoundFunction, bound, captured_graph
 from pyxai_bounds.rounding import without_autocast
 from pyxai_bounds.rules.registry import Product
 
+CORNERS = 8  # of a box that are tried before bounds of single samples are made sharper
+
 
 @dataclass(frozen=True)
 class Certificate:
@@ -83,7 +85,8 @@ def certify(
     None: bounds of differences of entries (of ``TopK``, where the explanation ends in linear layers, as gradients do),
     and affine forms, which keep track of what moves together, where they take some ten milliseconds a sample. True:
     affine forms wherever memory allows, which takes seconds a sample of a few thousand numbers. False: nothing; the
-    margin is that of ``bound``'s Intervals. With a box of parameters nothing is done either.
+    margin is that of ``bound``'s Intervals. Samples whose property corners of the box refute are left as they are, and
+    with a box of parameters all are.
     A sample with a bound that is not finite is never certified, nor is any if the model holds a NaN or an infinity.
     Raises what :func:`bound` and :meth:`Interval.linf` raise.
     """
@@ -201,7 +204,10 @@ class _Check:
 
     @functools.cached_property
     def nominal(self) -> Tensor:
-        arguments = [self.x] if self.target is None else [self.x, self.target]
+        return self._evaluate(self.x)
+
+    def _evaluate(self, x: Tensor) -> Tensor:
+        arguments = [x] if self.target is None else [x, self.target]
         pieces = zip(*(argument.split(self.size) for argument in arguments), strict=True)
         return torch.cat([evaluate(self.fn, *piece) for piece in pieces])
 
@@ -262,6 +268,18 @@ class _Check:
             found = Interpreter(captured.graph, None).run_flat(tuple(one), [False] * len(one))
         return None if _outside(nominal, Interval.of(*found)).any() else captured
 
+    def _is_refuted(self, box: Interval) -> Tensor:
+        """Samples [B] whose property does not even hold at some corners of the box: nothing can prove it."""
+        generator = torch.Generator(self.x.device).manual_seed(0)
+        found = torch.zeros(len(self.x), dtype=torch.bool, device=self.x.device)
+        for _ in range(CORNERS):
+            with torch.inference_mode(False):
+                signs = 2 * torch.zeros_like(self.x).bernoulli_(0.5, generator=generator) - 1
+                corner = usual(box.mid) + signs * usual(box.rad)
+            value = self._evaluate(corner)
+            found |= self.property.margin(self.nominal, Interval.of(value, torch.zeros_like(value))) < 0
+        return found
+
     def _one(self, place: int) -> list[Tensor]:
         one = slice(place, place + 1)
         return [self.x[one]] if self.target is None else [self.x[one], self.target[one]]
@@ -271,6 +289,8 @@ class _Check:
         property = self.property
         open_ = usable & ~kept(property, margin) & margin.isfinite()
         margin, bounds = margin.clone(), Interval.of(bounds.mid.clone(), bounds.rad.clone())
+        if bool(open_.any()):
+            open_ &= ~self._is_refuted(box)
         for place in open_.nonzero()[:, 0].tolist():
             alone = self._once(("alone", place), lambda place=place: self._alone(place))  # type: ignore[misc]
             if not self.sharpen:
@@ -283,8 +303,10 @@ class _Check:
             if differences is not None:
                 found = differences.margin(property, nominal, bounds[one], arguments)  # type: ignore[arg-type]
                 margin[place] = margin[place].clamp(min=found)
+            if kept(property, margin[one]) or (differences is not None and differences.are_all):
+                continue
             forms = self._forms(alone)
-            if kept(property, margin[one]) or forms is None:
+            if forms is None:
                 continue
             try:
                 sharper, rows = forms(arguments)

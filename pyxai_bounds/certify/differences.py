@@ -99,7 +99,7 @@ class Differences:
     """Margins of ``TopK`` by differences, of one function, for samples one by one; its parameters must not change."""
 
     def __init__(self, end: _End) -> None:
-        self.end, self.numbers = end, end.numbers
+        self.end, self.numbers, self.are_all = end, end.numbers, end.is_shallow
         entries = end.like.numel()
         fits = entries * end.numbers <= LARGEST_TABLE
         self.at_once = None if fits else AT_ONCE
@@ -206,6 +206,7 @@ class _End:
     adjoint: BoundFunction  # coefficients of the explanation -> of those
     like: Tensor  # an explanation
     numbers: int  # of what the rest depends on
+    is_shallow: bool  # do these depend on one layer that mixes? Then nothing ties them to one another but the inputs
 
     @classmethod
     def of(
@@ -220,6 +221,7 @@ class _End:
             bound(adjoint, sound=sound),
             torch.zeros(like.shape, dtype=like.dtype, device=like.device),
             sum(math.prod(cut.shape) for cut in cuts),
+            sum(node.target in _LAYERS for node in behind(head.graph.find_nodes(op="placeholder"))) <= 1,
         )
 
     def box(self, arguments: Sequence[Interval | Tensor]) -> Box | None:
@@ -334,6 +336,7 @@ _MIXING = {
     *(aten.mm.default, aten.bmm.default, aten.convolution.default, aten.sum.dim_IntList, aten.mean.dim),
     operator.getitem,  # of a convolution's backward pass
 }
+_LAYERS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.convolution.default)
 LINEAR_AT: dict[Any, tuple[int, ...]] = {
     **dict.fromkeys(_VIEWS, (0,)),
     **dict.fromkeys((aten.mul.Tensor, aten.mm.default, aten.bmm.default), (0, 1)),
