@@ -315,19 +315,14 @@ def _normalised(n: fx.Node, x: Interval) -> Interval | None:
     norm, least = divisor.args
     if not isinstance(norm, fx.Node) or norm.target is not aten.linalg_vector_norm.default or norm.kwargs:
         return None
-    dims: Any
-    of, ord, dims, kept = (*norm.args, *(None, 2, None, False)[len(norm.args) :])[:4]
+    of, ord, dim, kept = (*norm.args, *(None, 2, None, False)[len(norm.args) :])[:4]
     if of is not n.args[0] or ord != 2 or not kept or not isinstance(least, int | float) or least < 1e-100:
         return None
-    if divisor.target is aten.clamp_min.default:
-        limit: Callable[[Tensor], Tensor] = lambda norm: norm.clamp(min=least)  # noqa: E731
-    elif divisor.target in (aten.add.Tensor, aten.add.Scalar):
-        limit = lambda norm: norm + least  # noqa: E731
-    else:
+    limits = {aten.clamp_min.default: torch.clamp_min, aten.add.Tensor: torch.add, aten.add.Scalar: torch.add}
+    limit = limits.get(divisor.target)  # type: ignore[call-overload]
+    if limit is None:
         return None
-    given = in_float64(x) if outward() else x
-    every = list(range(len(x.shape))) if dims is None else [dims] if isinstance(dims, int) else list(dims)
-    out = normalised(given, every, limit)
+    out = normalised(in_float64(x) if outward() else x, dim, lambda norm: limit(norm, least))
     return narrow(out, n.meta["val"].dtype) if outward() else out
 
 

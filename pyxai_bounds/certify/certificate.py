@@ -6,7 +6,7 @@ import functools
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,7 +200,8 @@ class _Check:
         self.pieces = pieces
         self.sharpen = sharpen is not False and parameters is None  # with a box of parameters linear layers are sets
         self.cheaply = not sharpen
-        self._made: dict[Hashable, Any] = {}
+        self._captured: dict[int, Captured | None] = {}  # by the place of a sample
+        self._made: dict[int, tuple[Differences | None, Forms | None]] = {}  # by the identity of one of these
 
     @functools.cached_property
     def nominal(self) -> Tensor:
@@ -237,18 +238,22 @@ class _Check:
         margin = torch.where(margin.isnan() | ~usable, -torch.inf, margin)
         return Certificate(holds, margin, self.nominal, bounds, self.rounding)
 
-    def _differences(self, alone: Captured, one: Sequence[Tensor]) -> Differences | None:
-        fn, product, sound = self.bounded.fn, self.bounded.product, self.rounding == "outward"
-        return self._once(("differences", id(alone)), lambda: Differences.of(fn, one, sound, product))
-
-    def _forms(self, alone: Captured) -> Forms | None:
-        rounding, product = self.bounded.rounding, self.bounded.product
-        return self._once(("forms", id(alone)), lambda: Forms.of(alone.graph, rounding, product, self.cheaply))
-
-    def _once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
+    def _means(self, place: int) -> tuple[Differences | None, Forms | None]:
+        """What may sharpen the bounds of one sample; samples with one captured function share it."""
+        if place not in self._captured and self.sharpen:
+            self._captured[place] = self._alone(place)
+        captured = self._captured.get(place)
+        if captured is None:
+            return None, None
+        if id(captured) not in self._made:
+            rounding, product = self.bounded.rounding, self.bounded.product
+            differences = None
+            if isinstance(self.property, TopK):
+                differences = Differences.of(captured, self._one(place), self.rounding == "outward", product)
+            shallow = differences is not None and differences.are_all
+            forms = None if shallow else Forms.of(captured.graph, rounding, product, self.cheaply)
+            self._made[id(captured)] = differences, forms
+        return self._made[id(captured)]
 
     def _alone(self, place: int) -> Captured | None:
         """The function of one sample; None if that is not explained at x as it is among the others, but for rounding.
@@ -289,29 +294,21 @@ class _Check:
         property = self.property
         open_ = usable & ~kept(property, margin) & margin.isfinite()
         margin, bounds = margin.clone(), Interval.of(bounds.mid.clone(), bounds.rad.clone())
-        if bool(open_.any()):
+        if any(self._means(place) != (None, None) for place in open_.nonzero()[:, 0].tolist()):
             open_ &= ~self._is_refuted(box)
         for place in open_.nonzero()[:, 0].tolist():
-            alone = self._once(("alone", place), lambda place=place: self._alone(place))  # type: ignore[misc]
-            if not self.sharpen:
-                break
-            if alone is None:
-                continue
+            differences, forms = self._means(place)
             one = slice(place, place + 1)
             nominal, arguments = self.nominal[one], self._arguments(box, place, 1)
-            differences = self._differences(alone, self._one(place)) if isinstance(property, TopK) else None
             if differences is not None:
                 found = differences.margin(property, nominal, bounds[one], arguments)  # type: ignore[arg-type]
                 margin[place] = margin[place].clamp(min=found)
-            if kept(property, margin[one]) or (differences is not None and differences.are_all):
-                continue
-            forms = self._forms(alone)
-            if forms is None:
+            if kept(property, margin[one]) or forms is None:
                 continue
             try:
                 sharper, rows = forms(arguments)
             except Exception:  # what vmap cannot do, or memory does not hold: the bounds stand
-                self._made["forms", id(alone)] = None
+                self._made[id(self._captured[place])] = differences, None
                 continue
             if not bool(sharper.isfinite().all()) or _outside(nominal, sharper).any():
                 continue

@@ -14,16 +14,17 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
 
+from pyxai_bounds.capture import Captured
 from pyxai_bounds.certify.properties import TopK, rounding_loss
 from pyxai_bounds.interval import Interval
-from pyxai_bounds.program import BoundFunction, bound, captured_graph
+from pyxai_bounds.program import BoundFunction, bound
 from pyxai_bounds.rules.registry import Product
 
 aten = torch.ops.aten
@@ -107,13 +108,12 @@ class Differences:
         self._known = torch.zeros(entries, dtype=torch.bool, device=end.like.device)
 
     @staticmethod
-    def of(fn: Callable[..., Tensor], arguments: Sequence[Tensor], sound: bool, product: Product) -> Differences | None:
-        """For samples like the one in ``arguments``, [1, ...]; None where ``fn`` does not end in linear layers, or is
-        no function of a single sample, such as one that adds noise for so many.
+    def of(captured: Captured, arguments: Sequence[Tensor], sound: bool, product: Product) -> Differences | None:
+        """``captured``: the function of a single sample like the one in ``arguments``, [1, ...]. None where it does not
+        end in linear layers, or where one of its parts has no bounds.
         """
+        key = ("differences", sound, product)
         try:
-            captured = captured_graph(fn, *arguments)
-            key = ("differences", sound, product)
             if key not in captured.derived:
                 parts = _cut(captured.graph)
                 end = None if parts is None else _End.of(*parts, sound, product)
@@ -121,7 +121,7 @@ class Differences:
                     end.rows(torch.zeros(1, dtype=torch.long, device=end.like.device))
                     end.box([Interval.point(arguments[0]), *arguments[1:]])
                 captured.derived[key] = end
-        except Exception:  # whatever the function says of a batch of one: the batch's own bounds stand
+        except Exception:  # the bounds of the entries stand
             return None
         end = captured.derived[key]
         return None if end is None else Differences(end)

@@ -26,14 +26,14 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from pyxai_bounds import rounding as rd
-from pyxai_bounds.certify.differences import LINEAR_AT, Box, behind
+from pyxai_bounds.certify.differences import LINEAR_AT, TINY, Box, behind
 from pyxai_bounds.certify.properties import rounding_loss
 from pyxai_bounds.errors import UnsupportedOperatorError
 from pyxai_bounds.fuse import VIEWS
 from pyxai_bounds.interpreter import Interpreter, applied
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.rules import RULES
-from pyxai_bounds.rules.registry import Indices, Product, as_set, singleton, use_product
+from pyxai_bounds.rules.registry import Indices, Product, as_set, ends, in_float64, singleton, use_product
 from pyxai_bounds.rules.standardise import Standardised
 
 aten = torch.ops.aten
@@ -43,7 +43,6 @@ CHEAP = 2**28  # multiplications, of which a core does some 1e10 a second
 PASSES = 16  # as many multiplications as an operator takes the time of for each number, moving it through memory
 CHEAP_NODES = 150  # operators, each of which takes some 0.3 ms however small it is
 NEGLIGIBLE = 1e-9  # of a value's size: what rounding adds gets no symbols
-TINY = 1e-290  # what underflows in float64, in sums of any length that fits into memory, is less
 
 
 @dataclass(frozen=True)
@@ -270,7 +269,7 @@ class _Evaluator(Interpreter):
 
     def _relu(self, n: fx.Node, result: Interval) -> Form:
         x, box = self.operand(n.args[0]), self.env[n.args[0]]  # type: ignore[index]
-        lower, upper = _ends(box)
+        lower, upper = ends(in_float64(box))
         slope = torch.where(lower >= 0, 1.0, torch.where(upper <= 0, 0.0, upper / (upper - lower)))
         # ReLU(x) - slope·x is greatest at an end, and at least 0.
         most = torch.where((lower < 0) & (upper > 0), torch.maximum((1 - slope) * upper, -slope * lower), 0.0)
@@ -405,18 +404,11 @@ def _magnitude(x: Form, box: Any) -> Tensor:
     return torch.fmin(x.size, known)
 
 
-def _ends(x: Interval) -> tuple[Tensor, Tensor]:
-    """End points in float64, on or outside the set's."""
-    mid, rad = x.mid.double(), x.rad.double()
-    lost = (mid.abs() + rad) * (4 * rd.unit(torch.float64))
-    return mid - rad - lost, mid + rad + lost
-
-
 def _within(x: Interval, form: Form) -> Interval:
     """The set cut down to the ends of a form, where these are narrower."""
     if x.facts is not None or isinstance(x.state, Standardised):
         return x  # what is known besides holds about this midpoint, and says more
-    (lower, upper), (least, greatest) = form.ends, _ends(x)
+    (lower, upper), (least, greatest) = form.ends, ends(in_float64(x))
     lower, upper = torch.fmax(lower, least), torch.fmin(upper, greatest)
     mid = (lower / 2 + upper / 2).to(x.dtype)
     exact = mid.double()

@@ -224,8 +224,8 @@ def certified_accuracy(
 
     ``sound=True``: rounded outward, a proof; otherwise to nearest. NaN without samples.
     """
-    options: dict[str, Any] = {"eps": eps, "clip": clip, "sound": sound, "batch_size": batch_size}
-    certificate = certify(model, x, property=TopK(1, by="signed"), **options)
+    leading = TopK(1, by="signed")
+    certificate = certify(model, x, eps=eps, property=leading, clip=clip, sound=sound, batch_size=batch_size)
     leads = certificate.nominal.argmax(1) == y
     return (certificate.holds & leads).double().mean().item()
 

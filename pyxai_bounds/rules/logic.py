@@ -110,20 +110,20 @@ def all_(x: Interval, *args: Any, **kwargs: Any) -> Interval:
 
 @rule(aten.bitwise_and.Tensor, precision="exact")
 def bitwise_and(a: Value, b: Value) -> Interval:
-    return logical_and(_onlytruth(a), _onlytruth(b))
+    return logical_and(_only_truth(a), _only_truth(b))
 
 
 @rule(aten.bitwise_or.Tensor, precision="exact")
 def bitwise_or(a: Value, b: Value) -> Interval:
-    return logical_or(_onlytruth(a), _onlytruth(b))
+    return logical_or(_only_truth(a), _only_truth(b))
 
 
 @rule(aten.bitwise_xor.Tensor, precision="exact")
 def bitwise_xor(a: Value, b: Value) -> Interval:
-    return logical_xor(_onlytruth(a), _onlytruth(b))
+    return logical_xor(_only_truth(a), _only_truth(b))
 
 
-def _onlytruth(x: Value) -> Value:
+def _only_truth(x: Value) -> Value:
     """A truth value and an integer have bits in common, or not: 2 & True is 0."""
     if isinstance(x, Tensor) and x.dtype != torch.bool:
         raise UnsupportedArgumentsError(f"combines truth values with the bits of {x.dtype}; compare these with 0 first")

@@ -44,6 +44,11 @@ def _summed(x: Tensor, dim: Any = None, *args: Any, **kwargs: Any) -> int:
     return math.prod(x.shape[d] for d in ([dim] if isinstance(dim, int) else dim))
 
 
+def _listed(dim: Any, x: Interval) -> Any:
+    """The dimensions that a reduction names; all of them for None."""
+    return list(range(len(x.shape))) if dim is None else [dim] if isinstance(dim, int) else dim
+
+
 positive_linear(
     aten.sum.default,
     aten.sum.dim_IntList,
@@ -63,7 +68,7 @@ def nansum(x: Interval, dim: Any = None, keepdim: bool = False, *, dtype: Any = 
     """As ``sum``: a NaN is not passed over, for in a set it may be anything."""
     if dtype not in (None, x.dtype):
         raise UnsupportedArgumentsError(f"sums in {dtype}; convert the argument")
-    return total(x, list(range(len(x.shape))) if dim in (None, []) else [dim] if isinstance(dim, int) else dim, keepdim)
+    return total(x, _listed(None if dim == [] else dim, x), keepdim)
 
 
 # --- products: of disjoint elements, so that the exact product of two sets has their exact range ------------------
@@ -153,7 +158,7 @@ def scatter_reduce(
 def count_nonzero(x: Interval, dim: Any = None) -> Interval:
     """How many must be other than 0, and how many may be."""
     differs = ne(x, 0.0)
-    return total(differs, list(range(len(x.shape))) if dim is None else [dim] if isinstance(dim, int) else dim)
+    return total(differs, _listed(dim, x))
 
 
 @rule(aten.logsumexp.default, ulps=0)
@@ -166,7 +171,7 @@ def logsumexp(x: Interval, *args: Any) -> Interval:
 @rule(aten.linalg_vector_norm.default, ulps=0)
 def vector_norm(x: Interval, ord: float = 2, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Interval:
     """‖·‖ grows with every |component|."""
-    dims = list(range(len(x.shape))) if dim is None else [dim] if isinstance(dim, int) else dim
+    dims = _listed(dim, x)
     if ord == 2:
         root = monotone(steep(lambda t: t.clamp(min=0).sqrt()), total(square(x), dims, keepdim), ulps=2)
         return evaluated(root, 2)
@@ -187,12 +192,13 @@ def vector_norm(x: Interval, ord: float = 2, dim: Any = None, keepdim: bool = Fa
     return _root(total(pow_(magnitude, ord), dims, keepdim), ord)
 
 
-def normalised(x: Interval, dims: list[int], limit: Callable[[Tensor], Tensor]) -> Interval:
+def normalised(x: Interval, dim: Any, limit: Callable[[Tensor], Tensor]) -> Interval:
     """x/limit(‖x‖₂) over rows, where ``limit`` is max(·, c) or · + c with c > 0: as F.normalize, and by hand.
 
     With s the sum of the other squares it is x/limit(√(x² + s)), which grows with x, and towards 0 with s. So its
     range is exact, and no wider than [−1, 1] where the norm may be 0.
     """
+    dims = _listed(dim, x)
     lower, upper = ends(x)
     least, greatest = ends(square(x))
     most, fewest = greatest.sum(dims, keepdim=True), least.sum(dims, keepdim=True)
