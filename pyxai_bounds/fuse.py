@@ -167,7 +167,7 @@ def _is_constant(graph: fx.GraphModule, node: fx.Node, value: float) -> bool:
     """Is this a constant that was computed here (no parameter, which may change), and equal to a number throughout?"""
     if node.op != "get_attr" or not str(node.target).startswith(_COMPUTED):
         return False
-    return bool((_attribute(graph, str(node.target)) == value).all())
+    return bool((operator.attrgetter(str(node.target))(graph) == value).all())
 
 
 def _is_aten(node: fx.Node) -> bool:
@@ -194,7 +194,7 @@ def _share_equal_nodes(graph: fx.GraphModule) -> None:
     known: dict[Any, fx.Node] = {}
     for node in list(graph.graph.nodes):
         if node.op == "get_attr":
-            key: Any = ("get_attr", id(_attribute(graph, node.target)))
+            key: Any = ("get_attr", id(operator.attrgetter(str(node.target))(graph)))
         elif node.op == "call_function":
             key = (node.target, _freeze(node.args), _freeze(node.kwargs))
         else:
@@ -203,13 +203,6 @@ def _share_equal_nodes(graph: fx.GraphModule) -> None:
         if first is not node:
             node.replace_all_uses_with(first)
             graph.graph.erase_node(node)
-
-
-def _attribute(graph: fx.GraphModule, path: str) -> Any:
-    value: Any = graph
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value
 
 
 def _freeze(value: Any) -> Any:
