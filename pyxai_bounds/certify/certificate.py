@@ -137,12 +137,13 @@ def certified_radius(
     for_all = torch.full([1] * x.dim(), most, dtype=torch.float64, device=x.device)
     holds = check.at(most if unit is None else _multiple(for_all, unit)).holds
     safe = torch.where(holds, unknown, torch.zeros_like(unknown))
-    while len(x) and (unknown - safe).max() > tol:
+    while True:
         middle = (safe + unknown) / 2
-        if not ((middle > safe) & (middle < unknown)).any():
-            break  # neighbours in floating point
+        open_ = (unknown - safe > tol) & (middle > safe) & (middle < unknown)  # neighbours in floating point have none
+        if not open_.any():
+            break
         eps = middle.reshape(per_sample)
-        holds = check.at(eps if unit is None else _multiple(eps, unit)).holds
+        holds = check.at(eps if unit is None else _multiple(eps, unit), open_).holds
         safe, unknown = torch.where(holds, middle, safe), torch.where(holds, unknown, middle)
     return safe
 
@@ -224,7 +225,8 @@ class _Check:
         )
 
     @torch.no_grad()
-    def at(self, eps: float | Tensor) -> Certificate:
+    def at(self, eps: float | Tensor, sought: Tensor | None = None) -> Certificate:
+        """``sought``: samples [B] whose bounds may be sharpened; by default all."""
         box = Interval.linf(self.x, eps, self.clip)
         pieces = [self._bounds(box, i) for i in range(0, max(len(self.x), 1), self.size)]
         bounds = Interval.of(torch.cat([p.mid for p in pieces]), torch.cat([p.rad for p in pieces]))
@@ -233,7 +235,7 @@ class _Check:
         margin = self.property.margin(self.nominal, bounds)
         usable = flat(bounds.isfinite() & self.nominal.isfinite()).all(1) & ~self._strays(bounds)
         if self.sharpen:
-            margin, bounds = self._sharpened(margin, box, bounds, usable)
+            margin, bounds = self._sharpened(margin, box, bounds, usable if sought is None else usable & sought)
         holds = kept(self.property, margin) & usable & self.bounded.constants_are_finite()
         margin = torch.where(margin.isnan() | ~usable, -torch.inf, margin)
         return Certificate(holds, margin, self.nominal, bounds, self.rounding)

@@ -224,6 +224,25 @@ def test_radii_grow() -> None:
     assert (sharp >= plain).all() and (sharp > 1.2 * plain).any()
 
 
+def test_what_holds_at_the_greatest_radius_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    fn, x, target = xb.explain.gradient(small_cnn()), images(3, 1, (1, 8, 8)).float(), torch.arange(3)
+    options = dict(property=xb.TopK(3), clip=(0.0, 1.0))
+    seen, of_class = [], Forms.__call__
+
+    def noted(self: Forms, arguments: list) -> tuple:
+        seen.append(int(arguments[1]))
+        return of_class(self, arguments)
+
+    monkeypatch.setattr(Forms, "__call__", noted)
+    last = float(xb.certified_radius(fn, x, target, max_eps=0.1, **options).sort().values[1])
+    seen.clear()
+    radius = xb.certified_radius(fn, x, target, max_eps=last, tol=last / 100, **options)
+    held = radius >= last * (1 - 1e-6)
+    assert 0 < held.sum() < 3
+    assert max(seen.count(place) for place in range(3) if held[place]) == 1
+    assert max(seen.count(place) for place in range(3) if not held[place]) > 1
+
+
 def test_what_takes_too_much_is_left_and_true_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     fn, x, target = xb.explain.gradient(small_cnn()), images(2, 1, (1, 8, 8)).float(), torch.arange(2)
 
