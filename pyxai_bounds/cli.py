@@ -202,10 +202,12 @@ class Certify:
 
     def __call__(self) -> None:
         model, dataset = load(self.run), data.load(read_description(self.run)["recipe"]["data"], self.data_root)
-        certificate = certify(
-            self.what.function(model, dataset.input_shape, self.seed), dataset.test_x, dataset.test_y,
-            eps=self.eps, property=top_features(self.k, dataset.test_x), clip=dataset.clip,
-        )  # fmt: skip
+        with _progress() as bar:
+            certificate = certify(
+                self.what.function(model, dataset.input_shape, self.seed), dataset.test_x, dataset.test_y,
+                eps=self.eps, property=top_features(self.k, dataset.test_x), clip=dataset.clip,
+                on_progress=lambda done: bar.move("certifying", done),
+            )  # fmt: skip
         correct = accuracy(model, dataset.test_x, dataset.test_y)
         count, samples = int(certificate.holds.sum()), len(certificate.holds)
         if self.json:

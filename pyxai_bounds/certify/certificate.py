@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import math
 import warnings
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from pyxai_bounds.program import BoundFunction, bound, captured_graph
 from pyxai_bounds.rounding import without_autocast
 from pyxai_bounds.rules.registry import Product
 
+Progress = Callable[[float], None]  # is told the fraction done
 CORNERS = 8  # of a box that are tried before bounds of single samples are made sharper
 
 
@@ -68,6 +70,7 @@ def certify(
     sharpen: bool | None = None,
     batch_size: int | None = None,
     memory_budget: int | None = None,
+    on_progress: Progress | None = None,
 ) -> Certificate:
     """Does ``property`` of ``fn(x, target)`` hold for every input within ``eps`` of x (and inside ``clip``)?
 
@@ -88,11 +91,12 @@ def certify(
     margin is that of ``bound``'s Intervals. Samples whose property corners of the box refute are left as they are, and
     with a box of parameters all are.
     A sample with a bound that is not finite is never certified, nor is any if the model holds a NaN or an infinity.
+    ``on_progress`` is called with the fraction done, now and then.
     Raises what :func:`bound` and :meth:`Interval.linf` raise.
     """
     pieces = Pieces(batch_size, memory_budget)
     check = _Check(fn, x, target, property, clip, parameters, sound, product, sharpen, pieces)
-    return check.at(eps)
+    return check.at(eps, on_progress or _silent)
 
 
 def certified_radius(
@@ -111,6 +115,7 @@ def certified_radius(
     sharpen: bool | None = None,
     batch_size: int | None = None,
     memory_budget: int | None = None,
+    on_progress: Progress | None = None,
 ) -> Tensor:
     """For each sample a radius in [0, max_eps] at which ``certify`` holds, within ``tol`` of the largest such: [B].
 
@@ -135,17 +140,29 @@ def certified_radius(
     # What is returned is max_eps as the dtype holds it, which may be a little more.
     most = max(max_eps, torch.tensor(max_eps, dtype=x.dtype, device="cpu").item())
     for_all = torch.full([1] * x.dim(), most, dtype=torch.float64, device=x.device)
-    holds = check.at(most if unit is None else _multiple(for_all, unit)).holds
+    rounds = 1 + max(0, math.ceil(math.log2(max_eps / tol)))
+    tell = on_progress or _silent
+    holds = check.at(most if unit is None else _multiple(for_all, unit), _part(tell, 0, rounds)).holds
     safe = torch.where(holds, unknown, torch.zeros_like(unknown))
-    while True:
+    for done in itertools.count(1):
         middle = (safe + unknown) / 2
         open_ = (unknown - safe > tol) & (middle > safe) & (middle < unknown)  # neighbours in floating point have none
         if not open_.any():
             break
         eps = middle.reshape(per_sample)
-        holds = check.at(eps if unit is None else _multiple(eps, unit), open_).holds
+        holds = check.at(eps if unit is None else _multiple(eps, unit), _part(tell, done, rounds), open_).holds
         safe, unknown = torch.where(holds, middle, safe), torch.where(holds, unknown, middle)
+    tell(1.0)
     return safe
+
+
+def _silent(fraction: float) -> None:
+    """Progress that nobody asked for."""
+
+
+def _part(tell: Progress, place: int, parts: int) -> Progress:
+    """The progress of one of several parts, told as that of all."""
+    return lambda fraction: tell(min(1.0, (place + fraction) / parts))
 
 
 def _multiple(radius: Tensor, unit: Tensor) -> Tensor:
@@ -225,17 +242,21 @@ class _Check:
         )
 
     @torch.no_grad()
-    def at(self, eps: float | Tensor, sought: Tensor | None = None) -> Certificate:
+    def at(self, eps: float | Tensor, tell: Progress, sought: Tensor | None = None) -> Certificate:
         """``sought``: samples [B] whose bounds may be sharpened; by default all."""
         box = Interval.linf(self.x, eps, self.clip)
-        pieces = [self._bounds(box, i) for i in range(0, max(len(self.x), 1), self.size)]
+        pieces = []
+        for i in range(0, max(len(self.x), 1), self.size):
+            pieces.append(self._bounds(box, i))
+            tell(min(1.0, (i + self.size) / max(len(self.x), 1)) / (2 if self.sharpen else 1))
         bounds = Interval.of(torch.cat([p.mid for p in pieces]), torch.cat([p.rad for p in pieces]))
         if bounds.shape != self.nominal.shape:
             raise ValueError(f"The function returned {list(self.nominal.shape)} but its bounds {list(bounds.shape)}.")
         margin = self.property.margin(self.nominal, bounds)
         usable = flat(bounds.isfinite() & self.nominal.isfinite()).all(1) & ~self._strays(bounds)
         if self.sharpen:
-            margin, bounds = self._sharpened(margin, box, bounds, usable if sought is None else usable & sought)
+            open_ = usable if sought is None else usable & sought
+            margin, bounds = self._sharpened(margin, box, bounds, open_, lambda done: tell(0.5 + done / 2))
         holds = kept(self.property, margin) & usable & self.bounded.constants_are_finite()
         margin = torch.where(margin.isnan() | ~usable, -torch.inf, margin)
         return Certificate(holds, margin, self.nominal, bounds, self.rounding)
@@ -291,14 +312,18 @@ class _Check:
         one = slice(place, place + 1)
         return [self.x[one]] if self.target is None else [self.x[one], self.target[one]]
 
-    def _sharpened(self, margin: Tensor, box: Interval, bounds: Interval, usable: Tensor) -> tuple[Tensor, Interval]:
+    def _sharpened(
+        self, margin: Tensor, box: Interval, bounds: Interval, usable: Tensor, tell: Progress
+    ) -> tuple[Tensor, Interval]:
         """Margins and bounds; sharper ones of the samples whose bounds do not prove the property, one by one."""
         property = self.property
         open_ = usable & ~kept(property, margin) & margin.isfinite()
         margin, bounds = margin.clone(), Interval.of(bounds.mid.clone(), bounds.rad.clone())
         if any(self._means(place) != (None, None) for place in open_.nonzero()[:, 0].tolist()):
             open_ &= ~self._is_refuted(box)
-        for place in open_.nonzero()[:, 0].tolist():
+        places = open_.nonzero()[:, 0].tolist()
+        for done, place in enumerate(places):
+            tell(done / len(places))
             differences, forms = self._means(place)
             one = slice(place, place + 1)
             nominal, arguments = self.nominal[one], self._arguments(box, place, 1)
@@ -320,6 +345,7 @@ class _Check:
             if isinstance(property, TopK) and not kept(property, property.margin(nominal, bounds[one])):
                 found = least_difference(property, nominal, bounds[one], rows, rows.box)
                 margin[place] = margin[place].clamp(min=found)
+        tell(1.0)
         return margin.maximum(property.margin(self.nominal, bounds)), bounds  # a property may know its batch
 
     def _strays(self, bounds: Interval) -> Tensor:

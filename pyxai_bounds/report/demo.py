@@ -29,10 +29,10 @@ RECIPES: dict[str, Recipe] = {
 # Rough seconds to train and to evaluate each on two cores, for a progress bar that moves evenly.
 COSTS = {
     "linear": (0.3, 1),
-    "fc-128": (0.4, 2),
-    "fc-128, REC": (3, 2),
-    "cnn-small": (3, 12),
-    "cnn-small, REC": (12, 12),
+    "fc-128": (0.4, 20),
+    "fc-128, REC": (3, 6),
+    "cnn-small": (3, 55),
+    "cnn-small, REC": (12, 40),
 }
 
 

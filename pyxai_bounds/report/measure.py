@@ -62,19 +62,19 @@ def evaluate_all(
         batch_size,
     )  # fmt: skip
     check_shape(measure.fn, x, y)
-    done, total = 0, 1 + PARTS * len(eps)
+    done, total = PARTS, PARTS * (1 + len(eps))
+    tell = on_progress or (lambda fraction: None)
 
     def tick() -> None:
         nonlocal done
         done += 1
-        if on_progress is not None:
-            on_progress(done / total)
+        tell(done / total)
 
     reach = 2.5 * max(eps) if max_eps is None else max_eps
     radius = certified_radius(
-        measure.fn, x, y, property=measure.topk, max_eps=reach, tol=reach / 512, clip=clip, batch_size=batch_size
-    )
-    tick()
+        measure.fn, x, y, property=measure.topk, max_eps=reach, tol=reach / 512, clip=clip, batch_size=batch_size,
+        on_progress=lambda fraction: tell(fraction * PARTS / total),
+    )  # fmt: skip
     first = certify(measure.fn, x, y, eps=min(eps), property=measure.topk, clip=clip, batch_size=batch_size)
     quartiles = torch.quantile(radius.double(), torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64, device=x.device))
     result = {

@@ -199,6 +199,18 @@ def test_the_greatest_radius_was_itself_certified() -> None:
         assert (radius.double()[:, None] * (1.0 if unit is None else unit) <= widest.seen).all()
 
 
+@pytest.mark.parametrize("sharpen", [None, False])
+def test_progress_is_told_up_to_the_end(sharpen: bool | None) -> None:
+    fn, options = xb.explain.gradient(mlp()), {"property": xb.TopK(2), "batch_size": 3, "sharpen": sharpen}
+    told: list[float] = []
+    xb.certify(fn, X, TARGET, eps=0.1, on_progress=told.append, **options)
+    assert told == sorted(told) and told[-1] == 1.0 and len(told) >= 3
+    assert len(set(told)) > 4 if sharpen is None else told == [3 / 7, 6 / 7, 1.0]
+    told.clear()
+    xb.certified_radius(fn, X, TARGET, max_eps=0.5, tol=0.1, on_progress=told.append, **options)
+    assert told == sorted(told) and told[-1] == 1.0 and len({int(4 * fraction) for fraction in told}) == 5
+
+
 def test_a_sample_alone_is_no_batch() -> None:
     fn = xb.explain.gradient(mlp())
     for call in (
