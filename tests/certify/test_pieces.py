@@ -23,7 +23,9 @@ CPU = torch.device("cpu")
 def measured_peak(call: Callable[[], object]) -> int:
     """Bytes that PyTorch's allocator gave out at once, at most, during a call; the result included."""
     kept = []
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profile:
         kept.append(call())
     found: list[tuple[int, int]] = []
     pending = list(profile.profiler.kineto_results.experimental_event_tree())
