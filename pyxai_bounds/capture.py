@@ -274,6 +274,7 @@ def _unchecked_distributions() -> Iterator[None]:
         Distribution.set_default_validate_args(checks)
 
 
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 _MAKE_INTEGERS = (torch.arange, torch.tensor, torch.as_tensor)
 
 
@@ -362,6 +363,11 @@ class _RefuseConversions(TorchFunctionMode):
             raise CaptureError(
                 f"The function leaves PyTorch for NumPy at {_users_line()}. Bounds follow PyTorch's operators alone: "
                 "compute with torch functions there."
+            )
+        if func == _SET_DATA:
+            raise CaptureError(
+                f"The function assigns to .data at {_users_line()}, which passes by PyTorch's operators, and bounds "
+                "could not follow. Use the new tensor in the place of the old one, or copy_() into it."
             )
         if func is torch._pack_padded_sequence:
             raise CaptureError(

@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import operator
 import os
+import sys
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -74,7 +74,19 @@ def referents(value: Any) -> list[tuple[Any, Any]]:
         return list(value.items()) if len(value) <= MANY else []
     if isinstance(value, CONTAINERS):
         return list(enumerate(value)) if len(value) <= MANY else []
-    return list(getattr(value, "__dict__", {}).items())
+    attributes = list(getattr(value, "__dict__", {}).items())
+    return attributes + [(name, getattr(value, name)) for name in _slots_of(type(value)) if hasattr(value, name)]
+
+
+_slots: weakref.WeakKeyDictionary[type, list[str]] = weakref.WeakKeyDictionary()
+
+
+def _slots_of(kind: type) -> list[str]:
+    """The names of attributes that the objects of a user's class hold elsewhere than in a dictionary."""
+    if kind not in _slots:
+        found = [vars(base).get("__slots__", ()) for base in kind.__mro__ if _is_users_class(base)]
+        _slots[kind] = [name for names in found for name in ((names,) if isinstance(names, str) else names)]
+    return _slots[kind]
 
 
 def _is_of_a_library(file: str) -> bool:
@@ -157,68 +169,177 @@ class Same:
         return self._ref() is None
 
 
-_names_in: weakref.WeakKeyDictionary[Any, dict[tuple, frozenset[str]]] = weakref.WeakKeyDictionary()
+# What Python itself calls, or a class of PyTorch's, without that the code says so; and what is not called by reading.
+_UNSAID = ("__call__", "__wrapped__")
+_OF_FUNCTIONS = ("forward", "backward", "setup_context", "jvp", "vmap")  # of torch.autograd.Function
+_MAKING = ("__init__", "__new__", "__post_init__")
+_UNREAD = {*_MAKING, "__repr__", "__str__", "__del__", "__getstate__", "__setstate__", "__reduce__", "__reduce_ex__"}
+# Who mentions these may read attributes whose names the code does not say.
+_REFLECTING = frozenset({"getattr", "vars", "__dict__", "asdict", "astuple", "attrgetter", "fields", "getmembers"})
 
 
-def _names_used(fn: Any) -> frozenset[str]:
-    """Every name that the function's code mentions, or that of a function or method which it mentions.
+def functions_of(member: Any) -> list[types.FunctionType]:
+    """The functions behind what a class holds under a name: those of properties, those that are decorated."""
+    found: list[types.FunctionType] = []
+    pending, seen = [member], set()
+    while pending:
+        value = pending.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, types.FunctionType):
+            found.append(value)
+            pending += [cell.cell_contents for cell in value.__closure__ or () if _is_set(cell)]
+        elif isinstance(value, property):
+            pending += [value.fget]
+        elif isinstance(value, (functools.partial, functools.partialmethod, functools.cached_property)):
+            pending += [value.func]
+        elif isinstance(value, (staticmethod, classmethod, types.MethodType)):
+            pending += [value.__func__]
+        elif isinstance(value, functools._lru_cache_wrapper):
+            pending += [value.__wrapped__]
+    return found
 
-    Of an object only attributes with such a name can matter: a trainer's step counter does not change its model.
+
+_users_classes: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
+
+
+def _is_users_class(kind: type) -> bool:
+    if kind not in _users_classes:
+        file = getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
+        _users_classes[kind] = kind.__module__ != "builtins" and not _is_of_a_library(file)
+    return _users_classes[kind]
+
+
+class _Names:
+    """Every name that a function's code mentions, or that of the functions and methods which it calls.
+
+    Of an object only attributes with such a name can matter: a trainer's step counter does not change its model. Grows
+    with the functions and objects that are met.
     """
-    code = getattr(getattr(fn, "__func__", fn), "__code__", type(fn))
-    known = _names_in.setdefault(code, {})
-    kinds = tuple(type(value) for _, value in referents(fn))  # one code may run on objects of several classes
-    if kinds not in known:
-        pending: list[types.CodeType] = []
-        methods: dict[str, list[types.CodeType]] = {}
-        for value in in_reach(fn):
-            if isinstance(value, types.FunctionType):
-                pending.append(value.__code__)
-            elif not isinstance(value, (nn.Module, Tensor, type, types.ModuleType)):
-                for kind in type(value).__mro__:
-                    for name, member in vars(kind).items():
-                        member = getattr(member, "fget", getattr(member, "__func__", member))
-                        if isinstance(member, types.FunctionType):
-                            methods.setdefault(name, []).append(member.__code__)
-        names = {"__call__"}
-        pending += methods.get("__call__", [])
-        while pending:
-            for name in set(_names(pending.pop())) - names:
-                names.add(name)
-                pending += methods.get(name, [])
-        known[kinds] = frozenset(names)
-    return known[kinds]
+
+    def __init__(self) -> None:
+        self.known = {*_UNSAID}
+        self.are_all = False  # may code read attributes by names that it does not mention?
+        self._codes: weakref.WeakSet[types.CodeType] = weakref.WeakSet()
+        self._classes: weakref.WeakKeyDictionary[type, set[str]] = weakref.WeakKeyDictionary()
+        self._methods: dict[str, list[types.CodeType]] = {}  # that nobody has mentioned yet
+
+    def __contains__(self, name: Any) -> bool:
+        return self.are_all or name in self.known
+
+    @property
+    def count(self) -> int:
+        return len(self.known) + self.are_all
+
+    def meet_code(self, code: types.CodeType) -> None:
+        if code in self._codes:
+            return
+        self._codes.add(code)
+        names = set(_names(code)) | _strings(code)
+        if names & _REFLECTING and not _is_of_a_library(code.co_filename):
+            self.are_all = True
+        self.mention(*names)
+
+    def mention(self, *names: str) -> None:
+        for name in {*names} - self.known:
+            self.known.add(name)
+            for code in self._methods.pop(name, ()):
+                self.meet_code(code)
+
+    def meet_class(self, kind: type, is_made: bool) -> None:
+        """A class whose objects are at hand, or are made."""
+        said = self._classes.setdefault(kind, set())
+        if not said:
+            for base in kind.__mro__:
+                for name, member in vars(base).items():
+                    codes = [function.__code__ for function in functions_of(member)]
+                    if name in self.known:
+                        for code in codes:
+                            self.meet_code(code)
+                    else:
+                        self._methods.setdefault(name, []).extend(codes)
+                    if name.startswith("__") and name not in _UNREAD and _is_written(member):
+                        said.add(name)
+            said.update(_OF_FUNCTIONS if issubclass(kind, torch.autograd.Function) else _UNSAID)
+        self.mention(*said, *(_MAKING if is_made else ()))
+
+    def members(self, kind: type) -> list[tuple[str, Any]]:
+        """What the user's classes that an object is of hold under these names."""
+        bases = [base for base in kind.__mro__ if _is_users_class(base)]
+        return [(name, member) for base in bases for name, member in vars(base).items() if name in self.known]
 
 
-def token(
-    value: Any, depth: int = _DEPTH, budget: list[None] | None = None, names: frozenset[str] | None = None
-) -> Any:
+def _is_written(member: Any) -> bool:
+    """Is it a function that somebody has written? That a dataclass compares all of its fields means nothing."""
+    return any(not function.__code__.co_filename.startswith("<") for function in functions_of(member))
+
+
+def _strings(code: types.CodeType) -> set[str]:
+    """Constants that may be names: of keys, or of the attributes that a pattern of ``match`` looks at."""
+    found: set[str] = set()
+    pending = list(code.co_consts)
+    while pending:
+        constant = pending.pop()
+        if isinstance(constant, str):
+            found.add(constant)
+        elif isinstance(constant, tuple):
+            pending += constant
+        elif isinstance(constant, types.CodeType):
+            pending += constant.co_consts
+    return {name for name in found if name.isidentifier()}
+
+
+_names_in: weakref.WeakKeyDictionary[Any, _Names] = weakref.WeakKeyDictionary()
+
+
+class _Look:
+    """What one walk over the objects that a function refers to has seen."""
+
+    def __init__(self, names: _Names | None = None) -> None:
+        self.names = names
+        self.left = MANY  # objects that are followed; when there are none, identity has to do
+        self.seen: dict[int, tuple[int, int]] = {}  # of objects that were followed: their number, how far they were
+
+    def has_seen(self, value: Any, depth: int) -> int | None:
+        """The number of an object that was followed as far already; else it gets one."""
+        number, far = self.seen.get(id(value), (len(self.seen), -1))
+        if far >= depth:
+            return number
+        self.seen[id(value)] = number, depth
+        self.left -= 1
+        return None
+
+
+def token(value: Any, depth: int = _DEPTH, look: _Look | None = None) -> Any:
     """Equal for what computes the same: identity of tensors, modules and objects, value of everything plain.
 
     Objects are followed for a few steps, so that an option changed in place, or a helper's global rebound, is noticed.
-    ``budget`` is a list that loses one element for every object followed; when it is empty identity has to do. With
-    ``names`` only attributes of these names count.
+    Where ``look`` has names, only attributes of these names count, and what the user's classes hold under them does.
     """
-    budget = [None] * MANY if budget is None else budget
     if isinstance(value, PRIMITIVES):
         return type(value), repr(value) if isinstance(value, (float, complex)) else value  # 0.0 is not -0.0
-    if names and depth and budget and _is_users_file(value):
-        budget.pop()  # of it only what the code mentions can matter
-        found = [(name, v) for name, v in vars(value).items() if name in names]
-        return Same(value), tuple((name, token(v, depth - 1, budget, names)) for name, v in found)
+    look = _Look() if look is None else look
+    names = look.names
+    if names is not None and depth and look.left > 0 and _is_users_file(value):
+        look.left -= 1  # of it only what the code mentions can matter
+        found = [(name, v) for name, v in vars(value).items() if name in names.known]
+        return Same(value), tuple((name, token(v, depth - 1, look)) for name, v in found)
     if isinstance(value, slice):
         return slice, token((value.start, value.stop, value.step))
     if isinstance(value, Tensor):
         return Same(value), *layout_of(value)
     if isinstance(value, np.ndarray) and value.size <= MANY:
         return Same(value), value.dtype, value.shape, value.tobytes()
-    if depth == 0 or not budget or isinstance(value, nn.Module):  # modules have their own watch
+    if depth == 0 or look.left <= 0 or isinstance(value, nn.Module):  # modules have their own watch
         return Same(value)
-    budget.pop()
+    number = look.has_seen(value, depth)
+    if number is not None:
+        return _SEEN, number
     found = referents(value)
-    if names is not None and not isinstance(value, _TRANSPARENT):
-        found = [(name, v) for name, v in found if name in names]
-    parts = tuple((token(name, 1), token(v, depth - 1, budget, names)) for name, v in found)
+    if names is not None:
+        found = _mentioned(value, found, names)
+    parts = tuple((token(name, 1), token(v, depth - 1, look)) for name, v in found)
     if isinstance(value, (dict, *CONTAINERS)) and len(value) <= MANY:
         return type(value), parts
     if isinstance(value, types.FunctionType):
@@ -228,35 +349,114 @@ def token(
     return Same(value), parts
 
 
-def globals_of(kind: type) -> list[tuple[dict[str, Any], str, Any]]:
-    """The global numbers, tensors and functions that a class of modules computes with: scope, name, token.
+_SEEN: Any = object()
+
+
+def _token_of_code(fn: Any, names: _Names) -> Any:
+    count = -1
+    while count < names.count:  # until no object that is met mentions another name
+        count = names.count
+        found = token(fn, look=_Look(names))
+    return found
+
+
+class Behaviour:
+    """What a function computes, or an object that can be called, that a module holds."""
+
+    def __init__(self, fn: Any) -> None:
+        self._names = _Names()
+        self._before = _token_of_code(fn, self._names)
+
+    def is_of(self, fn: Any) -> bool:
+        return _token_of_code(fn, self._names) == self._before
+
+
+def may_change(fn: Any) -> bool:
+    """May what it computes change, while it stays the same object?"""
+    if isinstance(fn, (nn.Module, Tensor, type)) or not callable(fn):
+        return False
+    return _is_users_class(type(fn)) or any(
+        function.__closure__ or not _is_of_a_library(function.__code__.co_filename) for function in functions_of(fn)
+    )
+
+
+def _mentioned(value: Any, found: list[tuple[Any, Any]], names: _Names) -> list[tuple[Any, Any]]:
+    """Of what an object refers to, what can matter; and what its class holds."""
+    if isinstance(value, types.FunctionType):
+        names.meet_code(value.__code__)
+        return found
+    if isinstance(value, (property, staticmethod, classmethod, functools.cached_property, functools.partialmethod)):
+        return list(enumerate(functions_of(value)))
+    if isinstance(value, operator.attrgetter):
+        for path in value.__reduce__()[1]:
+            names.mention(*path.split("."))
+    if isinstance(value, _TRANSPARENT):
+        return found
+    kind = value if isinstance(value, type) else type(value)
+    if isinstance(value, type) and not _is_users_class(kind):
+        return found
+    names.meet_class(kind, is_made=isinstance(value, type))
+    return [(name, v) for name, v in found if name in names] + names.members(kind)
+
+
+class Global(NamedTuple):
+    """What modules of a class compute with besides their attributes: a name in a file or a class, and its value."""
+
+    scope: Mapping[str, Any]
+    name: str
+    names: _Names
+    before: Any
+
+    def is_same(self) -> bool:
+        return self.name in self.scope and token_of_global(self.scope[self.name], self.names) == self.before
+
+
+def globals_of(kind: type) -> list[Global]:
+    """The globals that a class of modules computes with, and what classes hold: its methods, numbers and tensors.
 
     Those of ``forward``, of the methods that it mentions, and of the user's functions that these mention.
     """
-    found: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
-    pending, seen = [getattr(kind, "forward", None)], set()
+    found: dict[tuple[int, str], tuple[Mapping[str, Any], str]] = {}
+    names, seen = _Names(), set()
+    pending: list[types.FunctionType] = []
+
+    def note(owner: Any, scope: Mapping[str, Any], name: str) -> None:
+        value = scope[name]
+        if isinstance(value, types.ModuleType) or (id(owner), name) in found:
+            return
+        found[id(owner), name] = scope, name
+        members = vars(value).values() if isinstance(value, type) and _is_users_class(value) else [value]
+        pending.extend(function for member in members for function in functions_of(member))
+
+    def note_method(name: str) -> None:
+        bases = [base for base in kind.__mro__ if name in vars(base)]  # ``super()`` may call each of them
+        for place, base in enumerate(bases):
+            if _is_users_class(base) or (name == "forward" and place == 0):
+                note(base, vars(base), name)
+
+    note_method("forward")
     while pending:
         function = pending.pop()
-        function = getattr(function, "fget", getattr(function, "__func__", function))
-        if not isinstance(function, types.FunctionType) or function in seen:
+        if function in seen or _is_of_a_library(function.__code__.co_filename):
             continue
         seen.add(function)
-        if _is_of_a_library(function.__code__.co_filename):
-            continue
-        names = dict.fromkeys(_names(function.__code__))
-        pending += [inspect.getattr_static(kind, name, None) for name in names]
-        files = [value for name in names if _is_users_file(value := function.__globals__.get(name))]
-        for scope in (function.__globals__, *map(vars, files)):
-            for name in names:
-                if name in scope and isinstance(value := scope[name], (*PRIMITIVES, Tensor, types.FunctionType)):
-                    found[id(scope), name] = scope, name, token_of_global(value)
-                    pending.append(value)
-    return list(found.values())
+        names.meet_code(function.__code__)
+        scope, mentioned = function.__globals__, dict.fromkeys(_names(function.__code__))
+        files = [value for name in mentioned if _is_users_file(value := scope.get(name))]
+        for name in mentioned:
+            note_method(name)
+            for owner in (scope, *map(vars, files)):
+                if name in owner:
+                    note(owner, owner, name)
+    return [Global(scope, name, names, token_of_global(scope[name], names)) for scope, name in found.values()]
 
 
-def token_of_global(value: Any) -> Any:
-    """Equal for the same number, tensor or function; what a function refers to is looked at by itself."""
-    return Same(value) if isinstance(value, types.FunctionType) else token(value, 1)
+def token_of_global(value: Any, names: _Names) -> Any:
+    """Equal for what computes the same; what a function refers to is looked at by itself."""
+    plain = isinstance(value, (*PRIMITIVES, Tensor, dict, *CONTAINERS, functools.partial, np.ndarray))
+    if plain or (_is_users_class(type(value)) and not isinstance(value, nn.Module)):
+        return token(value, 2, _Look(names))
+    return Same(value)
 
 
 def layout_of(t: Tensor) -> tuple:
@@ -281,7 +481,10 @@ def identity(fn: Any) -> tuple[Any, Any]:
         return anchor, (key, options)
     if isinstance(fn, nn.Module):
         return fn, None
-    key = token(fn, names=_names_used(fn))
+    core = fn
+    while isinstance(core, (functools.partial, types.MethodType)):
+        core = core.func if isinstance(core, functools.partial) else core.__func__
+    key = _token_of_code(fn, _names_in.setdefault(getattr(core, "__code__", type(core)), _Names()))
     if isinstance(fn, types.FunctionType):
         return fn.__code__, key
     if isinstance(fn, types.MethodType):

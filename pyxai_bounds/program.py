@@ -76,7 +76,7 @@ def bound(
     A function is captured once for each kind of arguments, which takes seconds where networks are deep; at level INFO
     the logger ``pyxai_bounds.program`` tells of it. Each call looks whether what it refers to is still what was
     captured: closures, globals and options of the function; mode, attributes, children, hooks and tensors of modules,
-    and the global numbers, tensors and functions that their ``forward`` uses.
+    their methods, and the globals that these use.
     Values of tensors may change freely; what else may change unnoticed is said at :meth:`BoundFunction.recapture`.
     Several threads may call it at once; captures wait for one another.
     Arguments are independent of one another: a function that writes into one of them must not be given two that share
@@ -169,9 +169,9 @@ class BoundFunction:
         """Forget what was captured of this function, and of functions equal to it: the next call captures it anew.
 
         For changes that no call notices: attributes of plain objects that a module holds (``model.config.scale = 2``),
-        attributes of classes and functions, elements of lists inside of lists inside of lists, and of lists and arrays
-        with more than 1000; what functions six calls away, ``forward``'s containers among the globals, ``getattr`` by a
-        string, ``__slots__``, environment or context variables say.
+        attributes and gradients of tensors, attributes of functions, elements of lists inside of lists inside of lists,
+        and of lists and arrays with more than 1000; what functions six calls away, environment or context variables
+        say.
         """
         _captures_of(self.fn).clear()
 

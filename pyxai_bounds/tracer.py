@@ -20,6 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.utils._python_dispatch import TorchDispatchMode, autograd_would_have_decomposed
 
+from pyxai_bounds.errors import CaptureError
+
 aten = torch.ops.aten
 
 
@@ -220,6 +222,12 @@ class _Tracer(TorchDispatchMode):
 
     def _of_constant(self, t: Tensor) -> _Known:
         """A tensor that the program did not make; it is held, so that its id stays its own."""
+        if isinstance(t, FakeTensor) and id(t) not in self._constants:
+            raise CaptureError(
+                f"The function computes at {_source() or '(unknown source)'} with a tensor without values: made where "
+                "recording could not see it, in another thread, or kept since an earlier one, in a dict or by "
+                "functools.lru_cache. Compute in one thread; clear caches, and fill them by a call on tensors."
+            )
         if id(t) not in self._constants:
             kind = "param" if isinstance(t, nn.Parameter) else "tensor"
             name = f"_{kind}_constant{len(self._constants)}"
@@ -279,7 +287,7 @@ class _Tracer(TorchDispatchMode):
     def _append(self, func: Any, traits: _Traits, args: tuple, kwargs: dict, out: Any) -> None:
         if func is aten.lift_fresh.default:
             func = aten.lift_fresh_copy.default  # the program may write into it, but not into the constant
-        source = fx.traceback.get_current_meta().get("stack_trace") if fx.traceback.has_preserved_node_meta() else None
+        source = _source()
 
         def node(*what: Any) -> fx.Node:
             made = self._graph.create_node("call_function", *what)
@@ -296,6 +304,11 @@ class _Tracer(TorchDispatchMode):
                 if isinstance(value, Tensor) else value
                 for place, value in enumerate(out)
             )  # fmt: skip
+
+
+def _source() -> str | None:
+    """The user's line that is recorded, where somebody notes it."""
+    return fx.traceback.get_current_meta().get("stack_trace") if fx.traceback.has_preserved_node_meta() else None
 
 
 def _traits(func: Any, decompositions: Mapping[Any, Callable[..., Any]], functional: bool) -> _Traits:

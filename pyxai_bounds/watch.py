@@ -23,14 +23,16 @@ from pyxai_bounds.identity import (
     CONTAINERS,
     MANY,
     PRIMITIVES,
+    Behaviour,
+    Global,
     Same,
     globals_of,
     held_tensors,
     in_reach,
     layout_of,
+    may_change,
     referents,
     token,
-    token_of_global,
 )
 from pyxai_bounds.ops import native
 
@@ -45,7 +47,7 @@ class ModuleWatch:
 
     def __init__(self) -> None:
         self._seen: dict[int, _Watched] = {}
-        self._globals: dict[type, list[tuple[dict[str, Any], str, Any]]] = {}
+        self._globals: dict[type, list[Global]] = {}
         self._global_hooks = _global_hooks()
         self._glance: _Glance | None = None
 
@@ -60,6 +62,7 @@ class ModuleWatch:
         """Stop watching what tracing itself changed: counters and caches, which the graph does not depend on."""
         for watched in self._seen.values():
             watched.settle()
+        self._globals = {kind: [one for one in found if one.is_same()] for kind, found in self._globals.items()}
 
     def tensors(self) -> Iterator[Tensor]:
         for watched in self._seen.values():
@@ -71,10 +74,8 @@ class ModuleWatch:
         """Is every module what it was? What has been compared once is recognised by a look at its identities."""
         if _global_hooks() != self._global_hooks:
             return False
-        for found in self._globals.values():
-            for scope, name, before in found:
-                if name not in scope or token_of_global(scope[name]) != before:
-                    return False
+        if not all(one.is_same() for found in self._globals.values() for one in found):
+            return False
         glance = self._glance
         if glance is not None and glance.holds():
             return True
@@ -105,6 +106,7 @@ class _Glance:
         self._containers = [
             (one.reference, name, before) for one in watched for name, before in one.containers_to_compare()
         ]
+        self._callers = [one for one in watched if one.has_functions]
 
     def holds(self) -> bool:
         return (
@@ -112,6 +114,7 @@ class _Glance:
             and [layout_of(t) for t in self.held_tensors] == self._layouts
             and not any(other.is_dead() for other in self._others)
             and all(token(vars(reference()).get(name), 2) == before for reference, name, before in self._containers)
+            and all(one.calls_the_same() for one in self._callers)
         )
 
 
@@ -139,6 +142,19 @@ class _Watched:
         self._children = _children(module)
         self._layout = _layout(module)
         self._hooks = _hooks(module) if hooks else None
+        self._called = {name: Behaviour(value) for name, value in attributes.items() if may_change(value)}
+        self._hooked = [(place, Behaviour(hook)) for place, hook in enumerate(_hooks_of(module)) if may_change(hook)]
+        self._hooked = self._hooked if hooks else []
+
+    def calls_the_same(self) -> bool:
+        """Do its hooks, and the functions among its attributes, compute what they did?"""
+        module = self.reference()
+        if module is None:
+            return False
+        hooks = _hooks_of(module) if self._hooked else []
+        return all(known.is_of(vars(module).get(name)) for name, known in self._called.items()) and all(
+            place < len(hooks) and known.is_of(hooks[place]) for place, known in self._hooked
+        )
 
     def settle(self) -> None:
         module = self.reference()
@@ -152,6 +168,7 @@ class _Watched:
         for name, before in list(self._containers.items()):
             if name not in attributes or token(attributes[name], 2) != before:
                 del self._containers[name]
+        self._called = {name: known for name, known in self._called.items() if known.is_of(attributes.get(name))}
 
     def others(self) -> Iterable[Same]:
         """The attributes that are neither plain values nor containers."""
@@ -182,7 +199,12 @@ class _Watched:
                 self._containers
                 and any(token(attributes.get(name), 2) != before for name, before in self._containers.items())
             )
+            and (not self.has_functions or self.calls_the_same())
         )
+
+    @property
+    def has_functions(self) -> bool:
+        return bool(self._called or self._hooked)
 
 
 def _is_internal(name: str) -> bool:
@@ -224,7 +246,11 @@ def _hooks(module: nn.Module) -> list[Same]:
     if not any(map(attributes.__getitem__, _HOOKS)):
         return []
     # Not ids alone: a hook that takes the place of another is, as a rule, made at its address.
-    return [Same(hook) for name in _HOOKS for hook in attributes[name].values()]
+    return [Same(hook) for hook in _hooks_of(module)]
+
+
+def _hooks_of(module: nn.Module) -> list[Any]:
+    return [hook for name in _HOOKS for hook in module.__dict__[name].values()]
 
 
 # --- put back what tracing changed ---------------------------------------------------------------------------

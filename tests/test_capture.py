@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import gc
+import operator
 import threading
 import types
 import weakref
@@ -585,6 +586,198 @@ def test_one_code_on_objects_of_two_classes() -> None:
     check_follows(explained_by(second), lambda: setattr(second, "other", 5.0), X6)
 
 
+@dataclasses.dataclass
+class Options:
+    scale: float = 2.0
+
+
+@dataclasses.dataclass(slots=True)
+class Slots:
+    scale: float = 2.0
+
+
+def decorated(function: Callable) -> Callable:
+    def call(*args):
+        return function(*args)
+
+    return call
+
+
+class Scale:
+    """Methods that no code mentions by their names, or that are found behind others."""
+
+    def __init__(self) -> None:
+        self.scale = 2.0
+
+    def __mul__(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+    def __getitem__(self, _: int) -> float:
+        return self.scale
+
+    @decorated
+    def times(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+    @torch.no_grad()
+    def without_gradients(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+    again = functools.partialmethod(times)
+
+    def hot(self, x: Tensor) -> Tensor:
+        return x * TEMPERATURE
+
+
+class User:
+    """Reads an object that it is given."""
+
+    shift = 1.0
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+
+    def apply(self, x: Tensor) -> Tensor:
+        return x * self.options.scale + self.shift
+
+
+class Straight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x * TEMPERATURE
+
+
+def matched(x: Tensor, options: Options) -> Tensor:
+    match options:
+        case Options(scale=factor):
+            return x * factor
+    raise AssertionError
+
+
+def scaled(x: Tensor, scale: float) -> Tensor:
+    return x * scale
+
+
+read_scale = operator.attrgetter("scale")
+HIDDEN: dict[str, tuple[type, Callable]] = {
+    "an operator of its class": (Scale, lambda it, x: it * x),
+    "an item": (Scale, lambda it, x: it[0] * x),
+    "a decorated method": (Scale, lambda it, x: it.times(x)),
+    "a method without gradients": (Scale, lambda it, x: it.without_gradients(x)),
+    "a partial method": (Scale, lambda it, x: it.again(x)),
+    "as a dictionary": (Options, lambda it, x: x * dataclasses.asdict(it)["scale"]),
+    "as keywords": (Options, lambda it, x: scaled(x, **vars(it))),
+    "by a string": (Options, lambda it, x: x * getattr(it, "sca" + "le")),
+    "by a getter": (Options, lambda it, x: x * read_scale(it)),
+    "by a pattern": (Options, lambda it, x: matched(x, it)),
+    "in a slot": (Slots, lambda it, x: x * it.scale),
+    "by an object that is made": (Options, lambda it, x: User(it).apply(x)),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_attributes_that_are_read_without_being_named_are_watched(name: str) -> None:
+    kind, read = HIDDEN[name]
+    held = kind()
+    check_follows(lambda x: read(held, x), lambda: setattr(held, "scale", 3.0), X6)
+
+
+def test_a_class_that_comes_later_is_watched_too() -> None:
+    """Below what the function refers to itself: names are looked up again where another class or function is met."""
+
+    class Second:
+        def __init__(self) -> None:
+            self.other = 3.0
+
+        def times(self, x: Tensor) -> Tensor:
+            return x * self.other
+
+    holder = types.SimpleNamespace(thing=Scale(), run=lambda x, options: x)
+    options = Options()
+
+    def fn(x: Tensor) -> Tensor:
+        return holder.run(holder.thing.times(x), options)
+
+    check_follows(fn, lambda: setattr(holder, "thing", Second()), X6)
+    check_follows(fn, lambda: setattr(holder.thing, "other", 5.0), X6)
+    check_follows(fn, lambda: setattr(holder, "run", lambda x, options: x * options.scale), X6)
+    check_follows(fn, lambda: setattr(options, "scale", 5.0), X6)
+
+
+def test_what_classes_hold_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    thing = Scale()
+    hotter = iter((3.0, 4.0))
+
+    def heat() -> None:
+        monkeypatch.setitem(globals(), "TEMPERATURE", next(hotter))
+
+    for fn, change in (
+        (lambda x: thing.hot(x), heat),
+        (lambda x: Straight.apply(x), heat),
+        (lambda x: User(Options()).apply(x), lambda: monkeypatch.setattr(User, "shift", 7.0)),
+        (lambda x: User(Options()).apply(x), lambda: monkeypatch.setattr(User, "apply", lambda self, x: x * 9)),
+    ):
+        check_follows(fn, change, X6)
+
+
+FACTOR_OF: dict[str, float] = {"a": 2.0}
+FACTOR_PARTIAL = functools.partial(pow, 2.0)
+FACTOR_OBJECT = Options()
+
+
+class Base(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scaled(x)
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return x * TEMPERATURE * FACTOR_OF["a"] * FACTOR_PARTIAL(3) * FACTOR_OBJECT.scale
+
+
+class Derived(Base):
+    """Its globals are behind a decorator, ``super()``, a method that is stored, a hook and an attribute's closure."""
+
+    power = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hook, self.inside = 1.0, {"factor": 1.0}
+        self.stored, inside = self.by_hook, self.inside
+        self.activation = lambda x: x * inside["factor"]
+        self.register_forward_hook(lambda module, args, out: out * HOOKED)
+
+    @decorated
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.stored(super().forward(x)) ** self.power)
+
+    def by_hook(self, x: Tensor) -> Tensor:
+        return x * STORED
+
+
+HOOKED = STORED = 1.0
+BEHIND = {
+    "super": lambda patch, model: patch.setitem(globals(), "TEMPERATURE", 3.0),
+    "container": lambda patch, model: patch.setitem(FACTOR_OF, "a", 3.0),
+    "partial": lambda patch, model: patch.setitem(globals(), "FACTOR_PARTIAL", functools.partial(pow, 3.0)),
+    "object": lambda patch, model: patch.setattr(FACTOR_OBJECT, "scale", 3.0),
+    "hook": lambda patch, model: patch.setitem(globals(), "HOOKED", 3.0),
+    "stored method": lambda patch, model: patch.setitem(globals(), "STORED", 3.0),
+    "closure": lambda patch, model: patch.setitem(model.inside, "factor", 3.0),
+    "class attribute": lambda patch, model: patch.setattr(Derived, "power", 2.0),
+    "method": lambda patch, model: patch.setattr(Base, "scaled", lambda self, x: x.square()),
+    "forward": lambda patch, model: patch.setattr(Derived, "forward", lambda self, x: x.square()),
+}
+
+
+@pytest.mark.parametrize("name", BEHIND)
+@pytest.mark.parametrize("through", ["module", "lambda"])
+def test_what_a_module_computes_with_is_watched_wherever_it_stands(
+    name: str, through: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Derived()
+    fn = model if through == "module" else lambda x: model(x)
+    check_follows(fn, lambda: BEHIND[name](monkeypatch, model), X6)
+
+
 def test_what_a_function_does_not_look_at_needs_no_new_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     """A trainer counts its steps and keeps its losses beside the model that it explains."""
 
@@ -789,9 +982,24 @@ def test_integers_that_are_read_are_constants_of_one_capture_each() -> None:
         )
 
 
+def assigned(y: Tensor, x: Tensor) -> Tensor:
+    y.data = x * 3
+    return y
+
+
+def in_another_thread(fn: Callable) -> Tensor:
+    found: list[Tensor] = []
+    thread = threading.Thread(target=lambda: found.append(fn()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
 @pytest.mark.parametrize(
     ("fn", "message"),
     [
+        (lambda x: assigned(x * 2, x), "assigns to .data"),
+        (lambda x: in_another_thread(lambda: x * 2) + x, "where recording could not see it, in another thread"),
         (lambda x: x * torch.randperm(3).tolist()[0], "draws random numbers .aten::randperm"),
         (lambda x: x * x.sum().item(), "reads the value of a tensor into Python"),
         (
