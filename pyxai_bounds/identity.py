@@ -165,6 +165,9 @@ class Same:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Same) and self._id == other._id and self._ref() is other._ref() is not None
 
+    def is_of(self, value: Any) -> bool:
+        return self._ref() is value
+
     def is_dead(self) -> bool:
         return self._ref() is None
 
@@ -224,6 +227,7 @@ class _Names:
         self._codes: weakref.WeakSet[types.CodeType] = weakref.WeakSet()
         self._classes: weakref.WeakKeyDictionary[type, set[str]] = weakref.WeakKeyDictionary()
         self._methods: dict[str, list[types.CodeType]] = {}  # that nobody has mentioned yet
+        self._members: weakref.WeakKeyDictionary[type, tuple] = weakref.WeakKeyDictionary()
 
     def __contains__(self, name: Any) -> bool:
         return self.are_all or name in self.known
@@ -266,8 +270,13 @@ class _Names:
 
     def members(self, kind: type) -> list[tuple[str, Any]]:
         """What the user's classes that an object is of hold under these names."""
-        bases = [base for base in kind.__mro__ if _is_users_class(base)]
-        return [(name, member) for base in bases for name, member in vars(base).items() if name in self.known]
+        bases, known = kind.__mro__, self._members.get(kind)
+        now = self.count, [len(vars(base)) for base in bases]
+        if known is None or known[0] != now:
+            users = [(place, base) for place, base in enumerate(bases) if _is_users_class(base)]
+            found = [(place, name) for place, base in users for name in vars(base) if name in self.known]
+            known = self._members[kind] = now, found
+        return [(name, vars(bases[place])[name]) for place, name in known[1]]
 
 
 def _is_written(member: Any) -> bool:
@@ -402,13 +411,35 @@ def _mentioned(value: Any, found: list[tuple[Any, Any]], names: _Names) -> list[
 class Global(NamedTuple):
     """What modules of a class compute with besides their attributes: a name in a file or a class, and its value."""
 
-    scope: Mapping[str, Any]
+    scope: Callable[[], Mapping[str, Any]]
     name: str
     names: _Names
     before: Any
 
+    @classmethod
+    def of(cls, scope: Callable[[], Mapping[str, Any]], name: str, names: _Names) -> Global:
+        value = scope()[name]
+        plain = isinstance(value, (*PRIMITIVES, Tensor, dict, *CONTAINERS, functools.partial, np.ndarray))
+        is_followed = plain or (_is_users_class(type(value)) and not isinstance(value, nn.Module))
+        return cls(scope, name, names, token(value, 2, _Look(names)) if is_followed else Same(value))
+
     def is_same(self) -> bool:
-        return self.name in self.scope and token_of_global(self.scope[self.name], self.names) == self.before
+        """What a function refers to is looked at by itself."""
+        scope = self.scope()
+        if self.name not in scope:
+            return False
+        value = scope[self.name]
+        if type(self.before) is Same:
+            return self.before.is_of(value)
+        return token(value, 2, _Look(self.names)) == self.before
+
+
+def _scope_of(owner: Any) -> Callable[[], Mapping[str, Any]]:
+    """What an object holds, now and later; no class is kept alive by that."""
+    if isinstance(owner, dict):
+        return lambda: owner
+    reference = weakref.ref(owner)
+    return lambda: {} if (now := reference()) is None else vars(now)
 
 
 def globals_of(kind: type) -> list[Global]:
@@ -416,15 +447,15 @@ def globals_of(kind: type) -> list[Global]:
 
     Those of ``forward``, of the methods that it mentions, and of the user's functions that these mention.
     """
-    found: dict[tuple[int, str], tuple[Mapping[str, Any], str]] = {}
+    found: dict[tuple[int, str], tuple[Any, str]] = {}
     names, seen = _Names(), set()
     pending: list[types.FunctionType] = []
 
-    def note(owner: Any, scope: Mapping[str, Any], name: str) -> None:
-        value = scope[name]
+    def note(owner: Any, name: str) -> None:
+        value = (owner if isinstance(owner, dict) else vars(owner))[name]
         if isinstance(value, types.ModuleType) or (id(owner), name) in found:
             return
-        found[id(owner), name] = scope, name
+        found[id(owner), name] = owner, name
         members = vars(value).values() if isinstance(value, type) and _is_users_class(value) else [value]
         pending.extend(function for member in members for function in functions_of(member))
 
@@ -432,7 +463,7 @@ def globals_of(kind: type) -> list[Global]:
         bases = [base for base in kind.__mro__ if name in vars(base)]  # ``super()`` may call each of them
         for place, base in enumerate(bases):
             if _is_users_class(base) or (name == "forward" and place == 0):
-                note(base, vars(base), name)
+                note(base, name)
 
     note_method("forward")
     while pending:
@@ -447,16 +478,8 @@ def globals_of(kind: type) -> list[Global]:
             note_method(name)
             for owner in (scope, *map(vars, files)):
                 if name in owner:
-                    note(owner, owner, name)
-    return [Global(scope, name, names, token_of_global(scope[name], names)) for scope, name in found.values()]
-
-
-def token_of_global(value: Any, names: _Names) -> Any:
-    """Equal for what computes the same; what a function refers to is looked at by itself."""
-    plain = isinstance(value, (*PRIMITIVES, Tensor, dict, *CONTAINERS, functools.partial, np.ndarray))
-    if plain or (_is_users_class(type(value)) and not isinstance(value, nn.Module)):
-        return token(value, 2, _Look(names))
-    return Same(value)
+                    note(owner, name)
+    return [Global.of(_scope_of(owner), name, names) for owner, name in found.values()]
 
 
 def layout_of(t: Tensor) -> tuple:

@@ -143,8 +143,8 @@ class _Watched:
         self._layout = _layout(module)
         self._hooks = _hooks(module) if hooks else None
         self._called = {name: Behaviour(value) for name, value in attributes.items() if may_change(value)}
-        self._hooked = [(place, Behaviour(hook)) for place, hook in enumerate(_hooks_of(module)) if may_change(hook)]
-        self._hooked = self._hooked if hooks else []
+        watched = _hooks_of(module) if hooks else []
+        self._hooked = [(place, Behaviour(hook)) for place, hook in enumerate(watched) if may_change(hook)]
 
     def calls_the_same(self) -> bool:
         """Do its hooks, and the functions among its attributes, compute what they did?"""
@@ -169,6 +169,8 @@ class _Watched:
             if name not in attributes or token(attributes[name], 2) != before:
                 del self._containers[name]
         self._called = {name: known for name, known in self._called.items() if known.is_of(attributes.get(name))}
+        hooks = _hooks_of(module)  # such as hooks that keep what they are shown
+        self._hooked = [(n, known) for n, known in self._hooked if n < len(hooks) and known.is_of(hooks[n])]
 
     def others(self) -> Iterable[Same]:
         """The attributes that are neither plain values nor containers."""
