@@ -80,6 +80,7 @@ def capture(fn: Callable, spec: pytree.TreeSpec, leaves: list[Any], *, specialis
     """
     tensor_positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     tensors = [leaves[i] for i in tensor_positions]
+    others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
     constants = {i: leaves[i].detach().clone() for i in tensor_positions if specialise and is_readable(leaves[i])}
     out_spec: pytree.TreeSpec | None = None
     record = _Record(readable=list(constants.values()), makes_constants=specialise)
@@ -96,7 +97,7 @@ def capture(fn: Callable, spec: pytree.TreeSpec, leaves: list[Any], *, specialis
         return results
 
     def traced(clear_grads: bool, symbolic: bool) -> tuple[fx.GraphModule, ModuleWatch, bool]:
-        with preserved(fn, _check_mode, clear_grads=clear_grads) as (watch, saved):
+        with preserved([fn, *others], _check_mode, clear_grads=clear_grads) as (watch, saved):
             try:
                 graph = _trace(program, _plain(tensors), DECOMPOSED, symbolic)
                 _refuse_randomness(graph)

@@ -106,10 +106,10 @@ def _is_set(cell: Any) -> bool:
     return True
 
 
-def in_reach(fn: Any) -> list[Any]:
-    """Everything that a function refers to, directly or through a few steps."""
+def in_reach(*functions: Any) -> list[Any]:
+    """Everything that functions refer to, directly or through a few steps."""
     seen: dict[int, Any] = {}
-    level = [fn]
+    level = list(functions)
     for _ in range(_DEPTH):
         level = [value for value in level if id(value) not in seen and not isinstance(value, PRIMITIVES)]
         seen.update((id(value), value) for value in level)
@@ -309,6 +309,7 @@ class _Look:
         self.names = names
         self.left = MANY  # objects that are followed; when there are none, identity has to do
         self.seen: dict[int, tuple[int, int]] = {}  # of objects that were followed: their number, how far they were
+        self.modules: list[nn.Module] = []
 
     def has_seen(self, value: Any, depth: int) -> int | None:
         """The number of an object that was followed as far already; else it gets one."""
@@ -340,7 +341,10 @@ def token(value: Any, depth: int = _DEPTH, look: _Look | None = None) -> Any:
         return Same(value), *layout_of(value)
     if isinstance(value, np.ndarray) and value.size <= MANY:
         return Same(value), value.dtype, value.shape, value.tobytes()
-    if depth == 0 or look.left <= 0 or isinstance(value, nn.Module):  # modules have their own watch
+    if isinstance(value, nn.Module):  # which have their own watch
+        look.modules.append(value)
+        return Same(value)
+    if depth == 0 or look.left <= 0:
         return Same(value)
     number = look.has_seen(value, depth)
     if number is not None:
@@ -362,11 +366,37 @@ _SEEN: Any = object()
 
 
 def _token_of_code(fn: Any, names: _Names) -> Any:
+    return _walked(fn, names)[0]
+
+
+def _walked(fn: Any, names: _Names) -> tuple[Any, _Look]:
     count = -1
     while count < names.count:  # until no object that is met mentions another name
-        count = names.count
-        found = token(fn, look=_Look(names))
-    return found
+        count, look = names.count, _Look(names)
+        found = token(fn, look=look)
+    return found, look
+
+
+def token_of_argument(value: Any) -> Any:
+    """Of what is no tensor: functions may read all that an object, or its class, holds."""
+    kind = type(value)
+    if isinstance(value, (nn.Module, Tensor, type)) or not (callable(value) or _is_users_class(kind)):
+        return token(value)
+    if not _is_users_class(kind):
+        return token(value), identity(value)[1]
+    if kind not in _names_of_arguments:
+        names = _names_of_arguments[kind] = _Names()
+        names.are_all = True
+        names.mention(*(name for base in kind.__mro__ if _is_users_class(base) for name in vars(base)))
+    return _token_of_code(value, _names_of_arguments[kind])
+
+
+_names_of_arguments: weakref.WeakKeyDictionary[type, _Names] = weakref.WeakKeyDictionary()
+
+
+def modules_met(fn: Any) -> list[nn.Module]:
+    """The modules that a function may read, methods that it calls included."""
+    return [] if isinstance(fn, nn.Module) else _walked(fn, _Names())[1].modules
 
 
 class Behaviour:
@@ -422,6 +452,9 @@ class Global(NamedTuple):
         plain = isinstance(value, (*PRIMITIVES, Tensor, dict, *CONTAINERS, functools.partial, np.ndarray))
         is_followed = plain or (_is_users_class(type(value)) and not isinstance(value, nn.Module))
         return cls(scope, name, names, token(value, 2, _Look(names)) if is_followed else Same(value))
+
+    def value(self) -> Any:
+        return self.scope().get(self.name)
 
     def is_same(self) -> bool:
         """What a function refers to is looked at by itself."""
@@ -510,6 +543,5 @@ def identity(fn: Any) -> tuple[Any, Any]:
     key = _token_of_code(fn, _names_in.setdefault(getattr(core, "__code__", type(core)), _Names()))
     if isinstance(fn, types.FunctionType):
         return fn.__code__, key
-    if isinstance(fn, types.MethodType):
-        return fn.__self__, key
-    return fn, key
+    anchor = fn.__self__ if isinstance(fn, types.MethodType) else fn
+    return (anchor if type(anchor).__weakrefoffset__ else type(anchor)), key

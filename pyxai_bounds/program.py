@@ -30,7 +30,7 @@ from pyxai_bounds import rounding as rd
 from pyxai_bounds.capture import Captured, capture, is_readable, retrace
 from pyxai_bounds.chain import chain
 from pyxai_bounds.errors import CaptureError
-from pyxai_bounds.identity import identity, is_dead, tensors_of, token, unwrap
+from pyxai_bounds.identity import identity, is_dead, tensors_of, token_of_argument, unwrap
 from pyxai_bounds.interpreter import SET, Interpreter
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.parameters import ParameterBox
@@ -326,7 +326,7 @@ def _leaf_key(leaf: Any) -> Any:
         return Tensor, leaf.shape, leaf.dtype, leaf.device, leaf.stride()
     if type(leaf).__module__ == "numpy" and not isinstance(leaf, (float, int)):
         raise TypeError(f"An argument is a numpy {type(leaf).__name__}; convert it with torch.from_numpy or float().")
-    return token(leaf)
+    return token_of_argument(leaf)
 
 
 def _check_devices(points: list[Any]) -> None:

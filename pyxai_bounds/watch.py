@@ -31,6 +31,7 @@ from pyxai_bounds.identity import (
     in_reach,
     layout_of,
     may_change,
+    modules_met,
     referents,
     token,
 )
@@ -57,6 +58,12 @@ class ModuleWatch:
             self._seen[id(module)] = _Watched(module, hooks)
             if type(module) not in self._globals:
                 self._globals[type(module)] = globals_of(type(module))
+
+    def others(self) -> list[nn.Module]:
+        """Modules among the globals that are not watched yet."""
+        found = [one.value() for known in self._globals.values() for one in known]
+        parts = [part for value in found if isinstance(value, nn.Module) for part in value.modules()]
+        return [part for part in parts if id(part) not in self._seen]
 
     def settle(self) -> None:
         """Stop watching what tracing itself changed: counters and caches, which the graph does not depend on."""
@@ -339,9 +346,9 @@ def _restore_elements(value: Any, elements: Any) -> None:
 
 @contextlib.contextmanager
 def preserved(
-    fn: Callable, check_mode: Callable[[nn.Module, str], None], *, clear_grads: bool = False
+    functions: list[Any], check_mode: Callable[[nn.Module, str], None], *, clear_grads: bool = False
 ) -> Iterator[tuple[ModuleWatch, Saved]]:
-    """Watch every module that the function refers to or runs, and undo what the block does to them.
+    """Watch every module that the functions and objects refer to or run, and undo what the block does to them.
 
     ``check_mode(module, name)`` is called before a module runs for the first time. With ``clear_grads`` the parameters
     have no gradients inside the block. The models must not train in another thread meanwhile.
@@ -359,10 +366,13 @@ def preserved(
                 watch.add(part, hooks=False)
                 saved.save(part)
 
-    for value in in_reach(fn):
-        if isinstance(value, nn.Module):
-            watch.add(value, hooks=True)
-        saved.save(value)
+    pending = in_reach(*functions, *(module for fn in functions for module in modules_met(fn)))
+    while pending:
+        for value in pending:
+            if isinstance(value, nn.Module):
+                watch.add(value, hooks=True)
+            saved.save(value)
+        pending = watch.others()
     hook = nn.modules.module.register_module_forward_pre_hook(before_forward)
     try:
         yield watch, saved

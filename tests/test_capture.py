@@ -720,6 +720,57 @@ def test_what_classes_hold_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
         check_follows(fn, change, X6)
 
 
+LAYER = nn.Linear(6, 6).double()
+
+
+class Reads:
+    __slots__ = ()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x @ LAYER.weight.T
+
+
+class ReadsInside(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return Reads()(x)
+
+
+@pytest.mark.parametrize("fn", [Reads(), ReadsInside(), lambda x: Reads()(x)])
+def test_modules_that_are_read_and_never_called_are_watched(fn: Callable) -> None:
+    check_follows(fn, lambda: setattr(LAYER, "weight", nn.Parameter(LAYER.weight.detach() * 3)), X6)
+
+
+def warm(x: Tensor) -> Tensor:
+    return x * TEMPERATURE
+
+
+def test_objects_among_the_arguments_are_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, thing = nn.Linear(6, 6).double(), Scale()
+    layer.scale = 2.0  # type: ignore[assignment]
+    hotter = iter((3.0, 4.0))
+
+    def replace() -> None:
+        layer.weight = nn.Parameter(layer.weight.detach() * 3)
+
+    def heat() -> None:
+        monkeypatch.setitem(globals(), "TEMPERATURE", next(hotter))
+
+    for fn, given, change in (
+        (lambda x, m: x @ m.weight.T, layer, replace),
+        (lambda x, m: x * m.scale, layer, lambda: setattr(layer, "scale", 3.0)),
+        (lambda x, c: x @ c.m.weight.T, types.SimpleNamespace(m=layer), replace),
+        (lambda x, c: c(x), layer.forward, replace),
+        (lambda x, c: c(x), thing.times, lambda: setattr(thing, "scale", 3.0)),
+        (lambda x, c: c(x), warm, heat),
+        (lambda x, c: c.hot(x), thing, heat),
+    ):
+        bounded = xb.bound(fn)
+        for _ in range(3):
+            bounded(xb.Interval.point(X6), given)
+        change()
+        assert torch.allclose(bounded(xb.Interval.point(X6), given).mid, fn(X6, given))
+
+
 FACTOR_OF: dict[str, float] = {"a": 2.0}
 FACTOR_PARTIAL = functools.partial(pow, 2.0)
 FACTOR_OBJECT = Options()
