@@ -205,15 +205,17 @@ def tan(x: Interval) -> Interval:
 @rule(aten.atan2.default, ulps=8)
 def atan2(y: Value, x: Value) -> Interval:
     """The angle of a box of the plane: that of one of its corners, unless it holds 0 or meets the half-line where the
-    angle jumps from π to −π.
+    angle jumps from π to −π. There it is π, but −π in arithmetic that has come to a −0.
     """
     (yl, yu), (xl, xu) = ends(y), ends(x)
-    corners = [torch.atan2(a, b) for a in (yl, yu) for b in (xl, xu)]
+    unsigned = [[torch.where(t == 0, 0.0, t) for t in pair] for pair in ((yl, yu), (xl, xu))]
+    corners = [torch.atan2(a, b) for ys, xs in (((yl, yu), (xl, xu)), unsigned) for a in ys for b in xs]
     least, greatest = reduce(torch.minimum, corners), reduce(torch.maximum, corners)
     point = (yl == yu) & (xl == xu)
-    jumps = (yl < 0) & (yu >= 0) & (xl <= 0) & ~point
+    below = (yl <= 0) if rd.mode() == rd.Rounding.EVALUATED else (yl < 0) & ~point
+    jumps = below & (yu >= 0) & (xl <= 0)
     out = enclose(torch.where(jumps, -math.pi, least), torch.where(jumps, math.pi, greatest), ulps=8)
-    return filled(out, point & (least == 0))
+    return filled(out, point & (least == 0) & (greatest == 0))
 
 
 @rule(aten.hypot.default, ulps=4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -152,3 +153,19 @@ def test_a_division_by_0_does_not_spoil_the_gradients_of_other_bounds() -> None:
     bounds = xb.bound(lambda x: 1 / (x * weight))(xb.Interval.linf(torch.tensor([0.0, 1.0, 2.0]).double(), 0.1))
     bounds.rad[1:].sum().backward()
     assert bounds.isfinite().tolist() == [False, True, True] and weight.grad.isfinite().all()
+
+
+def test_the_angle_of_a_zero_whose_sign_nobody_knows() -> None:
+    """In real arithmetic it is π on the left; floating point may have come to a −0, whose angle is −π."""
+
+    def angle(x: torch.Tensor) -> torch.Tensor:
+        return torch.atan2(F.relu(x - 2) * x, x * 0 - 1)
+
+    x = torch.tensor([0.5, -0.5, 0.0])
+    box = xb.Interval.linf(x, 0.25)
+    real = xb.bound(angle, sound=True)(box)
+    assert ((real.lower.double() <= math.pi) & (real.upper.double() >= math.pi)).all()
+    evaluated = xb.bound(angle, sound=True, semantics="float32")(box)
+    for values in (x, x + 0.25, x - 0.25):
+        assert evaluated.contains(angle(values)).all()
+    assert (evaluated.upper.double() >= math.pi).all()
