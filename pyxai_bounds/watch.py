@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import threading
 import types
 import weakref
@@ -59,10 +60,12 @@ class ModuleWatch:
             if type(module) not in self._globals:
                 self._globals[type(module)] = globals_of(type(module))
 
+    def globals(self) -> list[Any]:
+        return [one.value() for known in self._globals.values() for one in known]
+
     def others(self) -> list[nn.Module]:
         """Modules among the globals that are not watched yet."""
-        found = [one.value() for known in self._globals.values() for one in known]
-        parts = [part for value in found if isinstance(value, nn.Module) for part in value.modules()]
+        parts = [part for value in self.globals() if isinstance(value, nn.Module) for part in value.modules()]
         return [part for part in parts if id(part) not in self._seen]
 
     def settle(self) -> None:
@@ -266,17 +269,22 @@ def _hooks_of(module: nn.Module) -> list[Any]:
 
 
 class Saved:
-    """The attributes and gradients of modules and objects, to be put back after tracing."""
+    """The attributes and gradients of modules and objects, and caches of functions, to be put back after tracing."""
 
     def __init__(self, clear_grads: bool) -> None:
         self._attributes: dict[int, tuple[Any, dict[str, tuple[Any, Any]]]] = {}
         self._grads: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self._caches: dict[int, tuple[Any, Any]] = {}
         self._clear_grads = clear_grads
 
     def save(self, value: Any) -> None:
         """Remember a module, a plain object or a tensor as it is now."""
         if isinstance(value, Tensor):
             self._save_grad(value)
+        elif isinstance(value, functools._lru_cache_wrapper):
+            self._caches.setdefault(id(value), (value, value.cache_info().misses))
+        elif isinstance(value, (dict, list, set, deque)):
+            self._caches.setdefault(id(value), (value, _elements(value)))
         elif isinstance(value, nn.Module):
             for tensor in held_tensors(value):
                 self._save_grad(tensor)
@@ -310,6 +318,12 @@ class Saved:
                 if whole or _holds_fake(attributes.get(name)):
                     _restore_elements(attribute, elements)
                     attributes[name] = attribute
+        for cache, before in self._caches.values():
+            if not isinstance(cache, functools._lru_cache_wrapper):
+                if _holds_fake(cache):
+                    _restore_elements(cache, before)
+            elif cache.cache_info().misses != before:
+                cache.cache_clear()  # it may hold what has no values
         for tensor, grad in self._grads.values():
             # Only what tracing left behind: a gradient that another thread has computed meanwhile is its own.
             if isinstance(tensor.grad, FakeTensor) or (tensor.grad is None and grad is not None):
@@ -373,6 +387,8 @@ def preserved(
                 watch.add(value, hooks=True)
             saved.save(value)
         pending = watch.others()
+    for value in watch.globals():
+        saved.save(value)
     hook = nn.modules.module.register_module_forward_pre_hook(before_forward)
     try:
         yield watch, saved

@@ -947,6 +947,35 @@ def test_no_fake_tensor_is_left_behind_in_the_users_objects() -> None:
     assert holder.last is None and holder.all == [] and leaf.grad is None
 
 
+@functools.lru_cache
+def kept_mask(n: int) -> Tensor:
+    return torch.ones(n, n, dtype=torch.float64).tril()
+
+
+MASKS: dict[int, Tensor] = {}
+
+
+def filled_mask(n: int) -> Tensor:
+    return MASKS.setdefault(n, torch.ones(n, n, dtype=torch.float64).tril())
+
+
+class Masked(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ kept_mask(6) + x @ filled_mask(6)
+
+
+@pytest.mark.parametrize("fn", [Masked(), lambda x: x @ kept_mask(6), lambda x: x @ filled_mask(6)])
+def test_caches_of_functions_keep_nothing_of_the_recording(fn: Callable) -> None:
+    kept_mask.cache_clear()
+    MASKS.clear()
+    for scale in (1.0, 2.0):
+        bounds = xb.bound(lambda x, scale: fn(scale * x))(xb.Interval.linf(X6, 0.01), scale)
+        assert type(kept_mask(6)) is type(filled_mask(6)) is Tensor
+        assert_encloses(bounds, fn(scale * X6))
+        kept_mask.cache_clear()
+        MASKS.clear()
+
+
 @pytest.mark.parametrize("layout", ["channels-last", "transposed", "expanded"])
 def test_layouts_through_an_average_pool_and_a_flatten(layout: str) -> None:
     """What every ResNet ends with; channels-last it is captured with strided views."""
