@@ -6,6 +6,7 @@ what they compute with tensors is left.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -20,12 +21,14 @@ from pyxai_bounds.errors import UnsupportedOperatorError
 from pyxai_bounds.fuse import VIEWS
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.parameters import ParameterBox
+from pyxai_bounds.patterns import Part, root_mean_squares
 from pyxai_bounds.rules import RULES, UnsupportedArgumentsError, facts
 from pyxai_bounds.rules.reduce import normalised
 from pyxai_bounds.rules.registry import (
     Indices,
     Rule,
     Truth,
+    as_set,
     evaluated,
     in_float64,
     narrow,
@@ -33,6 +36,7 @@ from pyxai_bounds.rules.registry import (
     singleton,
     within,
 )
+from pyxai_bounds.rules.standardise import Standardised, rooted, shaped, standardised_backward
 
 aten = torch.ops.aten
 
@@ -50,6 +54,8 @@ class _Unknown:
 class Interpreter(fx.Interpreter):
     """Runs a captured graph on Intervals and points, collecting every operator that cannot be bounded."""
 
+    joins_terms = True  # may a term of a sum stand for another one, which is then 0?
+
     def __init__(self, graph: fx.GraphModule, parameters: ParameterBox | None) -> None:
         super().__init__(graph, garbage_collect_values=False)  # ``_maxima`` looks back
         self.parameters = parameters
@@ -58,8 +64,11 @@ class Interpreter(fx.Interpreter):
         self.extra_traceback = False  # the user's line is in our own messages, and nothing else helps
         self.unsupported: list[tuple[str, str]] = []
         self.results: list[Any] = []  # the structure: SET, or a constant
+        self.norms: dict[fx.Node, Part] = {}
+        self.rooted: dict[fx.Node, Standardised] = {}
 
     def run_flat(self, flat: tuple[Tensor, ...], kinds: list[bool]) -> list[Tensor]:
+        self.norms = root_mean_squares(self.module.graph) if facts.are_kept() else {}
         tensors = iter(flat)
         arguments = [Interval.of(next(tensors), next(tensors)) if is_set else next(tensors) for is_set in kinds]
         results = self.run(*arguments, enable_io_processing=False)
@@ -98,6 +107,10 @@ class Interpreter(fx.Interpreter):
             unit = _normalised(n, args[0])
             if unit is not None:
                 return unit
+        if n in self.norms:
+            part = self._of_norm(self.norms[n])
+            if part is not None:
+                return part
         if n.target is aten._to_copy.default and isinstance(args[0], Interval) and self._is_place(n):
             return _at_point(n.target, fx.map_arg(n.args, self._at_constants({})), kwargs)
         if n.target is operator.getitem:
@@ -123,6 +136,28 @@ class Interpreter(fx.Interpreter):
             return facts.carried(n.target, args, kwargs, result) if maxima is None else maxima
         except UnsupportedArgumentsError as reason:
             return self._cannot_bound(n, f" ({reason})")
+
+    def _of_norm(self, part: Part) -> Interval | None:
+        """A part of a root-mean-square norm of a set, bounded as a whole; None where it is to be bounded by itself."""
+        x = self.env[part.x]
+        grad: Any = self.env[part.grad] if part.grad is not None else None
+        if not isinstance(x, Interval) or isinstance(grad, _Unknown) or (grad is not None and not self.joins_terms):
+            return None
+        if part.role == "rest":
+            return singleton(torch.zeros_like(x.mid))
+        outer, inner = x.shape[: -part.dims], x.shape[-part.dims :]
+
+        def rows(t: Any) -> Interval:
+            return shaped(as_set(in_float64(t) if outward() else t), [math.prod(outer), math.prod(inner)])
+
+        if part.inverse not in self.rooted:
+            self.rooted[part.inverse] = rooted(rows(x), part.eps)
+        out, _, inverse = self.rooted[part.inverse]
+        if part.role == "inverse":
+            return narrow(shaped(inverse, [*outer, *[1] * part.dims]), x.dtype)
+        if part.role == "gradient":
+            out = standardised_backward(rows(grad), out, inverse, contracts=True, centred=False)
+        return narrow(shaped(out, x.shape), x.dtype)
 
     def _pooled(self, n: fx.Node) -> Any:
         """The set in which a max pool found the places that its gradient goes to; None if it is not known.
