@@ -23,12 +23,14 @@ from pyxai_bounds.interval import Interval
 from pyxai_bounds.parameters import ParameterBox
 from pyxai_bounds.patterns import Part, root_mean_squares
 from pyxai_bounds.rules import RULES, UnsupportedArgumentsError, facts
+from pyxai_bounds.rules.logic import eq
 from pyxai_bounds.rules.reduce import normalised
 from pyxai_bounds.rules.registry import (
     Indices,
     Rule,
     Truth,
     as_set,
+    ends,
     evaluated,
     in_float64,
     narrow,
@@ -178,7 +180,7 @@ class Interpreter(fx.Interpreter):
         return Interval.of(x.mid.reshape(shape), x.rad.reshape(shape))
 
     def _is_place(self, n: fx.Node) -> bool:
-        """Is it an integer or a truth value that follows from shapes and integers, as relative positions do?
+        """Is it an integer or a truth value that follows from shapes, integers and numbers, as relative positions do?
 
         It is part of the program, as PyTorch computes it, however that rounds on the way.
         """
@@ -189,7 +191,10 @@ class Interpreter(fx.Interpreter):
             node = pending.pop()
             if node.op in ("placeholder", "get_attr"):
                 value = self.env[node]
-                if not isinstance(value, Tensor) or value.is_floating_point():
+                number = isinstance(value, Tensor) and value.dim() == 0 and not isinstance(value, torch.nn.Parameter)
+                if not isinstance(value, Tensor) or (
+                    value.is_floating_point() and not (number and node.op == "get_attr")
+                ):
                     return False
             pending += [before for before in node.all_input_nodes if before not in seen]
             seen.update(node.all_input_nodes)
@@ -214,6 +219,10 @@ class Interpreter(fx.Interpreter):
 
         Derivatives of maxima are divided among these.
         """
+        if n.target is aten.scatter_add.default or n.target is aten.eq.Tensor:
+            scattered = self._scattered_maxima(n, result)
+            if scattered is not None:
+                return scattered
         equal = n.args[0] if n.target in _SUMS else n
         if equal is not n and isinstance(equal, fx.Node) and equal.target is aten.logical_or.default:
             equal = equal.args[0]
@@ -239,6 +248,29 @@ class Interpreter(fx.Interpreter):
                 at_least = torch.where(value.isfinite(), 1.0, -torch.inf).to(result.dtype)
                 return within(result, at_least, torch.full_like(at_least, torch.inf))
         return None
+
+    def _scattered_maxima(self, n: fx.Node, result: Any) -> Interval | None:
+        """As ``_maxima``, of which ``scatter_reduce`` takes one at each place of its result, among what is sent there."""
+        counts = n.target is aten.scatter_add.default
+        equal = _converted(n.args[3]) if counts else n
+        reduced = _scattered(equal)
+        if reduced is None or equal.args[0] is not reduced.args[3]:
+            return None
+        held, dim, places, _, _ = reduced.args
+        index, value = self.env[places], self.env[reduced]  # type: ignore[index]
+        if not isinstance(value, Interval) or isinstance(index, Interval) or not isinstance(result, Interval):
+            return None
+        if counts:
+            own = _converted(n.args[0])
+            if n.args[1:3] != (dim, places) or own.target is not aten.eq.Tensor or own.args != (held, reduced):
+                return None
+            at_least = torch.where(value.isfinite(), 1.0, -torch.inf).to(result.dtype)
+            return within(result, at_least, torch.full_like(at_least, torch.inf))
+        _, may_be_held = ends(eq(self.env[held], value))  # type: ignore[index]
+        may = result.mid + result.rad > 0
+        candidates = (may_be_held > 0).long().scatter_add(dim, index, may.long()).gather(dim, index)
+        sure = (result.rad > 0) & (candidates == 1) & value.isfinite().gather(dim, index)
+        return Truth.of(torch.where(sure, 1.0, result.mid), torch.where(sure, 0.0, result.rad))
 
     def _cannot_bound(self, node: fx.Node, reason: str) -> _Unknown:
         name = node.target.name() if isinstance(node.target, torch._ops.OpOverload) else str(node.target)
@@ -359,6 +391,24 @@ def _normalised(n: fx.Node, x: Interval) -> Interval | None:
         return None
     out = normalised(in_float64(x) if outward() else x, dim, lambda norm: limit(norm, least))
     return narrow(out, n.meta["val"].dtype) if outward() else out
+
+
+def _scattered(equal: Any) -> fx.Node | None:
+    """Of source == gather(scatter_reduce(…, source, 'amax' or 'amin')) at the same places the node of the extrema."""
+    if not isinstance(equal, fx.Node) or equal.target is not aten.eq.Tensor:
+        return None
+    shown: Any = equal.args[1]
+    if not isinstance(shown, fx.Node) or shown.target is not aten.gather.default:
+        return None
+    reduced: Any = shown.args[0]
+    if reduced.target is not aten.scatter_reduce.two or reduced.args[4] not in ("amax", "amin"):
+        return None
+    return reduced if shown.args[1:3] == reduced.args[1:3] else None
+
+
+def _converted(node: Any) -> Any:
+    """What is converted to another dtype."""
+    return node.args[0] if node.target is aten._to_copy.default else node
 
 
 def _origin(node: Any) -> tuple[fx.Node, bool]:

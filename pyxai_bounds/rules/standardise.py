@@ -298,8 +298,9 @@ def standardised_backward(
 def _norm_of_backward(
     grad: Interval, normal: Interval, inverse: Value, mid: Tensor, out: Interval, centred: bool
 ) -> Tensor:
-    """With P = I − 11ᵀ/N − yyᵀ/N, or without 11ᵀ/N, which contracts, g = c ± ρ and y = s ± q in norm: P(y)g − P(s)c = P(y)(g − c) less
-    (y(y − s)·c + (y − s)s·c)/N, which with ‖y‖ ≤ √N is at most ρ + q(‖c‖/√N + |s·c|/N). Then 1/σ, a set itself.
+    """With P = I − 11ᵀ/N − yyᵀ/N, or without 11ᵀ/N, which contracts, g = c ± ρ and y = s ± q in norm: P(y)g − P(s)c =
+    P(y)(g − c) less (y(y − s)·c + (y − s)s·c)/N, which with ‖y‖ ≤ √N is at most ρ + q(‖c‖/√N + |s·c|/N). Then 1/σ, a
+    set itself.
     """
     c, s = grad.mid, normal.mid
     count = c.shape[1]

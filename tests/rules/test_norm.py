@@ -200,8 +200,8 @@ def test_the_backward_side_of_wide_boxes(seed: int) -> None:
 
 @pytest.mark.parametrize("sound", [False, True])
 def test_an_rms_norm_is_one_function_of_its_rows(sound: bool) -> None:
-    """Whatever the box: rows no longer than √N, whose gradients are the upstream's divided by √eps at most. So stacks of
-    such layers (T5, Llama) have bounds where quotients of ranges overflow; and both terms of a gradient are one set.
+    """Whatever the box: rows no longer than √N, whose gradients are the upstream's divided by √eps at most. So stacks
+    of such layers (T5, Llama) have bounds where quotients of ranges overflow; both terms of a gradient are one set.
     """
 
     def fn(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
