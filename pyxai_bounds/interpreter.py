@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
@@ -23,6 +23,8 @@ from pyxai_bounds.interval import Interval
 from pyxai_bounds.parameters import ParameterBox
 from pyxai_bounds.patterns import Part, root_mean_squares
 from pyxai_bounds.rules import RULES, UnsupportedArgumentsError, facts
+from pyxai_bounds.rules.complex import Complex, is_complex
+from pyxai_bounds.rules.complex import bounded as complex_bounded
 from pyxai_bounds.rules.logic import eq
 from pyxai_bounds.rules.reduce import normalised
 from pyxai_bounds.rules.registry import (
@@ -70,7 +72,7 @@ class Interpreter(fx.Interpreter):
         self.rooted: dict[fx.Node, Standardised] = {}
 
     def run_flat(self, flat: tuple[Tensor, ...], kinds: list[bool]) -> list[Tensor]:
-        self.norms = root_mean_squares(self.module.graph) if facts.are_kept() else {}
+        self.norms = root_mean_squares(self.graph) if facts.are_kept() else {}
         tensors = iter(flat)
         arguments = [Interval.of(next(tensors), next(tensors)) if is_set else next(tensors) for is_set in kinds]
         results = self.run(*arguments, enable_io_processing=False)
@@ -97,6 +99,8 @@ class Interpreter(fx.Interpreter):
             for result in n.all_input_nodes:
                 if isinstance(self.env[result], Indices):
                     self._cannot_bound(result, " (its result is a place that differs within a set: return the values)")
+                elif isinstance(self.env[result], Complex):
+                    self._cannot_bound(result, " (its result is complex: return torch.view_as_real of it)")
         if n.op != "call_function":
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
@@ -121,6 +125,8 @@ class Interpreter(fx.Interpreter):
         leaves = pytree.tree_leaves((args, kwargs))
         if any(isinstance(leaf, _Unknown) for leaf in leaves):
             return _Unknown() if rule is not None else self._cannot_bound(n, "")
+        if any(map(is_complex, leaves)) or _is_complex(n):
+            return self._complex(n, args, kwargs, leaves)
         if rule is not None and not rule.takes_sets(args, kwargs):
             args, kwargs = pytree.tree_map_only(Interval, lambda x: x.mid, (args, kwargs))
             leaves = pytree.tree_leaves((args, kwargs))
@@ -160,6 +166,21 @@ class Interpreter(fx.Interpreter):
         if part.role == "gradient":
             out = standardised_backward(rows(grad), out, inverse, contracts=True, centred=False)
         return narrow(shaped(out, x.shape), x.dtype)
+
+    def _complex(self, n: fx.Node, args: tuple, kwargs: dict, leaves: list[Any]) -> Any:
+        """Of an operator that takes or makes complex numbers."""
+        rule = RULES.get(n.target)  # type: ignore[call-overload]
+        moves = n.target in _MOVING or (rule is not None and rule.precision == "exact")
+        if not any(isinstance(leaf, Interval) for leaf in leaves) and (
+            not outward() or moves or not any(isinstance(leaf, Tensor) for leaf in leaves)
+        ):
+            return _at_point(n.target, args, kwargs)
+        value = n.meta["val"]
+        dtype = (value[0] if isinstance(value, (list, tuple)) else value).dtype
+        try:
+            return complex_bounded(n.target, args, kwargs, dtype)  # type: ignore[arg-type]
+        except UnsupportedArgumentsError as reason:
+            return self._cannot_bound(n, f" ({reason})")
 
     def _pooled(self, n: fx.Node) -> Any:
         """The set in which a max pool found the places that its gradient goes to; None if it is not known.
@@ -250,14 +271,14 @@ class Interpreter(fx.Interpreter):
         return None
 
     def _scattered_maxima(self, n: fx.Node, result: Any) -> Interval | None:
-        """As ``_maxima``, of which ``scatter_reduce`` takes one at each place of its result, among what is sent there."""
+        """As ``_maxima``, of which ``scatter_reduce`` takes one at each place of its result, among what is sent."""
         counts = n.target is aten.scatter_add.default
         equal = _converted(n.args[3]) if counts else n
         reduced = _scattered(equal)
         if reduced is None or equal.args[0] is not reduced.args[3]:
             return None
-        held, dim, places, _, _ = reduced.args
-        index, value = self.env[places], self.env[reduced]  # type: ignore[index]
+        held, dim, places, *_ = cast(Any, reduced.args)
+        index, value = self.env[places], self.env[reduced]
         if not isinstance(value, Interval) or isinstance(index, Interval) or not isinstance(result, Interval):
             return None
         if counts:
@@ -266,7 +287,7 @@ class Interpreter(fx.Interpreter):
                 return None
             at_least = torch.where(value.isfinite(), 1.0, -torch.inf).to(result.dtype)
             return within(result, at_least, torch.full_like(at_least, torch.inf))
-        _, may_be_held = ends(eq(self.env[held], value))  # type: ignore[index]
+        _, may_be_held = ends(eq(self.env[held], value))
         may = result.mid + result.rad > 0
         candidates = (may_be_held > 0).long().scatter_add(dim, index, may.long()).gather(dim, index)
         sure = (result.rad > 0) & (candidates == 1) & value.isfinite().gather(dim, index)
@@ -354,7 +375,9 @@ _IN_ORDER = frozenset(
 # Operators without a rule that return numbers they are given, or numbers that a program may call constants.
 _MOVING = frozenset(
     (aten.detach.default, aten.alias.default, aten.clone.default, aten.lift_fresh_copy.default, aten.sort.default,
-     aten.topk.default, aten.nan_to_num.default)
+     aten.topk.default, aten.nan_to_num.default,
+     aten.view_as_real.default, aten.view_as_complex.default, aten._conj.default, aten._conj_physical.default,
+     aten.complex.default)
 )  # fmt: skip
 
 
@@ -370,6 +393,11 @@ def _is_exact(node: fx.Node, rule: Rule | None, args: tuple, kwargs: dict) -> bo
         return True
     leaves = pytree.tree_leaves((args, kwargs))
     return rule is None and not any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves)
+
+
+def _is_complex(node: fx.Node) -> bool:
+    values = node.meta["val"] if isinstance(node.meta["val"], (tuple, list)) else [node.meta["val"]]
+    return any(isinstance(v, Tensor) and v.is_complex() for v in values)
 
 
 def _normalised(n: fx.Node, x: Interval) -> Interval | None:

@@ -5,7 +5,7 @@ operators, which one by one forget that numerator and denominator move together.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import fx
@@ -53,7 +53,7 @@ def _norm(inverse: fx.Node) -> Part | None:
     total: Any = inverse.args[0]
     if not _is(total, aten.add.Tensor, aten.add.Scalar):
         return None
-    mean, eps = total.args
+    mean, eps = cast(Any, total.args)
     if not _is(mean, aten.mean.dim) or len(mean.args) != 3 or not mean.args[2]:
         return None
     square, over, _ = mean.args
@@ -81,8 +81,8 @@ def _find_gradient(norm: Part, scaled: fx.Node, cube: fx.Node, parts: dict[fx.No
     """From Σ(gx)·−½·σ⁻³ on: divided by N, times 2x, and added to the gradient g/σ."""
     if not _is(scaled, aten.mul.Tensor) or len(scaled.users) != 1:
         return
-    half, power = scaled.args
-    total = half.args[0] if _is(half, aten.mul.Scalar) and half.args[1] == -0.5 and power is cube else None
+    half, power = cast(Any, scaled.args)
+    total: Any = half.args[0] if _is(half, aten.mul.Scalar) and half.args[1] == -0.5 and power is cube else None
     if not _is(total, aten.sum.dim_IntList) or len(total.args) != 3 or not total.args[2]:
         return
     product, over, _ = total.args
@@ -98,7 +98,7 @@ def _find_gradient(norm: Part, scaled: fx.Node, cube: fx.Node, parts: dict[fx.No
     if rest is None or divided.args[1] != math.prod(shape[-norm.dims :]):  # type: ignore[union-attr]
         return
     twice: Any = rest.args[1 if rest.args[0] is divided else 0]
-    single = twice.args[0] if _is(twice, aten.mul.Scalar) and twice.args[1] == 2 else None
+    single: Any = twice.args[0] if _is(twice, aten.mul.Scalar) and twice.args[1] == 2 else None
     if single is not norm.x and not (
         _is(single, aten.pow.Tensor_Scalar) and single.args[0] is norm.x and single.args[1] == 1
     ):
