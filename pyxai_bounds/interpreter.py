@@ -21,7 +21,7 @@ from pyxai_bounds.errors import UnsupportedOperatorError
 from pyxai_bounds.fuse import VIEWS
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.parameters import ParameterBox
-from pyxai_bounds.patterns import Part, root_mean_squares
+from pyxai_bounds.patterns import Part, norms
 from pyxai_bounds.rules import RULES, UnsupportedArgumentsError, facts
 from pyxai_bounds.rules.complex import Complex, is_complex
 from pyxai_bounds.rules.complex import bounded as complex_bounded
@@ -40,7 +40,7 @@ from pyxai_bounds.rules.registry import (
     singleton,
     within,
 )
-from pyxai_bounds.rules.standardise import Standardised, rooted, shaped, standardised_backward
+from pyxai_bounds.rules.standardise import Standardised, centred, rooted, shaped, standardised_backward
 
 aten = torch.ops.aten
 
@@ -71,8 +71,11 @@ class Interpreter(fx.Interpreter):
         self.norms: dict[fx.Node, Part] = {}
         self.rooted: dict[fx.Node, Standardised] = {}
 
+    def run(self, *args: Any, **options: Any) -> Any:
+        self.norms = norms(self.graph) if facts.are_kept() else {}
+        return super().run(*args, **options)
+
     def run_flat(self, flat: tuple[Tensor, ...], kinds: list[bool]) -> list[Tensor]:
-        self.norms = root_mean_squares(self.graph) if facts.are_kept() else {}
         tensors = iter(flat)
         arguments = [Interval.of(next(tensors), next(tensors)) if is_set else next(tensors) for is_set in kinds]
         results = self.run(*arguments, enable_io_processing=False)
@@ -146,7 +149,7 @@ class Interpreter(fx.Interpreter):
             return self._cannot_bound(n, f" ({reason})")
 
     def _of_norm(self, part: Part) -> Interval | None:
-        """A part of a root-mean-square norm of a set, bounded as a whole; None where it is to be bounded by itself."""
+        """A part of a norm of a set, bounded as a whole; None where it is to be bounded by itself."""
         x = self.env[part.x]
         grad: Any = self.env[part.grad] if part.grad is not None else None
         if not isinstance(x, Interval) or isinstance(grad, _Unknown) or (grad is not None and not self.joins_terms):
@@ -158,6 +161,8 @@ class Interpreter(fx.Interpreter):
         def rows(t: Any) -> Interval:
             return shaped(as_set(in_float64(t) if outward() else t), [math.prod(outer), math.prod(inner)])
 
+        if part.role == "centred":
+            return narrow(shaped(centred(rows(x)), x.shape), x.dtype)
         if part.inverse not in self.rooted:
             self.rooted[part.inverse] = rooted(rows(x), part.eps)
         out, _, inverse = self.rooted[part.inverse]

@@ -1,5 +1,5 @@
-"""Root-mean-square norms in a captured graph, x·(mean x² + eps)^−½, found by what is computed: their parts are plain
-operators, which one by one forget that numerator and denominator move together. Read by ``interpreter``.
+"""Norms that a captured graph computes in plain operators, x less its mean and x·(mean x² + eps)^−½, found by what is
+computed: one by one, these forget that their arguments move together. Read by ``interpreter``.
 """
 
 from __future__ import annotations
@@ -16,21 +16,33 @@ aten = torch.ops.aten
 class Part(NamedTuple):
     """What a node of the graph has to do with a norm over the last ``dims`` dimensions of x.
 
-    inverse: 1/σ, σ² = mean x² + eps; value: x/σ. gradient: g/σ, one of the two terms of x's gradient; rest: the other
-    one, −x·Σ(gx)/(Nσ³). Both go into one sum and nowhere else, so that either may stand for both.
+    centred: x − mean x. inverse: 1/σ, σ² = mean x² + eps; value: x/σ. gradient: g/σ, one of the two terms of x's
+    gradient; rest: the other one, −x·Σ(gx)/(Nσ³). Both go into one sum and nowhere else, so that either may stand for
+    both.
     """
 
-    role: Literal["inverse", "value", "gradient", "rest"]
+    role: Literal["centred", "inverse", "value", "gradient", "rest"]
     x: fx.Node
     dims: int
     eps: float
-    inverse: fx.Node
+    inverse: fx.Node  # or σ, where x is divided by it
     grad: fx.Node | None = None
 
 
-def root_mean_squares(graph: fx.Graph) -> dict[fx.Node, Part]:
+def norms(graph: fx.Graph) -> dict[fx.Node, Part]:
     """The nodes that are parts of such norms."""
     parts: dict[fx.Node, Part] = {}
+    for node in graph.find_nodes(op="call_function", target=aten.sub.Tensor):
+        x, mean = node.args
+        if _is(node, aten.sub.Tensor) and _is(mean, aten.mean.dim) and mean.args[0] is x and mean.args[2:] == (True,):
+            dims = _trailing(mean.args[1], x.meta["val"].dim())
+            if dims and x.meta["val"].dtype == mean.meta["val"].dtype == node.meta["val"].dtype:
+                parts[node] = Part("centred", x, dims, 0.0, node)
+    for root in graph.find_nodes(op="call_function", target=aten.sqrt.default):
+        norm = _norm(root)
+        for user in root.users if norm is not None else ():
+            if _is(user, aten.div.Tensor) and user.args[1] is root and _same(user.args[0], norm.x):  # type: ignore[union-attr]
+                parts[user] = norm._replace(role="value")  # type: ignore[union-attr]
     for inverse in graph.find_nodes(op="call_function", target=aten.rsqrt.default):
         norm = _norm(inverse)
         if norm is None:
@@ -47,6 +59,11 @@ def root_mean_squares(graph: fx.Graph) -> dict[fx.Node, Part]:
 
 def _is(node: Any, *targets: Any) -> bool:
     return isinstance(node, fx.Node) and node.target in targets and not node.kwargs
+
+
+def _same(a: Any, b: fx.Node) -> bool:
+    """One node, or the same operator of the same arguments once more."""
+    return a is b or (_is(a, b.target) and not b.kwargs and a.args == b.args)
 
 
 def _norm(inverse: fx.Node) -> Part | None:

@@ -127,6 +127,22 @@ def standardised(x: Interval, eps: float) -> Standardised:
     return Standardised(value, m.mean, inverse)
 
 
+def centred(x: Interval) -> Interval:
+    """Rows [M, N] less their means: x_i(1 − 1/N) less the others' share; a projection, which lengthens no row."""
+    m = _moments(x)
+    norm = facts.norm_over(x, [1]) + math.sqrt(x.shape[1]) * m.slack
+    rad = _centred_width(m)
+    out = Interval.of(m.centred, rd.up(rad, underflows=True) if outward() else rad)
+    return facts.with_norm(out, facts.above(norm))
+
+
+def _centred_width(m: _Moments) -> Tensor:
+    """How far an entry less the mean may lie from what was computed."""
+    count = m.rad.shape[1]
+    lost = _lost(count, m.rad.dtype)
+    return (m.rad * (1 - 2 / count) + _sum(m.rad) / count) * (1 + lost) + m.slack
+
+
 def rooted(x: Interval, eps: float) -> Standardised:
     """Rows [M, N] divided by σ = √(mean x² + eps), eps > 0, and 1/σ; in float64 where bounds are proofs.
 
@@ -181,7 +197,7 @@ def _by_parts(m: _Moments, count: int, eps: float) -> Interval:
     least = (least - floor).clamp(min=0)
     most = m.most - (size + m.rad).square() * (1 - lost) - others * least_mean.square() * (1 - lost)
     most = most.clamp(min=0) + lost * m.most + floor
-    width = (m.rad * (1 - 2 / count) + _sum(m.rad) / count) * (1 + lost) + m.slack
+    width = _centred_width(m)
     lower, upper = m.centred - width, m.centred + width
     if outward():
         lower, upper = rd.down(lower), rd.up(upper)
