@@ -378,6 +378,32 @@ def _gaussian_nll(
     return _mean_or_sum(loss + 0.5 * math.log(2 * math.pi) if full else loss, {"none": 0, "mean": 1}.get(reduction, 2))
 
 
+def _stft(
+    input: Tensor, n_fft: int, hop_length: int | None = None, win_length: int | None = None,
+    window: Tensor | None = None, center: bool = True, pad_mode: str = "reflect", normalized: bool = False,
+    onesided: bool | None = None, return_complex: bool | None = None, align_to_window: bool | None = None,
+) -> Tensor:  # fmt: skip
+    """Frames as windows that slide; PyTorch's own are a strided view of the signal's memory."""
+    if input.is_complex() or align_to_window is not None or (window is not None and window.is_complex()):
+        return torch.stft(
+            input, n_fft, hop_length, win_length, window, center, pad_mode, normalized, onesided, return_complex,
+            align_to_window,
+        )  # fmt: skip
+    signal = input if input.dim() == 2 else input.unsqueeze(0)
+    if center:
+        signal = F.pad(signal, [n_fft // 2] * 2, mode=pad_mode)
+    frames = signal.unfold(-1, n_fft, n_fft // 4 if hop_length is None else hop_length)
+    length = n_fft if win_length is None else win_length
+    window = input.new_ones(length) if window is None else window
+    if length < n_fft:
+        before = (n_fft - length) // 2
+        window = F.pad(window, [before, n_fft - length - before])
+    transform = torch.fft.fft if onesided is False else torch.fft.rfft
+    out = transform(frames * window, norm="ortho" if normalized else "backward").transpose(1, 2)
+    out = out if input.dim() == 2 else out.squeeze(0)
+    return out if return_complex else torch.view_as_real(out)
+
+
 # Functions that PyTorch takes apart before the tracer sees them, in a way that rules cannot follow.
 REWRITTEN: dict[Callable, Callable[..., Any]] = {
     torch.quantile: _quantile,
@@ -396,6 +422,8 @@ REWRITTEN: dict[Callable, Callable[..., Any]] = {
     torch.linalg.lstsq: _lstsq,
     torch.cumprod: _cumprod,
     Tensor.cumprod: _cumprod,
+    torch.stft: _stft,
+    Tensor.stft: _stft,
     torch.logcumsumexp: _logcumsumexp,
     Tensor.logcumsumexp: _logcumsumexp,
 }

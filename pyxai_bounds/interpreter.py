@@ -6,9 +6,10 @@ what they compute with tensors is left.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
@@ -20,12 +21,18 @@ from pyxai_bounds.errors import UnsupportedOperatorError
 from pyxai_bounds.fuse import VIEWS
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.parameters import ParameterBox
+from pyxai_bounds.patterns import Part, norms
 from pyxai_bounds.rules import RULES, UnsupportedArgumentsError, facts
+from pyxai_bounds.rules.complex import Complex, is_complex
+from pyxai_bounds.rules.complex import bounded as complex_bounded
+from pyxai_bounds.rules.logic import eq
 from pyxai_bounds.rules.reduce import normalised
 from pyxai_bounds.rules.registry import (
     Indices,
     Rule,
     Truth,
+    as_set,
+    ends,
     evaluated,
     in_float64,
     narrow,
@@ -33,6 +40,7 @@ from pyxai_bounds.rules.registry import (
     singleton,
     within,
 )
+from pyxai_bounds.rules.standardise import Standardised, centred, rooted, shaped, standardised_backward
 
 aten = torch.ops.aten
 
@@ -50,6 +58,8 @@ class _Unknown:
 class Interpreter(fx.Interpreter):
     """Runs a captured graph on Intervals and points, collecting every operator that cannot be bounded."""
 
+    joins_terms = True  # may a term of a sum stand for another one, which is then 0?
+
     def __init__(self, graph: fx.GraphModule, parameters: ParameterBox | None) -> None:
         super().__init__(graph, garbage_collect_values=False)  # ``_maxima`` looks back
         self.parameters = parameters
@@ -58,6 +68,12 @@ class Interpreter(fx.Interpreter):
         self.extra_traceback = False  # the user's line is in our own messages, and nothing else helps
         self.unsupported: list[tuple[str, str]] = []
         self.results: list[Any] = []  # the structure: SET, or a constant
+        self.norms: dict[fx.Node, Part] = {}
+        self.rooted: dict[fx.Node, Standardised] = {}
+
+    def run(self, *args: Any, **options: Any) -> Any:
+        self.norms = norms(self.graph) if facts.are_kept() else {}
+        return super().run(*args, **options)
 
     def run_flat(self, flat: tuple[Tensor, ...], kinds: list[bool]) -> list[Tensor]:
         tensors = iter(flat)
@@ -86,6 +102,8 @@ class Interpreter(fx.Interpreter):
             for result in n.all_input_nodes:
                 if isinstance(self.env[result], Indices):
                     self._cannot_bound(result, " (its result is a place that differs within a set: return the values)")
+                elif isinstance(self.env[result], Complex):
+                    self._cannot_bound(result, " (its result is complex: return torch.view_as_real of it)")
         if n.op != "call_function":
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
@@ -98,6 +116,10 @@ class Interpreter(fx.Interpreter):
             unit = _normalised(n, args[0])
             if unit is not None:
                 return unit
+        if n in self.norms:
+            part = self._of_norm(self.norms[n])
+            if part is not None:
+                return part
         if n.target is aten._to_copy.default and isinstance(args[0], Interval) and self._is_place(n):
             return _at_point(n.target, fx.map_arg(n.args, self._at_constants({})), kwargs)
         if n.target is operator.getitem:
@@ -106,6 +128,8 @@ class Interpreter(fx.Interpreter):
         leaves = pytree.tree_leaves((args, kwargs))
         if any(isinstance(leaf, _Unknown) for leaf in leaves):
             return _Unknown() if rule is not None else self._cannot_bound(n, "")
+        if any(map(is_complex, leaves)) or _is_complex(n):
+            return self._complex(n, args, kwargs, leaves)
         if rule is not None and not rule.takes_sets(args, kwargs):
             args, kwargs = pytree.tree_map_only(Interval, lambda x: x.mid, (args, kwargs))
             leaves = pytree.tree_leaves((args, kwargs))
@@ -121,6 +145,45 @@ class Interpreter(fx.Interpreter):
             result = applied(rule, n, args, kwargs)
             maxima = self._maxima(n, result)
             return facts.carried(n.target, args, kwargs, result) if maxima is None else maxima
+        except UnsupportedArgumentsError as reason:
+            return self._cannot_bound(n, f" ({reason})")
+
+    def _of_norm(self, part: Part) -> Interval | None:
+        """A part of a norm of a set, bounded as a whole; None where it is to be bounded by itself."""
+        x = self.env[part.x]
+        grad: Any = self.env[part.grad] if part.grad is not None else None
+        if not isinstance(x, Interval) or isinstance(grad, _Unknown) or (grad is not None and not self.joins_terms):
+            return None
+        if part.role == "rest":
+            return singleton(torch.zeros_like(x.mid))
+        outer, inner = x.shape[: -part.dims], x.shape[-part.dims :]
+
+        def rows(t: Any) -> Interval:
+            return shaped(as_set(in_float64(t) if outward() else t), [math.prod(outer), math.prod(inner)])
+
+        if part.role == "centred":
+            return narrow(shaped(centred(rows(x)), x.shape), x.dtype)
+        if part.inverse not in self.rooted:
+            self.rooted[part.inverse] = rooted(rows(x), part.eps)
+        out, _, inverse = self.rooted[part.inverse]
+        if part.role == "inverse":
+            return narrow(shaped(inverse, [*outer, *[1] * part.dims]), x.dtype)
+        if part.role == "gradient":
+            out = standardised_backward(rows(grad), out, inverse, contracts=True, centred=False)
+        return narrow(shaped(out, x.shape), x.dtype)
+
+    def _complex(self, n: fx.Node, args: tuple, kwargs: dict, leaves: list[Any]) -> Any:
+        """Of an operator that takes or makes complex numbers."""
+        rule = RULES.get(n.target)  # type: ignore[call-overload]
+        moves = n.target in _MOVING or (rule is not None and rule.precision == "exact")
+        if not any(isinstance(leaf, Interval) for leaf in leaves) and (
+            not outward() or moves or not any(isinstance(leaf, Tensor) for leaf in leaves)
+        ):
+            return _at_point(n.target, args, kwargs)
+        value = n.meta["val"]
+        dtype = (value[0] if isinstance(value, (list, tuple)) else value).dtype
+        try:
+            return complex_bounded(n.target, args, kwargs, dtype)  # type: ignore[arg-type]
         except UnsupportedArgumentsError as reason:
             return self._cannot_bound(n, f" ({reason})")
 
@@ -143,7 +206,7 @@ class Interpreter(fx.Interpreter):
         return Interval.of(x.mid.reshape(shape), x.rad.reshape(shape))
 
     def _is_place(self, n: fx.Node) -> bool:
-        """Is it an integer or a truth value that follows from shapes and integers, as relative positions do?
+        """Is it an integer or a truth value that follows from shapes, integers and numbers, as relative positions do?
 
         It is part of the program, as PyTorch computes it, however that rounds on the way.
         """
@@ -154,7 +217,10 @@ class Interpreter(fx.Interpreter):
             node = pending.pop()
             if node.op in ("placeholder", "get_attr"):
                 value = self.env[node]
-                if not isinstance(value, Tensor) or value.is_floating_point():
+                number = isinstance(value, Tensor) and value.dim() == 0 and not isinstance(value, torch.nn.Parameter)
+                if not isinstance(value, Tensor) or (
+                    value.is_floating_point() and not (number and node.op == "get_attr")
+                ):
                     return False
             pending += [before for before in node.all_input_nodes if before not in seen]
             seen.update(node.all_input_nodes)
@@ -179,6 +245,10 @@ class Interpreter(fx.Interpreter):
 
         Derivatives of maxima are divided among these.
         """
+        if n.target is aten.scatter_add.default or n.target is aten.eq.Tensor:
+            scattered = self._scattered_maxima(n, result)
+            if scattered is not None:
+                return scattered
         equal = n.args[0] if n.target in _SUMS else n
         if equal is not n and isinstance(equal, fx.Node) and equal.target is aten.logical_or.default:
             equal = equal.args[0]
@@ -204,6 +274,29 @@ class Interpreter(fx.Interpreter):
                 at_least = torch.where(value.isfinite(), 1.0, -torch.inf).to(result.dtype)
                 return within(result, at_least, torch.full_like(at_least, torch.inf))
         return None
+
+    def _scattered_maxima(self, n: fx.Node, result: Any) -> Interval | None:
+        """As ``_maxima``, of which ``scatter_reduce`` takes one at each place of its result, among what is sent."""
+        counts = n.target is aten.scatter_add.default
+        equal = _converted(n.args[3]) if counts else n
+        reduced = _scattered(equal)
+        if reduced is None or equal.args[0] is not reduced.args[3]:
+            return None
+        held, dim, places, *_ = cast(Any, reduced.args)
+        index, value = self.env[places], self.env[reduced]
+        if not isinstance(value, Interval) or isinstance(index, Interval) or not isinstance(result, Interval):
+            return None
+        if counts:
+            own = _converted(n.args[0])
+            if n.args[1:3] != (dim, places) or own.target is not aten.eq.Tensor or own.args != (held, reduced):
+                return None
+            at_least = torch.where(value.isfinite(), 1.0, -torch.inf).to(result.dtype)
+            return within(result, at_least, torch.full_like(at_least, torch.inf))
+        _, may_be_held = ends(eq(self.env[held], value))
+        may = result.mid + result.rad > 0
+        candidates = (may_be_held > 0).long().scatter_add(dim, index, may.long()).gather(dim, index)
+        sure = (result.rad > 0) & (candidates == 1) & value.isfinite().gather(dim, index)
+        return Truth.of(torch.where(sure, 1.0, result.mid), torch.where(sure, 0.0, result.rad))
 
     def _cannot_bound(self, node: fx.Node, reason: str) -> _Unknown:
         name = node.target.name() if isinstance(node.target, torch._ops.OpOverload) else str(node.target)
@@ -287,7 +380,9 @@ _IN_ORDER = frozenset(
 # Operators without a rule that return numbers they are given, or numbers that a program may call constants.
 _MOVING = frozenset(
     (aten.detach.default, aten.alias.default, aten.clone.default, aten.lift_fresh_copy.default, aten.sort.default,
-     aten.topk.default, aten.nan_to_num.default)
+     aten.topk.default, aten.nan_to_num.default,
+     aten.view_as_real.default, aten.view_as_complex.default, aten._conj.default, aten._conj_physical.default,
+     aten.complex.default)
 )  # fmt: skip
 
 
@@ -303,6 +398,11 @@ def _is_exact(node: fx.Node, rule: Rule | None, args: tuple, kwargs: dict) -> bo
         return True
     leaves = pytree.tree_leaves((args, kwargs))
     return rule is None and not any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves)
+
+
+def _is_complex(node: fx.Node) -> bool:
+    values = node.meta["val"] if isinstance(node.meta["val"], (tuple, list)) else [node.meta["val"]]
+    return any(isinstance(v, Tensor) and v.is_complex() for v in values)
 
 
 def _normalised(n: fx.Node, x: Interval) -> Interval | None:
@@ -324,6 +424,24 @@ def _normalised(n: fx.Node, x: Interval) -> Interval | None:
         return None
     out = normalised(in_float64(x) if outward() else x, dim, lambda norm: limit(norm, least))
     return narrow(out, n.meta["val"].dtype) if outward() else out
+
+
+def _scattered(equal: Any) -> fx.Node | None:
+    """Of source == gather(scatter_reduce(…, source, 'amax' or 'amin')) at the same places the node of the extrema."""
+    if not isinstance(equal, fx.Node) or equal.target is not aten.eq.Tensor:
+        return None
+    shown: Any = equal.args[1]
+    if not isinstance(shown, fx.Node) or shown.target is not aten.gather.default:
+        return None
+    reduced: Any = shown.args[0]
+    if reduced.target is not aten.scatter_reduce.two or reduced.args[4] not in ("amax", "amin"):
+        return None
+    return reduced if shown.args[1:3] == reduced.args[1:3] else None
+
+
+def _converted(node: Any) -> Any:
+    """What is converted to another dtype."""
+    return node.args[0] if node.target is aten._to_copy.default else node
 
 
 def _origin(node: Any) -> tuple[fx.Node, bool]:

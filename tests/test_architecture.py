@@ -28,6 +28,7 @@ ORDER = [
     ["chain"],
     ["recompute"],
     ["recorder"],
+    ["patterns"],
     ["interpreter"],
     ["program"],
     ["explain"],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 
 import pytest
@@ -115,7 +114,7 @@ class RelativePositions(nn.Module):
         places = torch.arange(x.shape[1])
         distance = (places[:, None] - places).abs()
         known = torch.ones(x.shape[:2]) * 1.0
-        bucket = ((distance.float() / 2 + 1).log() / math.log(2.0) * 3).to(torch.long).clamp(max=3)
+        bucket = ((distance.float() / 2 + 1).log() / torch.log(torch.tensor(2.0)) * 3).to(torch.long).clamp(max=3)
         scores = x @ x.transpose(1, 2) + self.bias(bucket).squeeze(-1)
         return scores.masked_fill(~known.bool()[:, None], float("-inf")).softmax(-1) @ self.values(x)
 

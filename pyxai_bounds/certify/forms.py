@@ -141,6 +141,8 @@ class FormRows:
 class _Evaluator(Interpreter):
     """Runs a captured graph on Intervals, and on forms where it can, which cut the Intervals down."""
 
+    joins_terms = False  # each term has a form of its own
+
     def __init__(self, graph: fx.GraphModule, most: int) -> None:
         super().__init__(graph, None)
         self.most = most  # symbols

@@ -7,6 +7,7 @@ decides in Python is decided for good.
 
 from pyxai_bounds.rules import (  # noqa: F401
     activation,
+    complex,
     conv,
     elementwise,
     functions,

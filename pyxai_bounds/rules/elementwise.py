@@ -75,7 +75,7 @@ def rsub(a: Any, b: Any, alpha: float = 1) -> Interval:
     return add(b, a, -alpha)
 
 
-@rule(aten.neg.default, precision="exact")
+@rule(aten.neg.default, aten._neg_view.default, precision="exact")
 def neg(x: Interval) -> Interval:
     return Interval.of(-x.mid, x.rad)
 

@@ -555,6 +555,9 @@ def range_of(
     return _zero_stays(enclose(least, greatest, ulps, absolute), x, at_lower)
 
 
+LINEAR: set[OpOverload] = set()  # what ``positive_linear`` registered
+
+
 def positive_linear(
     *operators: OpOverload, shape_only: tuple[str, ...] = (), terms: Callable[..., int] | None = None
 ) -> None:
@@ -565,6 +568,7 @@ def positive_linear(
     ``terms`` says, from the operator's arguments with midpoints for sets, how many terms a result may sum; without it
     the operator only moves numbers.
     """
+    LINEAR.update(operators)
     for op in operators:
         names = [argument.name for argument in op._schema.arguments]
         ignored = {names.index(name) for name in shape_only if name in names}

@@ -29,6 +29,8 @@ from torch import Tensor
 from pyxai_bounds import rounding as rd
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.rules import facts
+from pyxai_bounds.rules.elementwise import square
+from pyxai_bounds.rules.reduce import normalised
 from pyxai_bounds.rules.registry import (
     UnsupportedArgumentsError,
     Value,
@@ -44,6 +46,7 @@ from pyxai_bounds.rules.registry import (
     plus,
     rad_of,
     rule,
+    singleton,
     steep,
     total,
     within,
@@ -124,6 +127,47 @@ def standardised(x: Interval, eps: float) -> Standardised:
     return Standardised(value, m.mean, inverse)
 
 
+def centred(x: Interval) -> Interval:
+    """Rows [M, N] less their means: x_i(1 − 1/N) less the others' share; a projection, which lengthens no row."""
+    m = _moments(x)
+    norm = facts.norm_over(x, [1]) + math.sqrt(x.shape[1]) * m.slack
+    rad = _centred_width(m)
+    out = Interval.of(m.centred, rd.up(rad, underflows=True) if outward() else rad)
+    return facts.with_norm(out, facts.above(norm))
+
+
+def _centred_width(m: _Moments) -> Tensor:
+    """How far an entry less the mean may lie from what was computed."""
+    count = m.rad.shape[1]
+    lost = _lost(count, m.rad.dtype)
+    return (m.rad * (1 - 2 / count) + _sum(m.rad) / count) * (1 + lost) + m.slack
+
+
+def rooted(x: Interval, eps: float) -> Standardised:
+    """Rows [M, N] divided by σ = √(mean x² + eps), eps > 0, and 1/σ; in float64 where bounds are proofs.
+
+    The range over a box is exact (``normalised``). ∂y/∂x = (I − yyᵀ/N)/σ has eigenvalues between 0 and 1/σ, so that a
+    row within ρ of its midpoint moves y by ρ/σ at most; and √(Σx²) moves by ρ itself.
+    """
+    count = x.shape[1]
+    lost, floor = _lost(count, x.dtype), _floor(count, x.dtype)
+    norm, size = facts.norm_over(x, [1]), facts.length(x.mid, [1])
+    lowest, highest = ends(square(x))
+    moved = norm + lost * size + math.sqrt(floor)
+    least = torch.maximum(_sum(lowest) * (1 - lost) - floor, (size - moved).clamp(min=0).square() * (1 - lost))
+    most = torch.minimum(_sum(highest) * (1 + lost) + floor, (size + moved).square() * (1 + lost))
+    least = least.clamp(min=0)
+    most = torch.maximum(least, most)  # equal at a point, but for rounding
+    inverse = enclose((most / count + eps).rsqrt(), (least / count + eps).rsqrt(), ulps=16)
+    box = normalised(x, [1], lambda length: (length.square() / count + eps).sqrt())
+    s = x.mid * (_sum(x.mid.square()) / count + eps).rsqrt()
+    ball = norm * (inverse.mid + inverse.rad) * (1 + lost)
+    off = 4 * lost * s.abs()
+    out = within(box, s - ball - off, s + ball + off)
+    out = facts.with_norm(out, facts.above(ball + facts.length(off, [1]) + facts.length(out.mid - s, [1])))
+    return Standardised(out, singleton(torch.zeros_like(size)), inverse)
+
+
 def _within(m: _Moments, norm: Tensor) -> tuple[Tensor, Tensor]:
     """Bounds of N·v, also by how far its root moves: the norm, and where the centred midpoints themselves may lie."""
     count = m.rad.shape[1]
@@ -153,7 +197,7 @@ def _by_parts(m: _Moments, count: int, eps: float) -> Interval:
     least = (least - floor).clamp(min=0)
     most = m.most - (size + m.rad).square() * (1 - lost) - others * least_mean.square() * (1 - lost)
     most = most.clamp(min=0) + lost * m.most + floor
-    width = (m.rad * (1 - 2 / count) + _sum(m.rad) / count) * (1 + lost) + m.slack
+    width = _centred_width(m)
     lower, upper = m.centred - width, m.centred + width
     if outward():
         lower, upper = rd.down(lower), rd.up(upper)
@@ -219,8 +263,11 @@ def _weighted(s: Tensor, weight: Tensor) -> Tensor:
     return (summed - weight * (1 + s.square())).clamp(min=0) + 2 * lost * sizes
 
 
-def standardised_backward(grad: Interval, normal: Interval, inverse: Value, contracts: bool) -> Interval:
-    """(g − mean g − y·mean(g·y))/σ over rows [M, N]: a linear map of g, by the slopes above.
+def standardised_backward(
+    grad: Interval, normal: Interval, inverse: Value, contracts: bool, centred: bool = True
+) -> Interval:
+    """(g − mean g − y·mean(g·y))/σ over rows [M, N]: a linear map of g, by the slopes above; (g − y·mean(g·y))/σ where
+    the mean was not taken off (``centred``).
 
     With g = c ± r and y = s ± p it is c − mean c − s·mean(cs) at the centre. g moves that by
     Σ_j r_j|[i = j] − 1/N − s_i s_j/N|, y by p|mean(cs)| + |s|mean(|c|p), and both together by
@@ -235,8 +282,13 @@ def standardised_backward(grad: Interval, normal: Interval, inverse: Value, cont
         return t.mean(1, keepdim=True)
 
     along = mean(c * s)
-    mid = c - mean(c) - s * along
-    rad = r * (1 - (1 + s.square()) / count).abs() + _weighted(s, r) / count
+    if centred:
+        mid = c - mean(c) - s * along
+        rad = r * (1 - (1 + s.square()) / count).abs() + _weighted(s, r) / count
+    else:
+        mid = c - s * along
+        own = s.square() / count
+        rad = r * (1 - own).abs() + (s.abs() * mean(r * s.abs()) - r * own).clamp(min=0)
     rad = rad + p * along.abs() + s.abs() * mean(c.abs() * p)
     rad = rad + p * mean(r * s.abs()) + s.abs() * mean(r * p) + p * mean((c.abs() + r) * p)
     most = c.abs() + r
@@ -253,15 +305,18 @@ def standardised_backward(grad: Interval, normal: Interval, inverse: Value, cont
     if not contracts:
         return out
     # Where the gradient's length bounds some entries, their midpoints are others; where it bounds all, the whole row.
-    rows = _norm_of_backward(grad, normal, inverse, mid, out)
+    rows = _norm_of_backward(grad, normal, inverse, mid, out, centred)
     rows = torch.where(less.any(1, keepdim=True), math.inf, rows)
     whole = facts.above(norm * (mid_of(inverse) + rad_of(inverse)))
     return facts.with_norm(out, torch.where(less.all(1, keepdim=True), whole, rows))
 
 
-def _norm_of_backward(grad: Interval, normal: Interval, inverse: Value, mid: Tensor, out: Interval) -> Tensor:
-    """With P = I − 11ᵀ/N − yyᵀ/N, which contracts, g = c ± ρ and y = s ± q in norm: P(y)g − P(s)c = P(y)(g − c) less
-    (y(y − s)·c + (y − s)s·c)/N, which with ‖y‖ ≤ √N is at most ρ + q(‖c‖/√N + |s·c|/N). Then 1/σ, a set itself.
+def _norm_of_backward(
+    grad: Interval, normal: Interval, inverse: Value, mid: Tensor, out: Interval, centred: bool
+) -> Tensor:
+    """With P = I − 11ᵀ/N − yyᵀ/N, or without 11ᵀ/N, which contracts, g = c ± ρ and y = s ± q in norm: P(y)g − P(s)c =
+    P(y)(g − c) less (y(y − s)·c + (y − s)s·c)/N, which with ‖y‖ ≤ √N is at most ρ + q(‖c‖/√N + |s·c|/N). Then 1/σ, a
+    set itself.
     """
     c, s = grad.mid, normal.mid
     count = c.shape[1]
@@ -269,7 +324,7 @@ def _norm_of_backward(grad: Interval, normal: Interval, inverse: Value, mid: Ten
     along = _sum(c * s)
     size = facts.length(c, [1])
     moved = facts.norm_over(normal, [1]) * (size / math.sqrt(count) + along.abs() / count + lost * size)
-    centre = c - c.mean(1, keepdim=True) - s * (along / count)
+    centre = (c - c.mean(1, keepdim=True) if centred else c) - s * (along / count)
     far = facts.length(mid - centre, [1]) + (4 * lost) * size * (1 + facts.length(s, [1]) / math.sqrt(count)) ** 2
     centre, spread, scale = mid, rad_of(inverse), mid_of(inverse)
     norm = (facts.norm_over(grad, [1]) + moved + far) * (scale + spread) + facts.length(centre, [1]) * spread
@@ -288,7 +343,8 @@ def _exact(x: Value | None) -> Any:
     return in_float64(x) if outward() else x
 
 
-def _shaped(x: Value, shape: Any) -> Any:
+def shaped(x: Value, shape: Any) -> Any:
+    """The set in another shape, with what is known of it."""
     if not isinstance(x, Interval):
         return x.reshape(shape)
     return facts.carried(aten.reshape.default, (x, shape), {}, Interval.of(x.mid.reshape(shape), x.rad.reshape(shape)))
@@ -314,9 +370,9 @@ def normalise(
 
     1/σ carries the standardised rows along for the backward side, which does not know eps.
     """
-    done = standardised(_shaped(_set(x), rows), eps)
-    out = _affine(_shaped(done.value, x.shape), weight, bias)
-    mean, inverse = (narrow(_shaped(part, statistics), x.dtype) for part in (done.mean, done.inverse))
+    done = standardised(shaped(_set(x), rows), eps)
+    out = _affine(shaped(done.value, x.shape), weight, bias)
+    mean, inverse = (narrow(shaped(part, statistics), x.dtype) for part in (done.mean, done.inverse))
     inverse = Interval.of(inverse.mid, inverse.rad, state=done)
     return narrow(out, x.dtype), mean, inverse
 
@@ -330,11 +386,11 @@ def normalise_backward(
     if known:
         normal, _, inverse = inverse.state  # type: ignore[union-attr]
     else:
-        mean, inverse = _shaped(_exact(mean), (-1, 1)), _shaped(_exact(inverse), (-1, 1))
-        normal = multiply(minus(_shaped(_set(x), rows), mean), inverse)
+        mean, inverse = shaped(_exact(mean), (-1, 1)), shaped(_exact(inverse), (-1, 1))
+        normal = multiply(minus(shaped(_set(x), rows), mean), inverse)
     scaled = grad if weight is None else _times(grad, weight)
-    out = standardised_backward(_shaped(scaled, rows), normal, inverse, contracts=known)
-    return _shaped(out, x.shape), multiply(grad, _shaped(normal, x.shape))
+    out = standardised_backward(shaped(scaled, rows), normal, inverse, contracts=known)
+    return shaped(out, x.shape), multiply(grad, shaped(normal, x.shape))
 
 
 def _layer_rows(x: Value, normalized_shape: list[int]) -> tuple[list[int], list[int]]:
@@ -366,8 +422,8 @@ def _gradients(
 ) -> tuple[Any, Any, Any]:
     """Of the input, the weight and the bias, as far as they are asked for, in the gradient's dtype."""
     dtype = grad.dtype
-    weight = _shaped(total(slope, [*over]) if [*over] else slope, shape) if output_mask[1] else None
-    bias = _shaped(total(_set(grad), [*over]) if [*over] else _set(grad), shape) if output_mask[2] else None
+    weight = shaped(total(slope, [*over]) if [*over] else slope, shape) if output_mask[1] else None
+    bias = shaped(total(_set(grad), [*over]) if [*over] else _set(grad), shape) if output_mask[2] else None
     return (
         narrow(x, dtype) if output_mask[0] else None,
         None if weight is None else narrow(weight, dtype),
@@ -376,7 +432,7 @@ def _gradients(
 
 
 def per_channel(x: Value | None, dims: int) -> Any:
-    return None if x is None else _shaped(x, [1, -1] + [1] * (dims - 2))
+    return None if x is None else shaped(x, [1, -1] + [1] * (dims - 2))
 
 
 @rule(aten.native_group_norm.default, precision="own")
@@ -455,10 +511,10 @@ def _variance(x: Interval, dim: Any, correction: float | None, root: bool) -> tu
 
 def _dropped(x: Interval, shape: list[int], dim: Any, keepdim: bool) -> Interval:
     if keepdim:
-        return _shaped(x, shape)
+        return shaped(x, shape)
     dims = len(shape)
     reduced = {d % dims for d in ([dim] if isinstance(dim, int) else dim or range(dims))}
-    return _shaped(x, [n for d, n in enumerate(shape) if d not in reduced])
+    return shaped(x, [n for d, n in enumerate(shape) if d not in reduced])
 
 
 @rule(aten.var.correction)

@@ -33,6 +33,7 @@ MODULES = (
     "shape",
     "softmax",
     "solve",
+    "complex",
 )
 
 

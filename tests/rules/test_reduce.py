@@ -61,7 +61,22 @@ CASES = [
     Case("nansum", lambda x: x.nansum(1), X),
     Case("scatter_reduce", lambda x: X.scatter_reduce(0, ROWS, x, "sum"), X),
     Case("scatter_reduce, mean", lambda x: x.scatter_reduce(0, ROWS, X, "mean"), X),
-    Case("scatter_reduce, amax", lambda x: x.scatter_reduce(0, ROWS, x, "amax"), X, gradient=False),
+    Case("scatter_reduce, amax", lambda x: x.scatter_reduce(0, ROWS, x, "amax"), X),
+    Case(
+        "scatter_reduce, amin without itself", lambda x: X.scatter_reduce(0, ROWS, x * X, "amin", include_self=False), X
+    ),
+    Case(
+        "scatter_reduce, greatest neighbours",
+        lambda x: torch.full_like(x, -1e9).scatter_reduce(0, ROWS, x, "amax"),
+        X,
+        eps=0.1,
+    ),
+    Case(
+        "softmax of neighbours",
+        lambda x: (x - torch.full_like(x, -9.0).scatter_reduce(0, ROWS, x, "amax").gather(0, ROWS)).exp(),
+        X,
+        eps=0.1,
+    ),
     Case("aminmax", lambda x: torch.aminmax(x, dim=1)[0] - torch.aminmax(x, dim=1)[1], X, gradient=False),
     Case(
         "deviation and mean", lambda x: torch.std_mean(x, 1)[0] + torch.std_mean(x, 1)[1], 3 * X, eps=0.05, kinks=False
