@@ -26,7 +26,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from pyxai_bounds import rounding as rd
+from pyxai_bounds.certify import lines
 from pyxai_bounds.certify.differences import LINEAR_AT, TINY, Box, behind
+from pyxai_bounds.certify.lines import Line
 from pyxai_bounds.certify.properties import rounding_loss
 from pyxai_bounds.errors import UnsupportedOperatorError
 from pyxai_bounds.fuse import VIEWS
@@ -209,6 +211,28 @@ class _Evaluator(Interpreter):
         generators = torch.cat([before, new.reshape(len(wanted), *amounts.shape)])
         return Form(form.centre, generators, _up(form.slack + left, 1))
 
+    def _lined(self, x: Form, line: Line, known: Interval | None = None) -> Form:
+        """A function of numbers by a line beside it; where there is none it lies in what is ``known`` of it."""
+        slope, least, most = line.slope, line.least, line.most
+        if known is not None:
+            lower, upper = ends(in_float64(known))
+            beside = slope.isfinite() & least.isfinite() & most.isfinite()
+            slope = torch.where(beside, slope, 0.0)
+            least, most = torch.where(beside, least, lower), torch.where(beside, most, upper)
+        centre, half = _halves(least, most)
+        found = _mapped(lambda t: t * slope, lambda t: t * slope.abs(), x, centre, terms=1)
+        return self._fresh(found, half)
+
+    def _ends(self, x: Form, box: Any) -> tuple[Tensor, Tensor]:
+        """The ends of a form, and those that are known besides."""
+        lower, upper = x.ends
+        if not isinstance(box, Interval):
+            return lower, upper
+        least, greatest = ends(in_float64(box))
+        lower, upper = torch.fmax(lower, least), torch.fmin(upper, greatest)
+        meet = lower <= upper
+        return torch.where(meet, lower, least), torch.where(meet, upper, greatest)
+
     def _linear(self, n: fx.Node) -> Form | None:
         """An operator that is linear, or affine, in one argument, all others being numbers."""
         call: Any = n.args[0] if n.target is operator.getitem else n
@@ -267,15 +291,45 @@ class _Evaluator(Interpreter):
                 return _scaled(x, weight, var, rest[8])
         return None
 
-    def _relu(self, n: fx.Node, result: Interval) -> Form:
-        x, box = self.operand(n.args[0]), self.env[n.args[0]]  # type: ignore[index]
-        lower, upper = ends(in_float64(box))
-        slope = torch.where(lower >= 0, 1.0, torch.where(upper <= 0, 0.0, upper / (upper - lower)))
-        # ReLU(x) - slope·x is greatest at an end, and at least 0.
-        most = torch.where((lower < 0) & (upper > 0), torch.maximum((1 - slope) * upper, -slope * lower), 0.0)
-        half = _up(most / 2, 2) * (most > 0)
-        found = _mapped(lambda t: t * slope, lambda t: t * slope, x, half)
-        return self._fresh(found, half)
+    def _rectified(self, n: fx.Node, result: Interval) -> Form | None:
+        """Leaky ReLUs, and |x|, which is -x below 0."""
+        below = {aten.relu.default: 0.0, aten.abs.default: -1.0}.get(n.target)  # type: ignore[call-overload]
+        if below is None:
+            below = float(n.args[1]) if len(n.args) > 1 else 0.01  # type: ignore[arg-type]
+        if not -1 <= below < 1:
+            return None
+        x = self.operand(n.args[0])
+        return self._lined(x, lines.rectified(*self._ends(x, self.env[n.args[0]]), below))  # type: ignore[index]
+
+    def _function(self, n: fx.Node, result: Interval) -> Form:
+        """A function that is convex, concave, or shaped like an S."""
+        shape, derivative, touch = _SHAPES[n.target]
+        x = self.operand(n.args[0])
+        f = lines.Function(self._at(n), derivative, touch)
+        return self._lined(x, shape(f, *self._ends(x, self.env[n.args[0]])), result)  # type: ignore[index]
+
+    def _at(self, n: fx.Node) -> Callable[[Tensor], Interval]:
+        """Enclosures of a function's values at points, in float64."""
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        return lambda t: RULES[n.target].function(singleton(t), *args[1:], **kwargs)  # type: ignore[index]
+
+    def _power(self, n: fx.Node, result: Interval) -> Form:
+        return self._to_power(self.operand(n.args[0]), self.env[n.args[0]], float(n.args[1]), result)  # type: ignore
+
+    def _to_power(self, x: Form, box: Any, exponent: float, known: Interval | None = None) -> Form:
+        f = _powers(exponent)
+        return self._lined(x, lines.power(f, exponent, *self._ends(x, box)), known)
+
+    def _quotient(self, n: fx.Node, result: Interval) -> Form | None:
+        x, y = (self.operand(arg) for arg in n.args[:2])
+        if n.args[1] not in self.moving or len(n.args) > 2 or n.kwargs:
+            return self._linear(n)
+        box = self.env[n.args[1]]  # type: ignore[index]
+        inverse = self._to_power(y, box, -1.0)
+        return self._product(x, inverse, self._value(n.args[0]))
+
+    def _value(self, x: Any) -> Any:
+        return self.env[x] if isinstance(x, fx.Node) else None
 
     def _gate(self, n: fx.Node, result: Interval) -> Form:
         """An elementwise derivative times the gradient, its first argument: the derivative is what it makes of 1."""
@@ -287,6 +341,8 @@ class _Evaluator(Interpreter):
     def _mul(self, n: fx.Node, result: Interval) -> Form | None:
         if not all(isinstance(arg, fx.Node) and arg in self.moving for arg in n.args):
             return self._linear(n)
+        if n.args[0] is n.args[1]:
+            return self._to_power(self.operand(n.args[0]), self.env[n.args[0]], 2.0, result)  # type: ignore[index]
         x, y = (self.operand(arg) for arg in n.args)
         return self._product(x, y, self.env[n.args[0]])  # type: ignore[index]
 
@@ -304,10 +360,9 @@ class _Evaluator(Interpreter):
     def _smooth(self, n: fx.Node, result: Interval) -> Form | None:
         """By the mean value theorem: g(x) lies in g(m) + D·(x - m), D the derivative over the box, m a member of it."""
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        box, backward = args[0], _DERIVATIVE[n.target]
-        at_mid = applied(RULES[n.target], n, (singleton(box.mid), *args[1:]), kwargs)  # type: ignore[index]
-        of = result if backward in _OF_RESULTS else box
-        slopes = applied(RULES[backward], n, (singleton(torch.ones_like(box.mid)), of, *args[1:]), kwargs)
+        box = in_float64(args[0])
+        slopes = RULES[_DERIVATIVE[n.target]].function(singleton(torch.ones_like(box.mid)), box, *args[1:], **kwargs)
+        at_mid = self._at(n)(box.mid)
         moved = _sum(self.operand(n.args[0]), Form.box(singleton(-box.mid)))
         distance = Interval.of(torch.zeros_like(box.mid), box.rad)
         return _sum(self._product(moved, Form.box(slopes), distance), Form.box(at_mid))
@@ -317,7 +372,7 @@ class _Evaluator(Interpreter):
         x, y = (self.operand(arg) for arg in n.args[:2])
         if n.target in _RSUB:
             x, y = y, x
-        if n.target is not aten.add.Tensor:
+        if n.target not in _ADDS:
             factor = -factor
         if factor != 1:
             y = _mapped(lambda t: t * factor, lambda t: t * abs(factor), y)
@@ -340,10 +395,12 @@ def _mapped(
     magnitude: Callable[[Tensor], Tensor],
     x: Form,
     added: Tensor | None = None,
+    terms: int | None = None,
 ) -> Form:
     """A linear function of a form, and what it loses; ``magnitude``: with the magnitudes of its coefficients.
 
-    Each result is a sum of at most as many terms as ``x`` has numbers, and each coefficient within a few u.
+    Each result is a sum of at most so many ``terms``, by default as many as ``x`` has numbers, and each coefficient
+    within a few u.
     """
     centre = function(x.centre)
     if added is not None:
@@ -352,9 +409,27 @@ def _mapped(
         generators = torch.func.vmap(function)(x.generators)
     else:
         generators = centre.new_empty(0, *centre.shape)
-    terms = x.centre.numel()
+    terms = terms or x.centre.numel()
     slack = magnitude(_up(x.slack + rounding_loss(terms) * x.size, 2)).abs()
     return Form(centre, generators, _up(slack, terms) + rounding_loss(2) * centre.abs())
+
+
+def _halves(least: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
+    """The middle of [least, most], and how far from it its ends lie, rounded up; 0 where they are one number."""
+    centre = least / 2 + most / 2
+    centre = torch.where(least == most, least, centre)
+    half = torch.maximum(most - centre, centre - least)
+    return centre, torch.where(half == 0, half, _up(half, 1))
+
+
+def _powers(exponent: float) -> lines.Function:
+    op = aten.pow.Tensor_Scalar
+    value = RULES[op].function
+    return lines.Function(
+        lambda t: value(singleton(t), exponent),
+        lambda t: exponent * t.pow(exponent - 1),
+        lambda slope: (slope / exponent).pow(1 / (exponent - 1)) if exponent != 1 else slope,
+    )
 
 
 def _convolution_backward(grad: Form, shape: torch.Size, weight: Tensor, options: list[Any]) -> Form:
@@ -451,32 +526,66 @@ def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
 # What is linear in an argument, all others being numbers: as where rankings are cut, and affine operators.
 _COPIES = (aten.clone.default, aten.alias.default, aten.detach.default)
 _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int)
+_MOVES = (
+    *(aten.select_backward.default, aten.slice_backward.default, aten.gather.default, aten.index_select.default),
+    *(aten.flip.default, aten.repeat.default, aten.mean.default, aten.sum.default),
+)
 _AFFINE_AT = {
     **LINEAR_AT,
-    **dict.fromkeys((aten.avg_pool2d.default, aten.constant_pad_nd.default, *_SPLITS), (0,)),
+    **dict.fromkeys((aten.avg_pool2d.default, aten.constant_pad_nd.default, *_SPLITS, *_MOVES), (0,)),
+    **dict.fromkeys((aten.mul.Scalar, aten.div.Scalar), (0,)),
     aten.addmm.default: (1,),
 }
 # Of which other arguments are coefficients.
-_SCALING = (aten.mul.Tensor, aten.div.Tensor, aten.mm.default, aten.bmm.default, aten.addmm.default)
+_SCALING = (
+    aten.mul.Tensor,
+    aten.mul.Scalar,
+    aten.div.Tensor,
+    aten.div.Scalar,
+    aten.mm.default,
+    aten.bmm.default,
+    aten.addmm.default,
+)
 _BIAS_AT: dict[Any, int] = {aten.convolution.default: 2, aten.addmm.default: 0}
+
+
+def _logit(slope: Tensor) -> Tensor:
+    """Where sigmoid has this slope."""
+    return torch.logit((1 + (1 - 4 * slope).sqrt()) / 2)
+
+
+# Functions with a line beside them: its kind, the derivative without cancellation, and where that is a slope.
+_SHAPES: dict[Any, tuple[Any, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor] | None]] = {
+    aten.exp.default: (lines.convex, torch.exp, torch.log),
+    aten.log.default: (lines.concave, torch.reciprocal, torch.reciprocal),
+    aten.sqrt.default: (lines.concave, lambda t: 0.5 / t.sqrt(), lambda slope: 0.25 / slope.square()),
+    aten.rsqrt.default: (lines.convex, lambda t: -0.5 * t.rsqrt() / t, lambda slope: (-2 * slope).pow(-2 / 3)),
+    aten.sigmoid.default: (lines.sigmoidal, lambda t: t.sigmoid() * (-t).sigmoid(), _logit),
+    aten.tanh.default: (
+        lines.sigmoidal,
+        lambda t: 4 * (2 * t).sigmoid() * (-2 * t).sigmoid(),
+        lambda slope: (1 - slope).sqrt().atanh(),
+    ),
+}
 
 # Elementwise functions, and the operator that multiplies a gradient by their derivatives at x, or at results.
 _DERIVATIVE: dict[Any, Any] = {
-    aten.tanh.default: aten.tanh_backward.default,
-    aten.sigmoid.default: aten.sigmoid_backward.default,
     aten.gelu.default: aten.gelu_backward.default,
     aten.silu.default: aten.silu_backward.default,
 }
-_OF_RESULTS = (aten.tanh_backward.default, aten.sigmoid_backward.default)
 _GATES = (aten.threshold_backward.default, aten.leaky_relu_backward.default, aten.softplus_backward.default)
 _GATES = (*_GATES, aten.elu_backward.default, aten.hardtanh_backward.default, *_DERIVATIVE.values())
+_GATES = (*_GATES, aten.tanh_backward.default, aten.sigmoid_backward.default)
 
+_ADDS = (aten.add.Tensor, aten.add.Scalar)
 _RSUB = (aten.rsub.Scalar, aten.rsub.Tensor)
 _RULES: dict[Any, Callable[[_Evaluator, fx.Node, Interval], Form | None]] = {
-    aten.relu.default: _Evaluator._relu,
-    aten.mul.Tensor: _Evaluator._mul,
-    aten.add.Tensor: _Evaluator._add,
-    **dict.fromkeys((aten.sub.Tensor, *_RSUB), _Evaluator._add),
+    **dict.fromkeys((aten.relu.default, aten.leaky_relu.default, aten.abs.default), _Evaluator._rectified),
+    **dict.fromkeys(_SHAPES, _Evaluator._function),
+    aten.pow.Tensor_Scalar: _Evaluator._power,
+    **dict.fromkeys((aten.div.Tensor, aten.div.Scalar), _Evaluator._quotient),
+    **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar), _Evaluator._mul),
+    **dict.fromkeys((*_ADDS, aten.sub.Tensor, aten.sub.Scalar, *_RSUB), _Evaluator._add),
     aten.cat.default: _Evaluator._joined,
     aten.stack.default: _Evaluator._joined,
     **dict.fromkeys(_GATES, _Evaluator._gate),
