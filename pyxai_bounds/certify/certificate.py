@@ -216,7 +216,8 @@ class _Check:
         _check_call(self.bounded.fn, (x,) if target is None else (x, target))
         self.rounding = "outward" if sound else "nearest"
         self.pieces = pieces
-        self.sharpen = sharpen is not False and parameters is None  # with a box of parameters linear layers are sets
+        self.sharpen = sharpen is not False
+        self.parameters = parameters
         self.cheaply = not sharpen
         self._captured: dict[int, Captured | None] = {}  # by the place of a sample
         self._made: dict[int, tuple[Differences | None, Forms | None]] = {}  # by the identity of one of these
@@ -271,10 +272,10 @@ class _Check:
         if id(captured) not in self._made:
             rounding, product = self.bounded.rounding, self.bounded.product
             differences = None
-            if isinstance(self.property, TopK):
+            if isinstance(self.property, TopK) and self.parameters is None:  # else linear layers are sets
                 differences = Differences.of(captured, self._one(place), self.rounding == "outward", product)
             shallow = differences is not None and differences.are_all
-            forms = None if shallow else Forms.of(captured.graph, rounding, product, self.cheaply)
+            forms = None if shallow else Forms.of(captured.graph, rounding, product, self.cheaply, self.parameters)
             self._made[id(captured)] = differences, forms
         return self._made[id(captured)]
 

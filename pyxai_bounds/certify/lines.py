@@ -136,7 +136,7 @@ def rectified(lower: Tensor, upper: Tensor, below: float = 0.0) -> Line:
 
 
 def power(f: Function, exponent: float, lower: Tensor, upper: Tensor) -> Line:
-    """x to a power: convex if that is even and whole; else where x > 0, or concave if it lies between 0 and 1; odd powers
+    """A power of x: convex if it is even and whole, else where x > 0, but concave if it lies between 0 and 1. Odd ones
     are concave where x < 0. Nothing is known elsewhere.
     """
     line = (concave if 0 < exponent < 1 else convex)(f, lower, upper)
