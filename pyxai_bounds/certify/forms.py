@@ -321,7 +321,7 @@ class _Evaluator(Interpreter):
             return None
         if call.target is aten.native_batch_norm.default and not rest[5]:
             moved = _sum(x, Form.box(singleton(-_per_channel(rest[3], x))))
-            return self._affine(_scaled(moved, rest[4], rest[7]), *call.args[1:3])
+            return self._affine(_scaled(moved, rest[4], rest[7]), call.args[1], call.args[2])
         if call.target is aten.native_batch_norm_backward.default and not rest[7]:
             return self._affine(_scaled(x, rest[4], rest[8]), call.args[2], None)
         return None
@@ -378,8 +378,9 @@ class _Evaluator(Interpreter):
         if found is None:
             return None
         shape = self.env[call][0].shape
-        weights = call.args[2:4] if call.target is aten.native_layer_norm.default else call.args[1:3]
-        return self._affine(self._reshaped(found[0], shape), *weights, shape=_weight_shape(call, shape))
+        first = 2 if call.target is aten.native_layer_norm.default else 1
+        weight, bias = call.args[first : first + 2]
+        return self._affine(self._reshaped(found[0], shape), weight, bias, _weight_shape(call, shape))
 
     def _norm_backward(self, call: fx.Node) -> Form | None:
         """(h - mean h - y·mean(h·y))/σ with h = g·w."""
@@ -415,7 +416,8 @@ class _Evaluator(Interpreter):
         first = torch.arange(rows, device=x.centre.device)[:, None] * places.whole
         index = places.index[:, None] + first
         index = torch.where((places.index < places.whole)[:, None], index, -1)
-        return self._reshaped(self._greatest(x, box, index.flatten(1)), shape)
+        found = self._greatest(x, box, index.flatten(1))
+        return None if found is None else self._reshaped(found, shape)
 
     def _greatest(self, x: Form, box: Interval, index: Tensor) -> Form | None:
         """Of each column of places [P, M] in x flattened, -1 for none: max(a, b) = a + relu(b - a), one by one, from
@@ -543,11 +545,12 @@ class _Evaluator(Interpreter):
             found = _sum(first, _negative(self._to_power(x, known, 2.0)))
         elif n.target in _CURVATURES and not n.kwargs:
             mid = known.mid.double()
-            at_mid = RULES[n.target].function(singleton(torch.ones_like(mid)), singleton(mid))
+            derivative: Any = RULES[n.target].function  # type: ignore[index]
+            at_mid = derivative(singleton(torch.ones_like(mid)), singleton(mid))
             found = self._by_mean_value(x, known, at_mid, _CURVATURES[n.target](in_float64(known)))
         else:
             return Form.box(box)
-        return _narrower(found, box)
+        return _narrower(found, box, 2.0)
 
     def _by_mean_value(self, x: Form, box: Interval, at_mid: Interval, slopes: Interval) -> Form:
         """g(x) lies in g(m) + D·(x - m), D the derivative over the box, m its midpoint."""
@@ -775,7 +778,8 @@ def _weight_shape(call: fx.Node, shape: Sequence[int]) -> list[int]:
     """In which a norm's weight and bias spread over values of this shape."""
     if call.target in (aten.native_layer_norm.default, aten.native_layer_norm_backward.default):
         place = 1 if call.target is aten.native_layer_norm.default else 2
-        return [int(size) for size in call.args[place]]  # type: ignore[union-attr]
+        sizes: Any = call.args[place]
+        return list(sizes)
     return [1, -1] + [1] * (len(shape) - 2)
 
 
@@ -825,10 +829,10 @@ def _negative(x: Form) -> Form:
     return Form(-x.centre, -x.generators, x.slack)
 
 
-def _narrower(x: Form, box: Interval) -> Form:
-    """Element by element the box, unless the form reaches hardly farther: what varies by symbols may cancel."""
+def _narrower(x: Form, box: Interval, times: float = 1.1) -> Form:
+    """Element by element the box, where the form reaches so many times as far: what varies by symbols may cancel."""
     mid, rad = box.mid.double(), box.rad.double()
-    worse = 1.1 * rad < x.reach
+    worse = times * rad < x.reach
     return Form(torch.where(worse, mid, x.centre), x.generators * ~worse, torch.where(worse, rad, x.slack))
 
 
@@ -975,17 +979,21 @@ _CURVATURES: dict[Any, Callable[[Interval], Interval]] = {
         ulps=64, absolute=64,
     ),
 }  # fmt: skip
-_GATES = (aten.threshold_backward.default, aten.leaky_relu_backward.default, aten.softplus_backward.default)
-_GATES = (*_GATES, aten.elu_backward.default, aten.hardtanh_backward.default, *_DERIVATIVE.values())
-_GATES = (*_GATES, aten.tanh_backward.default, aten.sigmoid_backward.default)
+_GATES = (
+    *(aten.threshold_backward.default, aten.leaky_relu_backward.default, aten.softplus_backward.default),
+    *(aten.elu_backward.default, aten.hardtanh_backward.default, *_DERIVATIVE.values()),
+    *(aten.tanh_backward.default, aten.sigmoid_backward.default),
+)
 
 _NORMS = (aten.native_layer_norm.default, aten.native_group_norm.default)
 _NORM_GRADIENTS = (aten.native_layer_norm_backward.default, aten.native_group_norm_backward.default)
-_POOLS = (aten.max_pool2d_with_indices.default, aten.max_pool3d_with_indices.default)
-_POOLS = (*_POOLS, aten.adaptive_max_pool2d.default, aten.adaptive_max_pool3d.default)
-_POOL_GRADIENTS = (aten.max_pool2d_with_indices_backward.default, aten.max_pool3d_with_indices_backward.default)
+_POOLS = (
+    *(aten.max_pool2d_with_indices.default, aten.max_pool3d_with_indices.default),
+    *(aten.adaptive_max_pool2d.default, aten.adaptive_max_pool3d.default),
+)
 _POOL_GRADIENTS = (
-    *(*_POOL_GRADIENTS, aten.adaptive_max_pool2d_backward.default, aten.adaptive_max_pool3d_backward.default),
+    *(aten.max_pool2d_with_indices_backward.default, aten.max_pool3d_with_indices_backward.default),
+    *(aten.adaptive_max_pool2d_backward.default, aten.adaptive_max_pool3d_backward.default),
 )
 _ADDS = (aten.add.Tensor, aten.add.Scalar)
 _RSUB = (aten.rsub.Scalar, aten.rsub.Tensor)
