@@ -88,8 +88,8 @@ def certify(
     None: bounds of differences of entries (of ``TopK``, where the explanation ends in linear layers, as gradients do),
     and affine forms, which keep track of what moves together, where they take some ten milliseconds a sample. True:
     affine forms wherever memory allows, which takes seconds a sample of a few thousand numbers. False: nothing; the
-    margin is that of ``bound``'s Intervals. Samples whose property corners of the box refute are left as they are, and
-    with a box of parameters all are.
+    margin is that of ``bound``'s Intervals. Samples whose property corners of the box refute are left as they are. With
+    a box of parameters there are forms alone, in which what the weights' movements add varies by itself.
     A sample with a bound that is not finite is never certified, nor is any if the model holds a NaN or an infinity.
     ``on_progress`` is called with the fraction done, now and then.
     Raises what :func:`bound` and :meth:`Interval.linf` raise.

@@ -3,13 +3,14 @@
 An Interval forgets why its elements may move, and what moves together later cannot cancel any more. An affine form
 keeps it: centre + Σₖ ξₖ·generatorₖ + e with |ξₖ| ≤ 1 and |e| ≤ slack, elementwise. There is a ξ for each number of the
 input that moves, and one for whatever an operator adds: an unstable ReLU, a gate that may be open or shut, a product.
-Operators that are linear apply to centre and generators; all others take the Intervals, which are kept beside the forms
-and cut down to what these allow. So bounds are never wider than those of ``bound``, and take as many times their work
-as there are ξ.
+Operators that are linear apply to centre and generators; functions of one number are lines with what is left beside
+them (``lines``), products keep all that is linear in either factor. All others take the Intervals, which are kept
+beside the forms and cut down to what these allow. So bounds are never wider than those of ``bound``, and take as many
+times their work as there are ξ.
 
 Source: affine arithmetic (Stolfi and de Figueiredo, Self-validated numerical methods, 1997); the slope of a ReLU as in
-Singh et al., Fast and effective robustness certification, NeurIPS 2018. Here the backward pass is part of the program,
-and every number is rounded outward.
+Singh et al., Fast and effective robustness certification, NeurIPS 2018; attention and norms here by what is left of
+their first order. The backward pass is part of the program, and every number is rounded outward.
 """
 
 from __future__ import annotations
@@ -519,7 +520,7 @@ class _Evaluator(Interpreter):
 
     def _quotient(self, n: fx.Node, result: Interval) -> Form | None:
         x, y = (self.operand(arg) for arg in n.args[:2])
-        if n.args[1] not in self.moving or len(n.args) > 2 or n.kwargs:
+        if not self._is_set(n.args[1]) or len(n.args) > 2 or n.kwargs:
             return self._linear(n)
         box = self.env[n.args[1]]  # type: ignore[index]
         inverse = self._to_power(y, box, -1.0)
