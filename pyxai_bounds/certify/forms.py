@@ -179,7 +179,8 @@ class _Evaluator(Interpreter):
         # Rounded to nearest, sets of integers are held by integers.
         if n in self.moving and type(result) is Interval and result.dtype.is_floating_point:
             form = self._form(n, result)
-            result = _within(result, form)
+            if n.target not in _REARRANGES:  # the set is as it was cut before
+                result = _within(result, form)
             self.forms[n] = form
         for node in self.done.get(n, ()):
             self.forms.pop(node, None)
@@ -209,7 +210,8 @@ class _Evaluator(Interpreter):
                 found = _RULES[n.target](self, n, result)
             else:
                 found = self._linear(n)
-        if found is not None and bool((found.centre + found.reach).isfinite().all()):
+        moved = found is not None and n.target in _REARRANGES
+        if found is not None and (moved or bool((found.centre + found.reach).isfinite().all())):
             return found
         return self._fresh(Form.box(result))
 
@@ -264,6 +266,11 @@ class _Evaluator(Interpreter):
         x = self.forms[call.args[place]]
         if call.target in _COPIES:
             return x
+        if n.target in _REARRANGES:  # nothing is rounded
+            move: Any = aten.reshape.default if n.target in VIEWS else n.target
+            rest, options = n.args[1:], n.kwargs
+            generators = _each(lambda t: move(t, *rest, **options), x.generators, move(x.centre, *rest, **options))
+            return Form(move(x.centre, *rest, **options), generators, move(x.slack, *rest, **options))
         values = [self.env[arg] if isinstance(arg, fx.Node) else arg for arg in call.args]
         if any(isinstance(v, Interval) for i, v in enumerate(values) if i != place):
             return None
@@ -903,6 +910,10 @@ def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
 
 # What is linear in an argument, all others being numbers: as where rankings are cut, and affine operators.
 _COPIES = (aten.clone.default, aten.alias.default, aten.detach.default)
+_REARRANGES = frozenset(
+    (*_COPIES, *VIEWS, aten.t.default, aten.permute.default, aten.transpose.int, aten.unsqueeze.default,
+     aten.squeeze.dim)
+)  # fmt: skip
 _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int)
 _MOVES = (
     *(aten.select_backward.default, aten.slice_backward.default, aten.gather.default, aten.index_select.default),
