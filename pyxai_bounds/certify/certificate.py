@@ -88,8 +88,8 @@ def certify(
     None: bounds of differences of entries (of ``TopK``, where the explanation ends in linear layers, as gradients do),
     and affine forms, which keep track of what moves together, where they take some ten milliseconds a sample. True:
     affine forms wherever memory allows, which takes seconds a sample of a few thousand numbers. False: nothing; the
-    margin is that of ``bound``'s Intervals. Samples whose property corners of the box refute are left as they are, and
-    with a box of parameters all are.
+    margin is that of ``bound``'s Intervals. Samples whose property corners of the box refute are left as they are. With
+    a box of parameters there are forms alone, in which what the weights' movements add varies by itself.
     A sample with a bound that is not finite is never certified, nor is any if the model holds a NaN or an infinity.
     ``on_progress`` is called with the fraction done, now and then.
     Raises what :func:`bound` and :meth:`Interval.linf` raise.
@@ -216,7 +216,8 @@ class _Check:
         _check_call(self.bounded.fn, (x,) if target is None else (x, target))
         self.rounding = "outward" if sound else "nearest"
         self.pieces = pieces
-        self.sharpen = sharpen is not False and parameters is None  # with a box of parameters linear layers are sets
+        self.sharpen = sharpen is not False
+        self.parameters = parameters
         self.cheaply = not sharpen
         self._captured: dict[int, Captured | None] = {}  # by the place of a sample
         self._made: dict[int, tuple[Differences | None, Forms | None]] = {}  # by the identity of one of these
@@ -271,10 +272,10 @@ class _Check:
         if id(captured) not in self._made:
             rounding, product = self.bounded.rounding, self.bounded.product
             differences = None
-            if isinstance(self.property, TopK):
+            if isinstance(self.property, TopK) and self.parameters is None:  # else linear layers are sets
                 differences = Differences.of(captured, self._one(place), self.rounding == "outward", product)
             shallow = differences is not None and differences.are_all
-            forms = None if shallow else Forms.of(captured.graph, rounding, product, self.cheaply)
+            forms = None if shallow else Forms.of(captured.graph, rounding, product, self.cheaply, self.parameters)
             self._made[id(captured)] = differences, forms
         return self._made[id(captured)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -84,13 +85,37 @@ OTHERS = {
     "square": lambda x: x * x,
     "product of unlike shapes": lambda x: x[:, :, None] * x[:, None, :],
     "attention": lambda x: (x.reshape(1, 2, 3) @ x.reshape(1, 3, 2)).softmax(-1) @ x.reshape(1, 2, 3),
+    "matrix of itself": lambda x: x.T @ x @ W.T @ W,
+    "moving bias": lambda x: torch.addmm(x[0, :5], x, W.T) + torch.addmm(x[0, :1], x, x.T),
+    "moving kernel": lambda x: F.conv2d(x.reshape(1, 1, 2, 3), x[:, :4].reshape(2, 1, 1, 2), x[0, :2], padding=1),
     "maximum": lambda x: x.amax(1) - x,
+    "maximum of rows": lambda x: (x @ W.T @ W).reshape(2, 3).amax(1, keepdim=True) @ W[:1, :1],
     "max pool": lambda x: F.max_pool2d(x.reshape(1, 1, 2, 3), 2, 1),
+    "max pool with a margin": lambda x: F.max_pool2d((x @ W.T @ W).reshape(1, 1, 2, 3), 2, 1, padding=1) * 2,
+    "max pool of volumes": lambda x: F.max_pool3d(x.reshape(1, 1, 1, 2, 3), (1, 2, 2), (1, 1, 1)),
+    "adaptive max pool": lambda x: F.adaptive_max_pool2d((x @ W.T @ W).reshape(1, 2, 1, 3), (1, 2)),
+    "ties": lambda x: F.max_pool2d((x[:, [0, 0, 0, 1, 1, 1]] * 1.0).reshape(1, 1, 2, 3), 2, 1),
+    "layer norm of constants": lambda x: F.layer_norm(x * 1e-9 + 0.3, (6,)),
+    "affine layer norm": lambda x: F.layer_norm((x @ W.T @ W).reshape(2, 3), (3,), W[0, :3], W[1, :3]) @ W[:3],
+    "group norm": lambda x: F.group_norm((x @ W.T @ W).reshape(1, 2, 3), 1, W[0, :2], W[1, :2]),
     "tanh": lambda x: x.tanh() @ W.T,
     "sigmoid": lambda x: x.sigmoid() @ W.T,
     "gelu": lambda x: F.gelu(x) @ W.T,
     "gelu by tanh": lambda x: F.gelu(x, approximate="tanh") @ W.T,
     "silu": lambda x: F.silu(x) @ W.T,
+    "exp and log": lambda x: x.exp() - (x + 2).log(),
+    "roots": lambda x: (x + 2).sqrt() - (x + 2).rsqrt(),
+    "powers": lambda x: x**2 - x**3 + (x + 2) ** 1.5 + (x + 2) ** -2,
+    "quotient": lambda x: x / (x[:, :1] + 2) + 1 / (x - 4) + (x + 3).reciprocal(),
+    "quotient of unlike shapes": lambda x: x[:, :, None] / (x[:, None, :] + 3),
+    "magnitude": lambda x: x.abs() @ W.T,
+    "leaky relu": lambda x: F.leaky_relu(x, 0.2) @ W.T,
+    "softmax": lambda x: (3 * x @ W.T).softmax(1) @ W,
+    "softmax of columns": lambda x: (5 * x.reshape(3, 2)).softmax(0).reshape(1, 6),
+    "softmax of one": lambda x: x.reshape(6, 1).softmax(1) + x.reshape(6, 1),
+    "log softmax": lambda x: (3 * x @ W.T).log_softmax(-1),
+    "far apart": lambda x: (300 * x @ W.T).softmax(1) + (300 * x @ W.T).log_softmax(1),
+    "masked softmax": lambda x: x.masked_fill(torch.arange(6) > 3, -math.inf).softmax(1),
     "comparison": lambda x: torch.where(x > 0.5, x, -x),
     "norm": lambda x: F.layer_norm(x, (6,)) @ W.T,
 }
@@ -119,11 +144,90 @@ def test_of_operators_they_hold_with_the_symbols_of_the_input(name: str) -> None
     ],
     ids=lambda module: type(module).__name__,
 )
-def test_of_gradients_they_hold(activation: nn.Module) -> None:
+@pytest.mark.parametrize("of", ["logit", "probability", "loss"])
+def test_of_gradients_they_hold(activation: nn.Module, of) -> None:
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(6, 9), activation, nn.Linear(9, 7), activation, nn.Linear(7, 4)).double()
     for eps in (1e-6, 0.02, 0.3):
-        assert_holds(xb.explain.gradient(model), xb.Interval.linf(images(1, 2, (6,)), eps), torch.tensor([1]))
+        assert_holds(xb.explain.gradient(model, of=of), xb.Interval.linf(images(1, 2, (6,)), eps), torch.tensor([1]))
+
+
+def pooling(x: Tensor) -> Tensor:
+    """Overlapping windows, and ties of windows of zeros."""
+    y = F.max_pool2d(F.relu(F.conv2d(x.reshape(1, 1, 6, 6), K[:, :1], padding=1) - 0.4), 3, 2, padding=1)
+    return F.max_pool2d(F.conv2d(y, K[:, :2]).tanh(), 1).flatten(1)
+
+
+def attention(x: Tensor) -> Tensor:
+    y = F.layer_norm(x.reshape(2, 3, 6), (6,), W[0] + 2, W[1])
+    q, k, v = y @ W.T, y @ W.T.flip(0), y @ W.T.flip(1)
+    return F.layer_norm((q @ k.mT).softmax(-1) @ v + q, (5,)).mean(1).sum(0, keepdim=True)
+
+
+def normed(x: Tensor) -> Tensor:
+    y = F.group_norm(x.reshape(1, 4, 3, 3), 2, W[0, :4] + 2, W[1, :4])
+    return F.instance_norm(F.gelu(y)).flatten(2).mean(-1) + y.flatten(2).amax(-1)
+
+
+@pytest.mark.parametrize("fn", [pooling, attention, normed])
+@pytest.mark.parametrize("of", ["logit", "probability"])
+def test_of_gradients_through_pools_products_and_norms_they_hold(fn, of) -> None:
+    for eps in (1e-6, 0.003, 0.1):
+        box = xb.Interval.linf(images(1, 5, (36,)) * (images(1, 6, (36,)) > 0.3), eps)
+        assert_holds(xb.explain.gradient(fn, of=of), box, torch.tensor([1]), points=16)
+
+
+def test_the_certain_winner_of_a_pool_is_copied_and_of_two_one_gets_the_gradient() -> None:
+    x = torch.tensor([[[[0.0, 5.0], [1.0, 2.0]]]]).double()
+    form = evaluated(lambda x: F.max_pool2d(x, 2), xb.Interval.linf(x, 0.5))[1]
+    assert torch.equal(form.generators.flatten(), torch.tensor([0.0, 0.5, 0.0, 0.0]).double())
+    assert float(form.centre) == 5 and float(form.slack) < 1e-13
+
+    def gradient(x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(F.max_pool2d(x, 2).sum() * 3, x, create_graph=True)[0].sum((2, 3))
+
+    tied = xb.Interval.linf(x + torch.tensor([[4.8, 0.0], [0.0, 0.0]]).double(), 0.5)
+    assert float(evaluated(gradient, tied)[0].rad) < 1e-12 and float(xb.bound(gradient)(tied).rad) > 1
+
+
+SMOOTH = {
+    "exp": lambda x: x.exp(),
+    "log": lambda x: (x + 2).log(),
+    "rsqrt": lambda x: (x + 2).rsqrt(),
+    "power": lambda x: (x + 2) ** 1.5,
+    "quotient": lambda x: x / (x[:, :1] + 2),
+    "tanh": lambda x: x.tanh(),
+    "sigmoid": lambda x: x.sigmoid(),
+    "softmax": lambda x: (3 * x @ W.T).softmax(1),
+    "log softmax": lambda x: (3 * x @ W.T).log_softmax(1),
+    "attention": lambda x: (x.reshape(1, 2, 3) @ x.reshape(1, 3, 2)).softmax(-1) @ x.reshape(1, 2, 3),
+    "norm": lambda x: F.layer_norm(x, (6,)) @ W.T,
+    **{
+        f"gradient through {name} of {of}": lambda x, name=name, of=of: xb.explain.gradient(
+            lambda x: getattr(F, name)(x @ W.T) @ W[:, :3], of=of
+        )(x, torch.tensor([1]))
+        for name in ("tanh", "sigmoid", "gelu", "silu")
+        for of in ("logit", "probability", "loss")
+    },
+}
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_of_smooth_functions_all_but_the_square_of_the_radius_is_explained(name: str) -> None:
+    """Symbols of the input leave a share that falls with the radius: they hold the derivative."""
+    x, left = images(1, 3, (6,)) * 2 - 0.5, []
+    for eps in (1e-2, 1e-3):
+        form = evaluated(SMOOTH[name], xb.Interval.linf(x, eps))[1]
+        left.append(1 - float(form.generators[:6].abs().sum() / form.reach.sum()))
+    assert left[0] < 0.5 and left[1] < 0.15 * left[0]
+
+
+def test_integrated_gradients_of_probabilities_and_losses_hold() -> None:
+    for of in ("probability", "loss"):
+        fn = xb.explain.integrated_gradients(mlp(), steps=3, of=of)
+        for eps in (1e-6, 0.03):
+            assert_holds(fn, xb.Interval.linf(images(1, 2, (6,)), eps), torch.tensor([1]), points=10)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -276,6 +380,39 @@ def test_where_symbols_run_out_what_is_left_is_slack(monkeypatch: pytest.MonkeyP
     few = evaluated(fn, box, torch.tensor([1]))
     assert len(few[1].generators) <= 13 < len(full[1].generators)
     assert (full[0].rad.sum() < few[0].rad.sum()).all()
+
+
+@pytest.mark.parametrize("product", ["rump", "exact"])
+def test_movements_of_weights_are_followed(product) -> None:
+    """Of layers, kernels and batch norm; at corners of the weights' box and between them bounds hold."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 7), nn.Tanh(), nn.Linear(7, 3)),
+    )
+    with torch.no_grad():
+        nn.init.uniform_(model[1].running_var, 0.5, 2.0)
+        nn.init.uniform_(model[1].bias)
+    model.eval()
+    x, target = images(3, 1, (1, 6, 6)).float(), torch.arange(3)
+    fn, parameters = xb.explain.gradient(model), xb.parameter_box(model, relative=0.003)
+    for eps in (0.0, 0.004):
+        options = dict(eps=eps, parameters=parameters, product=product)
+        plain, sharp = (xb.certify(fn, x, target, property=xb.TopK(3), sharpen=by, **options) for by in (False, None))
+        # As long as the ranking does not hold, its bounds are made sharper.
+        assert (sharp.bounds.rad <= plain.bounds.rad).all() and (sharp.margin >= plain.margin).all()
+        assert (sharp.margin > plain.margin).any() and sharp.bounds.rad.sum() < 0.9 * plain.bounds.rad.sum()
+        double = copy.deepcopy(model).double()
+        box = xb.Interval.linf(x, eps)
+        for n in range(20):
+            with torch.no_grad():
+                for moved, p in zip(double.parameters(), model.parameters(), strict=True):
+                    steps = torch.rand(p.shape, generator=torch.Generator().manual_seed(n)).double() * 2 - 1
+                    p = p.double()
+                    moved.copy_(p + 0.003 * p.abs() * (steps.sign() if n % 2 else steps))
+            point = sample(xb.Interval.of(box.mid.double(), box.rad.double()), n, corners=n % 4 < 2)
+            value = xb.explain.gradient(double)(point, target).detach()
+            lost = 1e-12 * value.abs().max()
+            assert (sharp.bounds.lower - lost <= value).all() and (value <= sharp.bounds.upper + lost).all()
 
 
 def test_functions_that_are_not_of_one_sample_are_left() -> None:
