@@ -404,8 +404,8 @@ def test_what_a_derivative_reads_must_not_be_overwritten(what: str) -> None:
 def test_gradients_of_boxes_take_their_places_in_memory() -> None:
     """Unless the graph is kept, for which there must be other memory, or a box has several readers."""
     module, model = ops.native._module(), convnet()
-    x = images(128, shape=(3, 8, 8)).float().contiguous(memory_format=torch.channels_last)
-    args = (xb.Interval.linf(x, 0.02), torch.arange(128) % 4)
+    x = images(512, shape=(3, 8, 8)).float().contiguous(memory_format=torch.channels_last)
+    args = (xb.Interval.linf(x, 0.02), torch.arange(512) % 4)
     bounded = xb.bound(xb.explain.gradient(model))
 
     def taken(keep: bool) -> int:
@@ -421,7 +421,7 @@ def test_gradients_of_boxes_take_their_places_in_memory() -> None:
         torch.autograd.grad(rad.sum(), model[0].weight, retain_graph=keep)
         return module.memory_kept()
 
-    first = 4 * 128 * 16 * 8 * 8  # bytes of the first layer's midpoints
+    first = 4 * 512 * 16 * 8 * 8  # bytes of the first layer's midpoints
     assert taken(keep=True) - taken(keep=False) >= 2 * first
 
 

@@ -3,6 +3,7 @@
 // With few boxes that traffic is all the cost, and the weight is read where it lies; with more it is packed for the
 // tiles of tile.h. Sums are taken in another order than in the specification, pyxai_bounds/ops/reference.py.
 #include <atomic>
+#include <cstring>
 
 #include "pyxai_bounds/parallel.h"
 #include "pyxai_bounds/scratch.h"
@@ -169,7 +170,7 @@ void linear_backward(int64_t batch, int64_t m, int64_t n, const T* mid, const T*
 inline constexpr int64_t products_grain = 1 << 19;
 // Terms of a panel that is packed at a time and stays in the cache while all boxes walk over it. Their sums are rounded
 // apart from those of other panels: a sum of thousands of terms loses less.
-inline constexpr int64_t panel_terms = 512;
+inline constexpr int64_t panel_terms = 1024;
 // Elements of the packed boxes that share one walk over the weight.
 inline constexpr int64_t boxes_elements = 1 << 20;
 
@@ -185,6 +186,11 @@ struct Factors {
         constexpr int64_t L = Vec<T>::lanes;
         const int64_t width = vectors * L, count = smaller(width, outputs - output);
         const T* const from = data + output * output_stride;
+        if (output_stride == 1 && count == width) {
+            for (int64_t k = begin; k < end; ++k, out += width)
+                for (int64_t o = 0; o < width; o += L) Vec<T>::load(from + k * term_stride + o).store(out + o);
+            return;
+        }
         if (term_stride != 1) {
             for (int64_t k = begin; k < end; ++k, out += width)
                 for (int64_t o = 0; o < width; ++o)
@@ -385,6 +391,72 @@ bool products(int64_t batch, const T* mid, const T* rad, const Packing<T>& packi
     return fits;
 }
 
+// --- many boxes of one radius ----------------------------------------------------------------------------------
+
+// Boxes of one size, like those about samples of a training batch, have one image of radii: it is summed once, in the
+// order that it has elsewhere, and midpoints take the radii's place in the tiles.
+template <class T>
+bool has_one_radius(int64_t batch, int64_t n, const T* rad) {
+    for (int64_t s = 1; s < batch; ++s)
+        if (std::memcmp(rad, rad + s * n, static_cast<std::size_t>(n) * sizeof(T)) != 0) return false;
+    return true;
+}
+
+// One panel. `pairs`: boxes of the first half with those of the second, which begins at box `second`.
+template <int vectors, class T>
+void panel_of_one_radius(const Factors<T>& weight, int64_t output, int64_t half, int64_t second, const T* pairs,
+                         const T* radius, const Results<T>& results, T* panel) {
+    const Terms terms{{1, 0}, {1, 0}, weight.terms, weight.terms};
+    weight.pack(output, 0, weight.terms, vectors, panel);
+    Sums<T, 1, vectors> of_radius;
+    of_radius.clear();
+    add_block<false>(terms, &radius, {}, 0, panel, of_radius);
+    in_tiles(half, [&](int64_t first, int64_t here, auto pixels) {
+        const T* sources[pixels];
+        for (int64_t i = 0; i < pixels; ++i) sources[i] = pairs + 2 * (first + (i < here ? i : 0)) * weight.terms;
+        Sums<T, pixels, vectors> sums;
+        sums.clear();
+        add_block<false, true>(terms, sources, {}, 0, panel, sums);
+        for (int part = 0; part < 2; ++part) {
+            const auto& mids = part ? sums.rad : sums.mid;
+            Sums<T, pixels, vectors> boxes;
+            int64_t at[pixels];
+            for (int64_t i = 0; i < pixels; ++i) {
+                at[i] = (first + i + part * second) * weight.outputs;
+                for (int v = 0; v < vectors; ++v) boxes.mid[i][v] = mids[i][v], boxes.rad[i][v] = of_radius.rad[0][v];
+            }
+            results.write(here, at, output, boxes);
+        }
+    });
+}
+
+// Of an odd number of boxes the one in the middle is in both halves.
+template <class T>
+bool products_of_one_radius(int64_t batch, const T* mid, const T* rad, const Factors<T>& weight,
+                            const Results<T>& results) {
+    const int64_t half = ceil_div(batch, 2), second = batch - half, terms = weight.terms;
+    const int64_t panels = ceil_div(weight.outputs, tile_width<T>);
+    const Scratch<T> pairs(2 * (half + 1) * terms);  // and the radius
+    const int threads = team_size(half * terms * weight.outputs / products_grain);
+    const int64_t panel_size = (terms + Vec<T>::lanes + terms_ahead) * tile_width<T>;
+    const Scratch<T> packed_panels(threads * panel_size);
+    Tickets tickets;
+    parallel_team(threads, [&](int rank, int team) {
+        T *const panel = packed_panels.get() + rank * panel_size, *const radius = pairs.get() + 2 * half * terms;
+        for (int64_t box = half * rank / team; box < half * (rank + 1) / team; ++box)
+            Packing<T>::interleave(terms, mid + box * terms, mid + (second + box) * terms,
+                                   pairs.get() + 2 * box * terms);
+        if (rank == 0) Packing<T>::interleave(terms, rad, rad, radius);
+        team_barrier(team);
+        for (int64_t p = tickets.next(); p < panels; p = tickets.next())
+            (weight.outputs - p * tile_width<T> > Vec<T>::lanes ? panel_of_one_radius<tile_vectors, T>
+                                                                : panel_of_one_radius<1, T>)(weight, p * tile_width<T>,
+                                                                                             half, second, pairs.get(),
+                                                                                             radius, results, panel);
+    });
+    return true;
+}
+
 // The same for radii alone: the second half of them takes the midpoints' place. Of an odd number the one in the middle
 // is in both halves.
 template <class T>
@@ -405,10 +477,18 @@ bool linear_many(int64_t batch, int64_t n, int64_t m, const Outward<T>* outward,
                  std::uint8_t* state) {
     if (!mid) return products_of_radii<T>(batch, rad, {m, n, row_stride, column_stride, weight, true}, out_rad);
     const auto widening = widening_of(outward);
-    return products<T>(batch, mid, rad, {nullptr, 0, outward ? &widening : nullptr},
-                       {m, n, row_stride, column_stride, weight, false},
-                       {m, bias, outward ? outward->bias : nullptr, out_mid, out_rad, relu_into(state),
-                        (batch * m + 7) / 8, outward != nullptr});
+    const Factors<T> factors{m, n, row_stride, column_stride, weight, false};
+    const Results<T> results{m,
+                             bias,
+                             outward ? outward->bias : nullptr,
+                             out_mid,
+                             out_rad,
+                             relu_into(state),
+                             (batch * m + 7) / 8,
+                             outward != nullptr};
+    if (!outward && batch > tile_pixels && n <= panel_terms && has_one_radius(batch, n, rad))
+        return products_of_one_radius<T>(batch, mid, rad, factors, results);
+    return products<T>(batch, mid, rad, {nullptr, 0, outward ? &widening : nullptr}, factors, results);
 }
 
 template <class T>

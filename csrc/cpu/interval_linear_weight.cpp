@@ -18,13 +18,28 @@ inline constexpr int64_t grain_of_sums = 1 << 16;
 // Up to so many samples, the weight and its gradient are walked along as they lie in memory; beyond, panels of columns
 // are, whose part of the boxes stays in the first cache for all rows.
 inline constexpr int64_t few_samples = 8;
+// Of a panel.
+inline constexpr int vectors_together = 2;
+template <class T>
+inline constexpr int64_t panel_width = vectors_together * Vec<T>::lanes;
 
-// One of the two products: of `rows` [batch, m] and `columns` [batch, n], both null where there is none.
+// One of the two products: of `rows` [batch, m] and `columns` [batch, n], both null where there is none. A sample's
+// rows lie `row_stride` from those of the sample before, and so with columns.
 template <class T>
 struct Factors {
     const T *rows, *columns;
+    int64_t row_stride, column_stride;
     explicit operator bool() const { return rows && columns; }
+    Factors at(int64_t row, int64_t column) const { return {rows + row, columns + column, row_stride, column_stride}; }
 };
+
+// Columns [from, from + width) of a matrix, copied row by row: in place, rows that lie a power of two apart would drive
+// one another out of the first cache, and most of them are on a page of their own.
+template <class T>
+void pack_columns(int64_t rows, int64_t stride, const T* from, int64_t width, T* to) {
+    for (int64_t s = 0; s < rows; ++s)
+        for (int64_t j = 0; j < width; ++j) to[s * width + j] = from[s * stride + j];
+}
 
 template <class T>
 struct Gradient {
@@ -34,9 +49,10 @@ struct Gradient {
     T* out;
     bool add;
 
-    // `rows` rows from `row` on, `vectors` vectors of columns from `column` on; V one of Vec and Scalar.
+    // `rows` rows from `row` on, `vectors` vectors of columns from `column` on, of which these are the factors; V one
+    // of Vec and Scalar.
     template <int rows, int vectors, bool has_mid, bool has_rad, class V>
-    void tile(int64_t row, int64_t column) const {
+    void tile(int64_t row, int64_t column, Factors<T> mids, Factors<T> rads) const {
         V of_mid[rows][vectors], of_rad[rows][vectors];
         for (int i = 0; i < rows; ++i)
             for (int k = 0; k < vectors; ++k) of_mid[i][k] = of_rad[i][k] = V::fill(T(0));
@@ -49,8 +65,10 @@ struct Gradient {
                 __builtin_prefetch(out + at, 1);
             }
         for (int64_t s = 0; s < batch; ++s) {
-            if constexpr (has_mid) add_outer_product(mid.rows + s * m + row, mid.columns + s * n + column, of_mid);
-            if constexpr (has_rad) add_outer_product(rad.rows + s * m + row, rad.columns + s * n + column, of_rad);
+            if constexpr (has_mid)
+                add_outer_product(mids.rows + s * mids.row_stride, mids.columns + s * mids.column_stride, of_mid);
+            if constexpr (has_rad)
+                add_outer_product(rads.rows + s * rads.row_stride, rads.columns + s * rads.column_stride, of_rad);
         }
         for (int i = 0; i < rows; ++i) {
             for (int k = 0; k < vectors; ++k) {
@@ -65,27 +83,63 @@ struct Gradient {
         }
     }
 
-    // Columns [begin, end) of `rows` rows.
+    // Columns [begin, end) of `rows` rows; the factors are those of the first.
     template <int rows, int vectors, bool has_mid, bool has_rad>
-    void strip(int64_t row, int64_t begin, int64_t end) const {
+    void strip(int64_t row, int64_t begin, int64_t end, Factors<T> mids, Factors<T> rads) const {
         constexpr int64_t L = Vec<T>::lanes;
+        const auto walk = [&](auto lanes, auto many, int64_t column) {
+            tile<rows, many, has_mid, has_rad, decltype(lanes)>(row, column, mids.at(0, column - begin),
+                                                                rads.at(0, column - begin));
+        };
         int64_t column = begin;
-        for (; column + vectors * L <= end; column += vectors * L)
-            tile<rows, vectors, has_mid, has_rad, Vec<T>>(row, column);
-        for (; column + L <= end; column += L) tile<rows, 1, has_mid, has_rad, Vec<T>>(row, column);
-        for (; column < end; ++column) tile<rows, 1, has_mid, has_rad, Scalar<T>>(row, column);
+        for (; column + vectors * L <= end; column += vectors * L) walk(Vec<T>{}, Constant<vectors>{}, column);
+        for (; column + L <= end; column += L) walk(Vec<T>{}, Constant<1>{}, column);
+        for (; column < end; ++column) walk(Scalar<T>{}, Constant<1>{}, column);
     }
 
     // As many sums in registers as leave room for the factors.
     template <bool has_mid, bool has_rad>
-    void part(int64_t begin, int64_t end) const {
-        constexpr int vectors = 2, rows = (has_mid && has_rad ? 1 : 2) * (Vec<T>::lanes * sizeof(T) >= 64 ? 4 : 3);
-        const int64_t width = batch <= few_samples ? n : vectors * Vec<T>::lanes;
-        for (int64_t column = 0; column < n; column += width) {
-            const int64_t stop = smaller(n, column + width);
+    static constexpr int rows_together = (has_mid && has_rad ? 1 : 2) * (Vec<T>::lanes * sizeof(T) >= 64 ? 4 : 3);
+
+    // Rows [begin, end). `packed` has room for their factors and for those of a panel.
+    template <bool has_mid, bool has_rad>
+    void part(int64_t begin, int64_t end, T* packed) const {
+        if (batch > few_samples) return packed_part<has_mid, has_rad>(begin, end, packed);
+        constexpr int together = rows_together<has_mid, has_rad>;
+        int64_t row = begin;
+        for (; row + together <= end; row += together)
+            strip<together, vectors_together, has_mid, has_rad>(row, 0, n, mid.at(row, 0), rad.at(row, 0));
+        for (; row < end; ++row)
+            strip<1, vectors_together, has_mid, has_rad>(row, 0, n, mid.at(row, 0), rad.at(row, 0));
+    }
+
+    // Elements that `packed` needs for so many rows.
+    int64_t packed_size(int64_t rows) const { return batch > few_samples ? 2 * batch * (rows + panel_width<T>) : 0; }
+
+    template <bool has_mid, bool has_rad>
+    void packed_part(int64_t begin, int64_t end, T* packed) const {
+        constexpr int together = rows_together<has_mid, has_rad>;
+        T *const mid_rows = packed, *const rad_rows = mid_rows + (end - begin) * batch;
+        T *const mid_columns = rad_rows + (end - begin) * batch, *const rad_columns =
+                                                                     mid_columns + batch * panel_width<T>;
+        const auto in_rows = [=](auto f) {
             int64_t row = begin;
-            for (; row + rows <= end; row += rows) strip<rows, vectors, has_mid, has_rad>(row, column, stop);
-            for (; row < end; ++row) strip<1, vectors, has_mid, has_rad>(row, column, stop);
+            for (; row + together <= end; row += together) f(row, (row - begin) * batch, Constant<together>{});
+            for (; row < end; ++row) f(row, (row - begin) * batch, Constant<1>{});
+        };
+        in_rows([&](int64_t row, int64_t place, auto rows) {
+            if constexpr (has_mid) pack_columns<T>(batch, m, mid.rows + row, rows, mid_rows + place);
+            if constexpr (has_rad) pack_columns<T>(batch, m, rad.rows + row, rows, rad_rows + place);
+        });
+        for (int64_t column = 0; column < n; column += panel_width<T>) {
+            const int64_t width = smaller(panel_width<T>, n - column);
+            if constexpr (has_mid) pack_columns(batch, n, mid.columns + column, width, mid_columns);
+            if constexpr (has_rad) pack_columns(batch, n, rad.columns + column, width, rad_columns);
+            in_rows([&](int64_t row, int64_t place, auto rows) {
+                strip<rows, vectors_together, has_mid, has_rad>(row, column, column + width,
+                                                                {mid_rows + place, mid_columns, rows, width},
+                                                                {rad_rows + place, rad_columns, rows, width});
+            });
         }
     }
 };
@@ -93,18 +147,23 @@ struct Gradient {
 template <class T>
 void linear_weight(int64_t batch, int64_t m, int64_t n, const T* grad_mid, const T* grad_rad, const T* mid,
                    const T* rad, const T* weight, T* out, bool add) {
-    const Gradient<T> gradient{batch, m, n, {grad_mid, mid}, {grad_rad, rad}, weight, out, add};
+    const Gradient<T> gradient{batch, m, n, {grad_mid, mid, m, n}, {grad_rad, rad, m, n}, weight, out, add};
     const bool has_mid(gradient.mid), has_rad(gradient.rad);
-    parallel_team(team_size(greater(batch, 1) * m * n / grain_of_sums), [=](int rank, int team) {
+    const int threads = team_size(greater(batch, 1) * m * n / grain_of_sums);
+    // Made here: no exception may leave a parallel region. A team may turn out smaller than was asked for.
+    const int64_t size = gradient.packed_size(m);
+    const Scratch<T> packed(threads * size);
+    parallel_team(threads, [=, &packed](int rank, int team) {
         const int64_t begin = m * rank / team, end = m * (rank + 1) / team;
+        T* const own = packed.get() + rank * size;
         if (has_mid && has_rad)
-            gradient.template part<true, true>(begin, end);
+            gradient.template part<true, true>(begin, end, own);
         else if (has_rad)
-            gradient.template part<false, true>(begin, end);
+            gradient.template part<false, true>(begin, end, own);
         else if (has_mid)
-            gradient.template part<true, false>(begin, end);
+            gradient.template part<true, false>(begin, end, own);
         else
-            gradient.template part<false, false>(begin, end);
+            gradient.template part<false, false>(begin, end, own);
     });
 }
 

@@ -125,7 +125,7 @@ def interval_linear(
         )  # fmt: skip
         return out_mid, out_rad, state if relu else state.new_empty(0)
     outputs = weight.shape[0]
-    if _several(mid, rad, weight, 1) and (bias is None or _vector(bias, mid, outputs)):
+    if _several(mid, rad, weight, 1, rounding) and (bias is None or _vector(bias, mid, outputs)):
         out_mid = mid.new_empty((mid.shape[0], outputs))
         out_rad = torch.empty_like(out_mid)
         fused = relu and _packs(mid, outputs)
@@ -154,7 +154,7 @@ def interval_linear_backward(
             0 if state is None else state.data_ptr(), weight.data_ptr(), out_mid.data_ptr(), out_rad.data_ptr(),
         )  # fmt: skip
         return out_mid, out_rad
-    if _several(mid, rad, weight, 0) and (state is None or state.dim() == 2):
+    if _several(mid, rad, weight, 0, rounding) and (state is None or state.dim() == 2):
         if state is not None and not _packs(mid, weight.shape[0]):
             mid, rad, state = *_relu_backward_into(mid, rad, state, None, rounding), None
         state = None if state is None else _bits_of(state, mid)
@@ -276,11 +276,15 @@ def _addresses(*tensors: Tensor | None) -> list[int]:
 FEW = 8
 
 
-# Up to so many, a packed weight that is walked over once is still faster. Forward and backward, float32, two threads
-# with AVX-512 beside MKL, in ms: [4096, 256] 32 boxes 0.63 and 0.50 against 0.82 and 0.71, 128 boxes 2.2 and 1.7
-# against 2.0 and 1.8. Rounded outward: 32 boxes 1.6 and 1.4 against 4.3 and 3.3, 128 boxes 5.2 and 4.3 against
-# 4.9 and 4.8.
-SEVERAL = 64
+# Up to so many, a packed weight that is walked over once is still faster: the products alone are not, beyond 64 boxes,
+# but ReLU and its gates come with them, boxes of one radius need half of them, and chains hold the operators together.
+# A network of layers [256, 784], [256, 256] and [10, 256], bounds and training step, two threads with AVX-512, in ms:
+# 128 boxes 1.0 and 3.1 against 1.4 and 3.6 with a library's products, 256 boxes 1.7 and 5.1 against 2.1 and 5.6; with
+# the tiles 512 boxes take 3.8 and 7.9 against 4.0 and 8.1.
+SEVERAL = 256
+# The same rounded outward, where the kernel sums in float64. [4096, 256], forward and backward: 32 boxes 1.6 and 1.4
+# against 4.3 and 3.3, 128 boxes 5.2 and 4.3 against 4.9 and 4.8.
+SEVERAL_OUTWARD = 64
 
 
 def few(mid: Tensor, rad: Tensor, weight: Tensor, dim: int) -> bool:
@@ -291,9 +295,10 @@ def few(mid: Tensor, rad: Tensor, weight: Tensor, dim: int) -> bool:
     return mid.shape[0] <= FEW and weight.is_contiguous() and _are_boxes(mid, rad, weight, dim)
 
 
-def _several(mid: Tensor, rad: Tensor, weight: Tensor, dim: int) -> bool:
+def _several(mid: Tensor, rad: Tensor, weight: Tensor, dim: int, rounding: int = 0) -> bool:
     """The same for the tiles of the packed kernel, where it is faster than a library's products."""
-    return mid.shape[0] <= SEVERAL and _are_boxes(mid, rad, weight, dim) and min(weight.shape) >= 16 and _has_tiles()
+    most = SEVERAL_OUTWARD if rounding else SEVERAL
+    return mid.shape[0] <= most and _are_boxes(mid, rad, weight, dim) and min(weight.shape) >= 16 and _has_tiles()
 
 
 def _are_boxes(mid: Tensor, rad: Tensor, weight: Tensor, dim: int) -> bool:

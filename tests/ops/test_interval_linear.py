@@ -10,7 +10,7 @@ from pyxai_bounds import ops
 from pyxai_bounds import rounding as rd
 from pyxai_bounds.ops import native, reference
 from pyxai_bounds.ops.layout import unpack
-from pyxai_bounds.ops.native import FEW, SEVERAL
+from pyxai_bounds.ops.native import FEW, SEVERAL, SEVERAL_OUTWARD
 
 from .cases import (
     DTYPES,
@@ -108,15 +108,40 @@ def tiles(request, monkeypatch):
 
 
 # More boxes than the kernel for few takes, and no multiples; more terms than a panel; outputs that end in mid-register.
-TILES = [(FEW + 1, 16, 16), (13, 33, 50), (SEVERAL, 64, 32), (17, 1200, 48), (30, 40, 161)]
+TILES = [(FEW + 1, 16, 16), (13, 33, 50), (SEVERAL_OUTWARD, 64, 32), (17, 1200, 48), (30, 40, 161)]
 
 
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", TILES)
+@pytest.mark.parametrize("sizes", [*TILES, (SEVERAL, 20, 32)])
 def test_tiles_multiply_several_boxes(sizes, dtype, tiles):
     """The same by packed panels, which take a weight with any strides."""
     check_products(*problem(*sizes, dtype=dtype), lambda weight: weight.t().clone().t())
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [(FEW + 1, 16, 16), (13, 33, 50), (64, 1024, 160)])
+def test_boxes_of_one_radius_are_as_among_others(sizes, dtype, tiles):
+    """Their radii are summed once; a box of another radius in the batch changes no bit of theirs."""
+    mid, rad, weight, bias, *_ = problem(*sizes, dtype=dtype)
+    rad = rad[:1].expand_as(mid).contiguous()
+    mixed = rad.clone()
+    mixed[-1, -1] += 1
+    relu = sizes[2] % 16 == 0
+    found = native.interval_linear(mid, rad, weight, bias, relu)
+    among = native.interval_linear(mid, mixed, weight, bias, relu)
+    assert not torch.equal(found[1][-1], among[1][-1])
+    for a, e in zip(found[:2], among[:2], strict=True):
+        assert_identical(a[:-1], e[:-1])
+    if relu:
+        bits = (unpack(t[2], mid.new_empty(sizes[0], sizes[2])) for t in (found, among))
+        for a, e in zip(*bits, strict=True):
+            assert torch.equal(a[:-1], e[:-1])
+    wide = [t.double() for t in (mid, rad, weight, bias)]
+    if not relu:
+        radii = wide[1] @ wide[2].abs().t()
+        assert_sums_agree(found[1], radii, radii, sizes[1])
 
 
 def check_derivatives(sizes, dtype, relu, mid_given):

@@ -91,7 +91,8 @@ inline constexpr std::int64_t bits_slack = 8;
 
 // Adds the terms of `pixels` pixels times `vectors` vectors of outputs, as one sum that is rounded by itself. A
 // function of its own, with sums of its own: those of the caller have an address, and would be stored at each term.
-template <bool some, class T, int pixels, int vectors>
+// `two_mids`: what stands in the radii's place are midpoints, too, of other boxes.
+template <bool some, bool two_mids = false, class T, int pixels, int vectors>
 __attribute__((noinline)) void add_block(Terms terms, const T* const* sources, Alive<T> alive, std::int64_t offset,
                                          const T* panel, Sums<T, pixels, vectors>& into) {
     using V = Vec<T>;
@@ -119,7 +120,7 @@ __attribute__((noinline)) void add_block(Terms terms, const T* const* sources, A
                     for (int v = 0; v < vectors; ++v) sums.mid[p][v] = V::multiply_add(weight[v], mid, sums.mid[p][v]);
                 }
 #pragma GCC unroll 2
-                for (int v = 0; v < vectors; ++v) weight[v] = in_register(V::absolute(weight[v]));
+                for (int v = 0; v < vectors && !two_mids; ++v) weight[v] = in_register(V::absolute(weight[v]));
 #pragma GCC unroll 8
                 for (int p = 0; p < pixels; ++p) {
                     const V rad = V::fill(source[p][2 * k + 1]);
