@@ -391,6 +391,20 @@ bool products(int64_t batch, const T* mid, const T* rad, const Packing<T>& packi
     return fits;
 }
 
+// The same for radii alone: the second half of them takes the midpoints' place. Of an odd number the one in the middle
+// is in both halves.
+template <class T>
+bool products_of_radii(int64_t batch, const T* rad, const Factors<T>& weight, T* out) {
+    const int64_t half = ceil_div(batch, 2), second = batch - half, outputs = weight.outputs;
+    const Scratch<T> apart(second < half ? half * outputs : 0);
+    T* const other = second < half ? apart.get() : out + second * outputs;
+    products<T>(half, rad + second * weight.terms, rad, {nullptr, 0, nullptr}, weight,
+                {outputs, nullptr, nullptr, other, out, {}, 0, false});
+    if (second < half)
+        for (int64_t i = outputs; i < half * outputs; ++i) out[second * outputs + i] = other[i];
+    return true;
+}
+
 // --- many boxes of one radius ----------------------------------------------------------------------------------
 
 // Boxes of one size, like those about samples of a training batch, have one image of radii: it is summed once, in the
@@ -454,20 +468,6 @@ bool products_of_one_radius(int64_t batch, const T* mid, const T* rad, const Fac
                                                                                              half, second, pairs.get(),
                                                                                              radius, results, panel);
     });
-    return true;
-}
-
-// The same for radii alone: the second half of them takes the midpoints' place. Of an odd number the one in the middle
-// is in both halves.
-template <class T>
-bool products_of_radii(int64_t batch, const T* rad, const Factors<T>& weight, T* out) {
-    const int64_t half = ceil_div(batch, 2), second = batch - half, outputs = weight.outputs;
-    const Scratch<T> apart(second < half ? half * outputs : 0);
-    T* const other = second < half ? apart.get() : out + second * outputs;
-    products<T>(half, rad + second * weight.terms, rad, {nullptr, 0, nullptr}, weight,
-                {outputs, nullptr, nullptr, other, out, {}, 0, false});
-    if (second < half)
-        for (int64_t i = outputs; i < half * outputs; ++i) out[second * outputs + i] = other[i];
     return true;
 }
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pyxai_bounds.capture import Captured
 from pyxai_bounds.certify.differences import Differences, least_difference
 from pyxai_bounds.certify.forms import Forms
-from pyxai_bounds.certify.pieces import Pieces
+from pyxai_bounds.certify.pieces import Pieces, Progress, share_of, silent
 from pyxai_bounds.certify.properties import Property, TopK, check_property, flat, kept
 from pyxai_bounds.interpreter import Interpreter
 from pyxai_bounds.interval import Clip, Interval
@@ -26,7 +26,6 @@ from pyxai_bounds.program import BoundFunction, bound, captured_graph
 from pyxai_bounds.rounding import without_autocast
 from pyxai_bounds.rules.registry import Product
 
-Progress = Callable[[float], None]  # is told the fraction done
 CORNERS = 8  # of a box that are tried before bounds of single samples are made sharper
 
 
@@ -96,7 +95,7 @@ def certify(
     """
     pieces = Pieces(batch_size, memory_budget)
     check = _Check(fn, x, target, property, clip, parameters, sound, product, sharpen, pieces)
-    return check.at(eps, on_progress or _silent)
+    return check.at(eps, on_progress or silent)
 
 
 def certified_radius(
@@ -141,8 +140,8 @@ def certified_radius(
     most = max(max_eps, torch.tensor(max_eps, dtype=x.dtype, device="cpu").item())
     for_all = torch.full([1] * x.dim(), most, dtype=torch.float64, device=x.device)
     rounds = 1 + max(0, math.ceil(math.log2(max_eps / tol)))
-    tell = on_progress or _silent
-    holds = check.at(most if unit is None else _multiple(for_all, unit), _part(tell, 0, rounds)).holds
+    tell = on_progress or silent
+    holds = check.at(most if unit is None else _multiple(for_all, unit), share_of(tell, 0, 1 / rounds)).holds
     safe = torch.where(holds, unknown, torch.zeros_like(unknown))
     for done in itertools.count(1):
         middle = (safe + unknown) / 2
@@ -150,19 +149,12 @@ def certified_radius(
         if not open_.any():
             break
         eps = middle.reshape(per_sample)
-        holds = check.at(eps if unit is None else _multiple(eps, unit), _part(tell, done, rounds), open_).holds
+        holds = check.at(
+            eps if unit is None else _multiple(eps, unit), share_of(tell, done / rounds, 1 / rounds), open_
+        ).holds
         safe, unknown = torch.where(holds, middle, safe), torch.where(holds, unknown, middle)
     tell(1.0)
     return safe
-
-
-def _silent(fraction: float) -> None:
-    """Progress that nobody asked for."""
-
-
-def _part(tell: Progress, place: int, parts: int) -> Progress:
-    """The progress of one of several parts, told as that of all."""
-    return lambda fraction: tell(min(1.0, (place + fraction) / parts))
 
 
 def _multiple(radius: Tensor, unit: Tensor) -> Tensor:
@@ -257,7 +249,7 @@ class _Check:
         usable = flat(bounds.isfinite() & self.nominal.isfinite()).all(1) & ~self._strays(bounds)
         if self.sharpen:
             open_ = usable if sought is None else usable & sought
-            margin, bounds = self._sharpened(margin, box, bounds, open_, lambda done: tell(0.5 + done / 2))
+            margin, bounds = self._sharpened(margin, box, bounds, open_, share_of(tell, 0.5, 0.5))
         holds = kept(self.property, margin) & usable & self.bounded.constants_are_finite()
         margin = torch.where(margin.isnan() | ~usable, -torch.inf, margin)
         return Certificate(holds, margin, self.nominal, bounds, self.rounding)

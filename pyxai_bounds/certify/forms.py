@@ -237,7 +237,7 @@ class _Evaluator(Interpreter):
         generators = torch.cat([before, new.reshape(len(wanted), *amounts.shape)])
         return Form(form.centre, generators, _up(form.slack + left, 1))
 
-    def _lined(self, x: Form, line: Line, known: Interval | None = None) -> Form:
+    def _lined(self, x: Form, line: Line, known: Interval | None = None, symbols: bool = True) -> Form:
         """A function of numbers by a line beside it; where there is none it lies in what is ``known`` of it."""
         slope, least, most = line.slope, line.least, line.most
         if known is not None:
@@ -247,7 +247,15 @@ class _Evaluator(Interpreter):
             least, most = torch.where(beside, least, lower), torch.where(beside, most, upper)
         centre, half = _halves(least, most)
         found = _mapped(lambda t: t * slope, lambda t: t * slope.abs(), x, centre, terms=1)
+        if not symbols:
+            return Form(found.centre, found.generators, _up(found.slack + half, 1))
         return self._fresh(found, half)
+
+    def _curved(self, op: Any, x: Form, lower: Tensor, upper: Tensor, known: Interval | None) -> Form:
+        """One of ``_SHAPES``, of a form between these ends."""
+        shape, derivative, touch = _SHAPES[op]
+        f = lines.Function(lambda t: RULES[op].function(singleton(t)), derivative, touch)
+        return self._lined(x, shape(f, lower, upper), known)
 
     def _ends(self, x: Form, box: Any) -> tuple[Tensor, Tensor]:
         """The ends of a form, and those that are known besides."""
@@ -271,8 +279,7 @@ class _Evaluator(Interpreter):
         if n.target in _REARRANGES:  # nothing is rounded
             move: Any = aten.reshape.default if n.target in VIEWS else n.target
             rest, options = n.args[1:], n.kwargs
-            generators = _each(lambda t: move(t, *rest, **options), x.generators, move(x.centre, *rest, **options))
-            return Form(move(x.centre, *rest, **options), generators, move(x.slack, *rest, **options))
+            return _moved(lambda t: move(t, *rest, **options), x)
         values = [self.env[arg] if isinstance(arg, fx.Node) else arg for arg in call.args]
         if any(isinstance(v, Interval) for i, v in enumerate(values) if i != place):
             return None
@@ -339,17 +346,10 @@ class _Evaluator(Interpreter):
     def _affine(self, x: Form, weight: Any, bias: Any, shape: Sequence[int] | None = None) -> Form:
         """Times a weight, plus a bias, of these shapes, by default per channel."""
         shape = shape or [-1] + [1] * (x.centre.dim() - 2)
-        weight, bias = (None if t is None else self._reshaped(self.operand(t), shape) for t in (weight, bias))
+        weight, bias = (None if t is None else _reshaped(self.operand(t), shape) for t in (weight, bias))
         if weight is not None:
             x = self._product(x, weight)
         return x if bias is None else self._fresh(_sum(x, bias))
-
-    def _reshaped(self, x: Form, shape: Sequence[int]) -> Form:
-        shape = list(shape)
-        return Form(
-            x.centre.reshape(shape), x.generators.reshape(len(x.generators), *shape) if len(x.generators) else
-            x.generators.new_empty(0, *x.centre.reshape(shape).shape), x.slack.reshape(shape),
-        )  # fmt: skip
 
     # --- norms of a sample ---------------------------------------------------------------------------------------
 
@@ -361,14 +361,10 @@ class _Evaluator(Interpreter):
             known = getattr(self.env[call][2], "state", None)
             if not isinstance(known, Standardised):
                 return None
-            x = self._reshaped(self.operand(call.args[0]), known.value.shape)
+            x = _reshaped(self.operand(call.args[0]), known.value.shape)
             eps = float(call.args[-1])  # type: ignore[arg-type]
             d = _less_mean(x)
-            f = _powers(2.0)
-            line = lines.power(f, 2.0, *d.ends)
-            centre, half = _halves(line.least, line.most)
-            squares = _mapped(lambda t: t * line.slope, lambda t: t * line.slope.abs(), d, centre, terms=1)
-            squares = Form(squares.centre, squares.generators, _up(squares.slack + half, 1))
+            squares = self._lined(d, lines.power(_powers(2.0), 2.0, *d.ends), symbols=False)
             v = self._fresh(
                 _sum(_mapped(_mean, _mean, squares), Form.box(singleton(torch.full_like(d.centre[:, :1], eps))))
             )
@@ -376,10 +372,7 @@ class _Evaluator(Interpreter):
             lower, upper = v.ends
             lower = torch.fmax(lower, (1 - lines.LOSS) / most.square())
             upper = torch.where(least > 0, torch.fmin(upper, (1 + lines.LOSS) / least.square()), upper)
-            f = lines.Function(
-                lambda t: RULES[aten.rsqrt.default].function(singleton(t)), *_SHAPES[aten.rsqrt.default][1:]
-            )
-            inverse = self._lined(v, lines.convex(f, lower, upper), known.inverse)
+            inverse = self._curved(aten.rsqrt.default, v, lower, upper, known.inverse)
             self.normal[call] = self._product(d, inverse, None, known.inverse), inverse, known
         return self.normal[call]
 
@@ -390,7 +383,7 @@ class _Evaluator(Interpreter):
         shape = self.env[call][0].shape
         first = 2 if call.target is aten.native_layer_norm.default else 1
         weight, bias = call.args[first : first + 2]
-        return self._affine(self._reshaped(found[0], shape), weight, bias, _weight_shape(call, shape))
+        return self._affine(_reshaped(found[0], shape), weight, bias, _weight_shape(call, shape))
 
     def _norm_backward(self, call: fx.Node) -> Form | None:
         """(h - mean h - y·mean(h·y))/σ with h = g·w."""
@@ -406,14 +399,14 @@ class _Evaluator(Interpreter):
         shape = self.env[call][0].shape
         weight = call.args[5] if layer else call.args[4]
         h = self._affine(self.operand(call.args[0]), weight, None, _weight_shape(call, shape))
-        h = self._reshaped(h, known.value.shape)
+        h = _reshaped(h, known.value.shape)
 
         def inner(a: Tensor, b: Tensor) -> Tensor:
             return _mean(a * b)
 
         along = self._bilinear(inner, h, normal, h.centre.shape[1], None, known.value)
         across = self._bilinear(torch.mul, normal, along, 1, known.value, symbols=False)
-        return self._reshaped(self._product(_sum(_less_mean(h), _negative(across)), scale, None, known.inverse), shape)
+        return _reshaped(self._product(_sum(_less_mean(h), _negative(across)), scale, None, known.inverse), shape)
 
     # --- the greatest of several -----------------------------------------------------------------------------------
 
@@ -427,7 +420,7 @@ class _Evaluator(Interpreter):
         index = places.index[:, None] + first
         index = torch.where((places.index < places.whole)[:, None], index, -1)
         found = self._greatest(x, box, index.flatten(1))
-        return None if found is None else self._reshaped(found, shape)
+        return None if found is None else _reshaped(found, shape)
 
     def _greatest(self, x: Form, box: Interval, index: Tensor) -> Form | None:
         """Of each column of places [P, M] in x flattened, -1 for none: max(a, b) = a + relu(b - a), one by one, from
@@ -435,16 +428,20 @@ class _Evaluator(Interpreter):
         """
         if not bool(box.isfinite().all()):
             return None
-        flat = self._reshaped(x, [-1])
+
+        def taken(x: Form, places: Tensor) -> Form:
+            return _moved(lambda t: t[places], x)
+
+        flat = _reshaped(x, [-1])
         lower, upper = (t.flatten()[index] for t in self._ends(x, box))
         lower, upper = (torch.where(index < 0, -math.inf, t) for t in (lower, upper))
         order = lower.argsort(0, descending=True)
         index, lower, upper = (t.gather(0, order) for t in (index, lower, upper))
-        best = _taken(flat, index[0])
+        best = taken(flat, index[0])
         for place, most in zip(index[1:], upper[1:], strict=True):
             open_ = (most > lower[0]).nonzero()[:, 0]
             if len(open_):
-                ahead = _sum(_taken(flat, place[open_]), _negative(_taken(best, open_)))
+                ahead = _sum(taken(flat, place[open_]), _negative(taken(best, open_)))
                 least, greatest = ahead.ends
                 greatest = torch.fmin(greatest, _up(most[open_] - lower[0, open_], 1))
                 greatest = torch.fmax(greatest, least)
@@ -452,16 +449,15 @@ class _Evaluator(Interpreter):
         return best
 
     def _maximum(self, n: fx.Node, result: Interval) -> Form | None:
-        """Over one dimension, or of two sets."""
-        call: Any = n
-        x, box = self.operand(call.args[0]), self._value(call.args[0])
-        named: Any = call.args[1] if len(call.args) > 1 else None
+        """Over one dimension."""
+        x, box = self.operand(n.args[0]), self._value(n.args[0])
+        named: Any = n.args[1] if len(n.args) > 1 else None
         dims = [named] if isinstance(named, int) else named
         if not dims or len(dims) != 1 or not isinstance(box, Interval) or x.centre.dim() == 0:
             return None
         places = torch.arange(x.centre.numel(), device=x.centre.device).reshape(x.centre.shape)
         found = self._greatest(x, in_float64(box), places.movedim(dims[0], 0).flatten(1))
-        return None if found is None else self._reshaped(found, result.shape)
+        return None if found is None else _reshaped(found, result.shape)
 
     def _pool_backward(self, n: fx.Node, result: Interval) -> Form | None:
         """Each place of a window gets the gradient times 0, 1, or either; of two that may get it, one does."""
@@ -471,7 +467,7 @@ class _Evaluator(Interpreter):
         except (AttributeError, UnsupportedArgumentsError):
             return None
         must, may = (t.to(torch.float64) for t in places.first_maximum(in_float64(x)))
-        windows = self._reshaped(grad, [must.shape[0], 1, must.shape[2]])
+        windows = _reshaped(grad, [must.shape[0], 1, must.shape[2]])
         sure = _mapped(lambda t: t * (must + may) / 2, lambda t: t * (must + may) / 2, windows, terms=1)
         unsure = _up(windows.size * (may - must) / 2, 2) * (may - must)
         two = (may.sum(1, keepdim=True) == 2) & (must.sum(1, keepdim=True) == 0)
@@ -481,7 +477,7 @@ class _Evaluator(Interpreter):
         def fold(t: Tensor) -> Tensor:
             return places.fold(t)
 
-        return self._reshaped(_mapped(fold, fold, parts, terms=len(places.index)), result.shape)
+        return _reshaped(_mapped(fold, fold, parts, terms=len(places.index)), result.shape)
 
     def _shared(self, form: Form, amounts: Tensor, dim: int) -> Form:
         """``form`` + ξ·amounts, a symbol for all that lie along a dimension; slack where there is no room for them."""
@@ -510,10 +506,8 @@ class _Evaluator(Interpreter):
 
     def _function(self, n: fx.Node, result: Interval) -> Form:
         """A function that is convex, concave, or shaped like an S."""
-        shape, derivative, touch = _SHAPES[n.target]
         x = self.operand(n.args[0])
-        f = lines.Function(self._at(n), derivative, touch)
-        return self._lined(x, shape(f, *self._ends(x, self.env[n.args[0]])), result)  # type: ignore[index]
+        return self._curved(n.target, x, *self._ends(x, self.env[n.args[0]]), result)  # type: ignore[index]
 
     def _at(self, n: fx.Node) -> Callable[[Tensor], Interval]:
         """Enclosures of a function's values at points, in float64."""
@@ -603,9 +597,7 @@ class _Evaluator(Interpreter):
 
         terms = weight.centre.numel()
         found = self._bilinear(product, x, weight, terms, *(self._value(arg) for arg in n.args[:2]))
-        if n.args[2] is None:
-            return found
-        return self._fresh(_sum(found, self._reshaped(self.operand(n.args[2]), [-1] + [1] * (x.centre.dim() - 2))))
+        return self._affine(found, None, n.args[2])
 
     def _product(self, x: Form, y: Form, box: Any = None, other: Any = None) -> Form:
         """Elementwise; ``box`` and ``other``: what else is known of x and of y."""
@@ -682,9 +674,7 @@ class _Evaluator(Interpreter):
         return self._fresh(_narrower(self._exponential(logarithm, known, result), result))
 
     def _exponential(self, x: Form, box: Any, result: Interval | None = None) -> Form:
-        op = aten.exp.default
-        f = lines.Function(lambda t: RULES[op].function(singleton(t)), *_SHAPES[op][1:])
-        return self._lined(x, lines.convex(f, *self._ends(x, box)), result)
+        return self._curved(aten.exp.default, x, *self._ends(x, box), result)
 
     def _softmax_backward(self, n: fx.Node, result: Interval) -> Form:
         """p·(g - Σ g·p); where p sums to 1, a number may be taken from g first."""
@@ -757,6 +747,17 @@ def _each(function: Callable[[Tensor], Tensor], generators: Tensor, like: Tensor
     return torch.func.vmap(function)(generators) if len(generators) else like.new_empty(0, *like.shape)
 
 
+def _moved(move: Callable[[Tensor], Tensor], x: Form) -> Form:
+    """What only moves numbers, and rounds none."""
+    centre = move(x.centre)
+    return Form(centre, _each(move, x.generators, centre), move(x.slack))
+
+
+def _reshaped(x: Form, shape: Sequence[int]) -> Form:
+    sizes = list(shape)
+    return _moved(lambda t: t.reshape(sizes), x)
+
+
 def _halves(least: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
     """The middle of [least, most], and how far from it its ends lie, rounded up; 0 where they are one number."""
     centre = least / 2 + most / 2
@@ -791,11 +792,6 @@ def _weight_shape(call: fx.Node, shape: Sequence[int]) -> list[int]:
         sizes: Any = call.args[place]
         return list(sizes)
     return [1, -1] + [1] * (len(shape) - 2)
-
-
-def _taken(x: Form, places: Tensor) -> Form:
-    """Of a vector."""
-    return Form(x.centre[places], x.generators[:, places], x.slack[places])
 
 
 def _scattered(x: Form, places: Tensor, like: Form) -> Form:
@@ -955,7 +951,6 @@ def _silu_third(t: float) -> float:
 
 
 _LAST = root(_silu_third, 2.0, 4.0)
-_SILU_EXTREMA = (-_LAST, 0.0, _LAST)
 
 
 def _logit(slope: Tensor) -> Tensor:
@@ -982,17 +977,18 @@ _DERIVATIVE: dict[Any, Any] = {
     aten.gelu.default: aten.gelu_backward.default,
     aten.silu.default: aten.silu_backward.default,
 }
+
+
+def _curvature(function: Callable[[Tensor], Tensor], extrema: Sequence[float]) -> Callable[[Interval], Interval]:
+    values = [(at, float(function(torch.tensor(at, dtype=torch.float64)))) for at in extrema]
+    return lambda x: range_of(function, x, values, ulps=64, absolute=64)
+
+
 # And by how much that derivative changes: φ(x)(2 - x²), and σ′(2 + x(1 - 2σ)), with all their extrema.
 _CURVATURES: dict[Any, Callable[[Interval], Interval]] = {
-    aten.gelu_backward.default: lambda x: range_of(
-        _gelu_curvature, x, [(at, float(_gelu_curvature(torch.tensor(at).double()))) for at in (-2.0, 0.0, 2.0)],
-        ulps=64, absolute=64,
-    ),
-    aten.silu_backward.default: lambda x: range_of(
-        _silu_curvature, x, [(at, float(_silu_curvature(torch.tensor(at).double()))) for at in _SILU_EXTREMA],
-        ulps=64, absolute=64,
-    ),
-}  # fmt: skip
+    aten.gelu_backward.default: _curvature(_gelu_curvature, (-2.0, 0.0, 2.0)),
+    aten.silu_backward.default: _curvature(_silu_curvature, (-_LAST, 0.0, _LAST)),
+}
 _GATES = (
     *(aten.threshold_backward.default, aten.leaky_relu_backward.default, aten.softplus_backward.default),
     *(aten.elu_backward.default, aten.hardtanh_backward.default, *_DERIVATIVE.values()),

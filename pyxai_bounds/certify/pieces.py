@@ -1,4 +1,6 @@
-"""Into pieces of how many samples is a batch cut? As many as a budget of memory allows, by what the program says."""
+"""Into pieces of how many samples is a batch cut? As many as a budget of memory allows, by what the program says.
+And how far is long work that is done piece by piece?
+"""
 
 from __future__ import annotations
 
@@ -31,6 +33,18 @@ def _available() -> int:
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return 4 * _ENOUGH
+
+
+Progress = Callable[[float], None]  # is told the fraction done
+
+
+def silent(fraction: float) -> None:
+    """Progress that nobody asked for."""
+
+
+def share_of(tell: Progress, start: float, share: float) -> Progress:
+    """The progress of a part of the work, told as that of the whole."""
+    return lambda fraction: tell(min(1.0, start + share * fraction))
 
 
 @dataclass(frozen=True)

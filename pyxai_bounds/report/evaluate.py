@@ -20,6 +20,7 @@ from pyxai_bounds.certify.metrics import (
     top_features,
     unstable_relu_fraction,
 )
+from pyxai_bounds.certify.pieces import Progress, share_of, silent
 from pyxai_bounds.data import Dataset
 
 GRADIENT = "gradient of the true label's logit"
@@ -113,7 +114,7 @@ def evaluate(
     attack_steps: int = 20,
     pictures: int = 4,
     seed: int = 0,
-    on_progress: Callable[[float], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> Evaluation:
     """Certify and attack the top-k features of an explanation on every held-out sample; those of images are pixels.
 
@@ -131,15 +132,15 @@ def evaluate(
     x, y = dataset.test_x, dataset.test_y
     eps, max_eps = sorted(eps), 2.5 * max(eps)
     check_shape(fn, x, y)
-    tick = on_progress or (lambda _: None)
+    tick = on_progress or silent
 
     # Attacks take longer than Intervals, and far less long than what sharpens these.
     certificates, share = {}, 0.3 / len(eps)
     for i, radius in enumerate(eps):
-        tell = _part(tick, share * i, share)
+        tell = share_of(tick, share * i, share)
         certificates[radius] = certify(fn, x, y, eps=radius, property=property, clip=clip, on_progress=tell)
     reach = certified_radius(
-        fn, x, y, property=property, max_eps=max_eps, tol=max_eps / 512, clip=clip, on_progress=_part(tick, 0.3, 0.5)
+        fn, x, y, property=property, max_eps=max_eps, tol=max_eps / 512, clip=clip, on_progress=share_of(tick, 0.3, 0.5)
     )
     grid = sorted({*eps, max(eps) / 4, max(eps) * 1.5, max_eps})
     broken: dict[float, Tensor] = {}
@@ -161,10 +162,6 @@ def evaluate(
         cosine=same_class_cosine(first.nominal, y), at=at, curve=curve, radius=reach, max_eps=max_eps,
         rounding=first.rounding, samples=_samples(model, dataset, property, first, reach, min(pictures, len(x))),
     )  # fmt: skip
-
-
-def _part(tick: Callable[[float], None], start: float, share: float) -> Callable[[float], None]:
-    return lambda fraction: tick(start + share * fraction)
 
 
 def check_shape(fn: Callable[..., Tensor], x: Tensor, y: Tensor) -> None:

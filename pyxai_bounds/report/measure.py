@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pyxai_bounds import attack, explain
 from pyxai_bounds.attack import Attack
 from pyxai_bounds.certify import Cosine, MeanSquare, certified_radius, certify, metrics
+from pyxai_bounds.certify.pieces import Progress, share_of, silent
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.report.evaluate import SoundnessError, check_shape
 
@@ -35,7 +36,7 @@ def evaluate_all(
     neighbours: int = 5,
     seed: int = 0,
     batch_size: int = 256,
-    on_progress: Callable[[float], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Accuracy, robustness under every attack, and certificates of one network; every certificate beside its attack.
 
@@ -63,7 +64,7 @@ def evaluate_all(
     )  # fmt: skip
     check_shape(measure.fn, x, y)
     done, total = PARTS, PARTS * (1 + len(eps))
-    tell = on_progress or (lambda fraction: None)
+    tell = on_progress or silent
 
     def tick() -> None:
         nonlocal done
@@ -73,7 +74,7 @@ def evaluate_all(
     reach = 2.5 * max(eps) if max_eps is None else max_eps
     radius = certified_radius(
         measure.fn, x, y, property=measure.topk, max_eps=reach, tol=reach / 512, clip=clip, batch_size=batch_size,
-        on_progress=lambda fraction: tell(fraction * PARTS / total),
+        on_progress=share_of(tell, 0, PARTS / total),
     )  # fmt: skip
     first = certify(measure.fn, x, y, eps=min(eps), property=measure.topk, clip=clip, batch_size=batch_size)
     quartiles = torch.quantile(radius.double(), torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64, device=x.device))
