@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from pyxai_bounds.fuse import VIEWS
 from pyxai_bounds.program import captured_graph
 
 aten = torch.ops.aten
@@ -37,6 +38,8 @@ def smooth_graph(program: fx.GraphModule, beta: float) -> fx.GraphModule:
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
+        if node.target in VIEWS:  # derivatives of the twin need not have the layout that was captured
+            node.target = aten.reshape.default
         with graph.inserting_before(node):
             new = _replacement(graph, node, beta)
         if new is not None:

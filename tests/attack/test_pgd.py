@@ -103,3 +103,15 @@ def test_a_property_is_one_and_no_class() -> None:
 def test_an_attack_prints_its_outcome() -> None:
     attack = xb.attack.pgd(lambda x: x, torch.tensor([[0.0, 1.0], [0.0, 0.01]]), eps=0.1, property=xb.TopK(1))
     assert repr(attack).startswith("Attack(broke 1 of 2, least margin -")
+
+
+def test_attention_is_attacked() -> None:
+    torch.manual_seed(0)
+    block = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.Sequential(block, nn.Flatten(), nn.Linear(4 * 8, 3)).double().eval()
+    x, y = torch.rand(5, 4, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
+    fn, property = xb.explain.gradient(model), xb.Linf(0.0)
+    found = xb.attack.pgd(fn, x, y, eps=0.02, property=property, steps=5)
+    at_a_corner = fn(x + 0.02, y).detach()
+    margin = property.margin(fn(x, y).detach(), xb.Interval.of(at_a_corner, torch.zeros_like(at_a_corner)))
+    assert (found.margin < margin).all()
