@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from pyxai_bounds import rounding as rd
-from pyxai_bounds.certify import forms, lines
+from pyxai_bounds.certify import lines
+from pyxai_bounds.certify.affine import functions
 from pyxai_bounds.rules import RULES
 from pyxai_bounds.rules.registry import singleton
 
@@ -44,8 +45,8 @@ def line_of(name: str, lower: Tensor, upper: Tensor) -> lines.Line:
         return lines.rectified(lower, upper, float(given))  # type: ignore[arg-type]
     with rd.use(rd.choose(True, "real")):
         if name.startswith("power"):
-            return lines.power(forms._powers(given), given, lower, upper)  # type: ignore[arg-type]
-        shape, derivative, touch = forms._SHAPES[given]
+            return lines.power(functions.powers(given), given, lower, upper)  # type: ignore[arg-type]
+        shape, derivative, touch = functions.SHAPES[given]
         f = lines.Function(lambda t: RULES[given].function(singleton(t)), derivative, touch)  # type: ignore[index]
         return shape(f, lower, upper)
 

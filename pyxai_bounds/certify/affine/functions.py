@@ -1,0 +1,179 @@
+"""Forms of functions of one number, by a line beside each, and of gradients times their derivatives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from pyxai_bounds.certify import lines
+from pyxai_bounds.certify.affine.evaluator import Evaluator
+from pyxai_bounds.certify.affine.form import Form, common_ends, narrower
+from pyxai_bounds.certify.affine.registry import form_rule
+from pyxai_bounds.certify.affine.symbols import Symbols
+from pyxai_bounds.interpreter import applied
+from pyxai_bounds.interval import Interval
+from pyxai_bounds.ops.smooth import root
+from pyxai_bounds.rules import RULES
+from pyxai_bounds.rules.registry import in_float64, range_of, singleton
+
+aten = torch.ops.aten
+
+
+# --- functions with a line beside them -------------------------------------------------------------------------------
+
+
+@form_rule(aten.relu.default, aten.leaky_relu.default, aten.abs.default)
+def rectified(run: Evaluator, n: fx.Node, result: Interval) -> Form | None:
+    """Leaky ReLUs, and |x|, which is -x below 0."""
+    below = {aten.relu.default: 0.0, aten.abs.default: -1.0}.get(n.target)  # type: ignore[call-overload]
+    if below is None:
+        below = float(n.args[1]) if len(n.args) > 1 else 0.01  # type: ignore[arg-type]
+    if not -1 <= below < 1:
+        return None
+    x = run.operand(n.args[0])
+    return run.symbols.lined(x, lines.rectified(*common_ends(x, run.value(n.args[0])), below))
+
+
+def _logit(slope: Tensor) -> Tensor:
+    """Where sigmoid has this slope."""
+    return torch.logit((1 + (1 - 4 * slope).sqrt()) / 2)
+
+
+# The kind of the line, the derivative without cancellation, and where that is a slope.
+SHAPES: dict[Any, tuple[Any, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor] | None]] = {
+    aten.exp.default: (lines.convex, torch.exp, torch.log),
+    aten.log.default: (lines.concave, torch.reciprocal, torch.reciprocal),
+    aten.sqrt.default: (lines.concave, lambda t: 0.5 / t.sqrt(), lambda slope: 0.25 / slope.square()),
+    aten.rsqrt.default: (lines.convex, lambda t: -0.5 * t.rsqrt() / t, lambda slope: (-2 * slope).pow(-2 / 3)),
+    aten.sigmoid.default: (lines.sigmoidal, lambda t: t.sigmoid() * (-t).sigmoid(), _logit),
+    aten.tanh.default: (
+        lines.sigmoidal,
+        lambda t: 4 * (2 * t).sigmoid() * (-2 * t).sigmoid(),
+        lambda slope: (1 - slope).sqrt().atanh(),
+    ),
+}
+
+
+@form_rule(*SHAPES)
+def function(run: Evaluator, n: fx.Node, result: Interval) -> Form:
+    """One that is convex, concave, or shaped like an S."""
+    x = run.operand(n.args[0])
+    return curved(run.symbols, n.target, x, *common_ends(x, run.value(n.args[0])), result)
+
+
+def curved(symbols: Symbols, op: Any, x: Form, lower: Tensor, upper: Tensor, known: Interval | None) -> Form:
+    """One of ``SHAPES``, of a form between these ends."""
+    shape, derivative, touch = SHAPES[op]
+    f = lines.Function(lambda t: RULES[op].function(singleton(t)), derivative, touch)
+    return symbols.lined(x, shape(f, lower, upper), known)
+
+
+def exponential(symbols: Symbols, x: Form, box: Any, known: Interval | None = None) -> Form:
+    return curved(symbols, aten.exp.default, x, *common_ends(x, box), known)
+
+
+@form_rule(aten.pow.Tensor_Scalar)
+def power(run: Evaluator, n: fx.Node, result: Interval) -> Form:
+    x, exponent = run.operand(n.args[0]), float(n.args[1])  # type: ignore[arg-type]
+    return to_power(run.symbols, x, run.value(n.args[0]), exponent, result)
+
+
+def to_power(symbols: Symbols, x: Form, box: Any, exponent: float, known: Interval | None = None) -> Form:
+    return symbols.lined(x, lines.power(powers(exponent), exponent, *common_ends(x, box)), known)
+
+
+def powers(exponent: float) -> lines.Function:
+    value = RULES[aten.pow.Tensor_Scalar].function
+    return lines.Function(
+        lambda t: value(singleton(t), exponent),
+        lambda t: exponent * t.pow(exponent - 1),
+        lambda slope: (slope / exponent).pow(1 / (exponent - 1)) if exponent != 1 else slope,
+    )
+
+
+# --- functions by the mean value theorem, and derivatives times a gradient -------------------------------------------
+
+# Elementwise functions, and the operator that multiplies a gradient by their derivatives.
+_DERIVATIVE: dict[Any, Any] = {
+    aten.gelu.default: aten.gelu_backward.default,
+    aten.silu.default: aten.silu_backward.default,
+}
+
+
+def by_mean_value(symbols: Symbols, x: Form, box: Interval, at_mid: Interval, slopes: Interval) -> Form:
+    """g(x) lies in g(m) + D·(x - m), D the derivative over the box, m its midpoint."""
+    mid = box.mid.double()
+    distance = Interval.of(torch.zeros_like(mid), box.rad.double())
+    return symbols.product(x + Form.box(singleton(-mid)), Form.box(slopes), distance) + Form.box(at_mid)
+
+
+@form_rule(*_DERIVATIVE)
+def smooth(run: Evaluator, n: fx.Node, result: Interval) -> Form | None:
+    args, kwargs = run.fetch_args_kwargs_from_env(n)
+    box = in_float64(args[0])
+    derivative = RULES[_DERIVATIVE[n.target]].function
+    slopes = derivative(singleton(torch.ones_like(box.mid)), box, *args[1:], **kwargs)
+    return by_mean_value(run.symbols, run.operand(n.args[0]), box, run.at_points(n)(box.mid), slopes)
+
+
+def _gelu_curvature(t: Tensor) -> Tensor:
+    return torch.exp(-t.square() / 2) * (2 - t.square()) / math.sqrt(2 * math.pi)
+
+
+def _silu_curvature(t: Tensor) -> Tensor:
+    s, rest = t.sigmoid(), (-t).sigmoid()
+    return s * rest * (2 + t * (rest - s))
+
+
+def _silu_third(t: float) -> float:
+    s, rest = 1 / (1 + math.exp(-t)), 1 / (1 + math.exp(t))
+    return 3 * (rest - s) + t * (1 - 6 * s * rest)
+
+
+_LAST = root(_silu_third, 2.0, 4.0)
+
+
+def _curvature(function: Callable[[Tensor], Tensor], extrema: Sequence[float]) -> Callable[[Interval], Interval]:
+    values = [(at, float(function(torch.tensor(at, dtype=torch.float64)))) for at in extrema]
+    return lambda x: range_of(function, x, values, ulps=64, absolute=64)
+
+
+# By how much these derivatives change: φ(x)(2 - x²), and σ′(2 + x(1 - 2σ)), with all their extrema.
+_CURVATURES: dict[Any, Callable[[Interval], Interval]] = {
+    aten.gelu_backward.default: _curvature(_gelu_curvature, (-2.0, 0.0, 2.0)),
+    aten.silu_backward.default: _curvature(_silu_curvature, (-_LAST, 0.0, _LAST)),
+}
+
+
+@form_rule(
+    *(aten.threshold_backward.default, aten.leaky_relu_backward.default, aten.softplus_backward.default),
+    *(aten.elu_backward.default, aten.hardtanh_backward.default, *_DERIVATIVE.values()),
+    *(aten.tanh_backward.default, aten.sigmoid_backward.default),
+)
+def derivative(run: Evaluator, n: fx.Node, result: Interval) -> Form:
+    """An elementwise derivative times the gradient, its first argument: the derivative is what it makes of 1."""
+    args, kwargs = run.fetch_args_kwargs_from_env(n)
+    given = args[0].mid if isinstance(args[0], Interval) else args[0]
+    slopes = applied(RULES[n.target], n, (singleton(torch.ones_like(given)), *args[1:]), kwargs)  # type: ignore[index]
+    slope = _slope(run, n, slopes) if n.args[1] in run.forms else Form.box(slopes)
+    return run.symbols.product(run.operand(n.args[0]), slope, args[0], slopes)
+
+
+def _slope(run: Evaluator, n: fx.Node, box: Interval) -> Form:
+    """A derivative by that of the derivative; as its box where that says more."""
+    x, known = run.operand(n.args[1]), run.value(n.args[1])
+    if n.target in (aten.tanh_backward.default, aten.sigmoid_backward.default):
+        is_tanh = n.target is aten.tanh_backward.default
+        first = Form.box(singleton(torch.ones_like(x.centre))) if is_tanh else x
+        found = first - to_power(run.symbols, x, known, 2.0)
+    elif n.target in _CURVATURES and not n.kwargs:
+        mid = known.mid.double()
+        at_mid = RULES[n.target].function(singleton(torch.ones_like(mid)), singleton(mid))  # type: ignore[index]
+        found = by_mean_value(run.symbols, x, known, at_mid, _CURVATURES[n.target](in_float64(known)))
+    else:
+        return Form.box(box)
+    return narrower(found, box, 2.0)
