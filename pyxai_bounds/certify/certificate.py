@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from pyxai_bounds.capture import Captured
-from pyxai_bounds.certify.differences import Differences, least_difference
+from pyxai_bounds.certify.branches import decide
+from pyxai_bounds.certify.differences import Differences
 from pyxai_bounds.certify.forms import Forms
 from pyxai_bounds.certify.pieces import Pieces, Progress, share_of, silent
 from pyxai_bounds.certify.properties import Property, TopK, check_property, flat, kept
@@ -34,7 +35,9 @@ class Certificate:
     """The verdict for a batch. ``holds`` is a statement about every input in each sample's box.
 
     holds bool [B]; margin float [B] (positive where it holds, in the property's units); nominal [B, ...] the
-    explanation at x; bounds its Interval over the box; rounding "nearest" or "outward" (a proof in floating point).
+    explanation at x; bounds its Interval over the box; rounding "nearest" or "outward" (a proof in floating point);
+    refuted bool [B]: an input of the box was met at which the property fails (looked for only on the way to sharper
+    bounds: for an attack see :mod:`pyxai_bounds.attack`).
     """
 
     holds: Tensor
@@ -42,6 +45,7 @@ class Certificate:
     nominal: Tensor
     bounds: Interval
     rounding: str
+    refuted: Tensor
 
     @property
     def fraction(self) -> float:
@@ -67,6 +71,7 @@ def certify(
     sound: bool = True,
     product: Product = "rump",
     sharpen: bool | None = None,
+    branches: int = 1,
     batch_size: int | None = None,
     memory_budget: int | None = None,
     on_progress: Progress | None = None,
@@ -89,12 +94,15 @@ def certify(
     affine forms wherever memory allows, which takes seconds a sample of a few thousand numbers. False: nothing; the
     margin is that of ``bound``'s Intervals. Samples whose property corners of the box refute are left as they are. With
     a box of parameters there are forms alone, in which what the weights' movements add varies by itself.
+    ``branches``: into how many parts a sample's box may be divided where affine forms do not prove the property, by the
+    signs of what ReLUs are applied to (branch and bound). Each part costs what forms cost. Of a network of ReLUs enough
+    of them decide every question: the property is proved, or an input is found at which it fails (``refuted``).
     A sample with a bound that is not finite is never certified, nor is any if the model holds a NaN or an infinity.
     ``on_progress`` is called with the fraction done, now and then.
     Raises what :func:`bound` and :meth:`Interval.linf` raise.
     """
     pieces = Pieces(batch_size, memory_budget)
-    check = _Check(fn, x, target, property, clip, parameters, sound, product, sharpen, pieces)
+    check = _Check(fn, x, target, property, clip, parameters, sound, product, sharpen, branches, pieces)
     return check.at(eps, on_progress or silent)
 
 
@@ -112,6 +120,7 @@ def certified_radius(
     sound: bool = True,
     product: Product = "rump",
     sharpen: bool | None = None,
+    branches: int = 1,
     batch_size: int | None = None,
     memory_budget: int | None = None,
     on_progress: Progress | None = None,
@@ -133,7 +142,7 @@ def certified_radius(
     if not (0 < max_eps < math.inf and tol > 0):
         raise ValueError(f"certified_radius needs 0 < max_eps < ∞ and tol > 0, got max_eps={max_eps}, tol={tol}.")
     pieces = Pieces(batch_size, memory_budget)
-    check = _Check(fn, x, target, property, clip, parameters, sound, product, sharpen, pieces)
+    check = _Check(fn, x, target, property, clip, parameters, sound, product, sharpen, branches, pieces)
     per_sample = [-1] + [1] * (x.dim() - 1)
     unknown = torch.full((len(x),), max_eps, dtype=x.dtype, device=x.device)
     # What is returned is max_eps as the dtype holds it, which may be a little more.
@@ -177,6 +186,7 @@ class _Check:
         sound: bool,
         product: Product,
         sharpen: bool | None,
+        branches: int,
         pieces: Pieces,
     ) -> None:
         if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -193,6 +203,13 @@ class _Check:
                 f"target must be an integer tensor [B] or None, got {type(target).__name__}; {mend} makes one."
             )
         check_property(property)
+        if isinstance(branches, bool) or not isinstance(branches, int) or branches < 1:
+            raise ValueError(
+                f"branches={branches!r} must be an integer ≥ 1: how many parts of a sample's box may be bounded one by "
+                "one. 1, the default, divides nothing; 64 decides most questions about small networks."
+            )
+        if branches > 1 and sharpen is False:
+            raise ValueError(f"branches={branches} divides boxes for affine forms, which sharpen=False leaves out.")
         if target is not None and target.dim() == 0:
             raise ValueError(
                 f"target is a single class, of shape [], and x has shape {list(x.shape)}. A batch comes first: for one "
@@ -211,6 +228,7 @@ class _Check:
         self.sharpen = sharpen is not False
         self.parameters = parameters
         self.cheaply = not sharpen
+        self.branches = branches
         self._captured: dict[int, Captured | None] = {}  # by the place of a sample
         self._made: dict[int, tuple[Differences | None, Forms | None]] = {}  # by the identity of one of these
 
@@ -247,12 +265,13 @@ class _Check:
             raise ValueError(f"The function returned {list(self.nominal.shape)} but its bounds {list(bounds.shape)}.")
         margin = self.property.margin(self.nominal, bounds)
         usable = flat(bounds.isfinite() & self.nominal.isfinite()).all(1) & ~self._strays(bounds)
+        refuted = torch.zeros_like(usable)
         if self.sharpen:
             open_ = usable if sought is None else usable & sought
-            margin, bounds = self._sharpened(margin, box, bounds, open_, share_of(tell, 0.5, 0.5))
+            margin, bounds, refuted = self._sharpened(margin, box, bounds, open_, share_of(tell, 0.5, 0.5))
         holds = kept(self.property, margin) & usable & self.bounded.constants_are_finite()
         margin = torch.where(margin.isnan() | ~usable, -torch.inf, margin)
-        return Certificate(holds, margin, self.nominal, bounds, self.rounding)
+        return Certificate(holds, margin, self.nominal, bounds, self.rounding, refuted)
 
     def _means(self, place: int) -> tuple[Differences | None, Forms | None]:
         """What may sharpen the bounds of one sample; samples with one captured function share it."""
@@ -266,7 +285,7 @@ class _Check:
             differences = None
             if isinstance(self.property, TopK) and self.parameters is None:  # else linear layers are sets
                 differences = Differences.of(captured, self._one(place), self.rounding == "outward", product)
-            shallow = differences is not None and differences.are_all
+            shallow = differences is not None and differences.are_all and self.branches == 1
             forms = None if shallow else Forms.of(captured.graph, rounding, product, self.cheaply, self.parameters)
             self._made[id(captured)] = differences, forms
         return self._made[id(captured)]
@@ -307,14 +326,17 @@ class _Check:
 
     def _sharpened(
         self, margin: Tensor, box: Interval, bounds: Interval, usable: Tensor, tell: Progress
-    ) -> tuple[Tensor, Interval]:
-        """Margins and bounds; sharper ones of the samples whose bounds do not prove the property, one by one."""
+    ) -> tuple[Tensor, Interval, Tensor]:
+        """Margins and bounds; sharper ones of the samples whose bounds do not prove the property, one by one. And where
+        it was seen to fail.
+        """
         property = self.property
         open_ = usable & ~kept(property, margin) & margin.isfinite()
         margin, bounds = margin.clone(), Interval.of(bounds.mid.clone(), bounds.rad.clone())
+        refuted = torch.zeros_like(open_)
         if any(self._means(place) != (None, None) for place in open_.nonzero()[:, 0].tolist()):
-            open_ &= ~self._is_refuted(box)
-        places = open_.nonzero()[:, 0].tolist()
+            refuted = open_ & self._is_refuted(box)
+        places = (open_ & ~refuted).nonzero()[:, 0].tolist()
         for done, place in enumerate(places):
             tell(done / len(places))
             differences, forms = self._means(place)
@@ -325,21 +347,19 @@ class _Check:
                 margin[place] = margin[place].clamp(min=found)
             if kept(property, margin[one]) or forms is None:
                 continue
+            evaluated = functools.partial(evaluate, self.bounded.fn)
             try:
-                sharper, rows = forms(arguments)
+                decision = decide(forms, arguments, property, nominal, bounds[one], evaluated, self.branches)
             except Exception:  # what vmap cannot do, or memory does not hold: the bounds stand
                 self._made[id(self._captured[place])] = differences, None
                 continue
-            if not bool(sharper.isfinite().all()) or _outside(nominal, sharper).any():
+            if decision is None or _outside(nominal, decision.bounds).any():
                 continue
-            narrower = sharper.rad < bounds.rad[one]
-            bounds.mid[one] = torch.where(narrower, sharper.mid, bounds.mid[one])
-            bounds.rad[one] = torch.where(narrower, sharper.rad, bounds.rad[one])
-            if isinstance(property, TopK) and not kept(property, property.margin(nominal, bounds[one])):
-                found = least_difference(property, nominal, bounds[one], rows, rows.box)
-                margin[place] = margin[place].clamp(min=found)
+            margin[one] = margin[one].maximum(decision.margin)
+            bounds.mid[one], bounds.rad[one] = decision.bounds.mid, decision.bounds.rad
+            refuted[place] = decision.counterexample is not None
         tell(1.0)
-        return margin.maximum(property.margin(self.nominal, bounds)), bounds  # a property may know its batch
+        return margin.maximum(property.margin(self.nominal, bounds)), bounds, refuted  # a property may know its batch
 
     def _strays(self, bounds: Interval) -> Tensor:
         """Samples whose own explanation lies outside its bounds by more than rounding: bounds of something else.

@@ -55,9 +55,11 @@ class Forms:
         fits = 2 * sum(t.numel() for t in inputs if t.is_floating_point()) <= most
         return cls(graph, rounding, product, most, parameters) if fits else None
 
-    def __call__(self, arguments: Sequence[Interval | Tensor]) -> tuple[Interval, FormRows]:
-        """The explanation [1, ...] over a box: its bounds, and what they are the ends of."""
-        evaluator = Evaluator(self.graph, self.most, self.parameters)
+    def __call__(
+        self, arguments: Sequence[Interval | Tensor], evaluator: Evaluator | None = None
+    ) -> tuple[Interval, Form]:
+        """The explanation [1, ...] over a box: its bounds, and its form. ``evaluator``: one that knows more."""
+        evaluator = evaluator or Evaluator(self.graph, self.most, self.parameters)
         with contextlib.ExitStack() as stack:
             # Without cuDNN, whose convolutions may be Fourier transforms, which lose more than sums do.
             exact = torch.no_grad(), torch.backends.cudnn.flags(enabled=False), rd.without_autocast()
@@ -66,7 +68,7 @@ class Forms:
             bounds = as_set(evaluator.run(*arguments, enable_io_processing=False)[0])
         if evaluator.unsupported:
             raise UnsupportedOperatorError(list(dict.fromkeys(evaluator.unsupported)))
-        return bounds, FormRows(evaluator.operand(self.graph.graph.output_node().all_input_nodes[0]))
+        return bounds, evaluator.operand(self.graph.graph.output_node().all_input_nodes[0])
 
 
 class FormRows:

@@ -25,8 +25,7 @@ def evaluated(fn, box: xb.Interval, *arguments: Tensor, sound: bool = True) -> t
     """Bounds of one sample by forms, and the form of its explanation."""
     mode = rd.choose(sound, "real")
     found = Forms.of(captured_graph(fn, box.mid, *arguments).graph, mode, "rump", cheaply=False)
-    bounds, rows = found([box, *arguments])
-    return bounds, rows._form
+    return found([box, *arguments])
 
 
 def assert_holds(fn, box: xb.Interval, *arguments: Tensor, points: int = 30, slack: float = 1e-12) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pyxai_bounds.certify.affine.form import Form, within
+from pyxai_bounds.certify.affine.form import Form, common_ends, within
 from pyxai_bounds.certify.affine.registry import RULES, call_of
 from pyxai_bounds.certify.affine.symbols import Symbols
 from pyxai_bounds.certify.differences import behind
@@ -70,6 +70,10 @@ class Evaluator(Interpreter):
         # Numbers, and tensors without dimensions, may lie elsewhere.
         device = next((form.centre.device for form in self.forms.values()), box.device)
         return Form.box(Interval.of(box.mid.to(device), box.rad.to(device)))
+
+    def ends(self, x: Any) -> tuple[Tensor, Tensor]:
+        """The ends of an argument, by its form and by its Interval."""
+        return common_ends(self.operand(x), self.value(x))
 
     def value(self, x: Any) -> Any:
         """The Interval or point of an argument; None of a number."""

@@ -34,8 +34,7 @@ def rectified(run: Evaluator, n: fx.Node, result: Interval) -> Form | None:
         below = float(n.args[1]) if len(n.args) > 1 else 0.01  # type: ignore[arg-type]
     if not -1 <= below < 1:
         return None
-    x = run.operand(n.args[0])
-    return run.symbols.lined(x, lines.rectified(*common_ends(x, run.value(n.args[0])), below))
+    return run.symbols.lined(run.operand(n.args[0]), lines.rectified(*run.ends(n.args[0]), below))
 
 
 def _logit(slope: Tensor) -> Tensor:
@@ -62,7 +61,7 @@ SHAPES: dict[Any, tuple[Any, Callable[[Tensor], Tensor], Callable[[Tensor], Tens
 def function(run: Evaluator, n: fx.Node, result: Interval) -> Form:
     """One that is convex, concave, or shaped like an S."""
     x = run.operand(n.args[0])
-    return curved(run.symbols, n.target, x, *common_ends(x, run.value(n.args[0])), result)
+    return curved(run.symbols, n.target, x, *run.ends(n.args[0]), result)
 
 
 def curved(symbols: Symbols, op: Any, x: Form, lower: Tensor, upper: Tensor, known: Interval | None) -> Form:
