@@ -64,6 +64,8 @@ class Demo:
     """the first seed"""
     seeds: int = 1
     """how many seeds to run; the table then shows mean ± standard deviation"""
+    branches: int = 1
+    """into how many parts a sample's box may be divided, to decide what is left open (branch and bound)"""
 
     def __call__(self) -> None:
         if self.seeds < 1:
@@ -73,7 +75,7 @@ class Demo:
         from pyxai_bounds.report.plots import plot_overview
 
         with _progress() as bar, _one_thread():
-            results = run_demo(self.out, range(self.seed, self.seed + self.seeds), bar.move)
+            results = run_demo(self.out, range(self.seed, self.seed + self.seeds), self.branches, bar.move)
             plot_overview(results[0])[0].savefig(self.out / "overview.png", dpi=130, facecolor="white")
             page = report.write_page(self.out / "report.html", results[0])
         _print_table(table(results), f"Even or odd? {len(results[0][0].radius)} held-out digits; top 5 of 64 pixels")
@@ -192,6 +194,8 @@ class Certify:
     """radius of the box around each sample, in the units of the data"""
     k: int = 5
     """how many features must stay on top"""
+    branches: int = 1
+    """into how many parts a sample's box may be divided, to decide what is left open (branch and bound)"""
     what: OmitArgPrefixes[Explained] = field(default_factory=Explained)
     seed: int = 0
     """of smoothgrad's noise"""
@@ -205,7 +209,7 @@ class Certify:
         with _progress() as bar:
             certificate = certify(
                 self.what.function(model, dataset.input_shape, self.seed), dataset.test_x, dataset.test_y,
-                eps=self.eps, property=top_features(self.k, dataset.test_x), clip=dataset.clip,
+                eps=self.eps, property=top_features(self.k, dataset.test_x), clip=dataset.clip, branches=self.branches,
                 on_progress=lambda done: bar.move("certifying", done),
             )  # fmt: skip
         correct = accuracy(model, dataset.test_x, dataset.test_y)
@@ -216,6 +220,7 @@ class Certify:
                 "eps": self.eps, "k": self.k, "samples": samples,
                 "accuracy": correct, "certified": count, "fraction": certificate.fraction,
                 "rounding": certificate.rounding, "holds": certificate.holds.tolist(),
+                "refuted": certificate.refuted.tolist(),
                 "margin": [m if math.isfinite(m) else None for m in certificate.margin.tolist()],
             }  # fmt: skip
             print(json.dumps(result))
@@ -227,6 +232,10 @@ class Certify:
             f"their explanation ({self.what}) stay the top {self.k} for every input within {self.eps:g}",
             highlight=False,
         )
+        if refuted := int(certificate.refuted.sum()):
+            console.print(
+                f"{refuted} refuted: an input within {self.eps:g} was found with another top {self.k}", highlight=False
+            )
         console.print(
             f"margins: median {certificate.margin.median():.4g}; rounding: {certificate.rounding}", highlight=False
         )
@@ -302,6 +311,8 @@ class Report:
     """the radii of the table"""
     k: int = 5
     """how many features must stay on top"""
+    branches: int = 1
+    """into how many parts a sample's box may be divided, to decide what is left open (branch and bound)"""
     seed: int = 0
     """of the attack and of smoothgrad's noise"""
     what: OmitArgPrefixes[Explained] = field(default_factory=Explained)
@@ -329,7 +340,7 @@ class Report:
                     evaluate(
                         model, dataset, label,
                         name=recipe["model"], explanation=fn, explained_as=self.what.in_words, eps=self.eps,
-                        k=self.k, seed=self.seed, on_progress=on_progress,
+                        k=self.k, seed=self.seed, branches=self.branches, on_progress=on_progress,
                     )
                 )  # fmt: skip
         _console().print(f"[bold]{report.write_page(self.out, results)}[/bold]", highlight=False)

@@ -39,13 +39,14 @@ COSTS = {
 def run_demo(
     out: str | Path,
     seeds: Sequence[int] = (0,),
+    branches: int = 1,
     on_progress: Callable[[str, float], None] | None = None,
 ) -> list[list[Evaluation]]:
     """Train and evaluate the five networks for each seed; returns [seed][network].
 
     The runs of the first seed are kept in ``out``, one folder each, for ``pyxai-bounds certify`` and ``report``; the
     others in ``out/seed-N``. Everything measured goes to ``out/results.json``. ``on_progress`` gets (what is being
-    done, fraction of everything done).
+    done, fraction of everything done). ``branches``: see :func:`evaluate`.
     """
     out = Path(out)
     total, done = len(seeds) * sum(sum(cost) for cost in COSTS.values()), 0.0
@@ -59,7 +60,7 @@ def run_demo(
                 if on_progress is not None:
                     on_progress(f"{doing}, seed {seed}" if len(seeds) > 1 else doing, (before + cost) / total)
 
-            results[-1].append(_train_and_evaluate(label, replace(recipe, seed=seed), folder, tell))
+            results[-1].append(_train_and_evaluate(label, replace(recipe, seed=seed), folder, branches, tell))
             done += sum(COSTS[label])
     summaries = [
         {"seed": seed, **evaluation.summary()}
@@ -70,7 +71,9 @@ def run_demo(
     return results
 
 
-def _train_and_evaluate(label: str, recipe: Recipe, folder: Path, tell: Callable[[str, float], None]) -> Evaluation:
+def _train_and_evaluate(
+    label: str, recipe: Recipe, folder: Path, branches: int, tell: Callable[[str, float], None]
+) -> Evaluation:
     training, evaluating = COSTS[label]
     model = run(
         recipe,
@@ -85,6 +88,7 @@ def _train_and_evaluate(label: str, recipe: Recipe, folder: Path, tell: Callable
         eps=EPS,
         k=K,
         seed=recipe.seed,
+        branches=branches,
         on_progress=lambda done: tell(f"certifying and attacking {label}", training + evaluating * done),
     )
 
