@@ -143,7 +143,7 @@ class _Search:
             if symbols is None:
                 return
         bounds = _narrower(self.bounds if around is None else around.bounds, bounds)
-        margin = self.property.margin(self.nominal, bounds).nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+        margin = self._margin(bounds)
         if isinstance(self.property, TopK) and not kept(self.property, margin):
             rows = FormRows(form)
             found = least_difference(self.property, self.nominal, bounds, rows, rows.box)
@@ -159,10 +159,16 @@ class _Search:
         self.whole = self.whole or part
         heapq.heappush(self.parts, (margin.item(), next(self._count), part))
 
+    def _margin(self, bounds: Interval) -> Tensor:
+        found = self.property.margin(self.nominal, bounds)
+        if found.shape != (1,):  # a property that knows its batch says nothing of one sample
+            return bounds.mid.new_full((1,), -math.inf)
+        return torch.where(found.isnan(), -math.inf, found)
+
     def _try(self, x: Tensor) -> None:
         value = self.fn(x, *self.arguments[1:])
-        margin = self.property.margin(self.nominal, Interval.of(value, torch.zeros_like(value)))
-        if bool(margin < 0):
+        margin = self._margin(Interval.of(value, torch.zeros_like(value)))
+        if bool((margin < 0) & margin.isfinite()):
             self.counterexample = x
 
     def _contested(self, bounds: Interval) -> Tensor:

@@ -332,9 +332,9 @@ def test_what_holds_at_the_greatest_radius_is_looked_at_once(monkeypatch: pytest
     options = dict(property=xb.TopK(3), clip=(0.0, 1.0))
     seen, of_class = [], Forms.__call__
 
-    def noted(self: Forms, arguments: list) -> tuple:
+    def noted(self: Forms, arguments: list, *more: object) -> tuple:
         seen.append(int(arguments[1]))
-        return of_class(self, arguments)
+        return of_class(self, arguments, *more)
 
     monkeypatch.setattr(Forms, "__call__", noted)
     last = float(xb.certified_radius(fn, x, target, max_eps=0.1, **options).sort().values[1])
@@ -502,7 +502,7 @@ def test_a_property_may_know_its_batch() -> None:
 
 
 def test_what_forms_cannot_do_leaves_the_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(self, arguments):
+    def fails(self, *arguments):
         raise MemoryError
 
     fn, x = xb.explain.gradient(mlp()), images(3, 1, (6,))
