@@ -204,11 +204,18 @@ def ig_norm_bound(
 def certified_intersection(property: TopK, nominal: Tensor, bounds: Interval) -> Tensor:
     """A lower bound on :func:`intersection` of the nominal explanation with any in the bounds, float64 [B].
 
-    The number of nominal top features that fewer than k others can reach, divided by k. Never above what an attack
-    leaves; k/k exactly where the property itself holds.
+    m of the k top features stay on top if m of them have a lower bound above the (k − m + 1)-th largest upper bound of
+    the others: were fewer to stay, so many others would be on top, one of them below all of these m. The greatest such
+    m, divided by k: never above what an attack leaves; k/k exactly where the property itself holds.
     """
-    k = min(property.k, property.top(nominal).shape[1])
-    return (property.top(nominal) & certain_members(property, bounds)).sum(1).double() / k
+    lower, upper = property.scores(bounds)
+    top = property.top(nominal)
+    k, others = min(property.k, top.shape[1]), top.shape[1] - property.k
+    leading = lower.masked_fill(~top, -torch.inf).topk(k, 1).values  # the m-th of these …
+    rivals = upper.masked_fill(top, -torch.inf).topk(min(k, max(others, 0)), 1).values
+    rivals = F.pad(rivals, (0, k - rivals.shape[1]), value=-torch.inf).flip(1)  # … against the (k − m + 1)-th
+    kept = (leading > rivals) & bounds.isfinite().flatten(1).all(1, keepdim=True)
+    return (kept * torch.arange(1, k + 1, device=kept.device)).amax(1).double() / k
 
 
 def certified_accuracy(

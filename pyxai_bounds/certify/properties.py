@@ -199,10 +199,11 @@ class MeanSquare(_Deviation):
 
 @dataclass(frozen=True)
 class Cosine:
-    """The cosine between v′ and v stays at least ``least``, for every explanation v′ in the bounds.
+    """The cosine between v′ and v stays at least ``least``, for every explanation v′ in the bounds; that of 0 is 0.
 
-    With d the greatest deviation of each entry and r = ‖d‖₂ < ‖v‖ the cosine is at least √(1 − (r/‖v‖)²); it is also at
-    least (‖v‖² − Σ|v_j|d_j) / (‖v‖·‖|v| + d‖₂) where the numerator is ≥ 0. The larger one counts. Margin: it − least.
+    With d the greatest deviation of each entry and r = ‖d‖₂ < ‖v‖ the cosine is at least √(1 − (r/‖v‖)²). It is also at
+    least p / (‖v‖·‖v′‖) for p the least product v·v′ and the greatest ‖v′‖ in the bounds, or the least if p < 0: at a
+    single explanation that is the cosine itself. The larger one counts. Margin: it − least.
     """
 
     least: float
@@ -216,19 +217,22 @@ class Cosine:
     def margin(self, nominal: Tensor, bounds: Interval) -> Tensor:
         check_shapes(self, nominal, bounds)
         v, d = flat(nominal).double(), flat(deviation(nominal, bounds))
+        lower, upper = flat(bounds.lower).double(), flat(bounds.upper).double()
         lost = rounding_loss(v.shape[1])
         # Divided by the greatest entry, so that squares neither underflow nor overflow where that counts.
-        top = v.abs().amax(1, keepdim=True) if v.shape[1] else v
-        v, d = v / top, d / top
+        top, size = (t.amax(1, keepdim=True) if v.shape[1] else t for t in (v.abs(), lower.abs().maximum(upper.abs())))
+        size = size.where(size > 0, 1.0)
+        v, d, lower, upper = v / top, d / top, lower / size, upper / size
         norm = torch.linalg.vector_norm(v, dim=1)
-        ratio = torch.linalg.vector_norm(d, dim=1) / norm * (1 + lost)
-        by_angle = (1 - ratio.square()).clamp(min=0).sqrt() - lost
-        numerator = norm.square() * (1 - lost) - (v.abs() * d).sum(1) * (1 + lost)
-        by_product = numerator / (norm * torch.linalg.vector_norm(v.abs() + d, dim=1)) * (1 - lost)
-        # Where neither argument applies nothing is known: the cosine is at least -1. A zero has none.
-        bound = torch.where(norm > 0, -1.0, torch.nan)
-        bound = torch.where(ratio < 1, by_angle, bound)
-        bound = torch.where(numerator >= 0, torch.maximum(bound, by_product), bound)
+        square = 1 - (torch.linalg.vector_norm(d, dim=1) / norm * (1 + lost)).square()
+        by_angle = square.where(square > 0, 1.0).sqrt()  # whose slope is infinite at 0
+        least, most = magnitude(lower, upper)
+        product = torch.minimum(v * lower, v * upper).sum(1) - lost * (v.abs() * most).sum(1)
+        length = torch.linalg.vector_norm(most.where((product >= 0).unsqueeze(1), least), dim=1)
+        by_product = (product / (norm * length.where(length > 0, 1.0))).clamp(min=-1)
+        by_product = by_product.where((length > 0) | (product >= 0), -1.0)
+        bound = torch.where(square > 0, torch.maximum(by_angle, by_product), by_product)
+        bound = torch.where(norm > 0, (bound - lost).clamp(min=-1), torch.nan)  # a zero has no direction to keep
         return bound - self.least
 
 

@@ -62,6 +62,29 @@ def test_the_margin_is_attained_at_a_corner(property) -> None:
     assert torch.allclose(worst, property.margin(nominal, bounds), atol=1e-12)
 
 
+def test_at_one_explanation_the_cosine_is_itself_and_has_a_slope() -> None:
+    """An attack descends it there: what only changes its length, or turns far away, is not taken for more than it is."""
+    nominal = torch.tensor([[1.0, -2.0, 0.5]], dtype=torch.float64).expand(5, 3)
+    others = torch.tensor([[10.0, -20, 5], [0.01, -0.02, 0.005], [2.0, 1, 0], [-1.0, 3, 0], [0.9, -2, 0.4]]).double()
+    others.requires_grad_()
+    margin = xb.Cosine(0.3).margin(nominal, point(others))
+    assert torch.allclose(margin, torch.cosine_similarity(nominal, others) - 0.3, rtol=0, atol=1e-12)
+    (slope,) = torch.autograd.grad(margin.sum(), others)
+    (expected,) = torch.autograd.grad(torch.cosine_similarity(nominal, others).sum(), others)
+    assert torch.allclose(slope, expected)
+    assert xb.Cosine(0.3).margin(nominal[:1], point(torch.zeros(1, 3).double())) == pytest.approx(-0.3)
+
+
+def test_the_cosine_of_bounds_is_at_least_what_deviations_alone_say() -> None:
+    nominal, bounds = boxes(200, 1.5)
+    v, d = nominal.flatten(1), torch.maximum(bounds.upper - nominal, nominal - bounds.lower).flatten(1)
+    numerator = v.square().sum(1) - (v.abs() * d).sum(1)
+    known = torch.where(numerator >= 0, numerator / (v.norm(dim=1) * (v.abs() + d).norm(dim=1)), -1.0)
+    ratio = d.norm(dim=1) / v.norm(dim=1)
+    known = known.maximum(torch.where(ratio < 1, (1 - ratio.square()).clamp(min=0).sqrt(), -1.0))
+    assert (xb.Cosine(0.0).margin(nominal, bounds) >= known - 1e-12).all() and (known > 0).any() and (known < 0).any()
+
+
 def test_top_k_by_hand() -> None:
     nominal = torch.tensor([[3.0, -2.0, 1.0, 0.5]])
     bounds = xb.Interval(torch.tensor([[2.5, -2.2, 0.9, -0.6]]), torch.tensor([[3.5, -1.8, 1.1, 0.7]]))
