@@ -26,6 +26,7 @@ def misclassify(
     Attribution: the logits at the worst input; margin: the label's lead over the largest other logit; broken: ≤ 0.
     Source: Madry et al., ICLR 2018.
     """
+    y = y.long()  # of whatever integers: they are indices
     how = Search(steps=steps, step_size=step_size, restarts=restarts, start="random", seed=seed, batch_size=batch_size)
 
     def guide(piece: slice):  # type: ignore[no-untyped-def]

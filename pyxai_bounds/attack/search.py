@@ -208,7 +208,8 @@ class _Walk:
                 loss = loss + weight * violation
             total = loss.sum()
         slope = torch.autograd.grad(total, at, allow_unused=True)[0] if total.requires_grad else None
-        return (None if slope is None else move(slope)), violation.detach()
+        # Where the twin has no derivative, such as roots at 0, an entry stays where it is.
+        return (None if slope is None else move(slope.nan_to_num(0.0))), violation.detach()
 
     def _better(
         self, best: tuple[Tensor, Tensor, Tensor], at: Tensor, allowed: Tensor

@@ -237,6 +237,19 @@ def test_an_adversary_beats_the_certified_accuracy_never() -> None:
         assert (found.broken == (MODEL(found.x).argmax(1) != y)).all()
     assert found.broken.any()
     assert metrics.certified_accuracy(MODEL, X, y, 0.0) == 1.0
+    again = attack.misclassify(MODEL, X, y.int(), eps=eps, clip=CLIP, step_size=eps / 4)
+    assert torch.equal(again.broken, found.broken)
+
+
+def test_a_slope_that_does_not_exist_stops_its_own_entry_alone() -> None:
+    """The root of |0 · x| has the slope 0 / 0."""
+
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x[:, :3].square(), (0 * x[:, 3:]).abs().sqrt()], 1)
+
+    x = images(5, shape=(6,))
+    for found in (attack.mse(fn, x, eps=0.1, steps=5), attack.untargeted(fn, x, eps=0.1, tau=0.0, steps=5)):
+        assert found.x.isfinite().all() and found.broken.all()
 
 
 def test_per_sample_targets_are_those_of_each_sample() -> None:

@@ -100,6 +100,21 @@ def test_a_function_that_changes_between_calls_is_never_certified() -> None:
         assert not xb.certify(fn, X, TARGET, eps=0.1, property=xb.TopK(2)).holds.any()
 
 
+def test_probabilities_near_1_leave_float32_no_digits_and_the_warning_says_what_helps() -> None:
+    """The gradient of p is p(1 − p) times the logits': where 1 − p is some 1e-7, float32 computes another number."""
+    model = nn.Linear(6, 2).double()
+    with torch.no_grad():
+        model.weight.copy_(torch.stack([torch.arange(1.0, 7), torch.zeros(6)]))
+        model.bias.copy_(torch.tensor([13.0, 0]) - model.weight.sum(1) * 0.5)
+    x, target = 0.5 + torch.linspace(-0.1, 0.1, 7).double()[:, None].expand(7, 6), torch.zeros(7).long()
+    exact = xb.certify(xb.explain.gradient(model, "probability"), x, target, eps=1e-3, property=xb.TopK(2))
+    assert exact.holds.all()
+    fn = xb.explain.gradient(model.float(), "probability")
+    with pytest.warns(RuntimeWarning, match="convert the model and x to float64"):
+        found = xb.certify(fn, x.float(), target, eps=1e-6, property=xb.TopK(2))
+    assert not found.holds.all() and (found.bounds.mid.double() - exact.nominal).abs().max() < 1e-9
+
+
 def test_explanations_of_one_number_and_hand_written_gradients() -> None:
     model = mlp()
     one = xb.certify(lambda x: model(x)[:, 0], X, eps=1e-3, property=xb.Sign())

@@ -83,5 +83,5 @@ def worst_case_cross_entropy(
     """An upper bound on each sample's cross entropy over its box, [B]."""
     with deployed(model):
         logits = bounded(model, model, gamma)(Interval.linf(x, eps, clip))
-    label = F.one_hot(y, logits.shape[1]).bool()
+    label = F.one_hot(y.long(), logits.shape[1]).bool()
     return F.cross_entropy(torch.where(label, logits.mid - logits.rad, logits.mid + logits.rad), y, reduction="none")
