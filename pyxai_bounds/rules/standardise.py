@@ -255,7 +255,7 @@ def _weighted(s: Tensor, weight: Tensor) -> Tensor:
     weights = weight.gather(1, order)
     products = weights * s.gather(1, order)
     before = [torch.cat((torch.zeros_like(t[:, :1]), t.cumsum(1)), 1) for t in (weights, products)]
-    found = torch.searchsorted(ordered, s.detach().abs().reciprocal().copysign(-s.detach()))
+    found = torch.searchsorted(ordered.contiguous(), s.detach().abs().reciprocal().copysign(-s.detach()).contiguous())
     first = before[0].gather(1, found) + s * before[1].gather(1, found)
     whole = _sum(weight) + s * _sum(weight * s)
     summed = torch.where(s.detach().signbit(), 2 * first - whole, whole - 2 * first)
@@ -272,7 +272,8 @@ def standardised_backward(
     With g = c ± r and y = s ± p it is c − mean c − s·mean(cs) at the centre. g moves that by
     Σ_j r_j|[i = j] − 1/N − s_i s_j/N|, y by p|mean(cs)| + |s|mean(|c|p), and both together by
     p·mean(r|s|) + |s|mean(rp) + p·mean((|c| + r)p). Where y is standardised (``contracts``) the map without 1/σ is
-    symmetric with the eigenvalues 0, 1 and eps/σ², so that ‖g‖₂ bounds it as well.
+    symmetric with the eigenvalues 0, 1 and eps/σ², so that ‖g‖₂ bounds it as well, and it lies in what both have in
+    common.
     """
     c, r, s, p = grad.mid, grad.rad, normal.mid, normal.rad
     count = c.shape[1]
@@ -295,20 +296,17 @@ def standardised_backward(
     if outward():
         sizes = most + mean(most) + (s.abs() + p) * mean(most * (s.abs() + p))
         rad = rd.up(rad * (1 + lost) + sizes * (4 * lost), underflows=True)
-    if contracts:
-        norm = facts.length(most, [1])
-        ball = facts.above(facts.length(c, [1]) + facts.norm_over(grad, [1]))
-        norm = torch.where(ball < norm, ball, norm)
-        less = norm < rad
-        mid, rad = torch.where(less, 0.0, mid), torch.where(less, norm, rad)
-    out = multiply(Interval.of(mid, rad), inverse)
     if not contracts:
-        return out
-    # Where the gradient's length bounds some entries, their midpoints are others; where it bounds all, the whole row.
-    rows = _norm_of_backward(grad, normal, inverse, mid, out, centred)
-    rows = torch.where(less.any(1, keepdim=True), math.inf, rows)
-    whole = facts.above(norm * (mid_of(inverse) + rad_of(inverse)))
-    return facts.with_norm(out, torch.where(less.all(1, keepdim=True), whole, rows))
+        return multiply(Interval.of(mid, rad), inverse)
+    norm = facts.length(most, [1])
+    ball = facts.above(facts.length(c, [1]) + facts.norm_over(grad, [1]))
+    norm = torch.where(ball < norm, ball, norm)
+    sloped = within(Interval.of(mid, rad), -norm, norm)
+    out = multiply(sloped, inverse)
+    rows = _norm_of_backward(grad, normal, inverse, sloped.mid, out, centred)
+    whole = facts.above(norm * (mid_of(inverse) + rad_of(inverse)))  # about 0
+    whole = torch.where((sloped.mid == 0).all(1, keepdim=True) & (whole < rows), whole, rows)
+    return facts.with_norm(out, whole)
 
 
 def _norm_of_backward(

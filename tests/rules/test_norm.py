@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pyxai_bounds as xb
+from pyxai_bounds import rounding
+from pyxai_bounds.rules import standardise
 from tests.networks import sample
 from tests.rules.cases import Case, case_id, check, rand
 
@@ -205,6 +209,36 @@ def test_the_backward_side_of_wide_boxes(seed: int) -> None:
         assert (bounds.lower <= value + 1e-12).all() and (bounds.upper >= value - 1e-12).all()
     norm = (GAIN[:5] * (g.mid.abs() + g.rad)).norm(dim=1, keepdim=True) / 1e-5**0.5
     assert (bounds.rad <= norm * (1 + 1e-9)).all()
+
+
+@pytest.mark.parametrize("sound", [False, True])
+def test_the_backward_side_lies_in_the_slopes_bound_and_in_the_gradients_length_both(sound: bool) -> None:
+    """Whichever of two bounds is narrower, an end of the other may cut it: a part of a set then had wider bounds."""
+    with rounding.use(rounding.choose(sound, "real")):
+        for seed in range(20):
+            x, c = rand(3, 6, seed=seed), rand(3, 6, seed=seed + 50)
+            rad, spread = 0.3 * rand(3, 6, seed=seed + 100).abs(), 0.3 * rand(3, 6, seed=seed + 150).abs()
+            rows = standardise.standardised(xb.Interval.of(x, rad), 1e-5)
+            found = [
+                standardise.standardised_backward(xb.Interval.of(c, share * spread), rows.value, rows.inverse, True)
+                for share in (1.0, 0.9, 0.5, 0.0)
+            ]
+            for wide, part in itertools.pairwise(found):
+                tolerance = 1e-9 * (wide.mid.abs() + wide.rad)
+                assert (part.lower >= wide.lower - tolerance).all() and (part.upper <= wide.upper + tolerance).all()
+
+
+@pytest.mark.filterwarnings("error")
+def test_rows_in_any_memory_order_are_sorted_without_a_warning() -> None:
+    """Torch warns of a copy that it makes itself, once a process unless told otherwise."""
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        rows = xb.Interval.of(rand(6, 4).T, rand(6, 4, seed=1).abs().T)
+        done = standardise.standardised(rows, 1e-5)
+        standardise.standardised_backward(rows, done.value, done.inverse, True)
+    finally:
+        torch.set_warn_always(always)
 
 
 @pytest.mark.parametrize("sound", [False, True])
