@@ -371,8 +371,8 @@ class _Check:
             warnings.warn(
                 f"The explanations of {int(strays.sum())} of {len(strays)} samples lie outside their own bounds; none "
                 "of these is certified. Does the function return something else each time, or does its value change by "
-                "leaps within rounding error? Where it loses its digits, as 1 − p does at probabilities near 1, convert "
-                "the model and x to float64.",
+                "leaps within rounding error? Where it loses its digits, as 1 − p does at probabilities near 1, "
+                "convert the model and x to float64.",
                 RuntimeWarning,
                 stacklevel=5,
             )

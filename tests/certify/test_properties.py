@@ -63,7 +63,7 @@ def test_the_margin_is_attained_at_a_corner(property) -> None:
 
 
 def test_at_one_explanation_the_cosine_is_itself_and_has_a_slope() -> None:
-    """An attack descends it there: what only changes its length, or turns far away, is not taken for more than it is."""
+    """An attack descends it there: a change of length breaks nothing, and where it is far away there is a way on."""
     nominal = torch.tensor([[1.0, -2.0, 0.5]], dtype=torch.float64).expand(5, 3)
     others = torch.tensor([[10.0, -20, 5], [0.01, -0.02, 0.005], [2.0, 1, 0], [-1.0, 3, 0], [0.9, -2, 0.4]]).double()
     others.requires_grad_()
