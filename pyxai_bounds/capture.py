@@ -43,6 +43,8 @@ aten = torch.ops.aten
 # Tracing swaps global state (hooks, dispatch modes, the modules' own attributes): one capture at a time.
 _lock = threading.RLock()
 
+_READABLE = 2**20  # elements; larger tensors are not read into Python
+
 _IDENTITIES = frozenset({"aten::detach", "aten::alias", "aten::clone", "aten::lift_fresh", "aten::lift_fresh_copy"})
 
 
@@ -134,7 +136,9 @@ def retrace(program: Callable, tensors: list[Tensor], symbolic: bool) -> fx.Grap
 
 def is_readable(leaf: Any) -> bool:
     """May a program read these values, and be captured once for each of them? Targets, masks and lengths may be."""
-    return isinstance(leaf, Tensor) and leaf.numel() <= 2**20 and not (leaf.is_floating_point() or leaf.is_complex())
+    if not isinstance(leaf, Tensor) or leaf.is_floating_point() or leaf.is_complex():
+        return False
+    return leaf.numel() <= _READABLE
 
 
 def source_of(node: fx.Node) -> str:
@@ -276,7 +280,9 @@ def _unchecked_distributions() -> Iterator[None]:
 
 
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
-_MAKE_INTEGERS = (torch.arange, torch.tensor, torch.as_tensor)
+_MAKE_CONSTANTS = (torch.arange, torch.linspace, torch.tensor, torch.as_tensor)
+_SHOW = (Tensor.unbind, torch.unbind, Tensor.__getitem__)
+_READ = (Tensor.tolist, Tensor.item, Tensor.__float__, Tensor.__int__, Tensor.__bool__)
 
 
 class _Record(TorchDispatchMode):
@@ -286,6 +292,7 @@ class _Record(TorchDispatchMode):
         super().__init__()
         self._makes_constants = makes_constants
         self._readable = {id(t): t for t in readable}
+        self._numbers: dict[int, tuple[Tensor, int, Tensor]] = {}  # tensors of written numbers: version and values
         self._sources: dict[int, str] = {}  # of each forward operator, by its autograd sequence number
         self.random: CaptureError | None = None  # what to say, if that an operator draws random numbers goes wrong
         self.written: dict[int, tuple[Tensor, Tensor]] = {}  # tensors that are no arguments, with their values before
@@ -312,7 +319,10 @@ class _Record(TorchDispatchMode):
         if not self._makes_constants:
             return NotImplemented
         given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if not (all(id(t) in self._readable for t in given) if given else func in _MAKE_INTEGERS):
+        # What torch.IntTensor([…]) makes, which is no function of torch's, passes here when it is written.
+        written = func is aten.lift_fresh.default and self.is_live(args[0])
+        known = all(id(t) in self._readable for t in given) if given else func in _MAKE_CONSTANTS
+        if not (known or written):
             return NotImplemented
         with _disable_current_modes(), _RefuseRandomness():
             value = func(*args, **kwargs)
@@ -321,6 +331,24 @@ class _Record(TorchDispatchMode):
             return NotImplemented
         self._readable |= {id(t): t for t in made}
         return value
+
+    def numbers(self, t: Any) -> Tensor | None:
+        """The values of a tensor that the function made of written numbers, unless it was changed since."""
+        held, version, values = self._numbers.get(id(t), (None, 0, None))
+        return values if held is t and t._version == version else None
+
+    def note_numbers(self, func: Any, args: tuple, kwargs: dict, made: Any) -> None:
+        """Numbers that are written into a tensor, and read from it again, are those that were written."""
+        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if func in _SHOW and len(given) == 1 and self.numbers(given[0]) is not None:
+            args = (self.numbers(given[0]), *args[1:])
+        elif func not in _MAKE_CONSTANTS or given:
+            return
+        with _disable_current_modes():
+            values = pytree.tree_leaves(func(*args, **kwargs))
+        for t, value in zip(pytree.tree_leaves(made), values, strict=True):
+            if isinstance(t, Tensor) and t.numel() <= _READABLE:
+                self._numbers[id(t)] = t, t._version, value
 
     def _save_what_is_written(self, func: Any, args: tuple) -> None:
         """Tracing really performs in-place operators on tensors that are no arguments, such as counters in buffers."""
@@ -376,7 +404,15 @@ class _RefuseConversions(TorchFunctionMode):
                 "depends on the values of a tensor. Give the layer padded sequences, and take of its outputs what each "
                 "length allows: output[torch.arange(B), lengths - 1] (a bidirectional layer reads the padding first)."
             )
-        return REWRITTEN.get(func, func)(*args, **(kwargs or {}))
+        if func in _READ:
+            numbers = self._record.numbers(args[0])
+            if numbers is not None:
+                with _disable_current_modes():
+                    return func(numbers)
+        result = REWRITTEN.get(func, func)(*args, **(kwargs or {}))
+        if func in _MAKE_CONSTANTS or func in _SHOW:
+            self._record.note_numbers(func, args, kwargs or {}, result)
+        return result
 
 
 def _refuse_read() -> NoReturn:
@@ -391,7 +427,7 @@ def _refusal_of_values(source: str) -> CaptureError:
     return CaptureError(
         "The function reads the value of a tensor into Python (a comparison in an if, .item(), float()), or makes a "
         f"tensor whose shape depends on values, at {source}. Bounds hold for one fixed program: use torch.where, or "
-        "pass the number in."
+        "pass the number in. Integers that it has to read (Captum's feature_mask, lengths) must be its arguments."
     )
 
 
