@@ -334,8 +334,10 @@ class _Record(TorchDispatchMode):
 
     def numbers(self, t: Any) -> Tensor | None:
         """The values of a tensor that the function made of written numbers, unless it was changed since."""
-        held, version, values = self._numbers.get(id(t), (None, 0, None))
-        return values if held is t and t._version == version else None
+        if id(t) not in self._numbers:
+            return None
+        held, version, values = self._numbers[id(t)]
+        return values if held._version == version else None
 
     def note_numbers(self, func: Any, args: tuple, kwargs: dict, made: Any) -> None:
         """Numbers that are written into a tensor, and read from it again, are those that were written."""
