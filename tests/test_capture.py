@@ -1075,11 +1075,33 @@ def offsets_by_their_type(x: Tensor) -> Tensor:
     return torch.cat([x[:, ends[1] : int(ends[2])], x[:, ends[0]].unsqueeze(1)], 1)
 
 
-@pytest.mark.parametrize("fn", [steps_of_a_rule, offsets_by_their_type])
+def masks_that_are_added(x: Tensor) -> Tensor:
+    """Whole numbers become numbers that are added to scores, and truth values again, which the function looks at."""
+    mask = torch.tensor([1, 1, 1, 1, 0, 0])
+    added = (torch.ones(2, 6) - mask.float()) * -1e9
+    hidden = added < 0
+    return (x + added).softmax(1) if hidden.any().item() and not bool(hidden.all()) else x
+
+
+@pytest.mark.parametrize("fn", [steps_of_a_rule, offsets_by_their_type, masks_that_are_added])
 def test_numbers_that_the_function_wrote_itself_may_be_read(fn: Callable) -> None:
     x = images(2, shape=(6,))
     assert_exact_at_zero_radius(fn, x)
     assert_encloses(xb.bound(fn)(xb.Interval.linf(x, 0.1)), fn(sample(xb.Interval.linf(x, 0.1), 1, corners=True)))
+
+
+def test_whole_numbers_that_are_written_into_are_followed() -> None:
+    def fn(x: Tensor, y: Tensor) -> Tensor:
+        counts, mask = torch.zeros(6, dtype=torch.long), torch.ones(6, dtype=torch.long)
+        part = mask[4:]
+        part.zero_()
+        mask[:2] = 3
+        counts.add_(1).add_(mask)
+        counts[int(y[0])] += 7
+        return x * counts * mask.float()
+
+    x, y = images(2, shape=(6,)), torch.tensor([2, 1])
+    assert_exact_at_zero_radius(fn, x, y)
 
 
 def test_numbers_that_were_changed_since_may_not_be_read() -> None:
@@ -1091,6 +1113,8 @@ def test_numbers_that_were_changed_since_may_not_be_read() -> None:
 
     with pytest.raises(xb.CaptureError, match="reads the value of a tensor into Python"):
         xb.bound(fn)(xb.Interval.linf(images(2, shape=(6,)), 0.1))
+    with pytest.raises(xb.CaptureError, match="draws random numbers"):
+        xb.bound(lambda x: x * torch.rand_like(torch.ones(3)).max().item())(xb.Interval.linf(images(1), 0.1))
 
 
 def assigned(y: Tensor, x: Tensor) -> Tensor:
