@@ -43,6 +43,8 @@ aten = torch.ops.aten
 # Tracing swaps global state (hooks, dispatch modes, the modules' own attributes): one capture at a time.
 _lock = threading.RLock()
 
+_READABLE = 2**20  # elements; larger tensors are not read into Python
+
 _IDENTITIES = frozenset({"aten::detach", "aten::alias", "aten::clone", "aten::lift_fresh", "aten::lift_fresh_copy"})
 
 
@@ -134,7 +136,9 @@ def retrace(program: Callable, tensors: list[Tensor], symbolic: bool) -> fx.Grap
 
 def is_readable(leaf: Any) -> bool:
     """May a program read these values, and be captured once for each of them? Targets, masks and lengths may be."""
-    return isinstance(leaf, Tensor) and leaf.numel() <= 2**20 and not (leaf.is_floating_point() or leaf.is_complex())
+    if not isinstance(leaf, Tensor) or leaf.is_floating_point() or leaf.is_complex():
+        return False
+    return leaf.numel() <= _READABLE
 
 
 def source_of(node: fx.Node) -> str:
@@ -276,7 +280,10 @@ def _unchecked_distributions() -> Iterator[None]:
 
 
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
-_MAKE_INTEGERS = (torch.arange, torch.tensor, torch.as_tensor)
+_MAKE_CONSTANTS = (torch.arange, torch.linspace, torch.tensor, torch.as_tensor)
+_FILL = (torch.zeros, torch.ones, torch.full)  # often written into: not constants themselves
+_SHOW = (Tensor.unbind, torch.unbind, Tensor.__getitem__)
+_READ = (Tensor.tolist, Tensor.item, Tensor.__float__, Tensor.__int__, Tensor.__bool__)
 
 
 class _Record(TorchDispatchMode):
@@ -286,6 +293,7 @@ class _Record(TorchDispatchMode):
         super().__init__()
         self._makes_constants = makes_constants
         self._readable = {id(t): t for t in readable}
+        self._numbers: dict[int, tuple[Tensor, int, Tensor]] = {}  # tensors of written numbers: version and values
         self._sources: dict[int, str] = {}  # of each forward operator, by its autograd sequence number
         self.random: CaptureError | None = None  # what to say, if that an operator draws random numbers goes wrong
         self.written: dict[int, tuple[Tensor, Tensor]] = {}  # tensors that are no arguments, with their values before
@@ -311,16 +319,66 @@ class _Record(TorchDispatchMode):
         """What a function makes of integers that are known, and knows then, too; NotImplemented for all others."""
         if not self._makes_constants:
             return NotImplemented
-        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if not (all(id(t) in self._readable for t in given) if given else func in _MAKE_INTEGERS):
+        # What torch.IntTensor([…]) makes, which is no function of torch's, passes here when it is written.
+        if func is aten.lift_fresh.default and self.is_live(args[0]) and is_readable(args[0]):
+            self._readable[id(args[0])] = args[0]
+        value, copies = (NotImplemented, []) if func in _FILL else self._at_known_values(func, args, kwargs)
+        if value is NotImplemented:
             return NotImplemented
-        with _disable_current_modes(), _RefuseRandomness():
-            value = func(*args, **kwargs)
         made = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-        if not all(is_readable(t) for t in made):
-            return NotImplemented
+        if not all(is_readable(t) for t in made) or {_memory_of(t) for t in made} & {_memory_of(t) for t in copies}:
+            return NotImplemented  # what shows part of a tensor may be written into, and must show it
         self._readable |= {id(t): t for t in made}
         return value
+
+    def numbers(self, t: Any) -> Tensor | None:
+        """A copy of what the function wrote into a tensor of its own, or computed of such tensors and of integers that
+        are known; None if it is neither, or was written into since.
+        """
+        if id(t) not in self._numbers:
+            return None
+        held, version, values = self._numbers[id(t)]
+        return values.clone() if held._version == version else None
+
+    def note_numbers(self, func: Any, args: tuple, kwargs: dict, made: Any) -> None:
+        """What is read of such tensors, or of truth values that follow from them, is what PyTorch computes."""
+        if not (self._makes_constants or func in _MAKE_CONSTANTS or func in _FILL or func in _SHOW):
+            return
+        if any(isinstance(t, Tensor) and t.numel() > _READABLE for t in pytree.tree_leaves(made)):
+            return
+        try:
+            values, _ = self._at_known_values(func, args, kwargs)
+        except Exception:  # it draws random numbers, or takes sizes that are not known
+            return
+        if values is NotImplemented:
+            return
+        for t, value in zip(pytree.tree_leaves(made), pytree.tree_leaves(values), strict=True):
+            if isinstance(t, Tensor):
+                self._numbers[id(t)] = t, t._version, value
+
+    def _at_known_values(self, func: Any, args: tuple, kwargs: dict) -> tuple[Any, list[Tensor]]:
+        """What a function makes where all tensors are known, and the copies that it was given; NotImplemented where
+        they are not, or where it writes into one of the copies.
+        """
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        copies = []
+        with _disable_current_modes():
+            for i in tensors:
+                if id(leaves[i]) in self._readable:
+                    continue
+                copy = self.numbers(leaves[i])
+                if copy is None:
+                    return NotImplemented, []
+                leaves[i] = copy
+                copies.append(copy)
+            if not (tensors or func in _MAKE_CONSTANTS or func in _FILL):
+                return NotImplemented, []
+            args, kwargs = pytree.tree_unflatten(leaves, spec)
+            versions = [copy._version for copy in copies]
+            with _RefuseRandomness():
+                value = func(*args, **kwargs)
+        return (value if versions == [copy._version for copy in copies] else NotImplemented), copies
 
     def _save_what_is_written(self, func: Any, args: tuple) -> None:
         """Tracing really performs in-place operators on tensors that are no arguments, such as counters in buffers."""
@@ -376,7 +434,14 @@ class _RefuseConversions(TorchFunctionMode):
                 "depends on the values of a tensor. Give the layer padded sequences, and take of its outputs what each "
                 "length allows: output[torch.arange(B), lengths - 1] (a bidirectional layer reads the padding first)."
             )
-        return REWRITTEN.get(func, func)(*args, **(kwargs or {}))
+        if func in _READ:
+            with _disable_current_modes():
+                numbers = self._record.numbers(args[0])
+                if numbers is not None:
+                    return func(numbers)
+        result = REWRITTEN.get(func, func)(*args, **(kwargs or {}))
+        self._record.note_numbers(func, args, kwargs or {}, result)
+        return result
 
 
 def _refuse_read() -> NoReturn:
@@ -391,7 +456,7 @@ def _refusal_of_values(source: str) -> CaptureError:
     return CaptureError(
         "The function reads the value of a tensor into Python (a comparison in an if, .item(), float()), or makes a "
         f"tensor whose shape depends on values, at {source}. Bounds hold for one fixed program: use torch.where, or "
-        "pass the number in."
+        "pass the number in. Integers that it has to read (Captum's feature_mask, lengths) must be its arguments."
     )
 
 

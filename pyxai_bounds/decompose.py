@@ -404,6 +404,23 @@ def _stft(
     return out if return_complex else torch.view_as_real(out)
 
 
+def _write(x: Tensor, place: Any, value: Any) -> None:
+    """``x[mask] = value`` with one value: PyTorch's derivative by it collects the chosen entries, and may be one of
+    whatever size.
+    """
+    *before, mask = place if isinstance(place, tuple) and place else (place,)
+    is_one = isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
+    by_mask = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.dim() > 0
+    if not (is_one and by_mask and all(isinstance(part, slice) and part == slice(None) for part in before)):
+        return Tensor.__setitem__(x, place, value)
+    dims = [1] * len(before) + list(mask.shape)
+    if len(dims) > x.dim() or any(n != size for n, size in zip(mask.shape, x.shape[len(before) :], strict=False)):
+        return Tensor.__setitem__(x, place, value)  # says what does not fit
+    mask = mask.reshape(dims + [1] * (x.dim() - len(dims))).to(x.device)
+    x.masked_fill_(mask, value.reshape(()).to(x.dtype) if isinstance(value, Tensor) else value)
+    return None
+
+
 # Functions that PyTorch takes apart before the tracer sees them, in a way that rules cannot follow.
 REWRITTEN: dict[Callable, Callable[..., Any]] = {
     torch.quantile: _quantile,
@@ -420,6 +437,7 @@ REWRITTEN: dict[Callable, Callable[..., Any]] = {
     F.rms_norm: _rms_norm,
     F.gaussian_nll_loss: _gaussian_nll,
     torch.linalg.lstsq: _lstsq,
+    Tensor.__setitem__: _write,
     torch.cumprod: _cumprod,
     Tensor.cumprod: _cumprod,
     torch.stft: _stft,
@@ -446,6 +464,7 @@ DECOMPOSED: dict[Any, Callable[..., Any]] = {
     aten.std_mean.correction: _std_mean,
     aten._cdist_forward.default: _cdist,
     aten._cdist_backward.default: _cdist_backward,
+    aten.polar.default: lambda size, angle: torch.complex(size * angle.cos(), size * angle.sin()),
     aten.deg2rad.default: lambda x: x * (torch.pi / 180),
     aten.rad2deg.default: lambda x: x * (180 / torch.pi),
     aten.ldexp.Tensor: lambda x, exponent: x * torch.pow(2.0, exponent),

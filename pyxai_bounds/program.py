@@ -256,8 +256,9 @@ def _capture(
     try:
         return key, capture(fn, spec, points)
     except Exception as error:
-        # Some programs look at an integer argument's value, which fake tensors do not have.
-        if not any(is_readable(leaf) for leaf in points):
+        # Some programs look at the value of an integer argument, or of an integer that they made of such and of shapes,
+        # which fake tensors do not have.
+        if not (isinstance(error, CaptureError) or any(is_readable(leaf) for leaf in points)):
             _explain_mismatch(fn, points, error)
             raise
     try:

@@ -14,6 +14,8 @@ from captum.attr import (
     InputXGradient,
     IntegratedGradients,
     LayerGradCam,
+    LayerIntegratedGradients,
+    NeuronConductance,
     Saliency,
 )
 from torch import Tensor
@@ -34,7 +36,8 @@ def methods() -> dict:
     model = residual()
     saliency, inputs = Saliency(model), InputXGradient(model)
     integrated, guided = IntegratedGradients(model), GuidedBackprop(model)
-    cam = LayerGradCam(model, model.conv)
+    cam, layer = LayerGradCam(model, model.conv), LayerIntegratedGradients(model, model.conv)
+    neuron = NeuronConductance(model, model.conv)
     return {
         "saliency": lambda x, y: saliency.attribute(x, target=y),
         "signed saliency": lambda x, y: saliency.attribute(x, target=y, abs=False),
@@ -42,6 +45,8 @@ def methods() -> dict:
         "integrated gradients": lambda x, y: integrated.attribute(x, target=y, n_steps=6),
         "guided backprop": lambda x, y: guided.attribute(x, target=y),
         "layer grad-cam": lambda x, y: cam.attribute(x, target=y, relu_attributions=True),
+        "layer integrated gradients": lambda x, y: layer.attribute(x, target=y, n_steps=3),
+        "neuron conductance": lambda x, y: neuron.attribute(x, (1, 2, 2), target=y, n_steps=3),
     }
 
 

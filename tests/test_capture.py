@@ -1062,6 +1062,61 @@ def test_integers_that_are_read_are_constants_of_one_capture_each() -> None:
         )
 
 
+def steps_of_a_rule(x: Tensor) -> Tensor:
+    """Numbers are written into tensors, shown in part and read again, as Captum's rules of integration do."""
+    nodes = torch.linspace(0.1, 1.0, 3)
+    first, *others = torch.tensor([0.25, 0.5, 2.0]).unbind()
+    scaled = torch.stack([x * node for node in nodes.tolist()] + [x * float(node) for node in others])
+    return scaled.sum(0) * nodes[2].item() if first else x
+
+
+def offsets_by_their_type(x: Tensor) -> Tensor:
+    ends = torch.cumsum(torch.IntTensor([0, 2, 4]), 0)
+    return torch.cat([x[:, ends[1] : int(ends[2])], x[:, ends[0]].unsqueeze(1)], 1)
+
+
+def masks_that_are_added(x: Tensor) -> Tensor:
+    """Whole numbers become numbers that are added to scores, and truth values again, which the function looks at."""
+    mask = torch.tensor([1, 1, 1, 1, 0, 0])
+    added = (torch.ones(2, 6) - mask.float()) * -1e9
+    hidden = added < 0
+    return (x + added).softmax(1) if hidden.any().item() and not bool(hidden.all()) else x
+
+
+@pytest.mark.parametrize("fn", [steps_of_a_rule, offsets_by_their_type, masks_that_are_added])
+def test_numbers_that_the_function_wrote_itself_may_be_read(fn: Callable) -> None:
+    x = images(2, shape=(6,))
+    assert_exact_at_zero_radius(fn, x)
+    assert_encloses(xb.bound(fn)(xb.Interval.linf(x, 0.1)), fn(sample(xb.Interval.linf(x, 0.1), 1, corners=True)))
+
+
+def test_whole_numbers_that_are_written_into_are_followed() -> None:
+    def fn(x: Tensor, y: Tensor) -> Tensor:
+        counts, mask = torch.zeros(6, dtype=torch.long), torch.ones(6, dtype=torch.long)
+        part = mask[4:]
+        part.zero_()
+        mask[:2] = 3
+        counts.add_(1).add_(mask)
+        counts[int(y[0])] += 7
+        return x * counts * mask.float()
+
+    x, y = images(2, shape=(6,)), torch.tensor([2, 1])
+    assert_exact_at_zero_radius(fn, x, y)
+
+
+def test_numbers_that_were_changed_since_may_not_be_read() -> None:
+    def fn(x: Tensor) -> Tensor:
+        nodes = torch.linspace(0.1, 1.0, 3)
+        part = nodes[1:]
+        part.mul_(2.0)
+        return x * nodes[1].item()
+
+    with pytest.raises(xb.CaptureError, match="reads the value of a tensor into Python"):
+        xb.bound(fn)(xb.Interval.linf(images(2, shape=(6,)), 0.1))
+    with pytest.raises(xb.CaptureError, match="draws random numbers"):
+        xb.bound(lambda x: x * torch.rand_like(torch.ones(3)).max().item())(xb.Interval.linf(images(1), 0.1))
+
+
 def assigned(y: Tensor, x: Tensor) -> Tensor:
     y.data = x * 3
     return y

@@ -378,6 +378,8 @@ def multiply(a: Any, b: Any) -> Interval:
     Rounded outward, a product with a point loses one rounding, and underflow where neither factor is 0.
     """
     if isinstance(a, Interval) and isinstance(b, Interval):
+        if a.dtype != b.dtype:
+            a, b = (narrow(x, torch.result_type(a.mid, b.mid)) for x in (a, b))
         parts = torch.broadcast_tensors(a.mid, a.rad, b.mid, b.rad)
         return Interval.of(*ops.interval_mul(*parts, int(rd.mode())))
     if not isinstance(a, Interval):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import pyxai_bounds as xb
 from tests.networks import images, mlp, residual, sample
@@ -83,11 +85,31 @@ def test_the_smooth_twin_approaches_the_network() -> None:
     assert slope.abs().max() > 0
 
 
-def test_leaky_relu_has_a_smooth_twin_too() -> None:
+def plain_gradient(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """As Captum takes it: not to be differentiated again, for which PyTorch has operators without a derivative."""
+
+    def explain(x: Tensor, target: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(model(x).gather(1, target[:, None]).sum(), x)[0]
+
+    return explain
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [nn.LeakyReLU(0.1), nn.PReLU(), nn.ReLU6(), nn.Hardtanh(-0.3, 0.2), nn.Hardsigmoid(), nn.Hardswish(), nn.SiLU(),
+     nn.Mish(), nn.GELU(), nn.SELU(), nn.Sequential(nn.Unflatten(1, (3, 3)), nn.GroupNorm(3, 3), nn.Flatten())],
+    ids=lambda layer: type(layer).__name__,
+)  # fmt: skip
+def test_the_smooth_twins_of_networks_can_be_differentiated(activation: nn.Module) -> None:
     model = mlp()
-    model[1] = nn.LeakyReLU(0.1)
-    fn = xb.explain.gradient(model)
+    model[1] = model[3] = activation.double()
+    if isinstance(activation, nn.Sequential):
+        model[3] = nn.ReLU()
+    fn, x = plain_gradient(model), X.clone().requires_grad_()
     assert torch.allclose(xb.attack.smooth(fn, X, TARGET, beta=1e7)(X, TARGET), fn(X, TARGET), atol=1e-6)
+    (slope,) = torch.autograd.grad(xb.attack.smooth(fn, X, TARGET, beta=2.0)(x, TARGET).square().sum(), x)
+    assert slope.abs().max() > 0
 
 
 def test_bad_arguments() -> None:

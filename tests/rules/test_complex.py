@@ -37,6 +37,8 @@ CASES = [
     Case("filtered by itself", lambda x: torch.fft.irfft(torch.fft.rfft(x) * torch.fft.rfft(x).conj(), n=5), ROWS),
     Case("spectral layer", spectral, rand(2, 2, 6)),
     Case("parts", lambda x: torch.cat([-torch.fft.rfft(x), torch.fft.rfft(x) / 3 - 2j], 1).sum(0).real, X),
+    Case("rotations by polar numbers", lambda x: torch.view_as_real(torch.view_as_complex(x.reshape(-1, 2))
+         * torch.polar(torch.ones(1, dtype=x.dtype), torch.ones(1, dtype=x.dtype))), rand(3, 4)),
     Case("matrix product", lambda x: (torch.fft.fft(x) @ (FILTER.T[:, :1] * (1 + 1j))).imag, ROWS),
     Case("magnitudes", lambda x: torch.fft.rfft(x).abs(), X + 2, eps=0.05, kinks=False),
     Case("magnitudes that may be 0", lambda x: torch.fft.rfft(x).abs(), ROWS, kinks=False),

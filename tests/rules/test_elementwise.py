@@ -182,3 +182,18 @@ def test_mixed_precision_promotes_as_pytorch_does() -> None:
         bounds = xb.bound(fn)(xb.Interval.linf(x, 0.1))
         assert bounds.mid.dtype == bounds.rad.dtype == fn(x).dtype
         assert ((bounds.lower <= fn(x) + 1e-6) & (fn(x) <= bounds.upper + 1e-6)).all()
+
+
+@pytest.mark.parametrize("sound", [False, True])
+def test_factors_of_two_precisions(sound: bool) -> None:
+    """As in norms that take their squares in float32, whatever the model is in (T5, Llama)."""
+
+    def fn(x: Tensor) -> Tensor:
+        return x * x.float().square().mean(-1, keepdim=True).rsqrt() + x * x.float()
+
+    box = xb.Interval.linf(X, 1e-3)
+    bounds = xb.bound(fn, sound=sound)(box)
+    assert bounds.dtype == torch.float64 and bounds.rad.max() < 0.1
+    for seed in range(20):
+        point = sample(box, seed, corners=seed % 2 == 0)
+        assert bounds.contains(fn(point)).all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,12 @@ COMPARISONS = {
 
 def selected(condition: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda x: torch.where(condition(x), 2 * x, OTHER - x)
+
+
+def written(x: Tensor, place: Any, value: Any) -> Tensor:
+    y = x * 2
+    y[place] = value
+    return y
 
 
 CASES = [
@@ -64,6 +71,9 @@ CASES = [
     Case("masked_fill", lambda x: x.masked_fill(x > 0, -1.5), X),
     Case("masked_fill by a set", lambda x: x.masked_fill(x.t().reshape(3, 4) > 0, x[0, 0]), X),
     Case("masked_fill, point mask", lambda x: OTHER.masked_fill(KEEP, x[0, 0]), X),
+    Case("written by a mask", lambda x: written(x, x < 0, -1.5), X),
+    Case("written by a mask of rows", lambda x: written(x, x[:, 0] < 0, x[1, 2]), X),
+    Case("written by a mask of columns", lambda x: written(x, (slice(None), x[0] < 0.2), x[1, 2]), X),
     Case("mask as a number", lambda x: x * (x > 0), X),
     Case("mask converted", lambda x: x + (x > OTHER).to(x.dtype), X),
     Case("masks counted", lambda x: x + (x > 0).sum(1, keepdim=True), X),
