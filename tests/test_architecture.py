@@ -104,6 +104,7 @@ def test_the_readmes_examples_run() -> None:
             {"seed = 40, 5,": "seed = 16, 3,", "data.test_x": "data.test_x[:100]", "data.test_y": "data.test_y[:100]"},
         ),
         ("tables", {}),
+        ("guide", {"test_x[:100], data.test_y[:100]": "test_x[:20], data.test_y[:20]", "rand(200": "rand(20"}),
     ],
 )
 def test_the_examples_of_the_guides_run(name: str, shorter: dict[str, str], one_thread: None) -> None:
