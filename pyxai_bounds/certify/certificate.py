@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from pyxai_bounds.capture import Captured
 from pyxai_bounds.certify.branches import decide
 from pyxai_bounds.certify.differences import Differences
+from pyxai_bounds.certify.factor import Divided
 from pyxai_bounds.certify.forms import Forms
 from pyxai_bounds.certify.pieces import Pieces, Progress, share_of, silent
 from pyxai_bounds.certify.properties import Property, TopK, check_property, flat, kept
@@ -34,8 +35,9 @@ CORNERS = 8  # of a box that are tried before bounds of single samples are made 
 class Certificate:
     """The verdict for a batch. ``holds`` is a statement about every input in each sample's box.
 
-    holds bool [B]; margin float [B] (positive where it holds, in the property's units); nominal [B, ...] the
-    explanation at x; bounds its Interval over the box; rounding "nearest" or "outward" (a proof in floating point);
+    holds bool [B]; margin float [B] (positive where it holds, in the property's units; where entries share a factor
+    that the property does not see, with that as it is at x); nominal [B, ...] the explanation at x; bounds its Interval
+    over the box; rounding "nearest" or "outward" (a proof in floating point);
     refuted bool [B]: an input of the box was met at which the property fails (looked for only on the way to sharper
     bounds: for an attack see :mod:`pyxai_bounds.attack`).
     """
@@ -172,6 +174,23 @@ def _multiple(radius: Tensor, unit: Tensor) -> Tensor:
     return torch.where(unit == 0, product, product.nextafter(torch.full_like(product, torch.inf)))
 
 
+@dataclass
+class _Means:
+    """What may sharpen the bounds of samples with one captured function."""
+
+    differences: Differences | None = None
+    forms: Forms | None = None
+    divided: Divided | None = None
+    divided_forms: Forms | None = None  # of the explanation without its factor
+
+    def drop(self, forms: Forms) -> None:
+        """They failed, and would again."""
+        if self.forms is forms:
+            self.forms = None
+        else:
+            self.divided_forms = None
+
+
 class _Check:
     """One property of one function at one batch, at any radius; what does not depend on the radius is done once."""
 
@@ -230,7 +249,7 @@ class _Check:
         self.cheaply = not sharpen
         self.branches = branches
         self._captured: dict[int, Captured | None] = {}  # by the place of a sample
-        self._made: dict[int, tuple[Differences | None, Forms | None]] = {}  # by the identity of one of these
+        self._made: dict[int, _Means] = {}  # by the identity of one of these
 
     @functools.cached_property
     def nominal(self) -> Tensor:
@@ -273,22 +292,30 @@ class _Check:
         margin = torch.where(margin.isnan() | ~usable, -torch.inf, margin)
         return Certificate(holds, margin, self.nominal, bounds, self.rounding, refuted)
 
-    def _means(self, place: int) -> tuple[Differences | None, Forms | None]:
+    def _means(self, place: int) -> _Means:
         """What may sharpen the bounds of one sample; samples with one captured function share it."""
         if place not in self._captured and self.sharpen:
             self._captured[place] = self._alone(place)
         captured = self._captured.get(place)
         if captured is None:
-            return None, None
+            return _Means()
         if id(captured) not in self._made:
-            rounding, product = self.bounded.rounding, self.bounded.product
-            differences = None
-            if isinstance(self.property, TopK) and self.parameters is None:  # else linear layers are sets
-                differences = Differences.of(captured, self._one(place), self.rounding == "outward", product)
-            shallow = differences is not None and differences.are_all and self.branches == 1
-            forms = None if shallow else Forms.of(captured.graph, rounding, product, self.cheaply, self.parameters)
-            self._made[id(captured)] = differences, forms
+            self._made[id(captured)] = self._means_of(captured, place)
         return self._made[id(captured)]
+
+    def _means_of(self, captured: Captured, place: int) -> _Means:
+        differences = divided = None
+        if isinstance(self.property, TopK) and self.parameters is None:  # else linear layers are sets
+            differences = Differences.of(captured, self._one(place), self.rounding == "outward", self.bounded.product)
+        if getattr(self.property, "of_direction", False):
+            divided = Divided.of(captured, self._one(place), self.parameters)
+        if divided is None and differences is not None and differences.are_all and self.branches == 1:
+            return _Means(differences)
+
+        def forms(graph: fx.GraphModule) -> Forms | None:
+            return Forms.of(graph, self.bounded.rounding, self.bounded.product, self.cheaply, self.parameters)
+
+        return _Means(differences, forms(captured.graph), divided, None if divided is None else forms(divided.graph))
 
     def _alone(self, place: int) -> Captured | None:
         """The function of one sample; None if that is not explained at x as it is among the others, but for rounding.
@@ -334,30 +361,43 @@ class _Check:
         open_ = usable & ~kept(property, margin) & margin.isfinite()
         margin, bounds = margin.clone(), Interval.of(bounds.mid.clone(), bounds.rad.clone())
         refuted = torch.zeros_like(open_)
-        if any(self._means(place) != (None, None) for place in open_.nonzero()[:, 0].tolist()):
+        if any(self._means(place) != _Means() for place in open_.nonzero()[:, 0].tolist()):
             refuted = open_ & self._is_refuted(box)
         places = (open_ & ~refuted).nonzero()[:, 0].tolist()
         for done, place in enumerate(places):
             tell(done / len(places))
-            differences, forms = self._means(place)
-            one = slice(place, place + 1)
+            means, one = self._means(place), slice(place, place + 1)
             nominal, arguments = self.nominal[one], self._arguments(box, place, 1)
-            if differences is not None:
-                found = differences.margin(property, nominal, bounds[one], arguments)  # type: ignore[arg-type]
+            if means.differences is not None:
+                found = means.differences.margin(property, nominal, bounds[one], arguments)  # type: ignore[arg-type]
                 margin[place] = margin[place].clamp(min=found)
-            if kept(property, margin[one]) or forms is None:
+            if kept(property, margin[one]):
                 continue
-            evaluated = functools.partial(evaluate, self.bounded.fn)
+            divided = means.divided and means.divided.at(self._one(place), nominal)
+            forms = means.divided_forms if divided else means.forms
+            if forms is None:
+                continue
+            more, at_point = divided or ([], nominal)
+            known = Interval.of(at_point, torch.full_like(at_point, torch.inf)) if divided else bounds[one]
+            count = len(arguments) - 1
+
+            def tried(x: Tensor, *rest: Tensor, count: int = count) -> Tensor:
+                return evaluate(self.bounded.fn, x, *rest[:count])
+
+            if isinstance(property, TopK) and not torch.equal(property.top(at_point), property.top(nominal)):
+                continue  # ties
+            centre = at_point if isinstance(property, TopK) else nominal
             try:
-                decision = decide(forms, arguments, property, nominal, bounds[one], evaluated, self.branches)
+                decision = decide(forms, (*arguments, *more), property, centre, known, tried, self.branches)
             except Exception:  # what vmap cannot do, or memory does not hold: the bounds stand
-                self._made[id(self._captured[place])] = differences, None
+                means.drop(forms)
                 continue
-            if decision is None or _outside(nominal, decision.bounds).any():
+            if decision is None or _outside(at_point, decision.bounds).any():
                 continue
             margin[one] = margin[one].maximum(decision.margin)
-            bounds.mid[one], bounds.rad[one] = decision.bounds.mid, decision.bounds.rad
             refuted[place] = decision.counterexample is not None
+            if not divided:
+                bounds.mid[one], bounds.rad[one] = decision.bounds.mid, decision.bounds.rad
         tell(1.0)
         return margin.maximum(property.margin(self.nominal, bounds)), bounds, refuted  # a property may know its batch
 

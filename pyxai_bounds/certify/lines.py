@@ -135,6 +135,26 @@ def rectified(lower: Tensor, upper: Tensor, below: float = 0.0) -> Line:
     return Line(slope, least, torch.where(crosses, most, least))
 
 
+def clamped(low: float, high: float, lower: Tensor, upper: Tensor) -> Line:
+    """x, but at least ``low`` and at most ``high``: beside the chord, the rest is greatest and least where that bends,
+    or at an end. Exact where it does not bend.
+    """
+
+    def rest(t: Tensor) -> tuple[Tensor, Tensor]:
+        value, step = t.clamp(low, high), slope * t
+        lost = LOSS * (value.abs() + step.abs()) + TINY
+        return value - step - lost, value - step + lost
+
+    flat, inside = (upper <= low) | (lower >= high), (lower >= low) & (upper <= high)
+    slope = ((upper.clamp(low, high) - lower.clamp(low, high)) / (upper - lower)).clamp(0.0, 1.0)
+    slope = torch.where(inside, 1.0, torch.where(flat, 0.0, slope))
+    bends = (torch.maximum(lower, torch.minimum(upper, torch.full_like(lower, bend))) for bend in (low, high))
+    least, most = zip(*(rest(t) for t in (lower, upper, *bends)), strict=True)
+    exact = torch.where(inside, 0.0, lower.clamp(low, high))
+    at_least, at_most = torch.stack(least).amin(0), torch.stack(most).amax(0)
+    return Line(slope, torch.where(flat | inside, exact, at_least), torch.where(flat | inside, exact, at_most))
+
+
 def power(f: Function, exponent: float, lower: Tensor, upper: Tensor) -> Line:
     """A power of x: convex if it is even and whole, else where x > 0, but concave if it lies between 0 and 1. Odd ones
     are concave where x < 0. Nothing is known elsewhere.

@@ -22,6 +22,7 @@ class Property(Protocol):
     """What ``certify`` needs of a property."""
 
     strict: bool  # does a margin of exactly 0 break it?
+    # It may have ``of_direction: bool``: does it hold of all positive multiples of an explanation, or of none?
 
     def margin(self, nominal: Tensor, bounds: Interval) -> Tensor:
         """Distance from being broken, [B], for explanations of shape [B, ...]."""
@@ -82,6 +83,7 @@ class TopK:
     by: Literal["abs", "signed"] = "abs"
     channels: Literal["none", "sum"] = "none"
     strict = True
+    of_direction = True
 
     def __post_init__(self) -> None:
         _check_count("TopK", self.k)
@@ -131,6 +133,7 @@ class Sign:
 
     k: int | None = None
     strict = True
+    of_direction = True
 
     def __post_init__(self) -> None:
         if self.k is not None:
@@ -208,6 +211,7 @@ class Cosine:
 
     least: float
     strict = False
+    of_direction = True
 
     def __post_init__(self) -> None:
         check_number(self, "least", self.least)

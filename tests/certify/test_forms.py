@@ -108,6 +108,9 @@ OTHERS = {
     "quotient": lambda x: x / (x[:, :1] + 2) + 1 / (x - 4) + (x + 3).reciprocal(),
     "quotient of unlike shapes": lambda x: x[:, :, None] / (x[:, None, :] + 3),
     "magnitude": lambda x: x.abs() @ W.T,
+    "clamps": lambda x: x.clamp(0.2, 1.0) + F.relu6(4 * x) + F.hardtanh(x) + x.clamp(min=0.3) + x.clamp(max=0.4),
+    "elu": lambda x: (F.elu(x - 0.5) + F.elu(x - 0.5, 0.3) + F.elu(x, 2.0) + F.celu(x - 0.4, 0.7)) @ W.T,
+    "softplus": lambda x: (F.softplus(x) + F.softplus(x, 2.0) + F.softplus(9 * x, 1.0, 5)) @ W.T,
     "leaky relu": lambda x: F.leaky_relu(x, 0.2) @ W.T,
     "softmax": lambda x: (3 * x @ W.T).softmax(1) @ W,
     "softmax of columns": lambda x: (5 * x.reshape(3, 2)).softmax(0).reshape(1, 6),
@@ -206,7 +209,7 @@ SMOOTH = {
         f"gradient through {name} of {of}": lambda x, name=name, of=of: xb.explain.gradient(
             lambda x: getattr(F, name)(x @ W.T) @ W[:, :3], of=of
         )(x, torch.tensor([1]))
-        for name in ("tanh", "sigmoid", "gelu", "silu")
+        for name in ("tanh", "sigmoid", "gelu", "silu", "softplus")
         for of in ("logit", "probability", "loss")
     },
 }

@@ -34,6 +34,7 @@ FUNCTIONS: dict[str, tuple[object, Callable, float]] = {
     **{f"power {e}": (e, lambda t, e=e: t ** mpmath.mpf(e), -math.inf) for e in (2.0, 3.0, 4.0, -1.0, -3.0)},
     **{f"power {e}": (e, lambda t, e=e: t ** mpmath.mpf(e), 0.0) for e in (0.5, 1.0, 1.5, -0.5, -2.0, 0.1)},
     "relu": (0.0, lambda t: max(t, mpmath.mpf(0)), -math.inf),
+    "clamp": (None, lambda t: min(max(t, mpmath.mpf(-0.5)), mpmath.mpf(1)), -math.inf),
     "abs": (-1.0, abs, -math.inf),
     "leaky relu": (0.3, lambda t: t if t > 0 else t * mpmath.mpf(0.3), -math.inf),
 }
@@ -41,6 +42,8 @@ FUNCTIONS: dict[str, tuple[object, Callable, float]] = {
 
 def line_of(name: str, lower: Tensor, upper: Tensor) -> lines.Line:
     given = FUNCTIONS[name][0]
+    if name == "clamp":
+        return lines.clamped(-0.5, 1.0, lower, upper)
     if name in ("relu", "abs", "leaky relu"):
         return lines.rectified(lower, upper, float(given))  # type: ignore[arg-type]
     with rd.use(rd.choose(True, "real")):

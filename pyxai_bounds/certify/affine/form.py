@@ -140,7 +140,7 @@ def spread(x: Form, count: int, shape: torch.Size) -> Tensor:
 # --- a form and an Interval that hold the same value ----------------------------------------------------------------
 
 
-def narrower(x: Form, box: Interval, times: float = 1.1) -> Form:
+def narrower(x: Form, box: Interval, times: float | Tensor = 1.1) -> Form:
     """Element by element the box, where the form reaches so many times as far: what varies by symbols may cancel."""
     mid, rad = box.mid.double(), box.rad.double()
     worse = times * rad < x.reach

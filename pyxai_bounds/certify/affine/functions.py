@@ -37,6 +37,45 @@ def rectified(run: Evaluator, n: fx.Node, result: Interval) -> Form | None:
     return run.symbols.lined(run.operand(n.args[0]), lines.rectified(*run.ends(n.args[0]), below))
 
 
+_ENDLESS = {"min": -math.inf, "max": math.inf}
+
+
+@form_rule(aten.hardtanh.default, aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default)
+def clamped(run: Evaluator, n: fx.Node, result: Interval) -> Form | None:
+    names = [argument.name.removesuffix("_val") for argument in n.target._schema.arguments]  # type: ignore[union-attr]
+    usual = {"min": -1.0, "max": 1.0} if n.target is aten.hardtanh.default else {}
+    given: dict[str, Any] = usual | dict(zip(names, n.args, strict=False)) | n.kwargs
+    low, high = (default if given.get(end) is None else float(given[end]) for end, default in _ENDLESS.items())
+    if not low < high:
+        return None
+    x = run.operand(n.args[0])
+    return run.symbols.lined(x, lines.clamped(low, high, *run.ends(n.args[0])), result)
+
+
+@form_rule(aten.elu.default, aten.softplus.default)
+def convex(run: Evaluator, n: fx.Node, result: Interval) -> Form | None:
+    """ELUs that are steepest above 0, and softplus, as far as PyTorch does not take x in its place."""
+    x, given = run.operand(n.args[0]), [float(t) for t in n.args[1:]]  # type: ignore[arg-type]
+    lower, upper = run.ends(n.args[0])
+    at_points = run.at_points(n)
+    if n.target is aten.softplus.default:
+        beta, threshold = (*given, *(1.0, 20.0)[len(given) :])
+        f = lines.Function(at_points, lambda t: (beta * t).sigmoid(), lambda slope: slope.logit() / beta)
+        line = lines.convex(f, lower, upper)
+        slope = torch.where(beta * upper < 0.99 * threshold, line.slope, torch.nan)
+        return run.symbols.lined(x, lines.Line(slope, line.least, line.most), result) if beta > 0 else None
+    alpha, scale, inner = (*given, *(1.0, 1.0, 1.0)[len(given) :])
+    steep = alpha * inner
+    if not (scale > 0 and inner > 0 and 0 < steep <= 1 + lines.LOSS / 16):
+        return None
+
+    def slope_at(t: Tensor) -> Tensor:
+        return scale * torch.where(t < 0, steep * (inner * t).exp(), 1.0)
+
+    f = lines.Function(at_points, slope_at, lambda slope: (slope / (scale * steep)).log() / inner)
+    return run.symbols.lined(x, lines.convex(f, lower, upper), result)
+
+
 def _logit(slope: Tensor) -> Tensor:
     """Where sigmoid has this slope."""
     return torch.logit((1 + (1 - 4 * slope).sqrt()) / 2)
@@ -169,6 +208,10 @@ def _slope(run: Evaluator, n: fx.Node, box: Interval) -> Form:
         is_tanh = n.target is aten.tanh_backward.default
         first = Form.box(singleton(torch.ones_like(x.centre))) if is_tanh else x
         found = first - to_power(run.symbols, x, known, 2.0)
+    elif n.target is aten.softplus_backward.default and n.args[2] == 1:
+        upper = common_ends(x, known)[1]
+        found = curved(run.symbols, aten.sigmoid.default, x, *common_ends(x, known), None)
+        return narrower(found, box, torch.where(upper < 0.99 * float(n.args[3]), 2.0, 0.0))  # type: ignore[arg-type]
     elif n.target in _CURVATURES and not n.kwargs:
         mid = known.mid.double()
         at_mid = RULES[n.target].function(singleton(torch.ones_like(mid)), singleton(mid))  # type: ignore[index]
