@@ -28,10 +28,10 @@ from pyxai_bounds.ops import hopper
 from pyxai_bounds.report import evaluate_all, glossary
 from pyxai_bounds.train import Options, Progress, Recipe, TrainingDivergedError, load, read_description, run
 from pyxai_bounds.train.checkpoint import write_file
-from pyxai_bounds.train.loop import stored_recipe
 from pyxai_bounds.train.objectives import OBJECTIVES, WITHOUT_EPS
 from pyxai_bounds.train.objectives.options import described
 from pyxai_bounds.train.presets import PRESETS
+from pyxai_bounds.train.runs import stored_recipe
 
 if TYPE_CHECKING:
     from pyxai_bounds.report import Evaluation

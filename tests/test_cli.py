@@ -125,7 +125,7 @@ def test_help_shows_a_presets_numbers(capsys, tiny):
 def test_resume_takes_the_recipe_of_the_run(capsys, tmp_path, tiny, monkeypatch):
     flags = ["train", "tiny", "--seed", 3, "--checkpoint-every", 1, "--out", tmp_path / "run"]
     with monkeypatch.context() as patch:
-        patch.setattr("pyxai_bounds.train.loop.save", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("pyxai_bounds.train.runs.save", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         code, _, err = call(capsys, *flags)
     assert code == 130 and err == f"interrupted; go on with: pyxai-bounds train --resume --out {tmp_path / 'run'}\n"
     code, out, err = call(capsys, "train", "--resume", "--out", tmp_path / "run")

@@ -2,10 +2,11 @@
 
 from pyxai_bounds.ops.replay import GraphedStep
 from pyxai_bounds.train.checkpoint import load, read_description, save
-from pyxai_bounds.train.loop import Progress, TrainingDivergedError, fit, run
+from pyxai_bounds.train.loop import Progress, TrainingDivergedError, fit
 from pyxai_bounds.train.objectives import explanation_width, natural, rec
 from pyxai_bounds.train.objectives.shared import deployed
 from pyxai_bounds.train.recipe import Options, Recipe
+from pyxai_bounds.train.runs import run
 from pyxai_bounds.train.schedules import linear_ramp
 
 __all__ = [
