@@ -25,7 +25,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
-from pyxai_bounds import fuse, ops
+from pyxai_bounds import fuse, memory, ops
 from pyxai_bounds import rounding as rd
 from pyxai_bounds.capture import Captured, capture, is_readable, retrace
 from pyxai_bounds.chain import chain
@@ -417,7 +417,7 @@ class Program:
 
     @functools.cached_property
     def peak_bytes(self) -> int:
-        return fuse.peak_bytes(self._inference_graph.graph)
+        return memory.peak_bytes(self._inference_graph.graph)
 
     @functools.cached_property
     def _undispatched(self) -> Callable:

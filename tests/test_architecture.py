@@ -25,6 +25,7 @@ ORDER = [
     ["watch"],
     ["capture"],
     ["fuse"],
+    ["memory"],
     ["chain"],
     ["recompute"],
     ["recorder"],
