@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, fx
 
 from pyxai_bounds import fuse, ops
-from pyxai_bounds.ops import native
+from pyxai_bounds.ops import chain as calls
+from pyxai_bounds.ops.chain import Kernel, Kind, Step
 from pyxai_bounds.ops.layout import memory_format, order_of, state_size
-from pyxai_bounds.ops.native import Kernel, Kind, Step
 
 aten = torch.ops.aten
 
@@ -29,7 +29,7 @@ _Taken = tuple[Kernel, tuple[int, ...]]  # of a step
 
 
 class Chain:
-    """A function of the ``given`` tensors that returns the values ``taken``: see ``native.Chain``. Without gradients.
+    """A function of the ``given`` tensors that returns the values ``taken``: see ``ops.chain.Chain``. No gradients.
 
     On another backend, or where a tensor is not as it was foreseen, each operator runs by itself.
     """
@@ -43,7 +43,7 @@ class Chain:
         # A derivative reads what its kernels read; and what alive steps start from, if they run once more.
         read = {number for step in alive for number in step.reads() if number not in self.made or not step.moves}
         read |= {step.state for step in alive if step.state is not None}
-        self.together = native.Chain(steps, values, given, taken, read)
+        self.together = calls.Chain(steps, values, given, taken, read)
         # Of each result, the given values that it depends on differentiably.
         sources: dict[int | None, set[int]] = {number: {number} for number in range(given)}
         for step in steps:
@@ -188,13 +188,13 @@ def _kernel(node: Any, differentiable: bool) -> _Taken | None:
     mid, rad, weight = (n.meta["val"] for n in (mid, rad, weight))
     third = third.meta["val"] if isinstance(third, fx.Node) else None
     if node.target in _LINEAR:
-        return native.kernel_of(mid, rad, weight, third, backward, (), differentiable)
+        return calls.kernel_of(mid, rad, weight, third, backward, (), differentiable)
     if not _is_dense(weight) or mid.dim() != 4:
         return None
     if third is not None and backward and order_of(third) is torch.channels_last:  # which bits ask for
         mid, rad = (t.contiguous(memory_format=torch.channels_last) for t in (mid, rad))
     geometry = rest[:5] if backward else (mid.shape, *rest[:4])
-    return native.kernel_of(mid, rad, weight, third, backward, tuple(geometry), differentiable)
+    return calls.kernel_of(mid, rad, weight, third, backward, tuple(geometry), differentiable)
 
 
 def _is_dense(t: Tensor) -> bool:

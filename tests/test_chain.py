@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import pyxai_bounds as xb
 from pyxai_bounds import ops, recompute
 from pyxai_bounds.chain import Chain
-from pyxai_bounds.ops.native import Kernel, Kind, Step
+from pyxai_bounds.ops.chain import Kernel, Kind, Step
 from tests.networks import images, mlp, residual
 from tests.ops.cases import LEVELS, level
 
@@ -403,7 +403,7 @@ def test_what_a_derivative_reads_must_not_be_overwritten(what: str) -> None:
 
 def test_gradients_of_boxes_take_their_places_in_memory() -> None:
     """Unless the graph is kept, for which there must be other memory, or a box has several readers."""
-    module, model = ops.native._module(), convnet()
+    module, model = ops.native.module(), convnet()
     x = images(512, shape=(3, 8, 8)).float().contiguous(memory_format=torch.channels_last)
     args = (xb.Interval.linf(x, 0.02), torch.arange(512) % 4)
     bounded = xb.bound(xb.explain.gradient(model))
@@ -430,13 +430,13 @@ def test_a_block_that_was_overwritten_is_not_read_again(monkeypatch: pytest.Monk
     model = convnet(channels=32).double()
     x = images(17, shape=(3, 8, 8)).contiguous(memory_format=torch.channels_last)
     rad = xb.bound(xb.explain.gradient(model))(xb.Interval.linf(x, 0.02), torch.arange(17) % 4).rad
-    real = ops.native.Chain.adjoint
+    real = ops.chain.Chain.adjoint
 
     def fails(*args) -> None:
         real(*args)
         raise MemoryError
 
-    monkeypatch.setattr(ops.native.Chain, "adjoint", fails)
+    monkeypatch.setattr(ops.chain.Chain, "adjoint", fails)
     with pytest.raises(MemoryError):
         rad.sum().backward(retain_graph=True)
     with pytest.raises(MemoryError):
@@ -462,7 +462,7 @@ def test_a_derivative_on_another_level_finds_the_same() -> None:
     model = convnet().double()
     x = images(3, shape=(3, 8, 8)).contiguous(memory_format=torch.channels_last)
     args = (xb.Interval.linf(x, 0.02), torch.arange(3))
-    bounded, module = xb.bound(xb.explain.gradient(model)), ops.native._module()
+    bounded, module = xb.bound(xb.explain.gradient(model)), ops.native.module()
     best, gradients = module.level(), []
     bounded(*args)
     for name in module.levels():

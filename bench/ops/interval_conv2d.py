@@ -95,8 +95,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=0.2, help="per contender, layer, pass and rounding")
     parser.add_argument("--out", type=Path, default=Path("bench/results/cpu/interval_conv2d.csv"), help="the CSV")
     options = parser.parse_args()
-    if native._module().level() not in TILED:
-        raise SystemExit(f"The tiles need {' or '.join(TILED)}; this processor has {native._module().level()}.")
+    if native.module().level() not in TILED:
+        raise SystemExit(f"The tiles need {' or '.join(TILED)}; this processor has {native.module().level()}.")
     rows: list[dict[str, Any]] = []
     for network, build in NETWORKS.items():
         for label, (layer, shape) in layers(build).items():

@@ -2,182 +2,36 @@
 
 Each operator is ``torch.ops.pyxai_bounds.<name>`` and takes and returns midpoints and radii. What it
 computes is said, and done in plain PyTorch, by the function of the same name in ``reference.py``.
-Backends are chosen when an operator runs: see :func:`backend`.
+Backends are chosen when an operator runs: see ``dispatch.py``.
 """
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
-from collections.abc import Callable, Iterator
-from types import ModuleType
-from typing import Any, TypeGuard
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from pyxai_bounds.errors import any_wrong
-from pyxai_bounds.ops import cuda, native, reference, triton
+from pyxai_bounds.ops import native, reference
+from pyxai_bounds.ops.checks import output_size
+from pyxai_bounds.ops.dispatch import (
+    BACKENDS,
+    available,
+    backend,
+    by_native,
+    call,
+    define,
+    forced,
+    has_kernels,
+    library,
+    needs_dispatcher,
+    recorded,
+    select,
+    undispatched,
+)
 from pyxai_bounds.ops.layout import dense, memory_format, order_of, state_size
-from pyxai_bounds.rounding import Rounding, check_dtype, without_autocast
-
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "native": native, "triton": triton, "cuda": cuda}
-_forced: contextvars.ContextVar[str] = contextvars.ContextVar("pyxai_bounds_backend", default="auto")
-
-
-@contextlib.contextmanager
-def backend(name: str) -> Iterator[None]:
-    """Run the fused operators on one backend inside the ``with`` block.
-
-    ``reference`` plain PyTorch, any device and dtype; ``native`` C++, CPU, float32 and float64; ``triton`` GPU
-    kernels, NVIDIA, floating point of 16 to 64 bits; ``cuda`` CUDA C++, NVIDIA, float32 and float64: outward rounding
-    and exact products of boxes, all else as ``reference``; ``auto`` (the default) the fastest one that supports the
-    tensors, which on a GPU is measured for every kind of matrix product: the kernel of ``triton``, or cuBLAS or cuDNN.
-    Where bounds are rounded outward it takes ``native`` or ``cuda``.
-    Raises ValueError for an unknown name, RuntimeError for one that is not available here.
-    """
-    if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"Unknown backend {name!r}; choose auto, {', '.join(BACKENDS)}.")
-    if name not in ("auto", *available()):
-        raise RuntimeError(BACKENDS[name].why_not_available())
-    token = _forced.set(name)
-    try:
-        yield
-    finally:
-        _forced.reset(token)
-
-
-def available() -> list[str]:
-    """The names of the backends that can run here."""
-    return ["reference", *(name for name in ("native", "triton", "cuda") if BACKENDS[name].available())]
-
-
-def forced() -> str:
-    """The backend that a ``with backend(…)`` block has chosen; auto outside of any."""
-    return _forced.get()
-
-
-def _select(mid: Tensor) -> Any:
-    name = _forced.get()
-    if name == "auto":
-        if mid.is_cuda:
-            return triton.measured if triton.supports(mid) else reference
-        return native if native.supports(mid) else reference
-    chosen = BACKENDS[name]
-    if not chosen.supports(mid):
-        raise ValueError(
-            f"The {name} backend does not support {mid.dtype} tensors on {mid.device}; "
-            "use xb.backend('auto') or xb.backend('reference')."
-        )
-    return chosen
-
-
-def _select_outward(mid: Tensor) -> Any:
-    """The backend for outward rounding: ``native`` on the CPU and ``cuda`` on a GPU, where they run and are not ruled
-    out, else ``reference``.
-    """
-    check_dtype(mid.dtype)
-    forced = _forced.get()
-    if forced == "cuda":
-        return _select(mid)
-    if forced in ("auto", "native") and native.supports(mid):
-        return native
-    return cuda if forced == "auto" and cuda.supports(mid) else reference
-
-
-_library = torch.library.Library("pyxai_bounds", "DEF")
-
-# What each operator runs, without PyTorch's dispatcher: on plain tensors and without gradients the same, sooner (of
-# 30 us for a product of one box with a 256 x 256 weight 19 were the dispatcher's).
-undispatched: dict[Any, Callable[..., Any]] = {}
-
-# The same where gradients are on: one node of autograd, made by PyTorch's C++ around the derivative given here (of a
-# training step of 1.3 ms, 784-256-256-10 at batch 1, the dispatcher's nodes took 0.15).
-recorded: dict[Any, Callable[..., Any]] = {}
-
-
-def needs_dispatcher(*tensors: Tensor) -> bool:
-    """Is something at work that must see operators: torch.compile, a mode, a transform, a subclass of Tensor?"""
-    return (
-        torch.compiler.is_compiling()
-        or not all(type(t) is Tensor or type(t) is Parameter for t in tensors)
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
-
-
-def _by_native(grad: Tensor | None) -> TypeGuard[Tensor]:
-    """May a derivative with this gradient be one call of the native backend? Not if a second one will be asked for."""
-    return grad is not None and not torch.is_grad_enabled() and not needs_dispatcher(grad) and _select(grad) is native
-
-
-def _call(operator: Any, *args: Any) -> Any:
-    """An operator inside a derivative: only a second derivative needs autograd to see it."""
-    if torch.is_grad_enabled() or needs_dispatcher(args[0]):
-        return operator(*args)
-    return undispatched[operator](*args)
-
-
-def _define(
-    signature: str, fake: Callable[..., Any], backward: Callable, setup_context: Callable, unseen: int = 0
-) -> Any:
-    """Define one operator; its implementation is looked up in the selected backend at each call.
-
-    The backward pass runs on the backend of the forward pass: autograd's threads do not know who forced which. The last
-    arguments, ``unseen`` of them, concern the derivative alone: no backend sees them.
-    """
-    name, arguments = signature.split(")")[0].split("(")
-    names = [argument.split()[-1] for argument in arguments.split(", ")[1:]]
-    rounding_at = names.index("rounding=0") if "rounding=0" in names else None
-    seen = len(names) - unseen
-    _library.define(signature, tags=(torch.Tag.pt2_compliant_tag,))
-
-    def run(mid: Tensor, *args: Any) -> Any:
-        # How an operator rounds is the last that a backend sees (the dispatcher leaves it out where it is the default).
-        if rounding_at is not None and len(args) > rounding_at and args[rounding_at] != Rounding.NEAREST:
-            return getattr(_select_outward(mid), name)(mid, *args[:seen])
-        return getattr(_select(mid), name, getattr(reference, name))(
-            mid, *args[: seen if rounding_at is None else rounding_at]
-        )
-
-    def remember(ctx: Any, inputs: tuple, output: Any) -> None:
-        ctx.backend = _forced.get()
-        setup_context(ctx, inputs, output)
-
-    def run_backward(ctx: Any, *grads: Any) -> Any:
-        if all(grad is None for grad in grads[:2]):  # of midpoint and radius; packed bits have none
-            return (None,) * len(ctx.needs_input_grad)
-        token = _forced.set(ctx.backend)
-        try:
-            with without_autocast():
-                return backward(ctx, *grads)
-        finally:
-            _forced.reset(token)
-
-    _library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"pyxai_bounds::{name}", fake, lib=_library)
-    torch.library.register_autograd(f"pyxai_bounds::{name}", run_backward, setup_context=remember, lib=_library)
-    operator = getattr(torch.ops.pyxai_bounds, name).default
-    undispatched[operator] = run
-    recorded[operator] = _recording(name, run, remember, run_backward)
-    return operator
-
-
-def _recording(name: str, run: Callable[..., Any], setup_context: Callable, backward: Callable) -> Callable[..., Any]:
-    def forward(ctx: Any, *inputs: Any) -> Any:
-        output = run(*inputs)
-        setup_context(ctx, inputs, output)
-        return output
-
-    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function: Any = type(name, (torch.autograd.Function,), members)
-
-    def record(*inputs: Any) -> Any:
-        return function.apply(*inputs)
-
-    return record
 
 
 def _like(t: Tensor, shape: Any = None, bits: Tensor | None = None) -> Tensor:
@@ -193,7 +47,7 @@ def _bits(t: Tensor, present: bool = True) -> Tensor:
 def _both(mid_grad: Tensor | None, rad_grad: Tensor | None) -> tuple[Tensor, Tensor]:
     """The gradients of both halves: zeros for the one that is left out because the loss does not use it."""
     some = rad_grad if mid_grad is None else mid_grad
-    assert some is not None  # `_define` sees to it
+    assert some is not None  # `define` sees to it
     return tuple(torch.zeros_like(some) if grad is None else grad for grad in (mid_grad, rad_grad))  # type: ignore[return-value]
 
 
@@ -205,14 +59,14 @@ def _gate_setup(ctx: Any, inputs: tuple, output: Any) -> None:
 
 
 def _gate_adjoint(mid_grad: Tensor | None, rad_grad: Tensor | None, gate: Tensor) -> Any:
-    return _call(interval_gate, *_both(mid_grad, rad_grad), gate)
+    return call(interval_gate, *_both(mid_grad, rad_grad), gate)
 
 
 def _gate_backward(ctx: Any, mid_grad: Tensor, rad_grad: Tensor) -> Any:
     return *_gate_adjoint(mid_grad, rad_grad, ctx.saved_tensors[0]), None
 
 
-interval_gate = _define(
+interval_gate = define(
     "interval_gate(Tensor mid, Tensor rad, Tensor gate) -> (Tensor, Tensor)",
     lambda mid, rad, gate: (_like(mid, bits=gate), _like(mid, bits=gate)),
     _gate_backward,
@@ -241,14 +95,14 @@ def _relu_backward(ctx: Any, mid_grad: Tensor, rad_grad: Tensor, _: Any) -> Any:
     return *box_grad, *ctx.nones
 
 
-interval_relu = _define(
+interval_relu = define(
     "interval_relu(Tensor mid, Tensor rad, int rounding=0) -> (Tensor, Tensor, Tensor)",
     lambda mid, rad, rounding=0: (_like(mid), _like(mid), _bits(mid)),
     _relu_backward,
     _relu_setup,
 )
 
-interval_relu_backward = _define(
+interval_relu_backward = define(
     "interval_relu_backward(Tensor mid, Tensor rad, Tensor state, int rounding=0, bool gated=False) -> "
     "(Tensor, Tensor, Tensor)",
     lambda mid, rad, state, *_: (_like(mid, bits=state), _like(mid, bits=state), torch.empty_like(state)),
@@ -256,11 +110,6 @@ interval_relu_backward = _define(
     _relu_setup,
     unseen=1,
 )
-
-
-def has_kernels(t: Tensor) -> bool:
-    """Does the backend of this tensor fuse what is several passes in plain PyTorch, on the way back too?"""
-    return _select(t) not in (reference, native, cuda)
 
 
 # --- interval_linear_weight: gradᵀ·mid + sign(W) ⊙ (grad_radᵀ·rad); no derivative in W ---------------------
@@ -277,7 +126,7 @@ def _linear_weight_backward(ctx: Any, weight_grad: Tensor) -> Any:
     return mid @ weight_grad.t(), rad @ signed.t(), grad_mid @ weight_grad, grad_rad @ signed, None
 
 
-interval_linear_weight = _define(
+interval_linear_weight = define(
     "interval_linear_weight(Tensor grad_mid, Tensor grad_rad, Tensor mid, Tensor rad, Tensor weight) -> Tensor",
     lambda grad_mid, grad_rad, mid, rad, weight: _like(weight),
     _linear_weight_backward,
@@ -290,10 +139,10 @@ def _weight_gradient(name: str, grad_mid: Any, grad_rad: Any, mid: Any, rad: Any
     weight = rest[0]
     if has_kernels(weight):
         operator = getattr(torch.ops.pyxai_bounds, name).default
-        return _call(operator, *_both(grad_mid, grad_rad), *_both(mid, rad), *rest)
+        return call(operator, *_both(grad_mid, grad_rad), *_both(mid, rad), *rest)
     # Plain PyTorch where autograd or a trace must see it.
     seen = torch.is_grad_enabled() or needs_dispatcher(weight)
-    return getattr(reference if seen else _select(weight), name)(grad_mid, grad_rad, mid, rad, *rest)
+    return getattr(reference if seen else select(weight), name)(grad_mid, grad_rad, mid, rad, *rest)
 
 
 # --- interval_conv2d_weight: the same for convolutions -----------------------------------------------------
@@ -311,7 +160,7 @@ def _conv2d_weight_backward(ctx: Any, weight_grad: Tensor) -> Any:
     )
 
 
-interval_conv2d_weight = _define(
+interval_conv2d_weight = define(
     "interval_conv2d_weight(Tensor grad_mid, Tensor grad_rad, Tensor mid, Tensor rad, Tensor weight, int[] stride, "
     "int[] padding, int[] dilation, int groups) -> Tensor",
     lambda grad_mid, grad_rad, mid, rad, weight, *args: _like(weight),
@@ -353,7 +202,7 @@ def _affine_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _linear_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None, _: Any) -> Any:
     mid, rad, weight, state = ctx.saved_tensors
     need_mid, need_rad, need_weight, need_bias = ctx.needs_input_grad[:4]
-    if need_weight and _by_native(rad_grad):
+    if need_weight and by_native(rad_grad):
         needs = (need_mid or need_rad, need_weight, need_bias)
         found = native.interval_linear_adjoint(
             mid_grad, rad_grad, mid, rad, weight, state if ctx.relu else None, *needs
@@ -363,7 +212,7 @@ def _linear_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None,
     if ctx.relu:
         mid_grad, rad_grad = _gate_adjoint(mid_grad, rad_grad, state)
     if need_mid and need_rad and has_kernels(weight):
-        box_grad = _call(interval_linear_backward, *_both(mid_grad, rad_grad), weight, None)
+        box_grad = call(interval_linear_backward, *_both(mid_grad, rad_grad), weight, None)
     else:
         box_grad = (
             mid_grad @ weight if need_mid and mid_grad is not None else None,
@@ -377,7 +226,7 @@ def _linear_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None,
     )
 
 
-interval_linear = _define(
+interval_linear = define(
     "interval_linear(Tensor mid, Tensor rad, Tensor weight, Tensor? bias, bool relu, int rounding=0) -> "
     "(Tensor, Tensor, Tensor)",
     _linear_fake,
@@ -397,21 +246,21 @@ def _data_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _gated(mid: Tensor, rad: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    return (mid, rad, None) if state is None else _call(interval_relu_backward, mid, rad, state)
+    return (mid, rad, None) if state is None else call(interval_relu_backward, mid, rad, state)
 
 
 def _ungate(mid_grad: Tensor | None, rad_grad: Tensor | None, gate: Tensor | None) -> Any:
     """The gate's adjoint, on gradients that were computed a moment ago and that nobody else refers to."""
     if gate is None:
         return mid_grad, rad_grad
-    if _by_native(rad_grad):
+    if by_native(rad_grad):
         return native.gate_in_place(mid_grad, rad_grad, gate)
     return _gate_adjoint(mid_grad, rad_grad, gate)
 
 
 def _linear_data_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None) -> Any:
     mid, rad, weight, state = ctx.saved_tensors
-    if _by_native(rad_grad):
+    if by_native(rad_grad):
         need_box, need_weight = any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[2]
         found = native.interval_linear_backward_adjoint(
             mid_grad, rad_grad, mid, rad, weight, state, need_box, need_weight
@@ -426,7 +275,7 @@ def _linear_data_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | 
     del mid, rad  # the gated copies: the rest takes their place in memory
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
         if has_kernels(weight):
-            box_grad = _call(interval_linear, *_both(mid_grad, rad_grad), weight, None, False)[:2]
+            box_grad = call(interval_linear, *_both(mid_grad, rad_grad), weight, None, False)[:2]
         else:
             box_grad = (
                 None if mid_grad is None else mid_grad @ weight.t(),
@@ -436,7 +285,7 @@ def _linear_data_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | 
     return *box_grad, weight_grad, *(None,) * 2
 
 
-interval_linear_backward = _define(
+interval_linear_backward = define(
     "interval_linear_backward(Tensor mid, Tensor rad, Tensor weight, Tensor? state, int rounding=0) -> "
     "(Tensor, Tensor)",
     lambda mid, rad, weight, state, rounding=0: (
@@ -453,10 +302,8 @@ interval_linear_backward = _define(
 
 def _conv2d_fake(mid, rad, weight, bias, stride, padding, dilation, groups, relu, rounding=0):  # type: ignore[no-untyped-def]
     _check_weight(mid, weight)
-    shape = [mid.shape[0], weight.shape[0]]
-    for size, kernel, s, p, d in zip(mid.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True):
-        shape.append((size + 2 * p - d * (kernel - 1) - 1) // s + 1)
-    out = _like(mid, shape)
+    sides = output_size(mid.shape[2:], weight.shape[2:], stride, padding, dilation)
+    out = _like(mid, (mid.shape[0], weight.shape[0], *sides))
     return out, torch.empty_like(out), _bits(out, relu)
 
 
@@ -468,7 +315,7 @@ def _conv2d_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None,
     args = ctx.args[:4]
     if need_mid and need_rad and (has_kernels(weight) or (mid_grad is not None and rad_grad is not None)):
         both = _both(mid_grad, rad_grad)
-        box_grad = _call(interval_conv2d_backward, *both, weight, None, ctx.input_size, *args)
+        box_grad = call(interval_conv2d_backward, *both, weight, None, ctx.input_size, *args)
     else:
         conv2d_input = reference.conv2d_input
         box_grad = (
@@ -485,7 +332,7 @@ def _conv2d_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None,
     )
 
 
-interval_conv2d = _define(
+interval_conv2d = define(
     "interval_conv2d(Tensor mid, Tensor rad, Tensor weight, Tensor? bias, int[] stride, int[] padding, "
     "int[] dilation, int groups, bool relu, int rounding=0) -> (Tensor, Tensor, Tensor)",
     _conv2d_fake,
@@ -504,7 +351,7 @@ def _conv2d_gate_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.relu, ctx.input_size = True, mid.shape  # of which the derivative is a gate, too
 
 
-interval_conv2d_gate = _define(
+interval_conv2d_gate = define(
     "interval_conv2d_gate(Tensor mid, Tensor rad, Tensor weight, Tensor gate, int[] stride, int[] padding, "
     "int[] dilation, int groups) -> (Tensor, Tensor)",
     lambda mid, rad, weight, gate, stride, padding, dilation, groups: tuple(
@@ -547,9 +394,9 @@ def _conv2d_data_box(
     if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
         return None, None
     if gate is not None and has_kernels(weight):
-        return _call(interval_conv2d_gate, *_both(mid_grad, rad_grad), weight, gate, *args)
+        return call(interval_conv2d_gate, *_both(mid_grad, rad_grad), weight, gate, *args)
     if has_kernels(weight) or (mid_grad is not None and rad_grad is not None):
-        box_grad = _call(interval_conv2d, *_both(mid_grad, rad_grad), weight, None, *args, False)[:2]
+        box_grad = call(interval_conv2d, *_both(mid_grad, rad_grad), weight, None, *args, False)[:2]
     else:
         box_grad = (
             None if mid_grad is None else torch.conv2d(mid_grad, weight, None, *args),
@@ -558,7 +405,7 @@ def _conv2d_data_box(
     return _ungate(box_grad[0], box_grad[1], gate)
 
 
-interval_conv2d_backward = _define(
+interval_conv2d_backward = define(
     "interval_conv2d_backward(Tensor mid, Tensor rad, Tensor weight, Tensor? state, int[] input_size, "
     "int[] stride, int[] padding, int[] dilation, int groups, int rounding=0) -> (Tensor, Tensor)",
     lambda mid, rad, weight, state, input_size, *args: (
@@ -593,7 +440,7 @@ def _conv2d_data_relu_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tens
 
 
 # `gate`: the box has been gated by it. `gated`: the gradients of the results come gated. See interval_relu_backward.
-interval_conv2d_backward_relu = _define(
+interval_conv2d_backward_relu = define(
     "interval_conv2d_backward_relu(Tensor mid, Tensor rad, Tensor weight, Tensor? state, int[] input_size, "
     "int[] stride, int[] padding, int[] dilation, int groups, Tensor? gate, bool gated) -> "
     "(Tensor, Tensor, Tensor)",
@@ -642,7 +489,7 @@ def _scale_shift_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | 
     )
 
 
-interval_scale_shift = _define(
+interval_scale_shift = define(
     "interval_scale_shift(Tensor mid, Tensor rad, Tensor scale, Tensor? shift, Tensor? scale_rad=None, "
     "Tensor? shift_rad=None, int rounding=0) -> (Tensor, Tensor)",
     lambda mid, rad, *_: (_like(mid), _like(mid)),
@@ -664,7 +511,7 @@ def _mul_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None) ->
     return *reference.interval_mul_adjoint(mid_grad, rad_grad, a_mid, a_rad, b_mid, b_rad), None
 
 
-interval_mul = _define(
+interval_mul = define(
     "interval_mul(Tensor a_mid, Tensor a_rad, Tensor b_mid, Tensor b_rad, int rounding=0) -> (Tensor, Tensor)",
     lambda a_mid, a_rad, b_mid, b_rad, rounding=0: (_like(a_mid), _like(a_mid)),
     _mul_backward,
@@ -684,21 +531,21 @@ def _smooth_gradient(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None)
     box = ctx.saved_tensors
     mid_grad, rad_grad = _both(mid_grad, rad_grad)
     adjoint = interval_smooth_adjoint if len(box) == 2 else interval_smooth_backward_adjoint
-    return *_call(adjoint, mid_grad, rad_grad, *box, ctx.name, ctx.params), None, None
+    return *call(adjoint, mid_grad, rad_grad, *box, ctx.name, ctx.params), None, None
 
 
 def _boxes_like(first: Tensor, boxes: int) -> tuple[Tensor, ...]:
     return tuple(_like(first) for _ in range(2 * boxes))
 
 
-interval_smooth = _define(
+interval_smooth = define(
     "interval_smooth(Tensor mid, Tensor rad, str name, float[] params) -> (Tensor, Tensor)",
     lambda mid, rad, name, params: _boxes_like(mid, 1),
     _smooth_gradient,
     _smooth_setup,
 )
 
-interval_smooth_backward = _define(
+interval_smooth_backward = define(
     "interval_smooth_backward(Tensor grad_mid, Tensor grad_rad, Tensor mid, Tensor rad, str name, float[] params) -> "
     "(Tensor, Tensor)",
     lambda grad_mid, grad_rad, mid, rad, name, params: _boxes_like(grad_mid, 1),
@@ -714,7 +561,7 @@ def _no_second_derivative(name: str) -> Callable[..., Any]:
     return refuse
 
 
-interval_smooth_adjoint = _define(
+interval_smooth_adjoint = define(
     "interval_smooth_adjoint(Tensor mid_grad, Tensor rad_grad, Tensor mid, Tensor rad, str name, float[] params) -> "
     "(Tensor, Tensor)",
     lambda mid_grad, rad_grad, mid, rad, name, params: _boxes_like(mid_grad, 1),
@@ -722,7 +569,7 @@ interval_smooth_adjoint = _define(
     lambda ctx, inputs, output: None,
 )
 
-interval_smooth_backward_adjoint = _define(
+interval_smooth_backward_adjoint = define(
     "interval_smooth_backward_adjoint(Tensor mid_grad, Tensor rad_grad, Tensor grad_mid, Tensor grad_rad, Tensor mid, "
     "Tensor rad, str name, float[] params) -> (Tensor, Tensor, Tensor, Tensor)",
     lambda mid_grad, *_: _boxes_like(mid_grad, 2),
@@ -757,7 +604,7 @@ def _max_pool_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | Non
     return lower + upper, upper - lower, *(None,) * 5
 
 
-interval_max_pool2d = _define(
+interval_max_pool2d = define(
     "interval_max_pool2d(Tensor mid, Tensor rad, int[] kernel, int[] stride, int[] padding, int[] dilation, "
     "bool ceil_mode) -> (Tensor, Tensor)",
     _max_pool_fake,
@@ -773,7 +620,7 @@ def _first_maximum_fake(mid: Tensor, rad: Tensor, size: Any, *_: Any) -> tuple[T
 
 
 # Integers end the path of the gradient: where only they are used, nothing is differentiated through the image.
-interval_first_maximum = _define(
+interval_first_maximum = define(
     "interval_first_maximum(Tensor mid, Tensor rad, int[] size, int[] kernel, int[] stride, int[] padding, "
     "int[] dilation) -> (Tensor, Tensor)",
     _first_maximum_fake,
@@ -796,10 +643,10 @@ def _unpool_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _unpool_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None) -> Any:
     box = ctx.saved_tensors
     mid_grad, rad_grad = _both(mid_grad, rad_grad)
-    return *_call(interval_max_pool2d_gather, mid_grad, rad_grad, *box, *ctx.geometry), *(None,) * 7
+    return *call(interval_max_pool2d_gather, mid_grad, rad_grad, *box, *ctx.geometry), *(None,) * 7
 
 
-interval_max_pool2d_backward = _define(
+interval_max_pool2d_backward = define(
     "interval_max_pool2d_backward(Tensor mid, Tensor rad, Tensor must, Tensor may, int[] size, int[] kernel, "
     "int[] stride, int[] padding, int[] dilation) -> (Tensor, Tensor)",
     _unpool_fake,
@@ -807,7 +654,7 @@ interval_max_pool2d_backward = _define(
     _unpool_setup,
 )
 
-interval_max_pool2d_gather = _define(
+interval_max_pool2d_gather = define(
     "interval_max_pool2d_gather(Tensor mid, Tensor rad, Tensor grad_mid, Tensor grad_rad, Tensor must, Tensor may, "
     "int[] kernel, int[] stride, int[] padding, int[] dilation) -> (Tensor, Tensor)",
     lambda mid, rad, grad_mid, *_: (_like(grad_mid), _like(grad_mid)),
@@ -819,7 +666,7 @@ interval_max_pool2d_gather = _define(
 # --- check_target: the one check that needs the data, so it must be part of the captured program ----------
 
 # Not tagged as unsafe in CUDA graphs, around which Inductor would cut its own: captured, it looks on the device.
-_library.define("check_target(Tensor target, int classes) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+library.define("check_target(Tensor target, int classes) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 _READ_AT_ONCE = 64  # so few integers are compared sooner in Python
@@ -842,10 +689,8 @@ def _check_target(target: Tensor, classes: int) -> Tensor:
     return target.clone()  # an operator may not return its argument
 
 
-_library.impl("check_target", _check_target, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "pyxai_bounds::check_target", lambda target, classes: torch.empty_like(target), lib=_library
-)
+library.impl("check_target", _check_target, "CompositeExplicitAutograd")
+torch.library.register_fake("pyxai_bounds::check_target", lambda target, classes: torch.empty_like(target), lib=library)
 check_target = torch.ops.pyxai_bounds.check_target.default
 undispatched[check_target] = _check_target
 
@@ -879,7 +724,7 @@ def _matmul_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None)
     )
 
 
-interval_matmul = _define(
+interval_matmul = define(
     "interval_matmul(Tensor a_mid, Tensor a_rad, Tensor b_mid, Tensor b_rad, bool exact) -> (Tensor, Tensor)",
     _matmul_fake,
     _matmul_backward,
@@ -887,7 +732,7 @@ interval_matmul = _define(
 )
 
 
-interval_matmul_backward = _define(
+interval_matmul_backward = define(
     "interval_matmul_backward(Tensor mid_grad, Tensor rad_grad, Tensor a_mid, Tensor a_rad, Tensor b_mid, "
     "Tensor b_rad) -> (Tensor, Tensor, Tensor, Tensor)",
     lambda mid_grad, rad_grad, a_mid, a_rad, b_mid, b_rad: tuple(
@@ -896,3 +741,39 @@ interval_matmul_backward = _define(
     _no_second_derivative("The exact interval matrix product (use the Rump product, exact=False)"),
     lambda ctx, inputs, output: None,
 )
+
+
+__all__ = [
+    "BACKENDS",
+    "available",
+    "backend",
+    "check_target",
+    "forced",
+    "has_kernels",
+    "interval_conv2d",
+    "interval_conv2d_backward",
+    "interval_conv2d_backward_relu",
+    "interval_conv2d_gate",
+    "interval_conv2d_weight",
+    "interval_first_maximum",
+    "interval_gate",
+    "interval_linear",
+    "interval_linear_backward",
+    "interval_linear_weight",
+    "interval_matmul",
+    "interval_matmul_backward",
+    "interval_max_pool2d",
+    "interval_max_pool2d_backward",
+    "interval_max_pool2d_gather",
+    "interval_mul",
+    "interval_relu",
+    "interval_relu_backward",
+    "interval_scale_shift",
+    "interval_smooth",
+    "interval_smooth_adjoint",
+    "interval_smooth_backward",
+    "interval_smooth_backward_adjoint",
+    "needs_dispatcher",
+    "recorded",
+    "undispatched",
+]

@@ -18,9 +18,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from pyxai_bounds.ops import native, reference
+from pyxai_bounds.ops import checks, native, reference
+from pyxai_bounds.ops.checks import describe
 from pyxai_bounds.ops.layout import dense_like, in_order_of, memory_format, state_size
-from pyxai_bounds.ops.native import _bits_of, _boxes, _describe, _matmul_sizes, _per_channel
 from pyxai_bounds.rounding import Rounding, gamma, scalar_up
 
 DTYPES = (torch.float32, torch.float64)
@@ -60,7 +60,7 @@ def supports(mid: Tensor) -> bool:
 def interval_relu(mid: Tensor, rad: Tensor, rounding: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     if rounding == Rounding.NEAREST:
         return reference.interval_relu(mid, rad)
-    mid, rad = _boxes(mid, rad)
+    mid, rad = checks.boxes(mid, rad)
     return _relu_into(mid, rad, dense_like(mid), dense_like(mid))
 
 
@@ -76,7 +76,7 @@ def interval_linear(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if rounding != Rounding.OUTWARD:
         return reference.interval_linear(mid, rad, weight, bias, relu, rounding)
-    mid, rad = _boxes(mid, rad)
+    mid, rad = checks.boxes(mid, rad)
     _check_weight(weight, mid, (weight.shape[0], mid.shape[-1]))
     out = mid.new_empty(*mid.shape[:-1], weight.shape[0])
     return _maybe_relu(*_linear(mid, rad, weight, bias, out), relu)
@@ -87,7 +87,7 @@ def interval_linear_backward(
 ) -> tuple[Tensor, Tensor]:
     if rounding != Rounding.OUTWARD:
         return reference.interval_linear_backward(mid, rad, weight, state, rounding)
-    mid, rad = _boxes(mid, rad) if state is None else _relu_backward(mid, rad, state, None)
+    mid, rad = checks.boxes(mid, rad) if state is None else _relu_backward(mid, rad, state, None)
     _check_weight(weight, mid, (mid.shape[-1], weight.shape[1]))
     return _linear(mid, rad, weight.t(), None, mid.new_empty(*mid.shape[:-1], weight.shape[1]))
 
@@ -107,10 +107,9 @@ def interval_conv2d(
     args = (stride, padding, dilation, groups)
     if rounding != Rounding.OUTWARD:
         return reference.interval_conv2d(mid, rad, weight, bias, *args, relu, rounding)
-    mid, rad = _boxes(mid, rad)
+    mid, rad = checks.boxes(mid, rad)
     _check_weight(weight, mid, (weight.shape[0], mid.shape[1] // groups, *weight.shape[2:]), groups)
-    sizes = zip(mid.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
-    size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
+    size = checks.output_size(mid.shape[2:], weight.shape[2:], stride, padding, dilation)
     by_tap = weight.permute(2, 3, 1, 0).contiguous()  # kh, kw, C / groups, K: neighbouring outputs side by side
     out = _convolve(mid, rad, by_tap, bias, (mid.shape[0], weight.shape[0], *size), *args, False)
     return _maybe_relu(*out, relu)
@@ -131,7 +130,7 @@ def interval_conv2d_backward(
     args = (stride, padding, dilation, groups)
     if rounding != Rounding.OUTWARD:
         return reference.interval_conv2d_backward(mid, rad, weight, state, input_size, *args, rounding)
-    mid, rad = _boxes(mid, rad) if state is None else _relu_backward(mid, rad, state, None)
+    mid, rad = checks.boxes(mid, rad) if state is None else _relu_backward(mid, rad, state, None)
     _check_weight(weight, mid, (mid.shape[1], input_size[1] // groups, *weight.shape[2:]), groups)
     by_tap = weight.permute(2, 3, 0, 1).contiguous()  # kh, kw, K, C / groups
     return _convolve(mid, rad, by_tap, None, input_size, *args, True)
@@ -148,9 +147,9 @@ def interval_scale_shift(
 ) -> tuple[Tensor, Tensor]:
     if rounding != Rounding.OUTWARD:
         return reference.interval_scale_shift(mid, rad, scale, shift, scale_rad, shift_rad, rounding)
-    mid, rad = _boxes(mid, rad)
+    mid, rad = checks.boxes(mid, rad)
     named = {"scale": scale, "shift": shift, "scale_rad": scale_rad, "shift_rad": shift_rad}
-    factors = [None if t is None else _per_channel(name, t, mid) for name, t in named.items()]
+    factors = [None if t is None else checks.per_channel(name, t, mid) for name, t in named.items()]
     channels_last = memory_format(mid) is torch.channels_last or mid.numel() == 0
     inner = 1 if channels_last else mid.numel() // (mid.shape[0] * mid.shape[1])
     out_mid, out_rad = dense_like(mid), dense_like(mid)
@@ -163,7 +162,7 @@ def interval_mul(
 ) -> tuple[Tensor, Tensor]:
     if rounding != Rounding.OUTWARD:
         return reference.interval_mul(a_mid, a_rad, b_mid, b_rad, rounding)
-    a_mid, a_rad, b_mid, b_rad = _boxes(a_mid, a_rad, b_mid, b_rad)
+    a_mid, a_rad, b_mid, b_rad = checks.boxes(a_mid, a_rad, b_mid, b_rad)
     out_mid, out_rad = dense_like(a_mid), dense_like(a_mid)
     _run("mul", a_mid, a_mid.numel(), a_mid, a_rad, b_mid, b_rad, out_mid, out_rad)
     return out_mid, out_rad
@@ -176,7 +175,7 @@ def interval_matmul(a_mid: Tensor, a_rad: Tensor, b_mid: Tensor, b_rad: Tensor, 
     box = [t.contiguous() for t in (a_mid, a_rad, b_mid, b_rad)]
     out_mid = a_mid.new_empty(*a_mid.shape[:-1], b_mid.shape[-1])
     out_rad = torch.empty_like(out_mid)
-    _run("matmul", a_mid, *_matmul_sizes(a_mid, b_mid), *box, out_mid, out_rad)
+    _run("matmul", a_mid, *checks.matmul_sizes(a_mid, b_mid), *box, out_mid, out_rad)
     return out_mid, out_rad
 
 
@@ -184,7 +183,7 @@ def interval_matmul_backward(
     mid_grad: Tensor, rad_grad: Tensor, a_mid: Tensor, a_rad: Tensor, b_mid: Tensor, b_rad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     reference.check_matmul(a_mid, a_rad, b_mid, b_rad)
-    sizes = _matmul_sizes(a_mid, b_mid)
+    sizes = checks.matmul_sizes(a_mid, b_mid)
     grads = [_alike(t, a_mid).expand(*a_mid.shape[:-1], sizes[3]).contiguous() for t in (mid_grad, rad_grad)]
     box = [t.contiguous() for t in (a_mid, a_rad, b_mid, b_rad)]
     a_grad, a_rad_grad, b_grad, b_rad_grad = out = tuple(torch.empty_like(t) for t in box)
@@ -254,7 +253,7 @@ def _run_convolve(
     """Sizes, geometry and strides as ``cuda_convolve`` in csrc/include/pyxai_bounds/cuda.h takes them."""
     if bias is not None:
         if bias.shape != (sizes[1] * sizes[7],):
-            raise ValueError(f"The bias of {sizes[1] * sizes[7]} outputs has as many values, not {_describe(bias)}.")
+            raise ValueError(f"The bias of {sizes[1] * sizes[7]} outputs has as many values, not {describe(bias)}.")
         bias = _alike(bias, mid).contiguous()
     terms = geometry[0] * geometry[1] * sizes[4]
     lost = scalar_up(gamma(terms, torch.float64), mid.dtype)
@@ -275,8 +274,8 @@ def _maybe_relu(mid: Tensor, rad: Tensor, relu: bool) -> tuple[Tensor, Tensor, T
 
 
 def _relu_backward(mid: Tensor, rad: Tensor, state: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
-    mid, rad = in_order_of(state, *_boxes(mid, rad))
-    state = _bits_of(state, mid)
+    mid, rad = in_order_of(state, *checks.boxes(mid, rad))
+    state = checks.bits_of(state, mid)
     out_mid, out_rad = dense_like(mid), dense_like(mid)
     _run("relu_backward", mid, mid.numel(), mid, rad, state, out_mid, out_rad, gate)
     return out_mid, out_rad
@@ -288,12 +287,12 @@ def _relu_backward(mid: Tensor, rad: Tensor, state: Tensor, gate: Tensor | None)
 def _check_weight(weight: Tensor, mid: Tensor, shape: Sequence[int], groups: int = 1) -> None:
     _alike(weight, mid)
     if weight.shape != tuple(shape) or weight.shape[0] % groups:
-        raise ValueError(f"A box {_describe(mid)} in {groups} groups does not fit a weight {list(weight.shape)}.")
+        raise ValueError(f"A box {describe(mid)} in {groups} groups does not fit a weight {list(weight.shape)}.")
 
 
 def _alike(t: Tensor, mid: Tensor) -> Tensor:
     if t.dtype != mid.dtype or t.device != mid.device:
-        raise ValueError(f"{_describe(t)} meets {_describe(mid)}: convert one of them with .to(...).")
+        raise ValueError(f"{describe(t)} meets {describe(mid)}: convert one of them with .to(...).")
     return t
 
 
@@ -325,7 +324,7 @@ def _run(name: str, mid: Tensor, *args: Tensor | float | None) -> None:
     """Queues a kernel on the current stream of the device of ``mid``; of tensors it takes the addresses, 0 for None."""
     for x in args:
         if isinstance(x, Tensor) and x.device != mid.device:
-            raise RuntimeError(f"The CUDA kernel of {name} on {mid.device} was given {_describe(x)}.")
+            raise RuntimeError(f"The CUDA kernel of {name} on {mid.device} was given {describe(x)}.")
     addresses = [0 if x is None else x.data_ptr() if isinstance(x, Tensor) else x for x in args]
     with _current_stream(mid) as (index, stream):
         try:

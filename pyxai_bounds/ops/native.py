@@ -7,12 +7,11 @@ product of two boxes, for which ATen has nothing. This file allocates, checks wh
 
 from __future__ import annotations
 
-import enum
 import importlib
 import math
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -20,7 +19,8 @@ import torch
 from torch import Tensor
 
 from pyxai_bounds import rounding as rounding_units
-from pyxai_bounds.ops import reference
+from pyxai_bounds.ops import checks, reference
+from pyxai_bounds.ops.checks import describe
 from pyxai_bounds.ops.layout import dense, in_order_of, memory_format, state_size
 
 # torch is imported above and before _native on purpose: its OpenMP runtime is then the one that both use.
@@ -34,7 +34,7 @@ except ImportError as error:
 
 _warned = False
 _DTYPES = (torch.float32, torch.float64)
-_CPU = torch.device("cpu")
+CPU = torch.device("cpu")
 
 
 def available() -> bool:
@@ -65,7 +65,7 @@ def supports(mid: Tensor) -> bool:
 
 def snapshot(objects: list[Any]) -> Any:
     """What these objects are made of, by identity; ``.holds(objects)`` tells whether they still look so."""
-    return _module().Snapshot(objects)
+    return module().Snapshot(objects)
 
 
 def _warn_once() -> None:
@@ -76,10 +76,10 @@ def _warn_once() -> None:
 
 
 def interval_gate(mid: Tensor, rad: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    mid, rad = in_order_of(gate, *_boxes(mid, rad))
-    gate = _bits_of(gate, mid)
+    mid, rad = in_order_of(gate, *checks.boxes(mid, rad))
+    gate = checks.bits_of(gate, mid)
     out_mid, out_rad = _like(mid), _like(mid)
-    _module().gate(
+    module().gate(
         mid.element_size(), mid.numel(), mid.data_ptr(), rad.data_ptr(), gate.data_ptr(),
         out_mid.data_ptr(), out_rad.data_ptr(),
     )  # fmt: skip
@@ -89,12 +89,12 @@ def interval_gate(mid: Tensor, rad: Tensor, gate: Tensor) -> tuple[Tensor, Tenso
 def gate_in_place(mid: Tensor | None, rad: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """``interval_gate`` that overwrites its arguments, which nobody else has seen yet; None stands for zeros."""
     if mid is not None:
-        rad, out_mid = in_order_of(gate, *_boxes(rad, mid))
+        rad, out_mid = in_order_of(gate, *checks.boxes(rad, mid))
     else:
         (rad,) = in_order_of(gate, rad)
         out_mid = _like(rad)
-    gate = _bits_of(gate, rad)
-    _module().gate(
+    gate = checks.bits_of(gate, rad)
+    module().gate(
         rad.element_size(), rad.numel(), 0 if mid is None else out_mid.data_ptr(), rad.data_ptr(), gate.data_ptr(),
         out_mid.data_ptr(), rad.data_ptr(),
     )  # fmt: skip
@@ -102,7 +102,7 @@ def gate_in_place(mid: Tensor | None, rad: Tensor, gate: Tensor) -> tuple[Tensor
 
 
 def interval_relu(mid: Tensor, rad: Tensor, rounding: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    mid, rad = _boxes(mid, rad)
+    mid, rad = checks.boxes(mid, rad)
     return _relu_into(mid, rad, _like(mid), _like(mid), rounding)
 
 
@@ -114,24 +114,24 @@ def interval_relu_backward(mid: Tensor, rad: Tensor, state: Tensor, rounding: in
 def interval_linear(
     mid: Tensor, rad: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, rounding: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not rounding and few(mid, rad, weight, 1) and (bias is None or _vector(bias, mid, weight.shape[0])):
+    if not rounding and few(mid, rad, weight, 1) and (bias is None or is_vector(bias, mid, weight.shape[0])):
         state = torch.empty((2, (mid.shape[0] * weight.shape[0] + 7) // 8 * relu), dtype=torch.uint8, device=mid.device)
         out_mid = torch.empty((mid.shape[0], weight.shape[0]), dtype=mid.dtype, device=mid.device)
         out_rad = torch.empty_like(out_mid)
-        _module().linear(
+        module().linear(
             mid.element_size(), *mid.shape, weight.shape[0], mid.data_ptr(), rad.data_ptr(), weight.data_ptr(),
             0 if bias is None else bias.data_ptr(), out_mid.data_ptr(), out_rad.data_ptr(),
             state.data_ptr() if relu else 0,
         )  # fmt: skip
         return out_mid, out_rad, state if relu else state.new_empty(0)
     outputs = weight.shape[0]
-    if _several(mid, rad, weight, 1, rounding) and (bias is None or _vector(bias, mid, outputs)):
+    if several(mid, rad, weight, 1, rounding) and (bias is None or is_vector(bias, mid, outputs)):
         out_mid = mid.new_empty((mid.shape[0], outputs))
         out_rad = torch.empty_like(out_mid)
         fused = relu and _packs(mid, outputs)
         state = _bits(out_mid) if fused else _no_state(mid)
         widening = _widening_of_linear(weight.shape[1], mid.dtype, rounding, bias)
-        done = _module().linear_many(
+        done = module().linear_many(
             mid.element_size(), *mid.shape, outputs, widening.numbers, mid.data_ptr(), rad.data_ptr(),
             weight.data_ptr(), *weight.stride(), 0 if bias is None else bias.data_ptr(), out_mid.data_ptr(),
             out_rad.data_ptr(), state.data_ptr() if fused else 0,
@@ -146,21 +146,21 @@ def interval_linear_backward(
     mid: Tensor, rad: Tensor, weight: Tensor, state: Tensor | None, rounding: int = 0
 ) -> tuple[Tensor, Tensor]:
     if not rounding and few(mid, rad, weight, 0) and (state is None or state.dim() == 2):
-        state = None if state is None else _bits_of(state, mid)
+        state = None if state is None else checks.bits_of(state, mid)
         out_mid = torch.empty((mid.shape[0], weight.shape[1]), dtype=mid.dtype, device=mid.device)
         out_rad = torch.empty_like(out_mid)
-        _module().linear_backward(
+        module().linear_backward(
             mid.element_size(), *mid.shape, weight.shape[1], mid.data_ptr(), rad.data_ptr(),
             0 if state is None else state.data_ptr(), weight.data_ptr(), out_mid.data_ptr(), out_rad.data_ptr(),
         )  # fmt: skip
         return out_mid, out_rad
-    if _several(mid, rad, weight, 0, rounding) and (state is None or state.dim() == 2):
+    if several(mid, rad, weight, 0, rounding) and (state is None or state.dim() == 2):
         if state is not None and not _packs(mid, weight.shape[0]):
             mid, rad, state = *_relu_backward_into(mid, rad, state, None, rounding), None
-        state = None if state is None else _bits_of(state, mid)
+        state = None if state is None else checks.bits_of(state, mid)
         out_mid = mid.new_empty((mid.shape[0], weight.shape[1]))
         out_rad = torch.empty_like(out_mid)
-        done = _module().linear_backward_many(
+        done = module().linear_backward_many(
             mid.element_size(), *mid.shape, weight.shape[1],
             _widening_of_linear(weight.shape[0], mid.dtype, rounding).numbers, mid.data_ptr(), rad.data_ptr(),
             0 if state is None else state.data_ptr(), weight.data_ptr(), *weight.stride(), out_mid.data_ptr(),
@@ -193,12 +193,12 @@ def interval_linear_adjoint(
         return None
     batch, outputs = mid.shape[0], weight.shape[0]
     mid_grad, rad_grad = _gradients(mid_grad, rad_grad, (batch, outputs), mid)
-    state = None if state is None else _bits_of(state, rad_grad)
+    state = None if state is None else checks.bits_of(state, rad_grad)
     has_mid = mid_grad is not None or state is not None
     box_mid, box_rad = _room(mid, need_box and has_mid), _room(mid, need_box)
     of_weight = _room(weight, need_weight)
-    of_bias = torch.empty(outputs, dtype=mid.dtype, device=_CPU) if need_bias and has_mid else None
-    _module().linear_adjoint(
+    of_bias = torch.empty(outputs, dtype=mid.dtype, device=CPU) if need_bias and has_mid else None
+    module().linear_adjoint(
         mid.element_size(), many, *mid.shape, outputs, mid.data_ptr(), rad.data_ptr(), weight.data_ptr(),
         *_addresses(state, mid_grad, rad_grad, box_mid, box_rad, of_weight), False, *_addresses(of_bias), False,
     )  # fmt: skip
@@ -223,11 +223,11 @@ def interval_linear_backward_adjoint(
     if many is None or not (state is None or state.dim() == 2):
         return None
     mid_grad, rad_grad = _gradients(mid_grad, rad_grad, (mid.shape[0], weight.shape[1]), mid)
-    state = None if state is None else _bits_of(state, mid)
+    state = None if state is None else checks.bits_of(state, mid)
     has_mid = mid_grad is not None or state is not None
     box_mid, box_rad = _room(mid, need_box and has_mid), _room(mid, need_box)
     of_weight = _room(weight, need_weight)
-    _module().linear_backward_adjoint(
+    module().linear_backward_adjoint(
         mid.element_size(), many, *mid.shape, weight.shape[1], mid.data_ptr(), rad.data_ptr(), weight.data_ptr(),
         *_addresses(state, mid_grad, rad_grad, box_mid, box_rad, of_weight), False,
     )  # fmt: skip
@@ -243,7 +243,7 @@ def _few_or_several(mid: Tensor, rad: Tensor, weight: Tensor, dim: int) -> bool 
     """
     if few(mid, rad, weight, dim):
         return False
-    return True if weight.is_contiguous() and _several(mid, rad, weight, dim) else None
+    return True if weight.is_contiguous() and several(mid, rad, weight, dim) else None
 
 
 def _gradients(
@@ -251,15 +251,15 @@ def _gradients(
 ) -> tuple[Tensor | None, Tensor]:
     for grad in (mid_grad, rad_grad):
         if grad is not None and (grad.shape != shape or grad.dtype is not mid.dtype or not grad.is_cpu):
-            raise ValueError(f"The gradient of a {mid.dtype} box {list(shape)} on the CPU cannot be {_describe(grad)}.")
+            raise ValueError(f"The gradient of a {mid.dtype} box {list(shape)} on the CPU cannot be {describe(grad)}.")
     return None if mid_grad is None else mid_grad.contiguous(), rad_grad.contiguous()
 
 
 def _room(like: Tensor, needed: bool) -> Tensor | None:
-    return _contiguous(like.shape, like.dtype) if needed else None
+    return empty_contiguous(like.shape, like.dtype) if needed else None
 
 
-def _contiguous(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def empty_contiguous(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     strides = [1]
     for size in shape[:0:-1]:
         strides.insert(0, strides[0] * size)
@@ -295,7 +295,7 @@ def few(mid: Tensor, rad: Tensor, weight: Tensor, dim: int) -> bool:
     return mid.shape[0] <= FEW and weight.is_contiguous() and _are_boxes(mid, rad, weight, dim)
 
 
-def _several(mid: Tensor, rad: Tensor, weight: Tensor, dim: int, rounding: int = 0) -> bool:
+def several(mid: Tensor, rad: Tensor, weight: Tensor, dim: int, rounding: int = 0) -> bool:
     """The same for the tiles of the packed kernel, where it is faster than a library's products."""
     most = SEVERAL_OUTWARD if rounding else SEVERAL
     return mid.shape[0] <= most and _are_boxes(mid, rad, weight, dim) and min(weight.shape) >= 16 and _has_tiles()
@@ -317,203 +317,7 @@ def _are_boxes(mid: Tensor, rad: Tensor, weight: Tensor, dim: int) -> bool:
     )
 
 
-class Kernel(enum.IntEnum):
-    """What a step of a chain runs."""
-
-    LINEAR = 0  # on a few boxes
-    LINEAR_MANY = 1
-    CONV2D = 2
-    TRANSPOSE = 3  # one memory order of images into the other
-    VIEW = 4  # another shape of the same memory, for which nothing runs
-
-
-class Step(NamedTuple):
-    """One operator of a chain. Values are given by number; ``third`` is a bias, or ReLU′'s state."""
-
-    kernel: Kernel
-    backward: bool
-    differentiable: bool
-    mid: int
-    rad: int | None
-    weight: int | None
-    third: int | None
-    out_mid: int
-    out_rad: int | None
-    state: int | None
-    shape: tuple[int, ...]  # ``Conv2d``'s numbers; else batch, and features in and out, or rows and columns
-    rest: tuple[Any, ...] = ()  # further arguments of the operator
-
-    @property
-    def moves(self) -> bool:
-        return self.kernel in (Kernel.TRANSPOSE, Kernel.VIEW)
-
-    def reads(self) -> list[int]:
-        return [number for number in (self.mid, self.rad, self.weight, self.third) if number is not None]
-
-
-class Kind(NamedTuple):
-    """What is known of a value of a chain: it is dense in this order."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    order: torch.memory_format
-
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def empty(self) -> Tensor:
-        make = _channels_last if self.order is torch.channels_last else _contiguous
-        return make(self.shape, self.dtype)
-
-
-class Chain:
-    """Several layers and backward passes as one call; and their derivative as another.
-
-    Between two calls Python takes as long as the kernel of a small layer, and ten times as long when a large one has
-    filled the caches. ``steps`` name values by number; ``values`` says what each is, first of the ``given`` ones that
-    a call passes; ``taken`` are those that it returns, ``read`` those that the derivative reads.
-    """
-
-    def __init__(
-        self, steps: list[Step], values: list[Kind], given: int, taken: list[int], read: Iterable[int]
-    ) -> None:
-        self._kinds, self._given, self._taken = values, values[:given], taken
-        self._small = [_is_small(values[number]) for number in taken]
-        self._blank = [0] * (len(values) - given)
-        same = list(range(len(values)))  # the value that is in the same memory
-        rows = []
-        for step in steps:
-            if step.kernel is Kernel.VIEW:
-                same[step.out_mid] = same[step.mid]
-            else:
-                numbers = (-1 if number is None else same[number] for number in step[3:10])
-                rows.append((step.kernel, step.backward, step.differentiable, *numbers, *step.shape))
-        dtypes = {kind.dtype for kind in values} - {torch.uint8}
-        assert len(dtypes) == 1, f"a chain on {dtypes} would write past its memory"
-        # What the derivative reads of the given values and of the results, and what it finds in the chain's own memory.
-        memory = sorted({same[number] for number in read})
-        self.read_given = [number for number in memory if number < given]
-        self.read_taken = [place for place, number in enumerate(taken) if number in memory]
-        self.read_kept = [number for number in memory if number >= given and number not in taken]
-        sizes = [kind.bytes for kind in values]
-        self._chain = _module().Chain(dtypes.pop().itemsize, rows, sizes, given, taken, self.read_kept)
-        self._places, self._size = self._chain.places, self._chain.size
-
-    def addresses(self, tensors: Sequence[Tensor]) -> list[int] | None:
-        """Where the given values lie; None if one is not what the kernels read."""
-        addresses = []
-        for t, (shape, dtype, order) in zip(tensors, self._given, strict=True):
-            dense = t.is_contiguous() if order is torch.contiguous_format else t.is_contiguous(memory_format=order)
-            if not dense or t.shape != shape or t.dtype is not dtype or not t.is_cpu:
-                return None
-            addresses.append(t.data_ptr())
-        return addresses
-
-    def run(self, given: list[int]) -> list[Tensor]:
-        """The values that are taken."""
-        addresses = given + self._blank
-        results = self._results(addresses)
-        self._chain.run(addresses, 0)
-        return results
-
-    def run_and_keep(self, given: list[int]) -> tuple[list[Tensor], Tensor]:
-        """The values that are taken, and a block of memory that holds those that are kept, for the derivative."""
-        addresses = given + self._blank
-        results = self._results(addresses)
-        block = _contiguous((self._size,), torch.uint8)
-        self._chain.run(addresses, block.data_ptr())
-        return results, block
-
-    def _results(self, addresses: list[int]) -> list[Tensor]:
-        results = []
-        for number, is_small in zip(self._taken, self._small, strict=True):
-            kind = self._kinds[number]
-            result = torch.empty(kind.shape, dtype=kind.dtype, device=_CPU) if is_small else kind.empty()
-            addresses[number] = result.data_ptr()
-            results.append(result)
-        return results
-
-    def kept(self, block: Tensor, number: int) -> Tensor:
-        """A value that is in the block, if it is no image."""
-        kind, start = self._kinds[number], self._places[number]
-        return block[start : start + kind.bytes].view(kind.dtype).view(kind.shape)
-
-    def adjoint(
-        self,
-        known: dict[int, Tensor],
-        block: Tensor,
-        overwrite: bool,
-        grads: Sequence[Tensor | None],
-        needs: Sequence[bool],
-    ) -> list[Tensor | None]:
-        """The gradients of the given values that are needed, from those of the values that are taken; None is zero.
-
-        ``known``: what the differentiable steps read, of values that are given or taken. ``overwrite``: will nobody
-        read the block again? A box's gradient then takes its place.
-        """
-        count = len(self._kinds)
-        addresses, given_grads, wanted = [0] * count, [0] * count, [0] * len(self._given)
-        # What hooks on saved tensors give back may lie otherwise in memory.
-        read = {number: self._dense(number, t) for number, t in known.items()}
-        for number, t in read.items():
-            addresses[number] = t.data_ptr()
-        taken = zip(self._taken, grads, strict=True)
-        dense = {number: self._dense(number, grad) for number, grad in taken if grad is not None}
-        for number, grad in dense.items():
-            given_grads[number] = grad.data_ptr()
-        found: list[Tensor | None] = [None] * len(needs)
-        for number, needed in enumerate(needs):
-            if needed:
-                found[number] = gradient = self._kinds[number].empty()
-                wanted[number] = gradient.data_ptr()
-        written = self._chain.adjoint(addresses, block.data_ptr(), overwrite, given_grads, wanted)
-        return [gradient if is_written else None for gradient, is_written in zip(found, written, strict=True)]
-
-    def _dense(self, number: int, t: Tensor) -> Tensor:
-        return t.contiguous(memory_format=self._kinds[number].order)
-
-
-def _is_small(kind: Kind) -> bool:
-    """May PyTorch allocate it, in its usual order?"""
-    return kind.order is torch.contiguous_format and kind.bytes < _module().least_kept
-
-
-def kernel_of(
-    mid: Tensor,
-    rad: Tensor,
-    weight: Tensor,
-    third: Tensor | None,
-    backward: bool,
-    geometry: tuple[Any, ...],
-    differentiable: bool,
-) -> tuple[Kernel, tuple[int, ...]] | None:
-    """Which kernel a chain runs for an affine operator without outward rounding, and its ``Step.shape``; None: none.
-
-    ``third``: a bias, or, backward, ReLU′'s state. ``geometry``: a convolution's input size, stride, padding, dilation
-    and groups; empty for a linear layer. ``differentiable``: is there a derivative to be had, too?
-    """
-    outputs = weight.shape[0]
-    if backward:
-        suits = third is None or (third.shape == state_size(mid) and third.dtype is torch.uint8)
-    else:
-        suits = third is None or _vector(third, mid, outputs)
-    if not suits or not supports(mid):
-        return None
-    if geometry:
-        size, stride, padding, dilation, groups = geometry
-        numbers = _geometry(mid, rad, weight, size, stride, padding, dilation, groups, backward)
-        suits = numbers is not None and (not differentiable or _suits_weight(numbers, weight))
-        return (Kernel.CONV2D, numbers) if numbers is not None and suits else None
-    summed = 0 if backward else 1
-    shape = (*mid.shape, weight.shape[1 - summed])
-    if few(mid, rad, weight, summed):
-        return Kernel.LINEAR, shape
-    many = weight.is_contiguous() and _several(mid, rad, weight, summed)
-    return (Kernel.LINEAR_MANY, shape) if many else None
-
-
-def _vector(t: Tensor, like: Tensor, size: int) -> bool:
+def is_vector(t: Tensor, like: Tensor, size: int) -> bool:
     return t.shape == (size,) and t.dtype is like.dtype and t.is_cpu and t.is_contiguous()
 
 
@@ -529,14 +333,14 @@ def interval_conv2d(
     relu: bool,
     rounding: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    geometry = _geometry(mid, rad, weight, mid.shape, stride, padding, dilation, groups, False)
-    if geometry is not None and (bias is None or _vector(bias, mid, weight.shape[0])):
+    geometry = conv2d_geometry(mid, rad, weight, mid.shape, stride, padding, dilation, groups, False)
+    if geometry is not None and (bias is None or is_vector(bias, mid, weight.shape[0])):
         size = (geometry[0], geometry[4], geometry[5], geometry[6])
-        out_mid, out_rad = _channels_last(size, mid.dtype), _channels_last(size, mid.dtype)
+        out_mid, out_rad = empty_channels_last(size, mid.dtype), empty_channels_last(size, mid.dtype)
         fused = relu and _packs(mid, geometry[4])
         state = _bits(out_mid) if fused else None
         widening = _widening(geometry, mid, rounding, False, bias)
-        done = _module().conv2d(
+        done = module().conv2d(
             mid.element_size(), geometry, widening.numbers, mid.data_ptr(), rad.data_ptr(), weight.data_ptr(),
             0 if bias is None else bias.data_ptr(), out_mid.data_ptr(), out_rad.data_ptr(),
             0 if state is None else state.data_ptr(),
@@ -563,14 +367,14 @@ def interval_conv2d_backward(
 ) -> tuple[Tensor, Tensor]:
     if state is not None:
         mid, rad = in_order_of(state, mid, rad)
-    geometry = _geometry(mid, rad, weight, input_size, stride, padding, dilation, groups, True)
+    geometry = conv2d_geometry(mid, rad, weight, input_size, stride, padding, dilation, groups, True)
     if state is not None and (geometry is None or not _packs(mid, geometry[4])):
         mid, rad, state = *_relu_backward_into(mid, rad, state, None, rounding), None
     if geometry is not None:
-        state = None if state is None else _bits_of(state, mid)
-        out_mid, out_rad = _channels_last(input_size, mid.dtype), _channels_last(input_size, mid.dtype)
+        state = None if state is None else checks.bits_of(state, mid)
+        out_mid, out_rad = empty_channels_last(input_size, mid.dtype), empty_channels_last(input_size, mid.dtype)
         widening = _widening(geometry, mid, rounding, True)
-        done = _module().conv2d_backward(
+        done = module().conv2d_backward(
             mid.element_size(), geometry, widening.numbers, mid.data_ptr(), rad.data_ptr(),
             0 if state is None else state.data_ptr(), weight.data_ptr(), out_mid.data_ptr(), out_rad.data_ptr(),
         )  # fmt: skip
@@ -582,7 +386,7 @@ def interval_conv2d_backward(
     return reference.interval_conv2d_backward(mid, rad, weight, None, *args, rounding, _STAGES)
 
 
-def _geometry(
+def conv2d_geometry(
     mid: Tensor,
     rad: Tensor,
     weight: Tensor,
@@ -609,16 +413,13 @@ def _geometry(
         or memory_format(rad) is not torch.channels_last
         or min(*stride, *dilation) < 1
         or min(padding) < 0
-        or stride[0] * stride[1] > _module().most_remainders
+        or stride[0] * stride[1] > module().most_remainders
         or not _has_tiles()
     ):
         return None
     outputs, channels, *kernel = weight.shape
     batch, features, *image = input_size
-    sides = [
-        (size + 2 * p - d * (k - 1) - 1) // s + 1
-        for size, k, s, p, d in zip(image, kernel, stride, padding, dilation, strict=True)
-    ]
+    sides = checks.output_size(image, kernel, stride, padding, dilation)
     shape = (batch, outputs, *sides) if backward else tuple(input_size)
     if features != channels or mid.shape != shape or min(*kernel, *image, *sides) < 1:
         return None
@@ -630,7 +431,7 @@ TILED = ("avx512", "avx2")
 
 
 def _has_tiles() -> bool:
-    return _module().level() in TILED
+    return module().level() in TILED
 
 
 class _Widening(NamedTuple):
@@ -647,7 +448,7 @@ def _widening(
     if not rounding:
         return _Widening(None, None)
     terms = geometry[4 if backward else 1] * geometry[7] * geometry[8]
-    summed = _module().conv2d_roundings(mid.element_size(), geometry, backward)
+    summed = module().conv2d_roundings(mid.element_size(), geometry, backward)
     return _widened_by(rounding_units.errors(terms, mid.dtype, rounding, summed=min(terms, summed)), bias)
 
 
@@ -666,10 +467,10 @@ def _widened_by(lost: rounding_units.Errors, bias: Tensor | None) -> _Widening:
 
 def _packs(mid: Tensor, channels: int) -> bool:
     """Do the tiles read and write the packed bits of so many channels?"""
-    return _module().packs(mid.element_size(), channels)
+    return module().packs(mid.element_size(), channels)
 
 
-def _channels_last(size: Sequence[int], dtype: torch.dtype) -> Tensor:
+def empty_channels_last(size: Sequence[int], dtype: torch.dtype) -> Tensor:
     _, channels, height, width = size
     strides = (height * width * channels, 1, width * channels, channels)
     return _empty(math.prod(size), size, strides, dtype)
@@ -683,13 +484,13 @@ def _bits(mid: Tensor) -> Tensor:
 
 def _empty(count: int, size: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Tensor:
     """``torch.empty_strided`` on the CPU for a dense tensor, but a large one gets memory that was written before."""
-    module, bytes_ = _module(), count * dtype.itemsize
-    if not module.least_kept <= bytes_ <= module.most_kept or torch.are_deterministic_algorithms_enabled():
-        return torch.empty_strided(size, strides, dtype=dtype, device=_CPU)  # which fills what it returns, if asked to
+    bytes_ = count * dtype.itemsize
+    if not module().least_kept <= bytes_ <= module().most_kept or torch.are_deterministic_algorithms_enabled():
+        return torch.empty_strided(size, strides, dtype=dtype, device=CPU)  # which fills what it returns, if asked to
     # Not a view of the buffer's tensor, which autograd would treat otherwise than what an operator returns; nor made of
     # its storage, which would then belong to Python too, so that autograd would add no other gradient in place.
-    out = torch.empty(0, dtype=dtype, device=_CPU)
-    out.data = torch.frombuffer(module.Memory(bytes_), dtype=dtype).as_strided(size, strides)
+    out = torch.empty(0, dtype=dtype, device=CPU)
+    out.data = torch.frombuffer(module().Memory(bytes_), dtype=dtype).as_strided(size, strides)
     return out
 
 
@@ -706,7 +507,7 @@ def interval_linear_weight(
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    return torch.mm(a, b, out=_contiguous((a.shape[0], b.shape[1]), a.dtype))
+    return torch.mm(a, b, out=empty_contiguous((a.shape[0], b.shape[1]), a.dtype))
 
 
 def interval_conv2d_weight(
@@ -731,20 +532,20 @@ def interval_conv2d_weight(
             box[0].shape,
             (stride, padding, dilation),
         )
-        geometry = _geometry(box[0], box[-1], weight, size, *args, groups, False)
-        of_grads = _geometry(grads[0], grads[-1], weight, size, *args, groups, True)
+        geometry = conv2d_geometry(box[0], box[-1], weight, size, *args, groups, False)
+        of_grads = conv2d_geometry(grads[0], grads[-1], weight, size, *args, groups, True)
         # So many channels, and it is faster than a library.
-        if geometry is not None and geometry == of_grads and _suits_weight(geometry, weight) and geometry[1] >= 8:
-            out = _contiguous(weight.shape, weight.dtype)
+        if geometry is not None and geometry == of_grads and has_weight_kernel(geometry, weight) and geometry[1] >= 8:
+            out = empty_contiguous(weight.shape, weight.dtype)
             addresses = _addresses(grad_mid, grad_rad, mid, rad, weight, out)
-            _module().conv2d_weight(weight.element_size(), geometry, *addresses)
+            module().conv2d_weight(weight.element_size(), geometry, *addresses)
             return out.contiguous(memory_format=memory_format(weight))
     return reference.interval_conv2d_weight(
         grad_mid, grad_rad, mid, rad, weight, stride, padding, dilation, groups, signed_sum=signed_sum
     )
 
 
-def _suits_weight(geometry: tuple[int, ...], weight: Tensor) -> bool:
+def has_weight_kernel(geometry: tuple[int, ...], weight: Tensor) -> bool:
     """Whole registers of outputs, which the kernel of a weight's gradient needs."""
     return geometry[4] * weight.element_size() % 64 == 0
 
@@ -753,8 +554,8 @@ def signed_sum(of_mid: Tensor | None, of_rad: Tensor | None, weight: Tensor) -> 
     """``reference.signed_sum``, in one pass over memory; overwrites ``of_rad``."""
     if of_rad is None:
         return reference.signed_sum(of_mid, None, weight)
-    out, weight, *first = _boxes(of_rad, weight, *(() if of_mid is None else (of_mid,)))
-    _module().signed_sum(
+    out, weight, *first = checks.boxes(of_rad, weight, *(() if of_mid is None else (of_mid,)))
+    module().signed_sum(
         out.element_size(), out.numel(), first[0].data_ptr() if first else 0, out.data_ptr(), weight.data_ptr(),
         out.data_ptr(),
     )  # fmt: skip
@@ -770,10 +571,10 @@ def interval_scale_shift(
     shift_rad: Tensor | None = None,
     rounding: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    mid, rad = _boxes(mid, rad)
+    mid, rad = checks.boxes(mid, rad)
     channels = mid.shape[1]
     numbers = [
-        None if values is None else _per_channel(name, values, mid)
+        None if values is None else checks.per_channel(name, values, mid)
         for name, values in (("scale", scale), ("shift", shift), ("scale_rad", scale_rad), ("shift_rad", shift_rad))
     ]
     if memory_format(mid) is torch.channels_last or mid.numel() == 0:
@@ -781,7 +582,7 @@ def interval_scale_shift(
     else:
         inner = mid.numel() // (mid.shape[0] * channels)
     out_mid, out_rad = _like(mid), _like(mid)
-    _module().scale_shift(
+    module().scale_shift(
         mid.element_size(), mid.numel(), channels, inner, mid.data_ptr(), rad.data_ptr(),
         *(0 if values is None else values.data_ptr() for values in numbers),
         *reference.scale_shift_losses(mid.dtype, rounding), out_mid.data_ptr(), out_rad.data_ptr(),
@@ -792,9 +593,9 @@ def interval_scale_shift(
 def interval_mul(
     a_mid: Tensor, a_rad: Tensor, b_mid: Tensor, b_rad: Tensor, rounding: int = 0
 ) -> tuple[Tensor, Tensor]:
-    a_mid, a_rad, b_mid, b_rad = _boxes(a_mid, a_rad, b_mid, b_rad)
+    a_mid, a_rad, b_mid, b_rad = checks.boxes(a_mid, a_rad, b_mid, b_rad)
     out_mid, out_rad = _like(a_mid), _like(a_mid)
-    _module().mul(
+    module().mul(
         a_mid.element_size(), a_mid.numel(), a_mid.data_ptr(), a_rad.data_ptr(), b_mid.data_ptr(), b_rad.data_ptr(),
         out_mid.data_ptr(), out_rad.data_ptr(), *reference.mul_losses(a_mid.dtype, rounding),
     )  # fmt: skip
@@ -808,7 +609,7 @@ def interval_matmul(a_mid: Tensor, a_rad: Tensor, b_mid: Tensor, b_rad: Tensor, 
         return reference.interval_matmul(a_mid, a_rad, b_mid, b_rad, False)
     box = (a_mid, a_rad, b_mid, b_rad)
     by_products = reference.matmul_with_a_point(*box)
-    if by_products is None and _module().level() != "avx512":
+    if by_products is None and module().level() != "avx512":
         # With AVX-512 the kernel beats four matrix products (0.6 against 1.3 ns per 64 bytes and term, AMD EPYC, MKL).
         by_products = reference.matmul_of_definite(*box)
     if by_products is not None:
@@ -820,11 +621,11 @@ def interval_matmul(a_mid: Tensor, a_rad: Tensor, b_mid: Tensor, b_rad: Tensor, 
 
 
 def _matmul(a_mid: Tensor, a_rad: Tensor, b_mid: Tensor, b_rad: Tensor) -> tuple[Tensor, Tensor]:
-    batch, m, k, n = _matmul_sizes(a_mid, b_mid)
+    batch, m, k, n = checks.matmul_sizes(a_mid, b_mid)
     a_mid, a_rad, b_mid, b_rad = (t.contiguous() for t in (a_mid, a_rad, b_mid, b_rad))
     out_mid = a_mid.new_empty(*a_mid.shape[:-1], n)
     out_rad = torch.empty_like(out_mid)
-    _module().matmul(
+    module().matmul(
         a_mid.element_size(), batch, m, k, n, a_mid.data_ptr(), a_rad.data_ptr(),
         b_mid.data_ptr(), b_rad.data_ptr(), out_mid.data_ptr(), out_rad.data_ptr(),
     )  # fmt: skip
@@ -835,28 +636,23 @@ def interval_matmul_backward(
     mid_grad: Tensor, rad_grad: Tensor, a_mid: Tensor, a_rad: Tensor, b_mid: Tensor, b_rad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     reference.check_matmul(a_mid, a_rad, b_mid, b_rad)
-    batch, m, k, n = _matmul_sizes(a_mid, b_mid)
+    batch, m, k, n = checks.matmul_sizes(a_mid, b_mid)
     _on_cpu(a_mid, a_rad, b_mid, b_rad, mid_grad, rad_grad)
     mid_grad, rad_grad = (t.expand(*a_mid.shape[:-1], n).contiguous() for t in (mid_grad, rad_grad))
     a_mid, a_rad, b_mid, b_rad = (t.contiguous() for t in (a_mid, a_rad, b_mid.mT, b_rad.mT))
     a_grads = torch.empty_like(a_mid), torch.empty_like(a_mid)
     b_grads = torch.empty_like(b_mid), torch.empty_like(b_mid)
-    _module().matmul_backward(
+    module().matmul_backward(
         a_mid.element_size(), batch, m, k, n, mid_grad.data_ptr(), rad_grad.data_ptr(), a_mid.data_ptr(),
         a_rad.data_ptr(), b_mid.data_ptr(), b_rad.data_ptr(), *(grad.data_ptr() for grad in (*a_grads, *b_grads)),
     )  # fmt: skip
     return *a_grads, b_grads[0].mT.contiguous(), b_grads[1].mT.contiguous()
 
 
-def _matmul_sizes(a: Tensor, b: Tensor) -> tuple[int, int, int, int]:
-    """B (1 for plain matrices), m, k, n."""
-    return a.shape[0] if a.dim() == 3 else 1, a.shape[-2], a.shape[-1], b.shape[-1]
-
-
 def _on_cpu(*tensors: Tensor) -> None:
     for t in tensors:
         if t.device.type != "cpu" or t.dtype is not tensors[0].dtype:
-            raise ValueError(f"The native kernels take tensors of one dtype on the CPU, not {_describe(t)}.")
+            raise ValueError(f"The native kernels take tensors of one dtype on the CPU, not {describe(t)}.")
 
 
 # --- the stages that two operators share --------------------------------------------------------------------
@@ -866,7 +662,7 @@ def _relu_into(
     mid: Tensor, rad: Tensor, out_mid: Tensor, out_rad: Tensor, rounding: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     state = _bits(mid)
-    _module().relu(
+    module().relu(
         mid.element_size(), mid.numel(), mid.data_ptr(), rad.data_ptr(),
         out_mid.data_ptr(), out_rad.data_ptr(), state.data_ptr(), bool(rounding),
     )  # fmt: skip
@@ -875,7 +671,7 @@ def _relu_into(
 
 def _relu_in_place(mid: Tensor, rad: Tensor, rounding: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """ReLU as the epilogue of a matrix product, whose results nobody else has seen yet."""
-    mid, rad = _boxes(mid, rad)
+    mid, rad = checks.boxes(mid, rad)
     return _relu_into(mid, rad, mid, rad, rounding)
 
 
@@ -883,10 +679,10 @@ def _relu_backward_into(
     mid: Tensor, rad: Tensor, state: Tensor, gate: Tensor | None, rounding: int = 0
 ) -> tuple[Tensor, Tensor]:
     """ReLU′ on a box; the gate that was applied is written where it is asked for."""
-    mid, rad = in_order_of(state, *_boxes(mid, rad))
-    state = _bits_of(state, mid)
+    mid, rad = in_order_of(state, *checks.boxes(mid, rad))
+    state = checks.bits_of(state, mid)
     out_mid, out_rad = _like(mid), _like(mid)
-    _module().relu_backward(
+    module().relu_backward(
         mid.element_size(), mid.numel(), mid.data_ptr(), rad.data_ptr(), state.data_ptr(),
         out_mid.data_ptr(), out_rad.data_ptr(), 0 if gate is None else gate.data_ptr(), bool(rounding),
     )  # fmt: skip
@@ -895,9 +691,9 @@ def _relu_backward_into(
 
 def widen(mid: Tensor, rad: Tensor, lost: rounding_units.Errors) -> Tensor:
     """``rounding.widen``, in one pass over memory."""
-    mid, rad = _boxes(mid, rad)
+    mid, rad = checks.boxes(mid, rad)
     out = _like(mid)
-    _module().widen(
+    module().widen(
         mid.element_size(), mid.numel(), mid.data_ptr(), rad.data_ptr(), lost.of_mid, lost.of_rad,
         2 * lost.floor, out.data_ptr(),
     )  # fmt: skip
@@ -909,17 +705,17 @@ def magnitude(weight: Tensor, lost: rounding_units.Errors) -> Tensor:
     transposed = weight.dim() == 2 and weight.t().is_contiguous()
     (weight,) = dense(weight.t() if transposed else weight)
     out = _like(weight)
-    _module().magnitude(weight.element_size(), weight.numel(), weight.data_ptr(), lost.floor, out.data_ptr())
+    module().magnitude(weight.element_size(), weight.numel(), weight.data_ptr(), lost.floor, out.data_ptr())
     return out.t() if transposed else out
 
 
 _STAGES = sys.modules[__name__]  # the reference's affine operators call back for these two
 
 
-# --- allocation and checks ----------------------------------------------------------------------------------
+# --- allocation ----------------------------------------------------------------------------------
 
 
-def _module() -> ModuleType:
+def module() -> ModuleType:
     if _native is None:
         raise RuntimeError(why_not_available())
     return _native
@@ -927,38 +723,5 @@ def _module() -> ModuleType:
 
 def _like(mid: Tensor) -> Tensor:
     if memory_format(mid) is torch.channels_last:
-        return _channels_last(mid.shape, mid.dtype)
+        return empty_channels_last(mid.shape, mid.dtype)
     return torch.empty_like(mid, memory_format=memory_format(mid))
-
-
-def _boxes(mid: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """All the tensors, dense in the memory order of the first, once they are known to agree with it."""
-    for other in others:
-        if other.shape != mid.shape or other.dtype is not mid.dtype or other.device != mid.device:
-            raise ValueError(
-                f"Midpoints and radii must agree in shape, dtype and device: {_describe(mid)} and {_describe(other)}."
-            )
-    return dense(mid, *others)
-
-
-def _bits_of(packed: Tensor, mid: Tensor, size: tuple[int, ...] | None = None) -> Tensor:
-    """The bits of ``mid``, once they are known to be; ``size``: theirs, if it is known."""
-    if packed.shape != (size or state_size(mid)) or packed.dtype is not torch.uint8 or packed.device != mid.device:
-        raise ValueError(
-            f"The packed bits of {_describe(mid)} are uint8 {list(state_size(mid))} on the same device, "
-            f"not {_describe(packed)}; pass the state or gate that belongs to this tensor."
-        )
-    return packed.contiguous()
-
-
-def _per_channel(name: str, values: Tensor, mid: Tensor) -> Tensor:
-    if values.numel() != mid.shape[1] or values.dtype is not mid.dtype or values.device != mid.device:
-        raise ValueError(
-            f"{name} needs one {mid.dtype} value for each of the {mid.shape[1]} channels of {_describe(mid)}, "
-            f"not {_describe(values)}."
-        )
-    return values.contiguous()
-
-
-def _describe(t: Tensor) -> str:
-    return f"{t.dtype} {list(t.shape)} on {t.device}"

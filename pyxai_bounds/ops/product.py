@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyxai_bounds.ops import interval_matmul
+from pyxai_bounds.ops.checks import output_size
 
 # Elements of an unfolded chunk, unless one sample has more: 16 MiB each for midpoint and radius in float32.
 CHUNK = 2**22
@@ -125,8 +126,7 @@ def _output_size(
             f"A weight {list(weight_size)} in {groups} groups takes {weight_size[1] * groups} channels and must have a "
             f"multiple of {groups} outputs; the input is {list(input_size)}."
         )
-    sizes = zip(input_size[2:], weight_size[2:], stride, padding, dilation, strict=True)
-    return tuple((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sizes)
+    return tuple(output_size(input_size[2:], weight_size[2:], stride, padding, dilation))
 
 
 def _check_output(grad: Tensor, input_size: Sequence[int], weight_size: Sequence[int], size: tuple[int, ...]) -> None:

@@ -326,7 +326,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 def settings() -> tuple:
     """How PyTorch and this package were told to compute."""
     return (
-        ops._forced.get(),
+        ops.forced(),
         torch.backends.cuda.matmul.fp32_precision,
         torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
         torch.backends.cudnn.enabled,

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyxai_bounds.ops import hopper, reference
+from pyxai_bounds.ops import checks, hopper, reference
+from pyxai_bounds.ops.checks import describe
 from pyxai_bounds.ops.layout import dense_like, in_order_of, memory_format, order_of, state_size
-from pyxai_bounds.ops.native import _bits_of, _boxes, _describe, _per_channel
 from pyxai_bounds.ops.smooth import smooth
 
 Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]  # stride, padding, dilation, groups
@@ -66,8 +66,8 @@ def supports(mid: Tensor) -> bool:
 
 
 def interval_gate(mid: Tensor, rad: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    mid, rad = in_order_of(gate, *_boxes(mid, rad))
-    gate = _bits_of(gate, mid)
+    mid, rad = in_order_of(gate, *checks.boxes(mid, rad))
+    gate = checks.bits_of(gate, mid)
     out_mid, out_rad = dense_like(mid), dense_like(mid)
     if mid.numel():
         _kernels("interval_relu").gate_into(mid, rad, gate, out_mid, out_rad)
@@ -75,7 +75,7 @@ def interval_gate(mid: Tensor, rad: Tensor, gate: Tensor) -> tuple[Tensor, Tenso
 
 
 def interval_relu(mid: Tensor, rad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    mid, rad = _boxes(mid, rad)
+    mid, rad = checks.boxes(mid, rad)
     out_mid, out_rad = dense_like(mid), dense_like(mid)
     state = torch.empty(state_size(mid), dtype=torch.uint8, device=mid.device)
     if mid.numel():
@@ -272,7 +272,7 @@ def interval_conv2d_weight(
     def check() -> _Problem:
         outputs, _, *kernel = weight.shape
         _check_weight(weight, mid, (grad_mid.shape[1], mid.shape[1] // groups, *kernel))
-        _check_same(grad_mid, mid, (mid.shape[0], outputs, *_output_size(mid.shape[2:], kernel, *args[:3])))
+        _check_same(grad_mid, mid, (mid.shape[0], outputs, *checks.output_size(mid.shape[2:], kernel, *args[:3])))
         orders = memory_format(mid), memory_format(grad_mid), weight.shape, memory_format(weight)
         size = (*weight.shape, mid.numel(), grad_mid.numel())
         key, summed = ("conv2d_weight", mid.shape, *orders, *args), grad_mid.numel() // max(1, outputs)
@@ -317,9 +317,9 @@ def interval_scale_shift(
 ) -> tuple[Tensor, Tensor]:
     if scale_rad is not None or shift_rad is not None:
         return reference.interval_scale_shift(mid, rad, scale, shift, scale_rad, shift_rad)
-    mid, rad = _boxes(mid, rad)
-    scale = _per_channel("scale", scale, mid)
-    shift = None if shift is None else _per_channel("shift", shift, mid)
+    mid, rad = checks.boxes(mid, rad)
+    scale = checks.per_channel("scale", scale, mid)
+    shift = None if shift is None else checks.per_channel("shift", shift, mid)
     out_mid, out_rad = dense_like(mid), dense_like(mid)
     if mid.numel():
         last = memory_format(mid) is torch.channels_last
@@ -329,7 +329,7 @@ def interval_scale_shift(
 
 
 def interval_mul(a_mid: Tensor, a_rad: Tensor, b_mid: Tensor, b_rad: Tensor) -> tuple[Tensor, Tensor]:
-    a_mid, a_rad, b_mid, b_rad = _boxes(a_mid, a_rad, b_mid, b_rad)
+    a_mid, a_rad, b_mid, b_rad = checks.boxes(a_mid, a_rad, b_mid, b_rad)
     out_mid, out_rad = dense_like(a_mid), dense_like(a_mid)
     if a_mid.numel():
         _kernels("interval_mul").mul_into(a_mid, a_rad, b_mid, b_rad, out_mid, out_rad)
@@ -356,7 +356,7 @@ def _smooth(
     op: str, tensors: tuple[Tensor, ...], results: int, name: str, params: Sequence[float]
 ) -> tuple[Tensor, ...]:
     """One of four elementwise kernels; float64, of which they have no exponential functions, is the reference's."""
-    tensors = _boxes(*tensors)
+    tensors = checks.boxes(*tensors)
     if tensors[0].dtype is torch.float64:
         return getattr(reference, op)(*tensors, name, params)
     out = tuple(dense_like(tensors[0]) for _ in range(results))
@@ -374,7 +374,7 @@ def interval_max_pool2d(
     dilation: Sequence[int],
     ceil_mode: bool,
 ) -> tuple[Tensor, Tensor]:
-    mid, rad = _boxes(mid, rad)
+    mid, rad = checks.boxes(mid, rad)
     size = torch.ops.aten.max_pool2d_with_indices(
         torch.empty(mid.shape, device="meta"), kernel, stride, padding, dilation, ceil_mode
     )[0].shape
@@ -389,7 +389,7 @@ def interval_max_pool2d(
 def interval_first_maximum(
     mid: Tensor, rad: Tensor, size: Sequence[int], *geometry: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    mid, rad = _boxes(mid, rad)
+    mid, rad = checks.boxes(mid, rad)
     shape, order = (*mid.shape[:2], *size), memory_format(mid)
     must = torch.empty(shape, dtype=torch.int32, device=mid.device, memory_format=order)
     may = torch.empty_like(must)
@@ -401,7 +401,7 @@ def interval_first_maximum(
 def interval_max_pool2d_backward(
     mid: Tensor, rad: Tensor, must: Tensor, may: Tensor, size: Sequence[int], *geometry: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    must, may, mid, rad = _of_windows(must, may, *_boxes(mid, rad))
+    must, may, mid, rad = _of_windows(must, may, *checks.boxes(mid, rad))
     shape, order = (*mid.shape[:2], *size), memory_format(must)
     out_mid = torch.empty(shape, dtype=mid.dtype, device=mid.device, memory_format=order)
     out_rad = torch.empty_like(out_mid)
@@ -419,8 +419,8 @@ def interval_max_pool2d_gather(
     may: Tensor,
     *geometry: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    must, may, grad_mid, grad_rad = _of_windows(must, may, *_boxes(grad_mid, grad_rad))
-    mid, rad = (t.contiguous(memory_format=memory_format(must)) for t in _boxes(mid, rad))
+    must, may, grad_mid, grad_rad = _of_windows(must, may, *checks.boxes(grad_mid, grad_rad))
+    mid, rad = (t.contiguous(memory_format=memory_format(must)) for t in checks.boxes(mid, rad))
     out_mid, out_rad = dense_like(grad_mid), dense_like(grad_mid)
     if grad_mid.numel():
         _kernels("interval_max_pool2d").max_pool_gather_into(
@@ -433,7 +433,7 @@ def _of_windows(must: Tensor, may: Tensor, *box: Tensor) -> tuple[Tensor, ...]:
     """The bits of windows and a box that belongs to them, all in the memory order of the bits."""
     for bits in (must, may):
         if bits.shape != box[0].shape or bits.dtype is not torch.int32 or bits.device != box[0].device:
-            raise ValueError(f"{_describe(bits)} are not the bits of windows that {_describe(box[0])} belongs to.")
+            raise ValueError(f"{describe(bits)} are not the bits of windows that {describe(box[0])} belongs to.")
     return tuple(t.contiguous(memory_format=memory_format(must)) for t in (must, may, *box))
 
 
@@ -513,7 +513,7 @@ def _convolve(
         _check_weight(weight, mid, (outputs, mid.shape[1] // groups, *kernel))
         _check_bias(bias, mid, outputs)
         order = epilogue.order(mid)
-        size = (mid.shape[0], outputs, *_output_size(mid.shape[2:], kernel, *args[:3]))
+        size = (mid.shape[0], outputs, *checks.output_size(mid.shape[2:], kernel, *args[:3]))
         key = ("conv2d", mid.shape, memory_format(mid), weight.shape, *args, bias is None, epilogue.kind, order)
         return _Problem(key, size, (mid, rad), library, weight.numel() // max(1, outputs), order=order)
 
@@ -564,7 +564,7 @@ def _convolve_back(
 
     def check() -> _Problem:
         _check_weight(weight, mid, (mid.shape[1], size[1] // groups, *kernel))
-        _check_same(mid, mid, (size[0], outputs, *_output_size(size[2:], kernel, *args[:3])))
+        _check_same(mid, mid, (size[0], outputs, *checks.output_size(size[2:], kernel, *args[:3])))
         order = epilogue.order(mid)
         key = ("conv2d_backward", mid.shape, memory_format(mid), weight.shape, size, *args, epilogue.kind, order)
         return _Problem(key, size, (mid, rad), library, weight.numel() // max(1, size[1]), order=order)
@@ -642,7 +642,7 @@ def _in_one_kernel(
     out_mid = torch.empty_strided(problem.size, problem.stride, dtype=mid.dtype, device=mid.device)
     out_rad = torch.empty_like(out_mid)
     if epilogue.kind != "none" and channels % 8 == 0 and problem.state:
-        bits = None if epilogue.bits is None else _bits_of(epilogue.bits, out_mid, problem.state)
+        bits = None if epilogue.bits is None else checks.bits_of(epilogue.bits, out_mid, problem.state)
         made = epilogue.made(out_mid, problem.state)
         launch(out_mid, out_rad, epilogue.kind, bits, made)
         return out_mid, out_rad, made
@@ -658,7 +658,7 @@ def _finish(epilogue: Epilogue, mid: Tensor, rad: Tensor, bias: Tensor | None = 
     if epilogue.bits is not None:
         mid, rad = in_order_of(epilogue.bits, mid, rad)
     made = epilogue.made(mid)
-    bits = None if epilogue.bits is None else _bits_of(epilogue.bits, mid)
+    bits = None if epilogue.bits is None else checks.bits_of(epilogue.bits, mid)
     if mid.numel():
         kernels = _kernels("interval_relu")
         if epilogue.kind == "relu":
@@ -681,8 +681,8 @@ def _plainly(epilogue: Epilogue, mid: Tensor, rad: Tensor) -> tuple[Tensor, ...]
 
 
 def _relu_backward(mid: Tensor, rad: Tensor, state: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
-    mid, rad = in_order_of(state, *_boxes(mid, rad))
-    state = _bits_of(state, mid)
+    mid, rad = in_order_of(state, *checks.boxes(mid, rad))
+    state = checks.bits_of(state, mid)
     out_mid, out_rad = dense_like(mid), dense_like(mid)
     if mid.numel():
         _kernels("interval_relu").relu_backward_into(mid, rad, state, out_mid, out_rad, gate)
@@ -715,7 +715,7 @@ class _Problem:
     ) -> None:
         boxes = (box,) if other is None else (box, other)
         mid = box[0]
-        self.are_dense = all(t is dense for box in boxes for t, dense in zip(box, _boxes(*box), strict=True))
+        self.are_dense = all(t is dense for box in boxes for t, dense in zip(box, checks.boxes(*box), strict=True))
         self.tf32_matmul, self.tf32_convolution = tf32 = _tf32(mid)
         self.key = (*key, mid.dtype, mid.device, tf32, library)  # what the tuner knows it by
         self.size, self.library, self.summed, self.order = size, library, summed, order
@@ -730,7 +730,7 @@ class _Problem:
         """The boxes, each dense in the order of its midpoint."""
         if self.are_dense:
             return boxes
-        return tuple(t for place in range(0, len(boxes), 2) for t in _boxes(*boxes[place : place + 2]))
+        return tuple(t for place in range(0, len(boxes), 2) for t in checks.boxes(*boxes[place : place + 2]))
 
 
 _problems: dict[tuple, _Problem] = {}
@@ -906,30 +906,21 @@ def _geometry(stride: Sequence[int], padding: Sequence[int], dilation: Sequence[
     return tuple(stride), tuple(padding), tuple(dilation), groups
 
 
-def _output_size(
-    size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> list[int]:
-    return [
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True)
-    ]
-
-
 def _check_weight(weight: Tensor, mid: Tensor, shape: tuple[int, ...]) -> None:
     if weight.shape != shape or weight.dtype is not mid.dtype or weight.device != mid.device:
         raise ValueError(
-            f"The box {_describe(mid)} needs a weight of shape {list(shape)} of its dtype on its device, "
-            f"not {_describe(weight)}."
+            f"The box {describe(mid)} needs a weight of shape {list(shape)} of its dtype on its device, "
+            f"not {describe(weight)}."
         )
 
 
 def _check_bias(bias: Tensor | None, mid: Tensor, outputs: int) -> None:
     if bias is not None and (bias.shape != (outputs,) or bias.dtype is not mid.dtype or bias.device != mid.device):
         raise ValueError(
-            f"A bias for {_describe(mid)} is one value for each of {outputs} outputs, not {_describe(bias)}."
+            f"A bias for {describe(mid)} is one value for each of {outputs} outputs, not {describe(bias)}."
         )
 
 
 def _check_same(t: Tensor, like: Tensor, shape: tuple[int, ...]) -> None:
     if t.shape != shape or t.dtype is not like.dtype or t.device != like.device:
-        raise ValueError(f"{_describe(t)} does not fit {_describe(like)}: it must have the shape {list(shape)}.")
+        raise ValueError(f"{describe(t)} does not fit {describe(like)}: it must have the shape {list(shape)}.")

@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 
 import pyxai_bounds as xb
 from pyxai_bounds import ops
-from pyxai_bounds.ops import cuda, native, reference
+from pyxai_bounds.ops import cuda, dispatch, native, reference
 from pyxai_bounds.rounding import Rounding
 from tests.ops.cases import assert_identical, box, nasty_box
 
@@ -153,13 +153,13 @@ def test_proofs_on_a_gpu_get_it_and_nobody_else_who_does_not_ask(monkeypatch):
     monkeypatch.setattr(cuda, "supports", lambda mid: mid.is_cuda)
     with FakeTensorMode():
         on_gpu = torch.empty(4, device="cuda")
-    assert ops._select_outward(on_gpu) is cuda and ops._select(on_gpu) is not cuda
-    assert ops._select_outward(torch.empty(4)) is native
+    assert dispatch.select_outward(on_gpu) is cuda and dispatch.select(on_gpu) is not cuda
+    assert dispatch.select_outward(torch.empty(4)) is native
     for other in ("reference", "native"):
         with xb.backend(other):
-            assert ops._select_outward(on_gpu) is reference
+            assert dispatch.select_outward(on_gpu) is reference
     with xb.backend("cuda"):
-        assert ops._select_outward(on_gpu) is cuda and ops._select(on_gpu) is cuda
+        assert dispatch.select_outward(on_gpu) is cuda and dispatch.select(on_gpu) is cuda
 
 
 def test_says_why_it_cannot_run(monkeypatch):

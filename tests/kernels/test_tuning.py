@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pyxai_bounds import ops
-from pyxai_bounds.ops import native, reference, triton
+from pyxai_bounds.ops import dispatch, native, reference, triton
 
 
 @pytest.fixture
@@ -218,15 +218,15 @@ def test_auto_takes_the_kernels_for_tensors_on_a_gpu(monkeypatch):
     monkeypatch.setattr(triton, "_is_installed", lambda: True)
     monkeypatch.setattr(triton, "_interpreting", lambda: False)
     monkeypatch.setattr(triton, "_is_capable", lambda index: True)
-    assert ops._select(on_gpu) is triton.measured and ops.has_kernels(on_gpu)
-    assert ops._select(torch.empty(4)) is native
-    token = ops._forced.set("triton")
-    assert ops._select(on_gpu) is triton
-    ops._forced.reset(token)
+    assert dispatch.select(on_gpu) is triton.measured and ops.has_kernels(on_gpu)
+    assert dispatch.select(torch.empty(4)) is native
+    token = dispatch._forced.set("triton")
+    assert dispatch.select(on_gpu) is triton
+    dispatch._forced.reset(token)
     with ops.backend("reference"):
-        assert ops._select(on_gpu) is reference
+        assert dispatch.select(on_gpu) is reference
     monkeypatch.setattr(triton, "_is_capable", lambda index: False)
-    assert ops._select(on_gpu) is reference
+    assert dispatch.select(on_gpu) is reference
 
 
 def test_measured_offers_the_library_and_triton_does_not(monkeypatch):

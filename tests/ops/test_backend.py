@@ -166,7 +166,7 @@ class Large(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        out = native._contiguous(ctx.shape, grad.dtype).fill_(grad.item())
+        out = native.empty_contiguous(ctx.shape, grad.dtype).fill_(grad.item())
         ctx.places.append(out.data_ptr())
         return out, None
 
@@ -181,7 +181,7 @@ def test_autograd_adds_to_a_gradient_in_kept_memory_in_place(keeps_memory):
     assert places == [weight.grad.data_ptr()]
     assert torch.equal(weight.grad, torch.full_like(weight, 4))
     with torch.inference_mode():
-        assert native._contiguous((256, 1024), torch.float64).is_contiguous()
+        assert native.empty_contiguous((256, 1024), torch.float64).is_contiguous()
 
 
 @needs_native
