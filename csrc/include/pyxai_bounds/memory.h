@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 namespace pyxai_bounds {
 
@@ -16,5 +17,21 @@ inline constexpr std::size_t least_kept = std::size_t{1} << 18, most_kept = std:
 void* take_memory(std::size_t bytes);
 void give_memory(void* block, std::size_t bytes) noexcept;
 std::size_t memory_kept();
+
+// A block of its own, given back where its owner ends.
+class Memory {
+  public:
+    explicit Memory(std::int64_t bytes) : bytes_(static_cast<std::size_t>(bytes)), data_(take_memory(bytes_)) {}
+    Memory(const Memory&) = delete;
+    Memory& operator=(const Memory&) = delete;
+    ~Memory() { give_memory(data_, bytes_); }
+    void* data() const { return data_; }
+    std::uintptr_t start() const { return reinterpret_cast<std::uintptr_t>(data_); }
+    std::size_t bytes() const { return bytes_; }
+
+  private:
+    std::size_t bytes_;
+    void* data_;
+};
 
 }  // namespace pyxai_bounds

@@ -1,5 +1,5 @@
-// The kernels, as a table of functions per floating-point type. bindings.cpp picks one table
-// per instruction-set level; cpu/<op>.cpp, compiled once per level, fills in its own entries.
+// The kernels, as a table of functions per floating-point type. calls.cpp picks the table of one
+// instruction-set level; cpu/<op>.cpp, compiled once per level, fills in its own entries.
 #pragma once
 
 #include <cstdint>
