@@ -50,13 +50,13 @@ _IDENTITIES = frozenset({"aten::detach", "aten::alias", "aten::clone", "aten::li
 
 @dataclass
 class Captured:
-    """A function, captured for one set of shapes, dtypes, devices, strides and constants."""
+    """A function, captured for arguments of certain shapes, dtypes, devices and strides, and for certain constants."""
 
     graph: fx.GraphModule  # one placeholder per tensor argument, in order; one flat tuple of results
     out_spec: pytree.TreeSpec
     modules: ModuleWatch
-    symbolic: bool = False  # does it hold sizes that depend on values?
-    specialised: bool = False  # to the values of integer arguments, which are constants of it
+    symbolic: bool = False  # does it contain sizes that depend on values?
+    specialised: bool = False  # are the values of its integer arguments constants of the graph?
     derived: dict[Any, Any] = field(default_factory=dict)  # programs made from this graph
 
     def constants(self) -> Iterator[Tensor]:
@@ -135,7 +135,7 @@ def retrace(program: Callable, tensors: list[Tensor], symbolic: bool) -> fx.Grap
 
 
 def is_readable(leaf: Any) -> bool:
-    """May a program read these values, and be captured once for each of them? Targets, masks and lengths may be."""
+    """May a program read the values of this argument, if it is captured anew for each? Targets, masks, lengths may."""
     if not isinstance(leaf, Tensor) or leaf.is_floating_point() or leaf.is_complex():
         return False
     return leaf.numel() <= _READABLE
@@ -162,7 +162,7 @@ def _plain(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _functional(graph: fx.GraphModule, record: _Record, symbolic: bool) -> fx.GraphModule:
-    """The same graph without in-place operators; every node keeps its line of the user's code."""
+    """The same graph without in-place operators. Nodes keep their lines of the user's code."""
 
     def run(*args: Any) -> Any:
         interpreter = _FunctionalConstants(graph)
@@ -177,11 +177,14 @@ def _functional(graph: fx.GraphModule, record: _Record, symbolic: bool) -> fx.Gr
 
 
 class _FunctionalConstants(fx.Interpreter):
-    """Live tensors take part like arguments: what is computed from them alone may be written in place, too."""
+    """Runs a graph under functionalisation with live tensors treated as arguments.
+
+    Otherwise what is computed from live tensors alone would not be functional, and could not be written in place.
+    """
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__(graph)
-        self._wrapped: dict[int, tuple[Tensor, Tensor]] = {}  # who reads a tensor again sees what was written
+        self._wrapped: dict[int, tuple[Tensor, Tensor]] = {}  # by id: a second read must see what was written
 
     def get_attr(self, target: Any, args: tuple, kwargs: dict) -> Any:
         value = super().get_attr(target, args, kwargs)
@@ -194,7 +197,7 @@ class _FunctionalConstants(fx.Interpreter):
         return self._wrapped[id(value)][1]
 
     def written_memory(self) -> Iterator[int]:
-        """Of the tensors that were written into, through whichever view."""
+        """The storages of the live tensors that were written into, directly or through a view."""
         for value, wrapped in self._wrapped.values():
             torch._sync(wrapped)
             if torch._C._functorch._unwrap_functional_tensor(wrapped, False) is not value:
@@ -207,8 +210,8 @@ def _memory_of(t: Tensor) -> int:
 
 @contextlib.contextmanager
 def _clean_modes() -> Iterator[None]:
-    """Gradients possible, no autocast, compiled functions run as written: the graph must not depend on the caller."""
-    import torch._dynamo  # takes a second, which whoever captures nothing need not wait for
+    """Make the graph independent of the caller's modes: gradients possible, no autocast, nothing compiled."""
+    import torch._dynamo  # here, because it takes a second, which only a capture should cost
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -216,12 +219,13 @@ def _clean_modes() -> Iterator[None]:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_no_fused_layers())
         stack.enter_context(_unchecked_distributions())
-        # The caller's hooks (non-reentrant checkpoint has some) would replace what the tracer follows by copies that it
-        # does not know, which become constants. The innermost hooks count; torch.func, which needs none, refuses any.
+        # The caller's hooks on saved tensors (non-reentrant checkpointing sets some) return copies that the tracer does
+        # not know and takes for constants. The innermost hooks count, so these switch them off; but only where there
+        # are any, because torch.func refuses hooks.
         if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_itself, _itself))
         stack.enter_context(torch._dynamo.config.patch(error_on_nested_fx_trace=False))  # torch 2.11 refuses instead
-        # What tracing itself provokes is no news about the user's program: it looks at .grad, and it hooks modules.
+        # These warnings are caused by tracing itself, which reads .grad and hooks modules, not by the user's program.
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
         warnings.filterwarnings("ignore", message=r"Using `torch.compile\(module\)` when there are global hooks")
@@ -231,7 +235,7 @@ def _clean_modes() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_second_report() -> Iterator[None]:
-    """Where shapes do not fit, PyTorch's fake tensors log a traceback besides raising it, which is enough."""
+    """Silence the log of fake tensors where shapes do not fit: they log the traceback that they also raise."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
 
     def report(record: logging.LogRecord) -> bool:
@@ -250,9 +254,11 @@ def _itself(t: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _no_fused_layers() -> Iterator[None]:
-    """Attention and encoder layers in their parts: matrix products, softmax, norms, for which there are rules; and no
-    operators of cuDNN's (batch norm, recurrent layers, grids), so that a GPU is asked for what a CPU is asked for.
-    Nor does an encoder look whether its mask is the causal one, which only chooses among fused layers.
+    """Make PyTorch run layers in parts for which there are rules, the same on every device.
+
+    Attention and encoder layers become matrix products, softmax and norms. Without cuDNN, batch norm, recurrent layers
+    and grids run the same operators on a GPU as on a CPU. And encoders do not read their mask to see whether it is the
+    causal one, which only serves to choose among fused layers.
     """
     fast, cudnn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_cudnn_enabled()
     looks = transformer._detect_is_causal_mask
@@ -287,17 +293,18 @@ _READ = (Tensor.tolist, Tensor.item, Tensor.__float__, Tensor.__int__, Tensor.__
 
 
 class _Record(TorchDispatchMode):
-    """Note the user's line of every operator and what is written in place; refuse to bake values into the graph."""
+    """Records the user's line of every operator and what is written in place; refuses to bake values into the graph."""
 
     def __init__(self, readable: list[Tensor], makes_constants: bool) -> None:
         super().__init__()
         self._makes_constants = makes_constants
         self._readable = {id(t): t for t in readable}
-        self._numbers: dict[int, tuple[Tensor, int, Tensor]] = {}  # tensors of written numbers: version and values
-        self._sources: dict[int, str] = {}  # of each forward operator, by its autograd sequence number
-        self.random: CaptureError | None = None  # what to say, if that an operator draws random numbers goes wrong
-        self.written: dict[int, tuple[Tensor, Tensor]] = {}  # tensors that are no arguments, with their values before
-        self.written_memory: set[int] = set()  # of such tensors, where views of them are written
+        # Tensors of written numbers: each with its version and its values then.
+        self._numbers: dict[int, tuple[Tensor, int, Tensor]] = {}
+        self._sources: dict[int, str] = {}  # lines of forward operators, by autograd's sequence number
+        self.random: CaptureError | None = None  # the error to raise if the trace fails after random numbers were drawn
+        self.written: dict[int, tuple[Tensor, Tensor]] = {}  # live tensors that were written, with their old values
+        self.written_memory: set[int] = set()  # storages of live tensors that were written, also through views
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is aten._local_scalar_dense.default and (self.is_live(args[0]) or args[0].requires_grad):
@@ -312,11 +319,11 @@ class _Record(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def is_live(self, value: Any) -> bool:
-        """Is it a real tensor, which the function did not get as an argument?"""
+        """Is it a real tensor that the function did not get as an argument, such as a parameter?"""
         return isinstance(value, Tensor) and not isinstance(value, FakeTensor) and id(value) not in self._readable
 
     def at_constants(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        """What a function makes of integers that are known, and knows then, too; NotImplemented for all others."""
+        """The value of a function of integers whose values are known, which is then known, too; or NotImplemented."""
         if not self._makes_constants:
             return NotImplemented
         # What torch.IntTensor([…]) makes, which is no function of torch's, passes here when it is written.
@@ -381,7 +388,7 @@ class _Record(TorchDispatchMode):
         return (value if versions == [copy._version for copy in copies] else NotImplemented), copies
 
     def _save_what_is_written(self, func: Any, args: tuple) -> None:
-        """Tracing really performs in-place operators on tensors that are no arguments, such as counters in buffers."""
+        """Save live tensors before they are written: tracing really performs in-place operators on them."""
         for argument, value in zip(func._schema.arguments, args, strict=False):
             written = argument.alias_info is not None and argument.alias_info.is_write
             if written and self.is_live(value):
@@ -393,7 +400,7 @@ class _Record(TorchDispatchMode):
             tensor.data.copy_(value)
 
     def _source(self) -> str:
-        """The user's line; of an operator that autograd runs, the line of the operator that it differentiates."""
+        """The user's line; for an operator of a backward pass, that of the operator that is differentiated."""
         backward = torch._C._current_autograd_node()
         if backward is not None:
             forward = self._sources.get(backward._sequence_nr())
@@ -404,9 +411,7 @@ class _Record(TorchDispatchMode):
 
 
 class _RefuseConversions(TorchFunctionMode):
-    """The same for conversions of a whole tensor, which read its memory without passing through an operator; and
-    rewritten functions are put in the place of PyTorch's.
-    """
+    """Refuses conversions of whole tensors, which read memory without an operator; replaces ``REWRITTEN`` functions."""
 
     def __init__(self, record: _Record) -> None:
         super().__init__()
@@ -461,7 +466,7 @@ def _refusal_of_values(source: str) -> CaptureError:
 
 
 def _refuse_values_in_results(graph: fx.GraphModule) -> None:
-    """A number that was read, and never compared, is a symbol; rules know numbers and tensors alone."""
+    """Refuse a graph that computes with a number read from a tensor: rules take numbers and tensors, no symbols."""
     for node in graph.graph.nodes:
         if isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)) and node.users:
             raise _refusal_of_values(source_of(node))
@@ -491,7 +496,7 @@ def _users_line_of(error: BaseException) -> str:
 
 
 def _innermost(frames: Iterable[tuple[Any, int]]) -> str:
-    """The first of the frames that is the user's: not PyTorch's, not ours, and no library's if there is another."""
+    """The line of the innermost frame of the user's code; else of a library that is neither PyTorch nor this one."""
     library = layer = ""
     for frame, number in frames:
         filename = frame.f_code.co_filename
@@ -506,7 +511,7 @@ def _innermost(frames: Iterable[tuple[Any, int]]) -> str:
 
 
 def _layer(frame: Any) -> str:
-    """PyTorch's own layer whose forward pass a frame is: a line that calls an nn.Sequential does not name it."""
+    """Names the layer of PyTorch whose ``forward`` a frame runs: the call of an nn.Sequential does not show it."""
     module = frame.f_locals.get("self") if frame.f_code.co_name == "forward" else None
     if not isinstance(module, nn.Module) or next(module.children(), None) is not None:
         return ""
@@ -528,7 +533,7 @@ def _check_mode(module: nn.Module, name: str) -> None:
 
 
 def _simplify(graph: fx.GraphModule) -> None:
-    """Remove what means nothing to values: aliases, copies, profiler marks, writes back into arguments."""
+    """Remove nodes that do not affect the values of results: aliases, copies, profiler marks, writes to arguments."""
     for node in list(graph.graph.nodes):
         if node.op != "call_function":
             continue
@@ -550,7 +555,7 @@ def _simplify(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
-# Tensors made in the shape of another one, with what fills them (None: the argument after the shape).
+# Operators that make a tensor in the shape of another one, and what they fill it with; None: with an argument.
 _CONSTANT_LIKE = {
     "aten::zero": 0,
     "aten::zeros_like": 0,
@@ -563,7 +568,7 @@ _CONSTANT_LIKE = {
 
 
 def _make_constant(graph: fx.Graph, node: fx.Node) -> None:
-    """The shape is known, so the constant need not keep alive the value it was shaped after."""
+    """Replace such a node by one that names the shape, so that the tensor it was shaped after need not be computed."""
     fill: Any = _CONSTANT_LIKE[node.target.name()]  # type: ignore[union-attr]
     if fill is None:
         fill = node.args[2 if "new" in str(node.target) else 1]
@@ -589,9 +594,9 @@ def _same_kind(node: fx.Node) -> bool:
 
 
 def _same_elements(node: fx.Node) -> bool:
-    """Does a strided view show all elements of the tensor in their order? The stride of a size of 1 is free.
+    """Does ``as_strided`` show all elements of its tensor in their order, as in averages of channels-last images?
 
-    Averages of channels-last images are captured so.
+    The stride of a dimension of size 1 does not count.
     """
     whole: Tensor = node.args[0].meta["val"]  # type: ignore[union-attr]
     geometry: Any = node.args[2 if "scatter" in str(node.target) else 1 :]
@@ -610,13 +615,13 @@ def _strides_that_count(size: Any, stride: Any) -> list[int]:
 
 
 def _is_plain_copy(node: fx.Node) -> bool:
-    """``copy`` keeps the first argument's shape and dtype; it has no derivative, so it goes where they are equal."""
+    """May ``copy`` be replaced by its second argument? If shape, dtype and device agree. It has no derivative."""
     source, result = node.args[1].meta["val"], node.meta["val"]  # type: ignore[union-attr]
     return source.shape == result.shape and source.dtype == result.dtype and source.device == result.device
 
 
 def _refuse_lost_writes(graph: fx.GraphModule, record: _Record) -> None:
-    """A live tensor that the function writes, and of which it uses what was there before, is no constant."""
+    """Refuse a graph that reads the old value of a live tensor that the function writes: it would not be a constant."""
     written = record.written_memory | {_memory_of(tensor) for tensor, _ in record.written.values()}
     for node in graph.graph.find_nodes(op="get_attr"):
         value = getattr(graph, node.target)
@@ -646,7 +651,7 @@ def _refusal_of_randomness(op: torch._ops.OpOverload, source: str) -> CaptureErr
 
 
 class _RefuseRandomness(TorchDispatchMode):
-    """Of what is computed while the graph is captured, and is a constant of it."""
+    """Refuses random operators in what is computed during the capture and becomes a constant."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         _refuse_if_random(func, _users_line())

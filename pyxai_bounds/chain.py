@@ -1,7 +1,7 @@
-"""Affine operators of a bound program that follow one another, as one call of the native backend.
+"""Chains: affine operators of a bound program that follow one another become one call of the native backend.
 
 Stands between ``fuse``, which makes these operators, and ``recompute``. A chain takes linear layers, convolutions,
-their backward passes, and what flattens images between them. Its derivative is one call, too.
+their backward passes, and views that flatten images between them. Its derivative is one call, too.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ _Taken = tuple[Kernel, tuple[int, ...]]  # of a step
 class Chain:
     """A function of the ``given`` tensors that returns the values ``taken``: see ``ops.chain.Chain``. No gradients.
 
-    On another backend, or where a tensor is not as it was foreseen, each operator runs by itself.
+    Where another backend is chosen, or a tensor has another layout than expected, the operators run one by one.
     """
 
-    __name__ = "chain"  # fx asks every function for its name
+    __name__ = "chain"  # fx needs a name for every function
 
     def __init__(self, steps: list[Step], values: list[Kind], given: int, taken: list[int]) -> None:
         self.steps, self.taken, self._kinds = steps, taken, values
         alive = [step for step in steps if step.differentiable]
         self.made = {number for step in alive for number in (step.out_mid, step.out_rad)}  # with a gradient
-        # A derivative reads what its kernels read; and what alive steps start from, if they run once more.
+        # The derivative reads what its kernels read. If the steps must run again instead, they start from that, too.
         read = {number for step in alive for number in step.reads() if number not in self.made or not step.moves}
         read |= {step.state for step in alive if step.state is not None}
         self.together = calls.Chain(steps, values, given, taken, read)
-        # Of each result, the given values that it depends on differentiably.
+        # For each result, the given values on which it depends differentiably.
         sources: dict[int | None, set[int]] = {number: {number} for number in range(given)}
         for step in steps:
             through = step.reads()[: 3 if step.backward else 4] if step.differentiable else []
@@ -61,7 +61,7 @@ class Chain:
         return [values[number] for number in self.taken]
 
     def addresses(self, tensors: tuple[Tensor, ...]) -> list[int] | None:
-        """For ``together``, if it can run here; else None."""
+        """The addresses that ``together`` needs; None if it cannot run these tensors."""
         return self.together.addresses(tensors) if ops.forced() in ("auto", "native") else None
 
     def with_gradients(self, *tensors: Tensor) -> list[Tensor]:
@@ -94,17 +94,16 @@ class Chain:
 
 
 def chain(graph: fx.Graph, grads: bool = False) -> None:
-    """Operators that need only one another, and what is given, become one call.
+    """Replace operators in a row by one call.
 
-    ``grads``: of a program with marks where it needs gradients, which is then marked anew. ``meta["val"]`` of all
-    inputs must be there.
+    ``grads``: the program has marks that switch autograd on and off, which are set anew. Inputs need ``meta["val"]``.
     """
     alive = fuse.with_gradients(graph) if grads else set()
     kernels = {node: taken for node in graph.nodes if (taken := _kernel(node, node in alive)) is not None}
     refused: set[fx.Node] = set()
     while True:
         runs = _runs(graph, kernels, refused)
-        # A rearranged image has no layout that others could rely on.
+        # Views that something outside of the chain reads must stay outside, too: their layout is then the usual one.
         seen = {node for run in runs for node in run.nodes if _is_view(node) and set(node.users) - run.nodes.keys()}
         if not seen:
             break
@@ -121,20 +120,20 @@ def chain(graph: fx.Graph, grads: bool = False) -> None:
 
 
 def _is_view(node: Any) -> bool:
-    """Does it rearrange an image, into PyTorch's usual order?"""
+    """Does it copy or reshape into PyTorch's contiguous order?"""
     order = node.kwargs.get("memory_format", torch.contiguous_format)
     return node.op == "call_function" and node.target in _VIEWS and order is torch.contiguous_format
 
 
 @dataclass
 class _Run:
-    """Operators in a row, and the nodes between them that can wait until all have run."""
+    """Operators in a row, and the nodes between them that can move behind the last operator."""
 
-    nodes: dict[fx.Node, _Taken | None] = field(default_factory=dict)  # with their kernels, which views do not have
-    parts: set[fx.Node] = field(default_factory=set)  # their results
-    late: list[fx.Node] = field(default_factory=list)  # what needs one of them, in order
+    nodes: dict[fx.Node, _Taken | None] = field(default_factory=dict)  # the operators with their kernels; None: a view
+    parts: set[fx.Node] = field(default_factory=set)  # the nodes of their results
+    late: list[fx.Node] = field(default_factory=list)  # other nodes that depend on results, in order
     between: int = 0  # how many of these stand before the last operator
-    waiting: set[fx.Node] = field(default_factory=set)  # what computes something else with their results
+    waiting: set[fx.Node] = field(default_factory=set)  # those of them that are not just results
     dtype: torch.dtype | None = None  # of all its boxes
 
     def takes(self, node: fx.Node) -> bool:
@@ -143,7 +142,7 @@ class _Run:
             return False
         if _is_view(node):
             return node.args[0] in self.parts
-        # A weight is given to a chain.
+        # A weight must come from outside.
         return self.dtype in (None, _dtype(node)) and node.args[2] not in self.parts
 
     def add(self, node: fx.Node, taken: _Taken | None) -> None:
@@ -178,20 +177,20 @@ def _runs(graph: fx.Graph, kernels: dict[fx.Node, _Taken], refused: set[fx.Node]
 
 
 def _kernel(node: Any, differentiable: bool) -> _Taken | None:
-    """What a chain runs for an affine operator, if it can take it."""
+    """The kernel that a chain runs for an affine operator; None if it cannot take the operator."""
     if node.op != "call_function" or node.target not in _BACKWARD:
         return None
     mid, rad, weight, third, *rest = node.args
     backward = _BACKWARD[node.target]
     if any(node.args[fuse.ROUNDING[node.target] :]) or not isinstance(weight, fx.Node):
-        return None  # with outward rounding, it is another operator
+        return None  # chains round to nearest
     mid, rad, weight = (n.meta["val"] for n in (mid, rad, weight))
     third = third.meta["val"] if isinstance(third, fx.Node) else None
     if node.target in _LINEAR:
         return calls.kernel_of(mid, rad, weight, third, backward, (), differentiable)
     if not _is_dense(weight) or mid.dim() != 4:
         return None
-    if third is not None and backward and order_of(third) is torch.channels_last:  # which bits ask for
+    if third is not None and backward and order_of(third) is torch.channels_last:  # as the bits say
         mid, rad = (t.contiguous(memory_format=torch.channels_last) for t in (mid, rad))
     geometry = rest[:5] if backward else (mid.shape, *rest[:4])
     return calls.kernel_of(mid, rad, weight, third, backward, tuple(geometry), differentiable)
@@ -231,7 +230,7 @@ def _replace(graph: fx.Graph, run: _Run, alive: set[fx.Node]) -> None:
 
 
 class _Values:
-    """The values of a run, by number: what is given comes first."""
+    """Numbers the values of a run, given ones first, and turns its operators into steps."""
 
     def __init__(self, run: _Run, results: list[fx.Node]) -> None:
         inputs = (n for node in run.nodes for n in node.all_input_nodes)
@@ -262,7 +261,7 @@ class _Values:
             outputs[position] = len(self.kinds)
             if position < 2:
                 self.kinds.append(Kind(tuple(value.shape), value.dtype, order))
-            else:  # in the order that the kernel writes, which tracing need not have foreseen
+            else:  # in the order that the kernel writes, which may differ from the trace's
                 bits = state_size(torch.empty(made[0].shape, device="meta").contiguous(memory_format=order))
                 self.kinds.append(Kind(bits, torch.uint8, torch.contiguous_format))
         for position, part in fuse.parts(node).items():
@@ -276,7 +275,7 @@ class _Values:
         )
 
     def _ordered(self, number: int, order: torch.memory_format, differentiable: bool) -> int:
-        """The value of an image in a memory order, for a step that is differentiable or for one that is not."""
+        """The number of an image in this memory order; transposed at most once with gradients and once without."""
         kind, key = self.kinds[number], (number, order, differentiable)
         if kind.order is order:
             return number

@@ -21,7 +21,7 @@ from pyxai_bounds.rounding import without_autocast
 
 aten = torch.ops.aten
 
-VIEWS = (aten.view.default, aten._unsafe_view.default)  # they ask for a layout, which reshape does not
+VIEWS = (aten.view.default, aten._unsafe_view.default)  # unlike reshape, these fail on some layouts
 
 
 def optimise(graph: fx.GraphModule) -> None:
@@ -59,7 +59,7 @@ def parts(node: fx.Node) -> dict[int, fx.Node]:
 
 
 def _both_from(mid: Any, rad: Any, target: Any) -> fx.Node | None:
-    """The one node of this target whose first two results are ``mid`` and ``rad``, if they are."""
+    """The node that calls ``target`` and has ``mid`` and ``rad`` as its first two results; None if there is none."""
     if not (is_call(mid, operator.getitem) and is_call(rad, operator.getitem)):
         return None
     source = mid.args[0]
@@ -77,7 +77,7 @@ def _nodes(graph: fx.GraphModule, target: Any) -> list[fx.Node]:
 
 
 def _remove_no_ops(graph: fx.GraphModule) -> None:
-    """Rearrangements to the shape that the argument already has."""
+    """Views, expansions and paddings to the shape that the argument already has."""
     for target in (aten.view.default, aten.expand.default, aten.constant_pad_nd.default):
         for node in _nodes(graph, target):
             before = node.args[0].meta["val"]  # type: ignore[union-attr]
@@ -91,14 +91,16 @@ _SMALL = 1 << 14  # elements of a constant that may be kept for the life of the 
 
 
 def _compute_constants(graph: fx.GraphModule) -> None:
-    """What depends on nothing is computed now: the seed of a gradient, the zeros that it is scattered into.
+    """Compute now what depends on no argument, such as the seed of a gradient and the zeros it is scattered into.
 
-    Results of the program are left alone: the caller owns them, and may write into them.
+    Results of the program are not constants: the caller owns them and may write into them.
     """
     if ops.needs_dispatcher():
-        return  # a mode would see these operators, and might change what they return
+        return  # a mode is active, which would see these operators and might change what they return
     arguments = [node.meta.get("val") for node in graph.graph.find_nodes(op="placeholder")]
-    devices = {t.device for t in arguments if isinstance(t, torch.Tensor)}  # a recorded program has no other constants
+    devices = {
+        t.device for t in arguments if isinstance(t, torch.Tensor)
+    }  # a recording holds constants of its own device alone
     constant: dict[fx.Node, None] = {}
     for node in graph.graph.nodes:
         if _is_aten(node) and all(n in constant for n in node.all_input_nodes):
@@ -112,7 +114,7 @@ def _compute_constants(graph: fx.GraphModule) -> None:
             values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
     for node, value in values.items():
         readers = [user for user in node.users if user not in constant]
-        # A larger constant, or the list of results, may be a view of this one.
+        # Not if a result, or a constant that is too large to keep, may be a view of it.
         if not readers or any(
             user.op == "output" or all(n in constant for n in user.all_input_nodes) for user in readers
         ):
@@ -127,11 +129,11 @@ def _compute_constants(graph: fx.GraphModule) -> None:
 
 
 def _zeros_of_their_own(graph: fx.GraphModule) -> None:
-    """The radius of a point needs the shape alone, and so becomes a constant where that is known to be contiguous."""
+    """The radius of a point, zeros_like, becomes a constant where the point is known to be contiguous."""
     for node in _nodes(graph, aten.zeros_like.default):
         value = node.meta["val"]
         if value.dim() > 3 or not value.is_contiguous():
-            continue  # the memory order of the point is found when the program runs
+            continue  # its memory order is only known when the program runs
         with graph.graph.inserting_before(node):
             options = {"dtype": value.dtype, "device": value.device}
             zeros = graph.graph.call_function(aten.full.default, (list(value.shape), 0), options)
@@ -140,7 +142,7 @@ def _zeros_of_their_own(graph: fx.GraphModule) -> None:
 
 
 def _select_rows(graph: fx.GraphModule) -> None:
-    """The seed of a gradient, one-hot in the target, times the last weight: the rows of that weight, nothing else."""
+    """The seed of a gradient (one-hot in the target) times the last weight selects rows of that weight."""
     for node in _nodes(graph, aten.mm.default):
         seed: Any
         seed, weight = node.args
@@ -164,7 +166,7 @@ def _select_rows(graph: fx.GraphModule) -> None:
 
 
 def _is_constant(graph: fx.GraphModule, node: fx.Node, value: float) -> bool:
-    """Is this a constant that was computed here (no parameter, which may change), and equal to a number throughout?"""
+    """Is it a constant that ``_compute_constants`` made, not a parameter, and does it equal a number throughout?"""
     if node.op != "get_attr" or not str(node.target).startswith(_COMPUTED):
         return False
     return bool((operator.attrgetter(str(node.target))(graph) == value).all())
@@ -183,14 +185,14 @@ def _cancel_transposes(graph: fx.GraphModule) -> None:
 
 
 def _reshape_instead_of_view(graph: fx.GraphModule) -> None:
-    """The strides that a kernel returns may differ from the ones that tracing foresaw."""
+    """Kernels may return other strides than the trace foresaw."""
     for view in VIEWS:
         for node in _nodes(graph, view):
             node.target = aten.reshape.default
 
 
 def _share_equal_nodes(graph: fx.GraphModule) -> None:
-    """Common-subexpression elimination: the forward and the backward pass both ask for the same scales and |W|."""
+    """Common-subexpression elimination: forward and backward pass use the same scales and |W|."""
     known: dict[Any, fx.Node] = {}
     for node in list(graph.graph.nodes):
         if node.op == "get_attr":
@@ -301,9 +303,10 @@ def _fuse_relu_backward_after_convolution(graph: fx.GraphModule) -> None:
 
 
 def _gate_gradients_where_they_are_made(graph: fx.GraphModule) -> None:
-    """The derivative of ReLU′ is a gate, and an epilogue of the product in the derivative of who reads the gated box.
+    """Let the operator that reads a gated box gate the gradients that its own derivative makes for that box.
 
-    So that no other gradient reaches that box, which nobody would gate, it must have one reader and no other use.
+    The gate, which is the derivative of ReLU′, is then an epilogue of a product. The box must have one reader and no
+    other use: a gradient from elsewhere would not be gated.
     """
     for relu_backward in list(graph.graph.nodes):
         if is_call(relu_backward, ops.interval_relu_backward) and not any(relu_backward.args[3:]):
@@ -360,14 +363,14 @@ def _fuse_relu_backward_into_affine_backward(graph: fx.GraphModule) -> None:
             if relu_backward is None or state is not None or not _only_used_by([mid, rad], node):  # type: ignore[list-item]
                 continue
             if relu_backward.meta["val"][0].device.type != "cpu":
-                continue  # no product there gates its argument on the way, and autograd would do ReLU′ again
+                continue  # products there do not gate their argument, and the derivative would compute ReLU′ again
             gate = parts(relu_backward).get(2)
             if gate is None or not gate.users:
                 node.args = (*relu_backward.args[:2], weight, relu_backward.args[2], *rest)
 
 
 def _replace(graph: fx.Graph, node: fx.Node, target: Any, args: tuple, value: Any) -> None:
-    """Put one node with several results in the place of another."""
+    """Replace a node with several results by a call."""
     new = graph.call_function(target, args)
     new.meta["val"] = value
     if node.stack_trace:
@@ -377,7 +380,7 @@ def _replace(graph: fx.Graph, node: fx.Node, target: Any, args: tuple, value: An
 
 
 def mark_dead_gradients(graph: fx.Graph) -> None:
-    """Run what the results do not depend on differentiably without autograd: less memory, the same gradients.
+    """Switch autograd off for nodes on which no result depends differentiably: less memory, the same gradients.
 
     A value reaches the results differentiably only along floating-point values. Packed states, masks and indices end
     the path, so for the logit gradient of a piecewise linear network the whole interval forward pass is dead.
@@ -394,7 +397,7 @@ def mark_dead_gradients(graph: fx.Graph) -> None:
 
 
 def with_gradients(graph: fx.Graph) -> set[fx.Node]:
-    """What the results depend on differentiably."""
+    """The nodes on which the results depend differentiably."""
     alive: set[fx.Node] = set()
     pending = list(graph.output_node().all_input_nodes)
     while pending:
@@ -416,7 +419,7 @@ def _carries_gradient(node: fx.Node) -> bool:
 
 @dataclass(frozen=True)
 class _Rows:
-    """An operator that reads images [B, C, H, W] as rows [B, C·H·W], or whose rows are read as such images."""
+    """An operator that reads images [B, C, H, W] as rows [B, C·H·W], or makes rows that are read as images."""
 
     node: fx.Node
     weight: fx.Node  # [M, C·H·W]
@@ -429,16 +432,16 @@ class _Rows:
 
     @property
     def columns(self) -> tuple[fx.Node, torch.Size]:
-        """The weight, and what its columns belong to."""
+        """The weight, and the shape [C, H, W] that its columns stand for."""
         return self.weight, self.shape[1:]
 
 
 def _flatten_as_images_lie(graph: fx.GraphModule) -> None:
-    """Move the columns of a weight to where the pixels of channels-last images lie, and leave the images there.
+    """Reorder the columns of a weight instead of flattening channels-last images to rows in the order of channels.
 
-    Rows in the order of channels are copies of such images, of midpoint and radius, on the way there and back; rows in
-    memory order are the images themselves. One copy of the weight serves the forward and the backward pass. Where it
-    is no smaller than all the copies that it saves, or no kernels would run, the program stays as it is.
+    Such rows are copies of the images, of midpoint and radius, forward and backward; rows in memory order are the
+    images themselves. One reordered copy of the weight serves both passes. It is not made where it is as large as the
+    copies that it saves, or where no kernels run.
     """
     found = [rows for node in graph.graph.nodes if (rows := _flattening(node) or _unflattening(node))]
     saved: dict[Any, int] = {}
@@ -448,7 +451,7 @@ def _flatten_as_images_lie(graph: fx.GraphModule) -> None:
     known: dict[Any, fx.Node] = {}
     moved: set[fx.Node] = set()
     with _disable_current_modes(), torch.inference_mode(False), torch.no_grad(), without_autocast():
-        for rows in found:  # in the order of the program: what one needs, those after it find
+        for rows in found:  # in the order of the program, because later ones use what earlier ones insert
             if saved[rows.columns] > rows.weight.meta["val"].numel():
                 moved |= _reorder(graph.graph, rows, known)
         for node in graph.graph.nodes:  # the results of operators follow the order of images
@@ -478,7 +481,7 @@ def _image_behind(rows: Any) -> fx.Node | None:
 
 
 def _unflattening(node: fx.Node) -> _Rows | None:
-    """What makes gradients of flattened images, and nothing else, where somebody reads them channels-last."""
+    """An operator whose results are all read as images, and some of them channels-last."""
     weight = _summed_rows(node)
     if weight is None:
         return None
@@ -493,7 +496,7 @@ def _unflattening(node: fx.Node) -> _Rows | None:
 
 
 def _summed_rows(node: Any) -> fx.Node | None:
-    """The matrix of whose rows the results of an operator are sums, or a choice; None if they are something else."""
+    """The weight if every result of the operator is a sum or a choice of its rows, else None."""
     if is_call(node, ops.interval_linear_backward) and not any(node.args[ROUNDING[ops.interval_linear_backward] :]):
         return node.args[2]
     if is_call(node, ops.interval_linear) and is_call(node.args[2], aten.t.default) and not any(node.args[3:]):
@@ -509,7 +512,7 @@ def _is_channels_last(node: fx.Node) -> bool:
 
 
 def _is_read_channels_last(image: fx.Node) -> bool:
-    """Does an operator read it together with another image that lies so, or with bits that were packed so?"""
+    """Does an operator read it together with a channels-last image, or with bits that were packed channels-last?"""
     shape = image.meta["val"].shape
     bits = (2, (shape.numel() + 7) // 8, 1)
     for user in image.users:
@@ -520,13 +523,13 @@ def _is_read_channels_last(image: fx.Node) -> bool:
     return False
 
 
-_ROWS_AT: dict[Any, int] = {aten.index_select.default: 0, aten.mm.default: 1}  # position of the weight; of others 2
+_ROWS_AT: dict[Any, int] = {aten.index_select.default: 0, aten.mm.default: 1}  # position of the weight; 2 in others
 
 
 def _reorder(graph: fx.Graph, rows: _Rows, known: dict[Any, fx.Node]) -> set[fx.Node]:
-    """Let one operator work on rows in memory order; returns the images that lie otherwise than before.
+    """Let one operator work on rows in memory order; returns the images whose memory order changes by that.
 
-    ``known``: what was brought into that order for an operator before it, weights and images.
+    ``known``: the weights and images that have been brought into that order for earlier operators.
     """
     batch, channels, height, width = rows.shape
     node = rows.node

@@ -1,6 +1,7 @@
 """What a function refers to, and whether two functions compute the same.
 
-``program`` keys its cache by the ``identity`` of functions; ``watch`` looks at the modules that a function reaches.
+``program`` keys its cache by the ``identity`` of functions; ``watch`` compares the modules that a function reaches.
+Everything here works on *tokens*: values that compare equal exactly where two objects compute the same.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from torch import Tensor, nn
 
 PRIMITIVES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout)
 CONTAINERS = (list, tuple, set, frozenset, deque)
-# What has parts rather than attributes.
+# Types whose contents are parts, all of which count, rather than attributes, of which only those that are named do.
 _TRANSPARENT = (types.FunctionType, types.MethodType, functools.partial, dict, *CONTAINERS)
 _LIBRARIES = (os.path.dirname(torch.__file__), os.path.dirname(__file__), os.path.dirname(os.__file__))
-MANY = 1000  # elements or objects that are looked at, at most: a closure over a data set must not cost seconds
-_DEPTH = 5
+MANY = 1000  # the most elements or objects that are looked at: a closure over a data set must not cost seconds
+_DEPTH = 5  # how many steps objects are followed
 
 
 def unwrap(fn: Callable) -> Callable:
@@ -45,7 +46,7 @@ def unwrap(fn: Callable) -> Callable:
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
-    """The global names that a function uses, functions defined inside it included."""
+    """The global names that a function uses, and those of the functions defined inside it."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
@@ -63,7 +64,7 @@ def referents(value: Any) -> list[tuple[Any, Any]]:
         found += enumerate(value.__defaults__ or ())
         found += (value.__kwdefaults__ or {}).items()
         if _is_of_a_library(value.__code__.co_filename):
-            return found  # a library's globals are its own affair
+            return found  # libraries' globals do not change between calls
         scope = value.__globals__
         return found + [(name, scope[name]) for name in dict.fromkeys(_names(value.__code__)) if name in scope]
     if isinstance(value, types.MethodType):
@@ -82,7 +83,7 @@ _slots: weakref.WeakKeyDictionary[type, list[str]] = weakref.WeakKeyDictionary()
 
 
 def _slots_of(kind: type) -> list[str]:
-    """The names of attributes that the objects of a user's class hold elsewhere than in a dictionary."""
+    """The names of the ``__slots__`` of a user's class."""
     if kind not in _slots:
         found = [vars(base).get("__slots__", ()) for base in kind.__mro__ if _is_users_class(base)]
         _slots[kind] = [name for names in found for name in ((names,) if isinstance(names, str) else names)]
@@ -94,7 +95,7 @@ def _is_of_a_library(file: str) -> bool:
 
 
 def _is_users_file(value: Any) -> bool:
-    """Is it a Python module, and no library's?"""
+    """Is it a Python module of the user, not of a library?"""
     return isinstance(value, types.ModuleType) and not _is_of_a_library(vars(value).get("__file__") or _LIBRARIES[0])
 
 
@@ -107,7 +108,7 @@ def _is_set(cell: Any) -> bool:
 
 
 def in_reach(*functions: Any) -> list[Any]:
-    """Everything that functions refer to, directly or through a few steps."""
+    """Everything that functions refer to, directly or within a few steps."""
     seen: dict[int, Any] = {}
     level = list(functions)
     for _ in range(_DEPTH):
@@ -126,7 +127,7 @@ def _neighbours(value: Any) -> Iterable[Any]:
 
 
 def modules_of(fn: Any) -> list[nn.Module]:
-    """A module and all that it holds, or all modules that a function refers to."""
+    """The modules inside a module, itself included, or all modules that a function refers to."""
     if isinstance(fn, nn.Module):
         return list(fn.modules())
     found = (module for value in in_reach(fn) if isinstance(value, nn.Module) for module in value.modules())
@@ -148,7 +149,7 @@ def held_tensors(module: nn.Module) -> list[Tensor]:
 
 
 class Same:
-    """Compares an object by identity, without keeping it alive where that can be."""
+    """Compares an object by identity, by a weak reference where its type allows one."""
 
     __slots__ = ("_id", "_ref")
 
@@ -172,17 +173,18 @@ class Same:
         return self._ref() is None
 
 
-# What Python itself calls, or a class of PyTorch's, without that the code says so; and what is not called by reading.
+# Methods that run although no code names them: called by Python, or by a class of PyTorch.
 _UNSAID = ("__call__", "__wrapped__")
 _OF_FUNCTIONS = ("forward", "backward", "setup_context", "jvp", "vmap")  # of torch.autograd.Function
 _MAKING = ("__init__", "__new__", "__post_init__")
+# Methods that do not run when an object is only used.
 _UNREAD = {*_MAKING, "__repr__", "__str__", "__del__", "__getstate__", "__setstate__", "__reduce__", "__reduce_ex__"}
-# Who mentions these may read attributes whose names the code does not say.
+# Code that mentions one of these may read attributes whose names it does not mention.
 _REFLECTING = frozenset({"getattr", "vars", "__dict__", "asdict", "astuple", "attrgetter", "fields", "getmembers"})
 
 
 def functions_of(member: Any) -> list[types.FunctionType]:
-    """The functions behind what a class holds under a name: those of properties, those that are decorated."""
+    """The functions behind a member of a class: a property's getter, what a decorator wraps, a method's function."""
     found: list[types.FunctionType] = []
     pending, seen = [member], set()
     while pending:
@@ -215,18 +217,18 @@ def _is_users_class(kind: type) -> bool:
 
 
 class _Names:
-    """Every name that a function's code mentions, or that of the functions and methods which it calls.
+    """Every name that the code of a function mentions, and that of the functions and methods it may call.
 
-    Of an object only attributes with such a name can matter: a trainer's step counter does not change its model. Grows
-    with the functions and objects that are met.
+    Only attributes with such a name can change what the function computes: a trainer's step counter does not change its
+    model. The set grows as a walk over objects meets further functions and classes.
     """
 
     def __init__(self) -> None:
         self.known = {*_UNSAID}
-        self.are_all = False  # may code read attributes by names that it does not mention?
+        self.are_all = False  # does every attribute count, because code reads some without mentioning their names?
         self._codes: weakref.WeakSet[types.CodeType] = weakref.WeakSet()
         self._classes: weakref.WeakKeyDictionary[type, set[str]] = weakref.WeakKeyDictionary()
-        self._methods: dict[str, list[types.CodeType]] = {}  # that nobody has mentioned yet
+        self._methods: dict[str, list[types.CodeType]] = {}  # of methods that no code has mentioned yet
         self._members: weakref.WeakKeyDictionary[type, tuple] = weakref.WeakKeyDictionary()
 
     def __contains__(self, name: Any) -> bool:
@@ -252,7 +254,7 @@ class _Names:
                 self.meet_code(code)
 
     def meet_class(self, kind: type, is_made: bool) -> None:
-        """A class whose objects are at hand, or are made."""
+        """Note the names that objects of a class use unasked; ``is_made``: such objects are created, too."""
         said = self._classes.setdefault(kind, set())
         if not said:
             for base in kind.__mro__:
@@ -269,7 +271,7 @@ class _Names:
         self.mention(*said, *(_MAKING if is_made else ()))
 
     def members(self, kind: type) -> list[tuple[str, Any]]:
-        """What the user's classes that an object is of hold under these names."""
+        """The members with one of these names, of the user's classes in the class's order of resolution."""
         bases, known = kind.__mro__, self._members.get(kind)
         now = self.count, [len(vars(base)) for base in bases]
         if known is None or known[0] != now:
@@ -280,12 +282,12 @@ class _Names:
 
 
 def _is_written(member: Any) -> bool:
-    """Is it a function that somebody has written? That a dataclass compares all of its fields means nothing."""
+    """Is it written in a file? The methods that ``dataclass`` generates mention all fields, which means nothing."""
     return any(not function.__code__.co_filename.startswith("<") for function in functions_of(member))
 
 
 def _strings(code: types.CodeType) -> set[str]:
-    """Constants that may be names: of keys, or of the attributes that a pattern of ``match`` looks at."""
+    """String constants that may be names: keys, or attributes in a ``match`` pattern."""
     found: set[str] = set()
     pending = list(code.co_consts)
     while pending:
@@ -303,16 +305,16 @@ _names_in: weakref.WeakKeyDictionary[Any, _Names] = weakref.WeakKeyDictionary()
 
 
 class _Look:
-    """What one walk over the objects that a function refers to has seen."""
+    """The state of one walk over the objects that a function refers to."""
 
     def __init__(self, names: _Names | None = None) -> None:
         self.names = names
-        self.left = MANY  # objects that are followed; when there are none, identity has to do
-        self.seen: dict[int, tuple[int, int]] = {}  # of objects that were followed: their number, how far they were
+        self.left = MANY  # so many more objects are followed; after that they are compared by identity alone
+        self.seen: dict[int, tuple[int, int]] = {}  # id of an object that was followed: its number, and how deep
         self.modules: list[nn.Module] = []
 
     def has_seen(self, value: Any, depth: int) -> int | None:
-        """The number of an object that was followed as far already; else it gets one."""
+        """The number of an object that was followed this far before; None for any other, which now gets a number."""
         number, far = self.seen.get(id(value), (len(self.seen), -1))
         if far >= depth:
             return number
@@ -322,17 +324,18 @@ class _Look:
 
 
 def token(value: Any, depth: int = _DEPTH, look: _Look | None = None) -> Any:
-    """Equal for what computes the same: identity of tensors, modules and objects, value of everything plain.
+    """A token of a value: tensors, modules and objects count by identity, plain values by value.
 
-    Objects are followed for a few steps, so that an option changed in place, or a helper's global rebound, is noticed.
-    Where ``look`` has names, only attributes of these names count, and what the user's classes hold under them does.
+    Objects are followed for ``depth`` steps, so that an option that was changed in place, or a global that a helper
+    uses and that was rebound, is noticed. Where ``look`` has names, only attributes with these names count, and also
+    members with these names of the user's classes.
     """
     if isinstance(value, PRIMITIVES):
         return type(value), repr(value) if isinstance(value, (float, complex)) else value  # 0.0 is not -0.0
     look = _Look() if look is None else look
     names = look.names
     if names is not None and depth and look.left > 0 and _is_users_file(value):
-        look.left -= 1  # of it only what the code mentions can matter
+        look.left -= 1
         found = [(name, v) for name, v in vars(value).items() if name in names.known]
         return Same(value), tuple((name, token(v, depth - 1, look)) for name, v in found)
     if isinstance(value, slice):
@@ -341,7 +344,7 @@ def token(value: Any, depth: int = _DEPTH, look: _Look | None = None) -> Any:
         return Same(value), *layout_of(value)
     if isinstance(value, np.ndarray) and value.size <= MANY:
         return Same(value), value.dtype, value.shape, value.tobytes()
-    if isinstance(value, nn.Module):  # which have their own watch
+    if isinstance(value, nn.Module):  # ``watch`` compares what is inside
         look.modules.append(value)
         return Same(value)
     if depth == 0 or look.left <= 0:
@@ -371,14 +374,14 @@ def _token_of_code(fn: Any, names: _Names) -> Any:
 
 def _walked(fn: Any, names: _Names) -> tuple[Any, _Look]:
     count = -1
-    while count < names.count:  # until no object that is met mentions another name
+    while count < names.count:  # until a walk meets no code that mentions a new name
         count, look = names.count, _Look(names)
         found = token(fn, look=look)
     return found, look
 
 
 def token_of_argument(value: Any) -> Any:
-    """Of what is no tensor: functions may read all that an object, or its class, holds."""
+    """The token of an argument that is no tensor: the function may read everything in the object and its class."""
     kind = type(value)
     if isinstance(value, (nn.Module, Tensor, type)) or not (callable(value) or _is_users_class(kind)):
         return token(value)
@@ -395,12 +398,12 @@ _names_of_arguments: weakref.WeakKeyDictionary[type, _Names] = weakref.WeakKeyDi
 
 
 def modules_met(fn: Any) -> list[nn.Module]:
-    """The modules that a function may read, methods that it calls included."""
+    """The modules that a function, or a method that it calls, may read."""
     return [] if isinstance(fn, nn.Module) else _walked(fn, _Names())[1].modules
 
 
 class Behaviour:
-    """What a function computes, or an object that can be called, that a module holds."""
+    """Remembers what a callable computes, to tell later whether another one, or the same, still computes that."""
 
     def __init__(self, fn: Any) -> None:
         self._names = _Names()
@@ -411,7 +414,7 @@ class Behaviour:
 
 
 def may_change(fn: Any) -> bool:
-    """May what it computes change, while it stays the same object?"""
+    """Can what a callable computes change while it stays the same object?"""
     if isinstance(fn, (nn.Module, Tensor, type)) or not callable(fn):
         return False
     return _is_users_class(type(fn)) or any(
@@ -420,7 +423,7 @@ def may_change(fn: Any) -> bool:
 
 
 def _mentioned(value: Any, found: list[tuple[Any, Any]], names: _Names) -> list[tuple[Any, Any]]:
-    """Of what an object refers to, what can matter; and what its class holds."""
+    """What an object refers to, without what no code mentions; plus the members of its class that code mentions."""
     if isinstance(value, types.FunctionType):
         names.meet_code(value.__code__)
         return found
@@ -439,7 +442,7 @@ def _mentioned(value: Any, found: list[tuple[Any, Any]], names: _Names) -> list[
 
 
 class Global(NamedTuple):
-    """What modules of a class compute with besides their attributes: a name in a file or a class, and its value."""
+    """A name in a file or a class that modules compute with besides their own attributes, and its value at first."""
 
     scope: Callable[[], Mapping[str, Any]]
     name: str
@@ -457,7 +460,6 @@ class Global(NamedTuple):
         return self.scope().get(self.name)
 
     def is_same(self) -> bool:
-        """What a function refers to is looked at by itself."""
         scope = self.scope()
         if self.name not in scope:
             return False
@@ -468,7 +470,7 @@ class Global(NamedTuple):
 
 
 def _scope_of(owner: Any) -> Callable[[], Mapping[str, Any]]:
-    """What an object holds, now and later; no class is kept alive by that."""
+    """A function that returns what a class or a file holds at the time; it keeps no class alive."""
     if isinstance(owner, dict):
         return lambda: owner
     reference = weakref.ref(owner)
@@ -476,9 +478,9 @@ def _scope_of(owner: Any) -> Callable[[], Mapping[str, Any]]:
 
 
 def globals_of(kind: type) -> list[Global]:
-    """The globals that a class of modules computes with, and what classes hold: its methods, numbers and tensors.
+    """The globals and the members of classes that modules of a class compute with: functions, numbers, tensors.
 
-    Those of ``forward``, of the methods that it mentions, and of the user's functions that these mention.
+    That is what ``forward``, the methods that it mentions and the user's functions that these mention refer to.
     """
     found: dict[tuple[int, str], tuple[Any, str]] = {}
     names, seen = _Names(), set()
@@ -493,7 +495,7 @@ def globals_of(kind: type) -> list[Global]:
         pending.extend(function for member in members for function in functions_of(member))
 
     def note_method(name: str) -> None:
-        bases = [base for base in kind.__mro__ if name in vars(base)]  # ``super()`` may call each of them
+        bases = [base for base in kind.__mro__ if name in vars(base)]  # all of them: there is ``super()``
         for place, base in enumerate(bases):
             if _is_users_class(base) or (name == "forward" and place == 0):
                 note(base, name)
@@ -523,14 +525,17 @@ _of_tensor = operator.attrgetter("dtype", "device", "shape", "requires_grad")
 
 
 def is_dead(key: Any) -> bool:
-    """Does a token hold an object that is gone?"""
+    """Does a token refer to an object that no longer exists?"""
     if isinstance(key, tuple):
         return any(is_dead(part) for part in key)
     return isinstance(key, Same) and key.is_dead()
 
 
 def identity(fn: Any) -> tuple[Any, Any]:
-    """An object that lives about as long as the function, and what tells the function from others that share it."""
+    """An anchor and a token: two functions compute the same if both agree.
+
+    The anchor is an object that lives about as long as the function: a cache can be dropped with it.
+    """
     if hasattr(type(fn), "__bound_key__"):  # an explanation: its model and its options
         model, options = fn.__bound_key__()
         anchor, key = identity(model)

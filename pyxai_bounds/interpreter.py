@@ -1,7 +1,7 @@
 """A captured graph, interpreted with the interval rules.
 
-Arguments are Intervals or points. ``program`` runs this while tracing, so that of the Intervals and of the rules only
-what they compute with tensors is left.
+Arguments are Intervals or points. ``program`` runs this while it traces: what the rules do with tensors is recorded,
+and neither Intervals nor rules are left in the result.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ class Interpreter(fx.Interpreter):
     joins_terms = True  # may a term of a sum stand for another one, which is then 0?
 
     def __init__(self, graph: fx.GraphModule, parameters: ParameterBox | None) -> None:
-        super().__init__(graph, garbage_collect_values=False)  # ``_maxima`` looks back
+        super().__init__(graph, garbage_collect_values=False)  # ``_maxima`` reads earlier values
         self.parameters = parameters
         self.boxed = {} if parameters is None else {id(p): name for name, p in parameters.parameters().items()}
-        self.used: set[int] = set()  # which of them the graph reads
-        self.extra_traceback = False  # the user's line is in our own messages, and nothing else helps
+        self.used: set[int] = set()  # the ids of those that the graph reads
+        self.extra_traceback = False  # our messages name the user's line themselves
         self.unsupported: list[tuple[str, str]] = []
         self.results: list[Any] = []  # the structure: SET, or a constant
         self.norms: dict[fx.Node, Part] = {}
@@ -149,7 +149,7 @@ class Interpreter(fx.Interpreter):
             return self._cannot_bound(n, f" ({reason})")
 
     def _of_norm(self, part: Part) -> Interval | None:
-        """A part of a norm of a set, bounded as a whole; None where it is to be bounded by itself."""
+        """A node of a norm, with the bounds of the norm as a whole; None where the node's own rule must do."""
         x = self.env[part.x]
         grad: Any = self.env[part.grad] if part.grad is not None else None
         if not isinstance(x, Interval) or isinstance(grad, _Unknown) or (grad is not None and not self.joins_terms):
@@ -173,7 +173,7 @@ class Interpreter(fx.Interpreter):
         return narrow(shaped(out, x.shape), x.dtype)
 
     def _complex(self, n: fx.Node, args: tuple, kwargs: dict, leaves: list[Any]) -> Any:
-        """Of an operator that takes or makes complex numbers."""
+        """The result of an operator that takes or makes complex numbers."""
         rule = RULES.get(n.target)  # type: ignore[call-overload]
         moves = n.target in _MOVING or (rule is not None and rule.precision == "exact")
         if not any(isinstance(leaf, Interval) for leaf in leaves) and (
@@ -188,10 +188,10 @@ class Interpreter(fx.Interpreter):
             return self._cannot_bound(n, f" ({reason})")
 
     def _pooled(self, n: fx.Node) -> Any:
-        """The set in which a max pool found the places that its gradient goes to; None if it is not known.
+        """The input of the max pool whose gradient a node computes; None if it cannot be found.
 
-        The operator looks at the places alone. Where PyTorch differentiates it forwards, a tangent stands in the place
-        of the pool's input.
+        The operator itself reads the places of the maxima alone. Where PyTorch differentiates it forwards, its argument
+        is a tangent instead of the pool's input.
         """
         (given, _), (found, in_order) = _origin(n.args[1]), _origin(n.args[-1])
         pool = found.args[0] if found.target is operator.getitem else None
@@ -206,9 +206,9 @@ class Interpreter(fx.Interpreter):
         return Interval.of(x.mid.reshape(shape), x.rad.reshape(shape))
 
     def _is_place(self, n: fx.Node) -> bool:
-        """Is it an integer or a truth value that follows from shapes, integers and numbers, as relative positions do?
+        """Is it an integer or a truth value that is computed from shapes and numbers alone, as relative positions are?
 
-        It is part of the program, as PyTorch computes it, however that rounds on the way.
+        Then PyTorch's value is part of the program, rounding included, and needs no bounds.
         """
         if n.meta["val"].is_floating_point():
             return False
@@ -227,7 +227,7 @@ class Interpreter(fx.Interpreter):
         return True
 
     def _at_constants(self, known: dict[fx.Node, Any]) -> Callable[[fx.Node], Any]:
-        """The values of nodes at points, as PyTorch computes them; ``known`` ones are not computed again."""
+        """A function that returns what PyTorch computes for a node at points; ``known`` holds what it has computed."""
 
         def value(n: fx.Node) -> Any:
             if not any(isinstance(leaf, Interval) for leaf in pytree.tree_leaves(self.env[n])):
@@ -241,9 +241,9 @@ class Interpreter(fx.Interpreter):
         return value
 
     def _maxima(self, n: fx.Node, result: Any) -> Interval | None:
-        """Which elements equal the greatest of them, and how many: at least one, where the greatest is a number.
+        """Tighter bounds for "which elements equal the maximum" and their number, if the node computes one of these.
 
-        Derivatives of maxima are divided among these.
+        Derivatives of maxima are divided among the maxima, of which there is at least one, if the maximum is finite.
         """
         if n.target is aten.scatter_add.default or n.target is aten.eq.Tensor:
             scattered = self._scattered_maxima(n, result)
@@ -276,7 +276,7 @@ class Interpreter(fx.Interpreter):
         return None
 
     def _scattered_maxima(self, n: fx.Node, result: Any) -> Interval | None:
-        """As ``_maxima``, of which ``scatter_reduce`` takes one at each place of its result, among what is sent."""
+        """The same for ``scatter_reduce``, which takes a maximum for each place of its result."""
         counts = n.target is aten.scatter_add.default
         equal = _converted(n.args[3]) if counts else n
         reduced = _scattered(equal)
@@ -440,12 +440,12 @@ def _scattered(equal: Any) -> fx.Node | None:
 
 
 def _converted(node: Any) -> Any:
-    """What is converted to another dtype."""
+    """The node before a conversion of its dtype, if there is one."""
     return node.args[0] if node.target is aten._to_copy.default else node
 
 
 def _origin(node: Any) -> tuple[fx.Node, bool]:
-    """What a node shows in another shape, and whether its elements are all there, in their order."""
+    """The node that a chain of views shows, and whether all elements are still there, in their order."""
     in_order = True
     while node.target in _IN_ORDER or node.target in (aten.permute.default, aten.expand.default):
         moved = node.target is aten.permute.default and list(node.args[1]) != list(range(len(node.args[1])))
@@ -455,13 +455,13 @@ def _origin(node: Any) -> tuple[fx.Node, bool]:
 
 
 def _dims(node: fx.Node, shape: torch.Size) -> set[int]:
-    """Over which dimensions a reduction goes; all of them, if it names none."""
+    """The dimensions that a reduction reduces: all, if it names none."""
     named: Any = node.args[1] if len(node.args) > 1 else None
     return {d % len(shape) for d in named} if named else set(range(len(shape)))
 
 
 def _enclosed(rule: Rule, args: tuple) -> tuple:
-    """The arguments, one of them as a set of one point, so that the rule encloses what the operator rounds."""
+    """The arguments with one point as a set, so that the rule runs and encloses the rounding of the operator."""
     first = args[rule.set_first]
     if not isinstance(first, Tensor):
         raise UnsupportedArgumentsError("rounds at a point: sound=True bounds that for tensors alone")

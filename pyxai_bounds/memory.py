@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -50,27 +51,32 @@ def _storages(nodes: list[fx.Node]) -> list[_Storage]:
                 storage.last = position
         first = node.all_input_nodes[0] if node.all_input_nodes else node
         is_part = fuse.is_call(node, operator.getitem)
-        if is_part and not _is_view(first):
+        if is_part and not is_view(first):
             held[node] = [held[first][node.args[1]]]  # type: ignore[index]
-        elif is_part or _is_view(node):
+        elif is_part or is_view(node):
             held[node] = held[first]
         elif node.op == "call_function" and "val" in node.meta:
-            values = node.meta["val"] if isinstance(node.meta["val"], (tuple, list)) else [node.meta["val"]]
-            held[node] = [_Storage(_bytes_of(value), position, position) for value in values]
+            held[node] = [_Storage(bytes_of(value), position, position) for value in results(node)]
             found += held[node]
         else:
             held[node] = []
     return found
 
 
-def _is_view(node: fx.Node) -> bool:
+def results(node: fx.Node) -> Sequence[Any]:
+    """What a node returns, as the trace saw it: several values or one."""
+    values = node.meta.get("val")
+    return values if isinstance(values, (list, tuple)) else [values]
+
+
+def is_view(node: fx.Node) -> bool:
     """Do its results show what its first argument holds?"""
     if not (node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and node.all_input_nodes):
         return False
     return any(result.alias_info is not None for result in node.target._schema.returns)
 
 
-def _bytes_of(value: Any) -> int:
+def bytes_of(value: Any) -> int:
     return value.numel() * value.dtype.itemsize if isinstance(value, torch.Tensor) else 0
 
 
@@ -82,19 +88,19 @@ def _inner_bytes(node: fx.Node) -> int:
     """
     if node.target in (ops.interval_mul, ops.interval_scale_shift) and any(node.args[4:]):
         result = node.meta["val"][0]
-        return 0 if result.device.type == "cpu" and ops.native.available() else _TEMPORARIES * _bytes_of(result)
+        return 0 if result.device.type == "cpu" and ops.native.available() else _TEMPORARIES * bytes_of(result)
     if node.target is ops.interval_conv2d_backward_relu:
-        return _bytes_of(node.args[2].meta["val"])  # type: ignore[union-attr]
+        return bytes_of(node.args[2].meta["val"])  # type: ignore[union-attr]
     rounding_at = fuse.ROUNDING.get(node.target)
     if rounding_at is None:
         return 0
     mid, rad, weight, third = (n.meta["val"] if isinstance(n, fx.Node) else None for n in node.args[:4])
-    inner = _bytes_of(weight)
+    inner = bytes_of(weight)
     if node.target in _AFFINE_BACKWARD and third is not None:
-        inner += _bytes_of(mid) + _bytes_of(rad)
+        inner += bytes_of(mid) + bytes_of(rad)
     if any(node.args[rounding_at:]):
-        wide = _bytes_of(node.meta["val"][0])
+        wide = bytes_of(node.meta["val"][0])
         if node.target in (ops.interval_linear, ops.interval_linear_backward):
-            wide += _bytes_of(mid) + _bytes_of(weight)
-        inner += _bytes_of(rad) + 2 * wide
+            wide += bytes_of(mid) + bytes_of(weight)
+        inner += bytes_of(rad) + 2 * wide
     return inner

@@ -154,7 +154,7 @@ class BoundFunction:
         return program(_tensors(args), self.checkpoint)
 
     def _plain_key(self, args: tuple) -> tuple | None:
-        """What tells the programs of calls with nothing but tensors and sets apart; None for other calls."""
+        """A key for calls whose arguments are all tensors and sets, which is cheap to build; None for other calls."""
         key: list[Any] = [self.options, torch.get_default_dtype()]
         for argument in args:
             if type(argument) is Interval:
@@ -292,7 +292,7 @@ def _name(fn: Callable) -> str:
 
 
 def _note_the_call(fn: Callable, points: list[Any], error: Exception) -> None:
-    """To an error that PyTorch or the function itself raised, which knows nothing of bounds, add what was called."""
+    """Add to an error of PyTorch's or of the function's own, which does not mention bounds, what was called."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     if frame.f_code.co_filename.startswith(os.path.dirname(__file__)):
         return
@@ -451,9 +451,9 @@ def _remove_marks(graph: fx.Graph) -> None:
 
 @without_collector()
 def _with_constants(program: fx.GraphModule, make: Callable[[fx.Graph, list[fx.Node]], Callable]) -> Callable | None:
-    """What ``make`` makes of the program's graph, in which constants are further arguments; and they are at hand.
+    """``make`` applied to the program's graph with its constants as further arguments, which every call then adds.
 
-    None where they cannot be arguments.
+    None where constants cannot be arguments.
     """
     found = constants_last(program)
     if found is None:
@@ -465,7 +465,8 @@ def _with_constants(program: fx.GraphModule, make: Callable[[fx.Graph, list[fx.N
 
 _NOTHING = contextlib.nullcontext()
 _LEAF = pytree.tree_structure(0)
-_READS_INTEGERS: Any = object()  # in place of a capture: one is needed for each value of the integer arguments
+# In the cache in the place of a capture: the program reads its integer arguments and is captured for each value.
+_READS_INTEGERS: Any = object()
 
 
 # --- the cache: captures of equal functions, dropped with the function ---------------------------------------
@@ -476,7 +477,7 @@ class _Captures:
 
     def __init__(self) -> None:
         self._entries: OrderedDict[Any, Any] = OrderedDict()
-        self.programs: dict[tuple, Program] = {}  # of calls that are told apart without looking into structures
+        self.programs: dict[tuple, Program] = {}  # by ``BoundFunction._plain_key``
         self._lock = threading.Lock()
 
     def keep(self, key: tuple, program: Program) -> None:
@@ -515,7 +516,7 @@ _cache_lock = threading.Lock()
 
 
 def _captures_of(fn: Callable) -> _Captures:
-    """Equal functions share captures: one model's explanations of one kind, one lambda over the same objects."""
+    """The captures of a function and of all equal ones: one model's explanations of one kind, a lambda made anew."""
     anchor, options = identity(fn)
     with _cache_lock:
         entry = _cache.get(id(anchor))

@@ -1,7 +1,8 @@
-"""Recomputation: a program in segments, of which training keeps what crosses from one to the next.
+"""How programs run in training: without PyTorch's dispatcher and, on request, in segments that save memory.
 
-Stands between ``fuse`` and ``program``. What autograd would save inside of a segment is computed a second time in the
-backward pass, on the same backend and with the same arithmetic.
+Stands between ``chain`` and ``program``. Of a program in segments only the values that cross from one segment to the
+next are kept. What autograd would save inside of a segment is computed again in the backward pass, on the same backend
+and with the same arithmetic.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import Parameter
 
-from pyxai_bounds import ops
+from pyxai_bounds import memory, ops
 from pyxai_bounds.chain import Chain
 from pyxai_bounds.rounding import without_autocast
 
@@ -39,10 +40,10 @@ def direct(graph: fx.Graph, grads: bool) -> Callable[..., Any]:
 
 
 def constants_last(program: fx.GraphModule) -> tuple[fx.Graph, list[fx.Node], list[Tensor]] | None:
-    """The program's graph, in which constants are further arguments; their nodes; and they themselves.
+    """The program's graph with its constants as further arguments, the nodes of these, and the constants.
 
-    Looking a constant up in a module takes as long as a small operator. None where one is of a subclass of Tensor,
-    which needs the dispatcher.
+    To look a constant up in a module takes as long as a small operator. None where a constant is of a subclass of
+    Tensor, which needs the dispatcher.
     """
     nodes = program.graph.find_nodes(op="get_attr")
     constants = [operator.attrgetter(str(node.target))(program) for node in nodes]
@@ -59,11 +60,11 @@ def constants_last(program: fx.GraphModule) -> tuple[fx.Graph, list[fx.Node], li
 
 
 def checkpointed(graph: fx.Graph, constants: list[fx.Node], circumstances: Circumstances) -> Callable[..., Any]:
-    """The marked program ``graph``, whose ``constants`` are placeholders too, as a function that keeps little.
+    """The marked program ``graph``, in which ``constants`` are placeholders, too, as a function that saves memory.
 
     What runs without autograd, and what depends on constants alone (weights with batch norm folded in), comes first
-    and is done once: of it packed bits and weights are kept. The rest is cut where few values cross. The last segment
-    is recorded as it is, since its backward pass comes first.
+    and runs once; only packed bits and weights of it are kept. The rest is cut into segments where few values cross.
+    The last segment is not computed again, because the backward pass begins there.
     """
     first, rest = _order(_steps(graph), graph.find_nodes(op="placeholder"), constants)
     *segments, last = _cut(rest)
@@ -86,7 +87,7 @@ def checkpointed(graph: fx.Graph, constants: list[fx.Node], circumstances: Circu
 class _Segment:
     compute: Callable[..., tuple[Tensor, ...]]  # without gradients
     record: Callable[..., tuple[Tensor, ...]]  # for autograd
-    sources: list[list[int]]  # of each result, the arguments that it depends on differentiably
+    sources: list[list[int]]  # for each result, the arguments on which it depends differentiably
     circumstances: Circumstances
 
     def function(self) -> Callable[..., tuple[Tensor, ...]]:
@@ -97,7 +98,7 @@ class _Segment:
 
 
 class _Recomputed(torch.autograd.Function):
-    """A segment that saves its arguments; they are saved as autograd saves, which notices if they are overwritten."""
+    """A segment. It saves its arguments by autograd's own means, so that it is noticed if they are overwritten."""
 
     @staticmethod
     def forward(ctx: Any, segment: _Segment, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -122,9 +123,9 @@ def differentiate_again(
     needs: Sequence[bool],
     grads: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """The gradients of ``record`` in what was saved, where they are needed, by running it once more."""
-    second = torch.is_grad_enabled()  # a derivative of this derivative will be asked for
-    # Aliases: where one argument depends on another, the gradient of the first must not run on into the second.
+    """The gradients of ``record`` in the saved arguments that need them, computed by running it again."""
+    second = torch.is_grad_enabled()  # a derivative of this derivative may be asked for
+    # Views, because one argument may depend on another, whose gradient must not include what passes through the first.
     pairs = zip(saved, needs, strict=True)
     inputs = [t.view_as(t) if second else t.detach().requires_grad_(need) for t, need in pairs]
     with torch.enable_grad():
@@ -149,7 +150,7 @@ def _recorded_chain(chain: Chain) -> Callable[..., Sequence[Tensor]]:
 
 
 class _Chained(torch.autograd.Function):
-    """Its derivative is one native call, too; if a second one is asked for, the operators are recorded one by one."""
+    """Its derivative is one native call, too. For a second derivative the operators run and are recorded one by one."""
 
     @staticmethod
     def forward(ctx: Any, chain: Chain, addresses: list[int], *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -176,7 +177,7 @@ class _Chained(torch.autograd.Function):
         if not torch.is_grad_enabled() and not ops.needs_dispatcher(*(grad for grad in grads if grad is not None)):
             overwrite = not torch._C._autograd._get_current_graph_task_keep_graph()
             if overwrite:
-                torch.autograd.graph.increment_version(block)  # should this fail, the block is not to be read again
+                torch.autograd.graph.increment_version(block)  # so that autograd refuses to read the block again
             return None, None, *together.adjoint(known, block, overwrite, grads, needs)
         fixed = {n: value for n, value in known.items() if n not in chain.made}
         fixed |= {n: together.kept(block, n) for n in together.read_kept if n not in chain.made}
@@ -195,7 +196,7 @@ class _Chained(torch.autograd.Function):
 
 
 class _Given(torch.autograd.Function):
-    """A number whose derivatives are the given gradients, so that one that is missing is missing to all behind it."""
+    """A number whose derivatives are the given gradients. One that is None stays None, instead of becoming zeros."""
 
     @staticmethod
     def forward(ctx: Any, grads: tuple[Tensor | None, ...], *outputs: Tensor) -> Tensor:
@@ -220,11 +221,7 @@ class _Step:
 
     def bytes_of(self, value: fx.Node) -> int:
         """What it takes to keep a result; nothing where it shares memory with an argument."""
-        returns = self.node.target._schema.returns if isinstance(self.node.target, torch._ops.OpOverload) else []
-        tensor = value.meta.get("val")
-        if any(result.alias_info is not None for result in returns) or not isinstance(tensor, Tensor):
-            return 0
-        return tensor.numel() * tensor.element_size()
+        return 0 if memory.is_view(self.node) else memory.bytes_of(value.meta.get("val"))
 
 
 def _steps(graph: fx.Graph) -> list[_Step]:
@@ -243,7 +240,7 @@ def _steps(graph: fx.Graph) -> list[_Step]:
 def _order(
     steps: list[_Step], arguments: Iterable[fx.Node], constants: Iterable[fx.Node]
 ) -> tuple[list[_Step], list[_Step]]:
-    """What is done once, and what may be done twice."""
+    """The steps that run once, and those that may be computed again."""
     early, fixed = set(arguments), set(constants)
     first, rest = [], []
     for step in steps:
@@ -259,7 +256,7 @@ def _order(
 
 
 def _cut(steps: list[_Step]) -> list[list[_Step]]:
-    """Segments such that what crosses from one to another, and the inside of the largest, take the least memory."""
+    """Segments such that the values that cross between them and the inside of the largest take the least memory."""
     last_use = {value: place for place, step in enumerate(steps) for value in step.node.all_input_nodes}
     results = [[(step.bytes_of(value), last_use.get(value, -1)) for value in step.values] for step in steps]
     sizes = [sum(size for size, _ in values) for values in results]
@@ -274,9 +271,9 @@ def _cut(steps: list[_Step]) -> list[list[_Step]]:
 
 
 def _cut_within(limit: float, results: list[list[tuple[int, int]]], sizes: list[int]) -> tuple[float, list[int]]:
-    """(bytes that cross, where segments end) of the best cut into segments of at most ``limit`` bytes.
+    """The best cut into segments of at most ``limit`` bytes: (bytes that cross, where the segments end).
 
-    A value counts once, for the segment that makes it.
+    A value that crosses counts once, for the segment that makes it.
     """
     count = len(sizes)
     crossing, start_of = [0.0] + [math.inf] * count, [0] * (count + 1)
@@ -300,7 +297,7 @@ def _cut_within(limit: float, results: list[list[tuple[int, int]]], sizes: list[
 
 
 def _ends(steps: list[_Step]) -> tuple[list[fx.Node], list[fx.Node]]:
-    """The values that a segment takes from outside, and those that it makes for outside."""
+    """The values that a segment reads from outside, and those of its own that are read outside."""
     made = [value for step in steps for value in step.values]
     inside = {*made, *(step.node for step in steps)}
     inputs = dict.fromkeys(value for step in steps for value in step.node.all_input_nodes if value not in inside)
@@ -327,7 +324,7 @@ def _function(
 
 
 def _copy(steps: list[_Step], graph: fx.Graph, known: dict[fx.Node, fx.Node], marked: bool) -> None:
-    """Append the steps; ``marked``: with the marks that switch gradients off and, in the end, on again."""
+    """Append the steps. ``marked``: with marks that switch autograd off and on, and on again at the end."""
     enabled = True
     for step in steps:
         if marked and step.alive != enabled:

@@ -1,14 +1,13 @@
-"""Bound programs as CUDA graphs: recorded at their second call, replayed while what was taken for granted holds.
+"""Bound programs as CUDA graphs: recorded at their second call, replayed as long as their assumptions hold.
 
-Stands between ``recompute`` and ``program``. ``Recorder`` does so for programs that need no gradient, and
-``TrainingRecorder`` for those that do: a program is one graph then, and each derivative asked of it another. What
-records and replays is ``ops/replay.py``.
+Stands between ``recompute`` and ``program``. ``Recorder`` is for programs that need no gradient, ``TrainingRecorder``
+for those that do: then the program is one graph, and each derivative that is asked for another. ``ops/replay.py``
+records and replays.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import operator
 import threading
 import warnings
@@ -19,14 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pyxai_bounds import ops
+from pyxai_bounds import memory, ops
 from pyxai_bounds.errors import on_gpu
 from pyxai_bounds.ops import replay
 from pyxai_bounds.recompute import Circumstances, constants_last, differentiate_again
 
-# Where launches are what costs: a program that writes more spends longer on memory (a GPU moves 4 GiB in about 1 ms)
-# than on the launches that a graph saves, and would hold memory for good. Of a deep program that is so if its operators
-# write much each: one launched from Python takes as long as 64 MiB and more.
+# Recording pays where launches cost more than memory traffic. A GPU moves 4 GiB in about 1 ms, and one launch from
+# Python takes as long as 64 MiB. A recorded program holds its memory for good.
 LARGEST = 2**32  # bytes that a recorded program may write, all its results together,
 LARGEST_EACH = 2**26  # or on average an operator of it
 
@@ -34,11 +32,10 @@ LARGEST_EACH = 2**26  # or on average an operator of it
 class Recorder:
     """Runs a program on CUDA tensors, from its second call in the same circumstances on as a CUDA graph.
 
-    A recording is out of date when a constant of the program lies elsewhere in memory (``p.data = …``, ``model.to``),
-    or when the backend or the arithmetic was chosen anew. In 4 cases the program runs as it is: it writes more than
-    ``LARGEST`` bytes, and more than ``LARGEST_EACH`` an operator; it looks at values on the host; recording it failed,
-    or its first replays did not give what the program does, which is said once; the environment says
-    ``PYXAI_BOUNDS_CUDA_GRAPHS=0``.
+    A recording is out of date when a constant of the program has another address (``p.data = …``, ``model.to``), or
+    when another backend or arithmetic is chosen. A program is not recorded if it writes more than ``LARGEST`` bytes and
+    more than ``LARGEST_EACH`` an operator; if it reads values on the host; if recording failed or the first replays
+    differed from the program, which a warning says once; or if ``PYXAI_BOUNDS_CUDA_GRAPHS=0`` is set.
     """
 
     def __init__(self, program: fx.GraphModule, launched: Callable[..., Sequence[Tensor]] | None = None) -> None:
@@ -67,7 +64,7 @@ class Recorder:
             return None
         with self._lock:
             if circumstances != self._circumstances:
-                # Not yet: who moves the parameters before every call would record before every call.
+                # Not at the first call: if parameters move before every call, each would be recorded.
                 self._circumstances, self._replay = circumstances, None
                 return None
             for index, classes in checks:
@@ -78,7 +75,7 @@ class Recorder:
             return self._replay
 
     def _describe(self, tensors: Sequence[Tensor], constants: Sequence[Tensor]) -> tuple | None:
-        """All that a recording takes for granted; None if it cannot: numbers on the CPU would be copied into it."""
+        """All that a recording assumes. None if some constant is on the CPU: its value would become part of it."""
         if not all(on_gpu(t) for t in constants):
             return None
         return (*replay.settings(), *((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in constants))
@@ -101,11 +98,11 @@ class Recorder:
 
 
 class TrainingRecorder(Recorder):
-    """The same for a program whose results are differentiated, ``program`` with its marks (see ``fuse``).
+    """The same for a program whose results are differentiated; ``program`` has its marks (see ``fuse``).
 
-    One recording holds what one backward pass needs, so that a call runs as it is while an earlier one waits for its
-    backward pass. So it does in a backward pass, and where hooks decide about what autograd saves
-    (``torch.utils.checkpoint``). A recording is out of date, too, when other tensors require gradients.
+    A recording holds what one backward pass needs. So while one call waits for its backward pass, further calls run the
+    program without the recording, as do calls inside a backward pass or where hooks decide what autograd saves
+    (``torch.utils.checkpoint``). A recording is also out of date when other tensors require gradients.
     """
 
     def __init__(
@@ -140,7 +137,7 @@ class TrainingRecorder(Recorder):
 
 
 class _Turn:
-    """A call of a recording. It lasts until its backward pass is done, or nobody can ask for one."""
+    """A call's exclusive use of a recording, until its backward pass is done or cannot be asked for any more."""
 
     def __init__(self) -> None:
         self.is_over = False
@@ -149,12 +146,12 @@ class _Turn:
 class TrainingReplay:
     """``fn`` on ``tensors`` and ``constants``, as a CUDA graph, and its derivatives, each as another.
 
-    The graphs read constants where they lie, and what the first keeps for the others stays where it was written: so
-    there is one turn at a time. A derivative (of which results, in which arguments) is run as it is once, and recorded
-    before the next turn. Where a second derivative may be asked for, ``fn`` is run and differentiated once more.
+    The graphs read constants at their addresses. What the first graph leaves for the derivatives stays in place, so
+    there is one turn at a time. A derivative (of certain results, in certain arguments) runs unrecorded once and is
+    recorded before the next turn. Where a second derivative may be asked for, ``fn`` runs again instead.
 
-    The first replays are compared with what ``fn`` gives: a call that does not agree raises RuntimeError, a derivative
-    leaves the backward pass to others, and the next turn raises.
+    The first replays are compared with ``fn``. A call that differs raises RuntimeError. After a derivative that differs,
+    the backward pass is done without the recording, and the next turn raises.
     """
 
     def __init__(
@@ -174,8 +171,8 @@ class TrainingReplay:
         with torch.cuda.device(tensors[0].device):
             self._stream, self._free = torch.cuda.Stream(), torch.cuda.Event()
             self._graph = replay.Graph(tensors)
-            # Aliases with a history of their own: neither an optimiser's steps nor replays count as changes of what
-            # autograd has saved of them.
+            # Aliases with version counters of their own: optimiser steps and replays must not count as changes of what
+            # autograd has saved.
             self._leaves = [t.data for t in (*self._graph.inputs, *constants)]
             for leaf, given in zip(self._leaves, (*tensors, *constants), strict=True):
                 leaf.requires_grad_(given.requires_grad)
@@ -192,7 +189,7 @@ class TrainingReplay:
         self._read_again = [t for t in constants if _address(t) in read]
 
     def begin(self) -> _Turn | None:
-        """A turn, if nobody has one; what the last ones asked for is recorded first."""
+        """A turn, unless another one is not over. Derivatives that were asked for are recorded first."""
         with self._lock:
             if self._wrong is not None:
                 raise self._wrong
@@ -208,7 +205,7 @@ class TrainingReplay:
 
     def __call__(self, turn: _Turn, *tensors: Tensor) -> tuple[Tensor, ...]:
         given = (*tensors, *self.constants)
-        # An argument that no result depends on differentiably is none to autograd, either.
+        # Arguments on which no result depends differentiably are detached, as autograd would have it.
         return _Replayed.apply(
             self, turn, *(t if r else t.detach() for t, r in zip(given, self._is_reached, strict=True))
         )
@@ -229,9 +226,9 @@ class TrainingReplay:
     def backward(
         self, turn: _Turn, derivative: _Derivative, grads: Sequence[Tensor], again: bool
     ) -> Sequence[Tensor | None] | None:
-        """In the arguments that need it; None if there was another turn since, or if the recording is wrong.
+        """The gradients in the arguments that need them; None if there was another turn since, or a replay differs.
 
-        ``again``: it may be asked for again.
+        ``again``: may this derivative be asked for again?
         """
         with self._lock, torch.cuda.device(self.outputs[0].device):
             if self._turn() is not turn:
@@ -259,7 +256,7 @@ class TrainingReplay:
         return results
 
     def versions(self) -> list[int]:
-        """Of the constants that derivatives read again: they must be what they were."""
+        """The versions of the constants that derivatives read: they must not change before the backward pass."""
         return [t._version for t in self._read_again]
 
     def compute(self, *given: Tensor) -> Sequence[Tensor]:
@@ -270,7 +267,7 @@ class TrainingReplay:
             torch._C._set_grad_enabled(True)  # the program's marks may leave it off
 
     def _anew(self) -> Sequence[Tensor]:
-        """The outputs without what the recording keeps of them; or with it, where what they depend on changed since."""
+        """The outputs computed anew, to check a derivative with; the recorded ones if their inputs have changed."""
         with torch.enable_grad():
             outputs = self.compute(*self._leaves)
         return outputs if replay.same_bits(outputs, self.outputs) else self.outputs
@@ -296,7 +293,7 @@ MOST_DERIVATIVES = 4
 
 
 class _Replayed(torch.autograd.Function):
-    """One turn of a recording as a node of autograd."""
+    """A turn of a recording as a node of autograd."""
 
     @staticmethod
     def forward(ctx: Any, recording: TrainingReplay, turn: _Turn, *given: Tensor) -> tuple[Tensor, ...]:
@@ -332,7 +329,7 @@ class _Replayed(torch.autograd.Function):
 
 @contextlib.contextmanager
 def _addresses_of_saved() -> Iterator[set[int]]:
-    """Where that lies what autograd saves inside."""
+    """Collects the addresses of what autograd saves inside the block."""
     found: set[int] = set()
 
     def note(t: Tensor) -> Tensor:
@@ -344,12 +341,12 @@ def _addresses_of_saved() -> Iterator[set[int]]:
 
 
 def _address(t: Tensor) -> int:
-    """The same for a tensor and its parts."""
+    """The address of a tensor's storage, which its views share."""
     return t.untyped_storage().data_ptr()
 
 
 def leaves_behind(results: Sequence[Tensor]) -> set[int]:
-    """The ids of the tensors in which results can be differentiated."""
+    """The ids of the leaves of autograd's graph on which the results depend."""
     found, seen = set(), set()
     ahead = [t.grad_fn for t in results]
     for result in results:
@@ -372,9 +369,9 @@ _HOST_TAGS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, t
 
 
 def _plan(program: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor], list[tuple[int, int]]] | None:
-    """What to record: the program without its checks of arguments, which come first (argument, classes); its constants.
+    """What to record: the program without its checks of targets, its constants, and these checks.
 
-    None if it should not or cannot be recorded.
+    A check is (position of the argument, number of classes). None if the program cannot be recorded or should not be.
     """
     graph = fx.Graph()
     graph.output(graph.graph_copy(program.graph, {}))
@@ -401,16 +398,7 @@ def _plan(program: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor], list[t
         if isinstance(node.target, torch._ops.OpOverload):
             if any(tag in node.target.tags for tag in _HOST_TAGS):
                 return None
-            written += sum(_bytes(value) for value in _values(node))
+            written += sum(memory.bytes_of(value) for value in memory.results(node))
             operators += 1
     is_small = written <= max(LARGEST, LARGEST_EACH * operators)
     return (fx.GraphModule(program, graph), constants, checks) if is_small else None
-
-
-def _values(node: fx.Node) -> Sequence[Any]:
-    values = node.meta.get("val")
-    return values if isinstance(values, (list, tuple)) else [values]
-
-
-def _bytes(value: Any) -> int:
-    return math.prod(value.shape) * value.element_size() if isinstance(value, Tensor) else 0

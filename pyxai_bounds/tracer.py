@@ -1,7 +1,7 @@
-"""Tracing: what a function does with fake tensors, noted as a graph. ``capture`` decides what is traced.
+"""Tracing: runs a function on fake tensors and records its operators as a graph, for ``capture``.
 
-``make_fx`` does the same for more kinds of tensors and numbers, and takes several times as long: it asks PyTorch for
-the shape of every result anew. Layers repeat: here what an operator makes of arguments of the same kind is looked up.
+``make_fx`` does the same for more kinds of tensors and numbers, but takes several times as long: it asks PyTorch for the
+shape of every result anew. Layers repeat, so this tracer remembers the results for arguments of the same kind.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def trace(
     *,
     functional: bool,
 ) -> fx.GraphModule:
-    """The graph of ``program(*tensors)``, with a placeholder for each tensor. Fake tensors stay those of their mode.
+    """The graph of ``program(*tensors)``, with a placeholder for each tensor. Fake tensors keep their mode.
 
-    Real tensors that the program uses become ``get_attr`` nodes that hold them. In-place operators stay, and so does
-    what nobody uses. ``meta["val"]`` is a fake tensor, or several, which nodes share: they are to be read alone.
-    An operator among the ``decompositions`` is replaced by what these do, unless that is NotImplemented.
-    functional: the program writes into no view, so that views need not share memory.
+    Real tensors that the program uses become ``get_attr`` nodes. In-place operators and unused nodes stay.
+    ``meta["val"]`` is the node's fake tensor, or several; nodes share them, so they must not be changed.
+    An operator in ``decompositions`` is replaced by what its function does, unless that returns NotImplemented.
+    functional: the program writes into no view, so views in the trace need not share memory.
     """
     fake = next((t.fake_mode for t in tensors if isinstance(t, FakeTensor)), None) or _new_mode()
     arguments = [_another(t) if isinstance(t, FakeTensor) else fake.from_tensor(t) for t in tensors]
@@ -45,7 +45,7 @@ def trace(
     for argument in arguments:
         tracer.placeholder(argument)
     cached = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)  # it would keep converted parameters beyond the trace
+    torch.set_autocast_cache_enabled(False)  # or it would keep fake copies of parameters after the trace
     try:
         with fake, tracer:
             results = program(*arguments)
@@ -55,31 +55,33 @@ def trace(
 
 
 def _another(t: FakeTensor) -> FakeTensor:
-    """A tensor of the same kind: what nodes show is shared, but each argument is one of its own."""
+    """A new fake tensor of the same kind: nodes share fake tensors, but each argument must be one of its own."""
     kind = _kind(t)
     return t.detach() if kind is None else kind.new(t.fake_mode)  # type: ignore[return-value]
 
 
 def _new_mode() -> FakeTensorMode:
-    with config.patch(fake_tensor_allow_unsafe_data_ptr_access=False):  # an address is an error, and not 0
+    with config.patch(fake_tensor_allow_unsafe_data_ptr_access=False):  # asking for an address must fail, not give 0
         return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def lazy(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
-    """The graph as a module, whose code is written when somebody runs or reads it: most graphs are only rewritten."""
+    """The graph as a module that generates its code when it first runs: most graphs are only rewritten, never run."""
     return _LazyGraphModule(root, graph)
 
 
 def written(module: fx.GraphModule) -> fx.GraphModule:
-    """The same module, with its code: ``torch.compile`` does not wait for it."""
+    """The same module with its code generated, which ``torch.compile`` needs."""
     _LazyGraphModule.force_recompile(module)
     return module
 
 
 @contextlib.contextmanager
 def without_collector() -> Iterator[None]:
-    """Python's collector of garbage waits: of the many objects of graphs hardly one is garbage, and it would look at
-    all of them, and at whatever else the process holds, again and again: a quarter of the time.
+    """Switch Python's garbage collector off inside the block.
+
+    Building graphs makes many objects, hardly any of them garbage; scanning them again and again took a quarter of the
+    time.
     """
     if not gc.isenabled():
         yield
@@ -92,7 +94,7 @@ def without_collector() -> Iterator[None]:
 
 
 class _Kind(NamedTuple):
-    """What the shapes of results follow from."""
+    """All of a tensor that the kinds of an operator's results depend on."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -110,7 +112,7 @@ class _Kind(NamedTuple):
 
 
 def _kind(t: Tensor) -> _Kind | None:
-    """None for tensors of which it is not all that matters."""
+    """None for a tensor that a _Kind does not describe completely."""
     if (
         t.layout is not torch.strided
         or t.device.type == "meta"
@@ -124,8 +126,10 @@ def _kind(t: Tensor) -> _Kind | None:
 
 
 class _Known(NamedTuple):
-    """What a tracer knows of a tensor: its node, and what stands for it in a key. A fake tensor carries it: if it were
-    held elsewhere, PyTorch would make a copy of it here and there, for fear that somebody else sees it, too.
+    """What a tracer knows of a tensor: its node, and what stands for it in a key.
+
+    It is an attribute of the fake tensor. A table of fake tensors would hold references to them, and PyTorch copies
+    tensors to which there are other references in some places where it would otherwise reuse them.
     """
 
     tracer: _Tracer
@@ -134,20 +138,20 @@ class _Known(NamedTuple):
 
 
 class _Results(NamedTuple):
-    """Of an operator: the kinds of its tensors, None where it returns none, and the type of several results."""
+    """The results of an operator: the numbers of their kinds, None for no tensor; the type of sequence if several."""
 
     kinds: list[int | None]
     several: type | None
 
 
 class _Traits(NamedTuple):
-    """What is to be known of an operator before it is called."""
+    """Properties of an operator."""
 
     decomposed: Callable[..., Any] | None
-    composite: bool  # has PyTorch itself a decomposition?
+    composite: bool  # does PyTorch itself have a decomposition?
     writes: bool
     reads: bool  # does it return a number that depends on values?
-    repeats: bool  # do the kinds of its results follow from those of its arguments?
+    repeats: bool  # do the kinds of its arguments determine those of its results?
     name: str
 
 
@@ -169,12 +173,12 @@ class _Tracer(TorchDispatchMode):
 
     def finish(self, results: Sequence[Any]) -> fx.GraphModule:
         self._graph.output(self._read(list(results), []))
-        self._constants.clear()  # they know the tracer, too: a circle would keep the model until the next collection
+        self._constants.clear()  # they refer to the tracer: such a cycle would keep the model alive for a while
         return lazy(self._root, self._graph)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if any(not issubclass(kind, FakeTensor) for kind in types):
-            return NotImplemented  # a subclass that says itself what its operators do
+            return NotImplemented  # another subclass, which implements its operators itself
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:
             return func(*args, **kwargs)
@@ -204,10 +208,10 @@ class _Tracer(TorchDispatchMode):
         if traits.decomposed is not None:
             yield traits.decomposed
         if traits.composite and autograd_would_have_decomposed(func, pytree.tree_leaves((args, kwargs))):
-            yield func.decompose  # where autograd, which does so, was switched off
+            yield func.decompose  # autograd would have done it if it were on
 
     def _read(self, value: Any, key: list[Any]) -> Any:
-        """The value as the graph has it; what it contributes to results is appended to the key."""
+        """An argument as the graph refers to it; what results depend on in it is appended to the key."""
         if isinstance(value, Tensor):
             known = getattr(value, "_known", None) if type(value) is FakeTensor else None
             if known is None or known.tracer is not self:
@@ -221,7 +225,7 @@ class _Tracer(TorchDispatchMode):
         return value
 
     def _of_constant(self, t: Tensor) -> _Known:
-        """A tensor that the program did not make; it is held, so that its id stays its own."""
+        """A tensor that the program did not make. It is kept alive, so that its id stays unique."""
         if isinstance(t, FakeTensor) and id(t) not in self._constants:
             raise CaptureError(
                 f"The function computes at {_source() or '(unknown source)'} with a tensor without values: made where "
@@ -256,7 +260,7 @@ class _Tracer(TorchDispatchMode):
         return out
 
     def _number(self, value: Any) -> int | None:
-        """The number of a tensor's kind, unless its value may matter, too."""
+        """The number of a tensor's kind; None if the kind does not say all, or the value may matter as well."""
         kind = _kind(value) if isinstance(value, Tensor) else None
         if kind is None or getattr(value, "constant", None) is not None:
             return None
@@ -266,7 +270,7 @@ class _Tracer(TorchDispatchMode):
         return number
 
     def _note(self, t: Tensor, node: fx.Node) -> Any:
-        """From now on the tensor is that node; what the node shows."""
+        """Let the node stand for the tensor from now on; returns the fake tensor that the node shows."""
         known = self._known(t, node)
         if isinstance(t, FakeTensor):
             t._known = known  # type: ignore[attr-defined]
@@ -275,7 +279,7 @@ class _Tracer(TorchDispatchMode):
         return node.meta["val"]
 
     def _known(self, t: Tensor, node: fx.Node) -> _Known:
-        """A node shows a tensor of the kind."""
+        """The record of a tensor and its node, which gets a fake tensor of the same kind to show."""
         number = self._number(t)
         if number is not None:
             node.meta["val"] = self._kinds[number][1]
@@ -286,7 +290,7 @@ class _Tracer(TorchDispatchMode):
 
     def _append(self, func: Any, traits: _Traits, args: tuple, kwargs: dict, out: Any) -> None:
         if func is aten.lift_fresh.default:
-            func = aten.lift_fresh_copy.default  # the program may write into it, but not into the constant
+            func = aten.lift_fresh_copy.default  # the program may write into its result, but not into the constant
         source = _source()
 
         def node(*what: Any) -> fx.Node:
@@ -307,7 +311,7 @@ class _Tracer(TorchDispatchMode):
 
 
 def _source() -> str | None:
-    """The user's line that is recorded, where somebody notes it."""
+    """The user's line that ``capture`` has noted for the current operator, if it notes them."""
     return fx.traceback.get_current_meta().get("stack_trace") if fx.traceback.has_preserved_node_meta() else None
 
 

@@ -1,7 +1,7 @@
-"""The modules that a function calls: whether they are still what was captured, and how to put them back after tracing.
+"""The modules that a function calls: are they still what was captured, and how to undo what tracing did to them.
 
-A captured graph is true as long as the function, the objects it refers to and the modules it calls stay what they were,
-and the global numbers, tensors and functions that their classes compute with; tensor *values* apart, which are live.
+A captured graph holds as long as the function, the objects it refers to, the modules it calls, and the globals that
+these compute with stay what they were. Only the *values* of tensors may change, because the graph reads them anew.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class ModuleWatch:
         self._glance: _Glance | None = None
 
     def add(self, module: nn.Module, hooks: bool) -> None:
-        """Watch a module from now on; its hooks, too, if the function has not been entered yet."""
+        """Watch a module from now on. ``hooks``: its hooks, too, which is possible before the function has begun."""
         if id(module) not in self._seen:
             self._seen[id(module)] = _Watched(module, hooks)
             if type(module) not in self._globals:
@@ -81,7 +81,7 @@ class ModuleWatch:
                 yield from held_tensors(module)
 
     def unchanged(self) -> bool:
-        """Is every module what it was? What has been compared once is recognised by a look at its identities."""
+        """Is every module what it was? Once a full comparison has agreed, one of identities, which is cheap, may do."""
         if _global_hooks() != self._global_hooks:
             return False
         if not all(one.is_same() for found in self._globals.values() for one in found):
@@ -91,7 +91,7 @@ class ModuleWatch:
             return True
         same = self._compare()
         glance = _Glance(list(self._seen.values())) if same and native.available() else None
-        # Compared again: another thread may have changed a module before the glance was taken.
+        # Compare again: another thread may have changed a module between the comparison and the glance.
         self._glance = glance if glance is not None and self._compare() else None
         return same
 
@@ -100,10 +100,10 @@ class ModuleWatch:
 
 
 class _Glance:
-    """Modules that were found unchanged a moment ago, to be found so again in a fraction of the time.
+    """A quick test of modules that a full comparison has just found unchanged.
 
-    It holds only if everything that was compared is still the same object, and what has no identity the same value: a
-    "no" means nothing but that somebody has to look more closely.
+    It holds only if everything that was compared is still the same object, or has the same value if it has no identity.
+    If it does not hold, nothing is known, and the full comparison must decide.
     """
 
     def __init__(self, watched: list[_Watched]) -> None:
@@ -137,7 +137,7 @@ class _Watched:
         self._class, self._size = type(module), len(attributes)
         self._names = list(attributes)
         self._ids = list(map(id, attributes.values()))
-        # An id is a proof of identity only while its object lives: plain values are kept, others are watched.
+        # An id identifies an object only while that lives: plain values are kept alive, others have weak references.
         self._kept = [value for value in attributes.values() if isinstance(value, (*PRIMITIVES, dict, *CONTAINERS))]
         self._others = {
             name: Same(value)
@@ -157,7 +157,7 @@ class _Watched:
         self._hooked = [(place, Behaviour(hook)) for place, hook in enumerate(watched) if may_change(hook)]
 
     def calls_the_same(self) -> bool:
-        """Do its hooks, and the functions among its attributes, compute what they did?"""
+        """Do its hooks and the callables among its attributes compute what they did?"""
         module = self.reference()
         if module is None:
             return False
@@ -167,6 +167,7 @@ class _Watched:
         )
 
     def settle(self) -> None:
+        """Stop watching what has changed since: tracing did that."""
         module = self.reference()
         if module is None:
             return
@@ -179,7 +180,7 @@ class _Watched:
             if name not in attributes or token(attributes[name], 2) != before:
                 del self._containers[name]
         self._called = {name: known for name, known in self._called.items() if known.is_of(attributes.get(name))}
-        hooks = _hooks_of(module)  # such as hooks that keep what they are shown
+        hooks = _hooks_of(module)  # some keep what they are shown, which changes them
         self._hooked = [(n, known) for n, known in self._hooked if n < len(hooks) and known.is_of(hooks[n])]
 
     def others(self) -> Iterable[Same]:
@@ -187,7 +188,7 @@ class _Watched:
         return self._others.values()
 
     def containers_to_compare(self) -> list[tuple[str, Any]]:
-        """The containers, by name and token, that can change while they and all they hold keep their identity."""
+        """Names and tokens of the containers that can change without any identity changing that a snapshot sees."""
         module = self.reference()
         return [(name, before) for name, before in self._containers.items() if not _is_flat(vars(module).get(name))]
 
@@ -199,7 +200,7 @@ class _Watched:
         return (
             len(attributes) == self._size
             and (
-                # Sooner, if there is nothing to leave out.
+                # The first test is faster and holds unless some attributes are left out.
                 (list(attributes) == self._names and list(map(id, attributes.values())) == self._ids)
                 or list(map(id, map(attributes.get, self._names))) == self._ids
             )
@@ -246,7 +247,7 @@ _GLOBAL_HOOKS = [getattr(nn.modules.module, f"_global{name}") for name in _HOOKS
 
 
 def _global_hooks() -> list[Same]:
-    """The hooks of all modules, but for the one that ``preserved`` sets."""
+    """The hooks that are registered for all modules, without the one that ``preserved`` sets."""
     if not any(_GLOBAL_HOOKS):
         return []
     hooks = [hook for known in _GLOBAL_HOOKS for hook in known.copy().values()]
@@ -257,7 +258,7 @@ def _hooks(module: nn.Module) -> list[Same]:
     attributes = module.__dict__
     if not any(map(attributes.__getitem__, _HOOKS)):
         return []
-    # Not ids alone: a hook that takes the place of another is, as a rule, made at its address.
+    # Ids alone would not do: a hook that replaces another is often allocated at its address.
     return [Same(hook) for hook in _hooks_of(module)]
 
 
@@ -309,7 +310,8 @@ class Saved:
     def restore(self) -> None:
         for value, saved in self._attributes.values():
             attributes = vars(value)
-            # Of a module everything, its counters included; of other objects, which other threads may use, only traces.
+            # A module is restored as a whole, with its counters. In other objects, which other threads may be using,
+            # only what holds fake tensors is.
             whole = isinstance(value, nn.Module)
             for name in [name for name in attributes if name not in saved and "hooks" not in name]:
                 if whole or _holds_fake(attributes[name]):
@@ -323,9 +325,9 @@ class Saved:
                 if _holds_fake(cache):
                     _restore_elements(cache, before)
             elif cache.cache_info().misses != before:
-                cache.cache_clear()  # it may hold what has no values
+                cache.cache_clear()  # it may hold fake tensors
         for tensor, grad in self._grads.values():
-            # Only what tracing left behind: a gradient that another thread has computed meanwhile is its own.
+            # A gradient that another thread has computed meanwhile stays.
             if isinstance(tensor.grad, FakeTensor) or (tensor.grad is None and grad is not None):
                 tensor.grad = grad
 

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <memory>
-#include <optional>
 #include <utility>
 
 namespace pyxai_bounds {
@@ -61,7 +60,8 @@ class Chain::Part {
     Address start() {
         if (start_) return start_;
         if (may_be_first_ && !gradients_.of[value_]) return start_ = gradients_.target(value_);
-        return start_ = apart_.emplace(count_ * gradients_.chain.element_size_).start();
+        apart_ = std::make_unique<Memory>(count_ * gradients_.chain.element_size_);
+        return start_ = apart_->start();
     }
     void add() {
         const Address to = gradients_.target(value_);
@@ -78,7 +78,7 @@ class Chain::Part {
     Gradients& gradients_;
     int64_t value_, count_;
     bool may_be_first_;
-    std::optional<Memory> apart_;
+    std::unique_ptr<Memory> apart_;
     Address start_ = 0;
 };
 

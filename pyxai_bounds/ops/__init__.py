@@ -35,7 +35,7 @@ from pyxai_bounds.ops.layout import dense, memory_format, order_of, state_size
 
 
 def _like(t: Tensor, shape: Any = None, bits: Tensor | None = None) -> Tensor:
-    """Uninitialised, in the memory order of the bits if there are any, else of the tensor."""
+    """An uninitialised tensor in the memory order of the bits, if they are given, else of ``t``."""
     order = memory_format(t) if bits is None else order_of(bits)
     return torch.empty(t.shape if shape is None else shape, dtype=t.dtype, device=t.device, memory_format=order)
 
@@ -45,7 +45,7 @@ def _bits(t: Tensor, present: bool = True) -> Tensor:
 
 
 def _both(mid_grad: Tensor | None, rad_grad: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The gradients of both halves: zeros for the one that is left out because the loss does not use it."""
+    """The gradients of midpoint and radius; None, where the loss does not use one of them, becomes zeros."""
     some = rad_grad if mid_grad is None else mid_grad
     assert some is not None  # `define` sees to it
     return tuple(torch.zeros_like(some) if grad is None else grad for grad in (mid_grad, rad_grad))  # type: ignore[return-value]
@@ -76,10 +76,10 @@ interval_gate = define(
 
 # --- interval_relu, interval_relu_backward: their derivative is the gate they applied ----------------------
 
-# A gate costs nothing as an epilogue of the product that makes what it is applied to. And a gated box stays the same
-# if it is gated again, so that its reader may be told the gate and return gradients that are gated already (see
-# interval_conv2d_backward_relu). `gated` says that all gradients of a result come from such readers, and are not to be
-# gated here: `fuse` says so where a box has one reader and no other use.
+# A gate costs nothing as an epilogue of the product that makes its argument. Gating a gated box again changes nothing,
+# so the reader of a gated box may be given the gate and return gradients that are gated already (see
+# interval_conv2d_backward_relu). `gated` says that all gradients of a result come from such a reader and need no gate
+# here; `fuse` sets it where a box has one reader and no other use.
 
 
 def _relu_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -135,12 +135,12 @@ interval_linear_weight = define(
 
 
 def _weight_gradient(name: str, grad_mid: Any, grad_rad: Any, mid: Any, rad: Any, *rest: Any) -> Tensor:
-    """A product of midpoints plus a signed one of radii; a product with a factor that is None is left out."""
+    """A product of midpoints plus a signed product of radii. None as a factor leaves its product out."""
     weight = rest[0]
     if has_kernels(weight):
         operator = getattr(torch.ops.pyxai_bounds, name).default
         return call(operator, *_both(grad_mid, grad_rad), *_both(mid, rad), *rest)
-    # Plain PyTorch where autograd or a trace must see it.
+    # Plain PyTorch where autograd or a trace must see the operators.
     seen = torch.is_grad_enabled() or needs_dispatcher(weight)
     return getattr(reference if seen else select(weight), name)(grad_mid, grad_rad, mid, rad, *rest)
 
@@ -188,9 +188,9 @@ def _linear_fake(mid: Tensor, rad: Tensor, weight: Tensor, bias: Tensor | None, 
 
 
 def _affine_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    """Save what the weight gradient needs, and of ReLU the packed state alone."""
+    """Save the box if the weight needs a gradient, and of ReLU only the packed state."""
     mid, rad, weight, _, *ctx.args = inputs
-    ctx.set_materialize_grads(False)  # half of the products are left out where a loss reads radii alone
+    ctx.set_materialize_grads(False)  # where a loss reads radii alone, half of the products can be left out
     ctx.mark_non_differentiable(output[2])
     if not ctx.needs_input_grad[2]:
         mid = rad = None  # only the weight's gradient depends on the box
@@ -239,7 +239,7 @@ interval_linear = define(
 
 
 def _data_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    """Keep the box before the prologue and its two bits: the gated box is made again when it is needed."""
+    """Save the box before ReLU′ and the state: the gated box is computed again when it is needed."""
     mid, rad, weight, state, *ctx.args = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(mid, rad, weight, state)
@@ -250,7 +250,7 @@ def _gated(mid: Tensor, rad: Tensor, state: Tensor | None) -> tuple[Tensor, Tens
 
 
 def _ungate(mid_grad: Tensor | None, rad_grad: Tensor | None, gate: Tensor | None) -> Any:
-    """The gate's adjoint, on gradients that were computed a moment ago and that nobody else refers to."""
+    """The gate's adjoint on gradients to which nobody else refers, so that it may overwrite them."""
     if gate is None:
         return mid_grad, rad_grad
     if by_native(rad_grad):
@@ -272,7 +272,7 @@ def _linear_data_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | 
     box_grad: Any = (None, None)
     if ctx.needs_input_grad[2]:  # the roles of input and output gradient are exchanged
         weight_grad = _weight_gradient("interval_linear_weight", mid, rad, mid_grad, rad_grad, weight)
-    del mid, rad  # the gated copies: the rest takes their place in memory
+    del mid, rad  # free the gated copies before more is allocated
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
         if has_kernels(weight):
             box_grad = call(interval_linear, *_both(mid_grad, rad_grad), weight, None, False)[:2]
@@ -308,7 +308,7 @@ def _conv2d_fake(mid, rad, weight, bias, stride, padding, dilation, groups, relu
 
 
 def _conv2d_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None, *_: Any) -> Any:
-    mid, rad, weight, state = ctx.saved_tensors  # once: who checkpoints refuses a second time
+    mid, rad, weight, state = ctx.saved_tensors  # read once: checkpointing refuses a second time
     need_mid, need_rad, need_weight, need_bias = ctx.needs_input_grad[:4]
     if ctx.relu:
         mid_grad, rad_grad = _gate_adjoint(mid_grad, rad_grad, state)
@@ -348,7 +348,7 @@ def _conv2d_gate_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     mid, rad, weight, gate, *ctx.args = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(mid, rad, weight, gate)
-    ctx.relu, ctx.input_size = True, mid.shape  # of which the derivative is a gate, too
+    ctx.relu, ctx.input_size = True, mid.shape  # the derivative of a gate is that of ReLU
 
 
 interval_conv2d_gate = define(
@@ -371,7 +371,7 @@ def _conv2d_data_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | 
     mid, rad, gate = _gated(mid, rad, state)
     args = ctx.args[1:5]
     mid_grad, rad_grad, weight_grad = _conv2d_data_weight(ctx, mid_grad, rad_grad, mid, rad, weight, args)
-    del mid, rad  # the gated copies: the rest takes their place in memory
+    del mid, rad  # free the gated copies before more is allocated
     return *_conv2d_data_box(ctx, mid_grad, rad_grad, weight, gate, args), weight_grad, *(None,) * 7
 
 
@@ -433,13 +433,14 @@ def _conv2d_data_relu_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tens
     if after is not None:
         mid_grad, rad_grad = _gate_adjoint(mid_grad, rad_grad, after)
     if before is not None and mid is not None and torch.is_grad_enabled():
-        # A second derivative reaches the box through the weight's gradient as well, and must be gated on that way.
+        # A second derivative also reaches the box through the weight's gradient, and must be gated there.
         mid, rad = interval_gate(mid, rad, before)
     mid_grad, rad_grad, weight_grad = _conv2d_data_weight(ctx, mid_grad, rad_grad, mid, rad, weight, ctx.args)
     return *_conv2d_data_box(ctx, mid_grad, rad_grad, weight, before, ctx.args), weight_grad, *(None,) * 8
 
 
-# `gate`: the box has been gated by it. `gated`: the gradients of the results come gated. See interval_relu_backward.
+# `gate`: the gate that has been applied to the box. `gated`: gradients of the results are gated already. See above
+# interval_relu.
 interval_conv2d_backward_relu = define(
     "interval_conv2d_backward_relu(Tensor mid, Tensor rad, Tensor weight, Tensor? state, int[] input_size, "
     "int[] stride, int[] padding, int[] dilation, int groups, Tensor? gate, bool gated) -> "
@@ -519,7 +520,7 @@ interval_mul = define(
 )
 
 
-# --- interval_smooth, interval_smooth_backward: their adjoints are operators, too ---------------------------
+# --- interval_smooth, interval_smooth_backward; their adjoints are operators, too ---------------------------
 
 
 def _smooth_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -592,7 +593,7 @@ def _max_pool_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _max_pool_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None) -> Any:
-    """Each end's gradient goes to where that end was found."""
+    """The gradient of each end goes to the element that this end came from."""
     mid, rad = ctx.saved_tensors
     mid_grad, rad_grad = _both(mid_grad, rad_grad)
     pool = torch.ops.aten.max_pool2d_with_indices
@@ -619,7 +620,7 @@ def _first_maximum_fake(mid: Tensor, rad: Tensor, size: Any, *_: Any) -> tuple[T
     return must, torch.empty_like(must)
 
 
-# Integers end the path of the gradient: where only they are used, nothing is differentiated through the image.
+# Integers carry no gradient, so where only these are used, the image needs no derivative.
 interval_first_maximum = define(
     "interval_first_maximum(Tensor mid, Tensor rad, int[] size, int[] kernel, int[] stride, int[] padding, "
     "int[] dilation) -> (Tensor, Tensor)",
@@ -663,13 +664,13 @@ interval_max_pool2d_gather = define(
 )
 
 
-# --- check_target: the one check that needs the data, so it must be part of the captured program ----------
+# --- check_target: the only check that reads values, and therefore part of the captured program ----------
 
-# Not tagged as unsafe in CUDA graphs, around which Inductor would cut its own: captured, it looks on the device.
+# Not tagged as unsafe in CUDA graphs, or Inductor would cut its graphs there: when captured, it checks on the device.
 library.define("check_target(Tensor target, int classes) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
-_READ_AT_ONCE = 64  # so few integers are compared sooner in Python
+_READ_AT_ONCE = 64  # up to so many integers are compared faster in Python
 
 
 def _check_target(target: Tensor, classes: int) -> Tensor:
@@ -686,7 +687,7 @@ def _check_target(target: Tensor, classes: int) -> Tensor:
             f"target[{index}] = {int(target[index])} is out of range: the model has {classes} outputs, so targets "
             f"must lie in 0 … {classes - 1} ({int(wrong.sum())} of {target.numel()} do not){single}."
         )
-    return target.clone()  # an operator may not return its argument
+    return target.clone()  # operators must not return an argument
 
 
 library.impl("check_target", _check_target, "CompositeExplicitAutograd")
