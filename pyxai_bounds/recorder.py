@@ -150,8 +150,8 @@ class TrainingReplay:
     there is one turn at a time. A derivative (of certain results, in certain arguments) runs unrecorded once and is
     recorded before the next turn. Where a second derivative may be asked for, ``fn`` runs again instead.
 
-    The first replays are compared with ``fn``. A call that differs raises RuntimeError. After a derivative that differs,
-    the backward pass is done without the recording, and the next turn raises.
+    The first replays are compared with ``fn``. A call that differs raises RuntimeError. Where a derivative differs, the
+    backward pass is done without the recording, and the next turn raises.
     """
 
     def __init__(

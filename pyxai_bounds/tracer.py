@@ -1,7 +1,7 @@
 """Tracing: runs a function on fake tensors and records its operators as a graph, for ``capture``.
 
-``make_fx`` does the same for more kinds of tensors and numbers, but takes several times as long: it asks PyTorch for the
-shape of every result anew. Layers repeat, so this tracer remembers the results for arguments of the same kind.
+``make_fx`` does the same for more kinds of tensors and numbers, but takes several times as long: it asks PyTorch for
+the shape of every result anew. Layers repeat, so this tracer remembers the results for arguments of the same kind.
 """
 
 from __future__ import annotations
