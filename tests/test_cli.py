@@ -1,6 +1,7 @@
 """The command line: exit codes, messages of one line, JSON that is JSON."""
 
 import csv
+import dataclasses
 import json
 import subprocess
 import sys
@@ -161,6 +162,16 @@ def test_evaluate_prints_text_or_json_and_keeps_it(capsys, runs):
             assert row.metric in out and row.entry.definition.split()[0] in words
 
 
+SHORT = ("--eps", "0.05", "--k", "3", "--samples", "6", "--json")
+
+
+@pytest.fixture(scope="module")
+def of_gradient(runs):
+    """What ``evaluate`` measures of the plain gradient."""
+    assert cli.main(["evaluate", str(runs / "fc-128"), *SHORT]) == 0
+    return json.loads((runs / "fc-128" / "evaluation.json").read_text())["at"][0]
+
+
 @pytest.mark.parametrize(
     ("chosen", "told"),
     [
@@ -170,14 +181,12 @@ def test_evaluate_prints_text_or_json_and_keeps_it(capsys, runs):
         (["smoothgrad", "--points", "2", "--noise", "0.5"], "smoothgrad of logit, 2 copies, noise 0.5"),
     ],
 )
-def test_evaluate_takes_other_explanations_and_writes_csv(capsys, runs, tmp_path, chosen, told):
-    short = ("--eps", 0.05, "--k", 3, "--samples", 6, "--json")
-    gradient = json.loads(call(capsys, "evaluate", runs / "fc-128", *short)[1])
+def test_evaluate_takes_other_explanations_and_writes_csv(capsys, runs, of_gradient, tmp_path, chosen, told):
     table = tmp_path / "new" / "numbers.csv"
-    code, out, err = call(capsys, "evaluate", runs / "fc-128", *short, "--csv", table, "--explanation", *chosen)
+    code, out, err = call(capsys, "evaluate", runs / "fc-128", *SHORT, "--csv", table, "--explanation", *chosen)
     found = json.loads(out)
     assert code == 0 and err == "" and found["explanation"] == told
-    assert found["at"][0]["AA"] == gradient["at"][0]["AA"] and found["at"][0]["attacks"] != gradient["at"][0]["attacks"]
+    assert found["at"][0]["AA"] == of_gradient["AA"] and found["at"][0]["attacks"] != of_gradient["attacks"]
     lines = list(csv.DictReader(table.read_text(encoding="utf-8").splitlines()))
     assert {line["explanation"] for line in lines} == {"", told} and {line["data"] for line in lines} == {"wine"}
     (certified,) = [line for line in lines if line["metric"] == "certified topk"]
@@ -328,6 +337,9 @@ def test_the_demo_writes_a_page_a_table_and_runs(capsys, tmp_path, monkeypatch):
         "fc-128, REC": demo.Recipe(model="fc-128", epochs=2, natural_epochs=1),
     }
     monkeypatch.setattr(demo, "RECIPES", recipes)
+    whole = data.load(Recipe().data)  # of which a few samples say as much here
+    few = dataclasses.replace(whole, test_x=whole.test_x[:40], test_y=whole.test_y[:40])
+    monkeypatch.setattr(data, "load", lambda *_: few)
     code, out, err = call(capsys, "demo", "--out", tmp_path, "--seeds", 2, "--seed", 4)
     assert code == 0 and err == ""
     assert "fc-128, REC" in out and "±" in out and "survived" in out
