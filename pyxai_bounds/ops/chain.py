@@ -53,7 +53,7 @@ class Step(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What is known of a value of a chain: it is dense in this order."""
+    """A value of a chain, which is dense in this order."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -71,9 +71,9 @@ class Kind(NamedTuple):
 class Chain:
     """Several layers and backward passes as one call; and their derivative as another.
 
-    Between two calls Python takes as long as the kernel of a small layer, and ten times as long when a large one has
-    filled the caches. ``steps`` name values by number; ``values`` says what each is, first of the ``given`` ones that
-    a call passes; ``taken`` are those that it returns, ``read`` those that the derivative reads.
+    Between two calls Python takes as long as the kernel of a small layer, and ten times as long after a large one has
+    filled the caches. Values are numbered: ``values`` describes them, and the first ``given`` ones are the arguments of
+    a call. ``taken`` are its results, and ``read`` are those that the derivative reads.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Chain:
                 rows.append((step.kernel, step.backward, step.differentiable, *numbers, *step.shape))
         dtypes = {kind.dtype for kind in values} - {torch.uint8}
         assert len(dtypes) == 1, f"a chain on {dtypes} would write past its memory"
-        # What the derivative reads of the given values and of the results, and what it finds in the chain's own memory.
+        # The values that the derivative reads: arguments, results (by position), and those kept in the chain's block.
         memory = sorted({same[number] for number in read})
         self.read_given = [number for number in memory if number < given]
         self.read_taken = [place for place, number in enumerate(taken) if number in memory]
@@ -102,7 +102,7 @@ class Chain:
         self._places, self._size = self._chain.places, self._chain.size
 
     def addresses(self, tensors: Sequence[Tensor]) -> list[int] | None:
-        """Where the given values lie; None if one is not what the kernels read."""
+        """The addresses of the arguments; None if the kernels cannot read one of them."""
         addresses = []
         for t, (shape, dtype, order) in zip(tensors, self._given, strict=True):
             dense = t.is_contiguous() if order is torch.contiguous_format else t.is_contiguous(memory_format=order)
@@ -112,14 +112,14 @@ class Chain:
         return addresses
 
     def run(self, given: list[int]) -> list[Tensor]:
-        """The values that are taken."""
+        """The results."""
         addresses = given + self._blank
         results = self._results(addresses)
         self._chain.run(addresses, 0)
         return results
 
     def run_and_keep(self, given: list[int]) -> tuple[list[Tensor], Tensor]:
-        """The values that are taken, and a block of memory that holds those that are kept, for the derivative."""
+        """The results, and a block of memory with the other values that the derivative reads."""
         addresses = given + self._blank
         results = self._results(addresses)
         block = native.empty_contiguous((self._size,), torch.uint8)
@@ -136,7 +136,7 @@ class Chain:
         return results
 
     def kept(self, block: Tensor, number: int) -> Tensor:
-        """A value that is in the block, if it is no image."""
+        """A value in the block, unless it is a channels-last image."""
         kind, start = self._kinds[number], self._places[number]
         return block[start : start + kind.bytes].view(kind.dtype).view(kind.shape)
 
@@ -148,14 +148,14 @@ class Chain:
         grads: Sequence[Tensor | None],
         needs: Sequence[bool],
     ) -> list[Tensor | None]:
-        """The gradients of the given values that are needed, from those of the values that are taken; None is zero.
+        """The gradients of the arguments that need one, from the gradients of the results; None stands for zeros.
 
-        ``known``: what the differentiable steps read, of values that are given or taken. ``overwrite``: will nobody
-        read the block again? A box's gradient then takes its place.
+        ``known``: the arguments and results that the derivative reads. ``overwrite``: nobody will read the block again,
+        so gradients may be written over the values in it.
         """
         count = len(self._kinds)
         addresses, given_grads, wanted = [0] * count, [0] * count, [0] * len(self._given)
-        # What hooks on saved tensors give back may lie otherwise in memory.
+        # Hooks on saved tensors may return them in another memory order.
         read = {number: self._dense(number, t) for number, t in known.items()}
         for number, t in read.items():
             addresses[number] = t.data_ptr()
@@ -176,7 +176,7 @@ class Chain:
 
 
 def _is_small(kind: Kind) -> bool:
-    """May PyTorch allocate it, in its usual order?"""
+    """Is it contiguous and so small that PyTorch allocates it?"""
     return kind.order is torch.contiguous_format and kind.bytes < native.module().least_kept
 
 
@@ -189,10 +189,10 @@ def kernel_of(
     geometry: tuple[Any, ...],
     differentiable: bool,
 ) -> tuple[Kernel, tuple[int, ...]] | None:
-    """Which kernel a chain runs for an affine operator without outward rounding, and its ``Step.shape``; None: none.
+    """The kernel that a chain runs for an affine operator that rounds to nearest, and its ``Step.shape``, or None.
 
-    ``third``: a bias, or, backward, ReLU′'s state. ``geometry``: a convolution's input size, stride, padding, dilation
-    and groups; empty for a linear layer. ``differentiable``: is there a derivative to be had, too?
+    ``third``: a bias or, backward, the state of ReLU′. ``geometry``: a convolution's input size, stride, padding,
+    dilation and groups; empty for a linear layer. ``differentiable``: must there be kernels for the derivative, too?
     """
     outputs = weight.shape[0]
     if backward:

@@ -1,8 +1,8 @@
 """Convolutions of boxes of 16-bit numbers on the tensor cores of Hopper GPUs (compute capability 9.0), in CUDA C++.
 
 One more candidate of the triton backend, which allocates, checks and measures; this file says which convolutions the
-kernels of ``csrc/hopper`` take, and calls them. None of this may serve a run with outward rounding: sums are in any
-order, and are rounded to nearest.
+kernels of ``csrc/hopper`` take, and calls them. Nothing here may serve outward rounding: sums round to nearest, in any
+order.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from pyxai_bounds.ops import native
 
 DTYPES = (torch.float16, torch.bfloat16)
-EPILOGUES = ("none", "relu", "relu_backward", "gate")  # what follows the product, by its number in hopper.h
+EPILOGUES = ("none", "relu", "relu_backward", "gate")  # of a product; positions are the numbers in hopper.h
 
 
 def supports(t: Tensor) -> bool:
@@ -90,7 +90,7 @@ def convolve_into(
     "gate" read ``bits``, "relu" and "relu_backward" write ``out_bits``, packed in that order. Runs on the current
     stream and waits for nothing.
     """
-    # Not by its own strides, which mean nothing in a dimension of size 1.
+    # Its own strides would not do: they are arbitrary in dimensions of size 1.
     weight = weight.contiguous(memory_format=torch.channels_last)
     of_output, of_input, of_tap = weight[0].numel(), 1, weight.shape[1]
     of_target, of_source = (of_input, of_output) if transposed else (of_output, of_input)
@@ -119,7 +119,7 @@ def weight_parts(
     dilation: tuple[int, ...],
     groups: int,
 ) -> int:
-    """Of how many parts the sum of ``weight_gradient`` is on this CUDA device; 0 if the kernels do not take it."""
+    """The number of partial sums that ``weight_gradient`` adds up on this device; 0 if the kernels do not take it."""
     if groups != 1:
         return 0
     parts = ctypes.c_int64()

@@ -1,8 +1,8 @@
 """The fused interval operators in C++, on the CPU, for float32 and float64: one pass over memory per stage.
 
-The functions are those of ``reference.py``, which leave the matrix products to ATen here too, but for the exact
-product of two boxes, for which ATen has nothing. This file allocates, checks what the C++ code could not survive
-(a wrong shape, dtype or device is a wild pointer), and hands over addresses.
+The functions are those of ``reference.py``. Matrix products for which there is no kernel here, or for which one would
+be slower, are left to ATen. This file allocates, checks what the C++ code could not survive (a wrong shape, dtype or
+device is a wild pointer), and hands over addresses.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def why_not_available() -> str:
 
 
 def supports(mid: Tensor) -> bool:
-    """Whether ``mid`` can run here. Says once, when it could but for the missing module, why it cannot."""
+    """Whether ``mid`` can run here. Warns once if only the missing compiled module prevents it."""
     if not mid.is_cpu or mid.dtype not in _DTYPES:
         return False
     if _native is None:
@@ -64,7 +64,7 @@ def supports(mid: Tensor) -> bool:
 
 
 def snapshot(objects: list[Any]) -> Any:
-    """What these objects are made of, by identity; ``.holds(objects)`` tells whether they still look so."""
+    """Records the identities of what these objects hold; ``.holds(objects)`` tells whether these are still the same."""
     return module().Snapshot(objects)
 
 
@@ -87,7 +87,7 @@ def interval_gate(mid: Tensor, rad: Tensor, gate: Tensor) -> tuple[Tensor, Tenso
 
 
 def gate_in_place(mid: Tensor | None, rad: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """``interval_gate`` that overwrites its arguments, which nobody else has seen yet; None stands for zeros."""
+    """``interval_gate`` that overwrites its arguments, to which nobody else may refer; None stands for zeros."""
     if mid is not None:
         rad, out_mid = in_order_of(gate, *checks.boxes(rad, mid))
     else:
@@ -235,10 +235,10 @@ def interval_linear_backward_adjoint(
 
 
 def _few_or_several(mid: Tensor, rad: Tensor, weight: Tensor, dim: int) -> bool | None:
-    """Which kernel takes the derivative of a linear layer, that for several boxes (True) or for few; None: neither.
+    """Which kernel takes the derivative of a linear layer: True, that for several boxes; False, for few; None, none.
 
-    That of the backward pass beside a library's products, [256, 784], float32, two threads with AVX-512, in us: 1 box
-    49 against 128, 8 boxes 109 and 275, 32 boxes 295 and 447, 64 boxes 542 and 609; [256, 4096] 32 boxes 1819 and 1871,
+    Times of the backward pass against a library's products, [256, 784], float32, two threads with AVX-512, in us: 1 box
+    49 and 128, 8 boxes 109 and 275, 32 boxes 295 and 447, 64 boxes 542 and 609; [256, 4096] 32 boxes 1819 and 1871,
     64 boxes 3046 and 2937.
     """
     if few(mid, rad, weight, dim):
@@ -270,33 +270,33 @@ def _addresses(*tensors: Tensor | None) -> list[int]:
     return [0 if t is None else t.data_ptr() for t in tensors]
 
 
-# Up to so many boxes, reading the weight once beats a library's matrix products, which need |W| in memory. For a weight
-# [256, 784], forward and backward, float32, one thread with AVX-512, in us: 1 box 23 and 15 against 102 and 81, 4 boxes
-# 54 and 35 against 133 and 107, 8 boxes 97 and 56 against 142 and 102.
+# Up to so many boxes, a kernel that reads the weight once beats a library's matrix products, which need |W| in memory.
+# For a weight [256, 784], forward and backward, float32, one thread with AVX-512, in us: 1 box 23 and 15 against 102
+# and 81, 4 boxes 54 and 35 against 133 and 107, 8 boxes 97 and 56 against 142 and 102.
 FEW = 8
 
 
-# Up to so many, a packed weight that is walked over once is still faster: the products alone are not, beyond 64 boxes,
-# but ReLU and its gates come with them, boxes of one radius need half of them, and chains hold the operators together.
-# A network of layers [256, 784], [256, 256] and [10, 256], bounds and training step, two threads with AVX-512, in ms:
-# 128 boxes 1.0 and 3.1 against 1.4 and 3.6 with a library's products, 256 boxes 1.7 and 5.1 against 2.1 and 5.6; with
-# the tiles 512 boxes take 3.8 and 7.9 against 4.0 and 8.1.
+# Up to so many boxes, the tiles on a packed weight are faster. Beyond 64 boxes the products alone are not, but the
+# tiles apply ReLU and its gates on the way, need half of the products for boxes of one radius, and can be part of a
+# chain. A network of layers [256, 784], [256, 256] and [10, 256], bounds and training step, two threads with AVX-512,
+# in ms: 128 boxes 1.0 and 3.1 against 1.4 and 3.6 with a library's products, 256 boxes 1.7 and 5.1 against 2.1 and 5.6,
+# 512 boxes 3.8 and 7.9 against 4.0 and 8.1.
 SEVERAL = 256
-# The same rounded outward, where the kernel sums in float64. [4096, 256], forward and backward: 32 boxes 1.6 and 1.4
-# against 4.3 and 3.3, 128 boxes 5.2 and 4.3 against 4.9 and 4.8.
+# The same with outward rounding, where the kernel sums in float64. [4096, 256], forward and backward: 32 boxes 1.6 and
+# 1.4 against 4.3 and 3.3, 128 boxes 5.2 and 4.3 against 4.9 and 4.8.
 SEVERAL_OUTWARD = 64
 
 
 def few(mid: Tensor, rad: Tensor, weight: Tensor, dim: int) -> bool:
-    """Can the kernel multiply these few boxes by the weight, summing over its dimension ``dim``?
+    """Does the kernel for few boxes take these and the weight, summing over the weight's dimension ``dim``?
 
-    What does not fit is copied, or refused, on the other way.
+    It does not if they must be copied first, or if they do not fit, which the other kernels refuse.
     """
     return mid.shape[0] <= FEW and weight.is_contiguous() and _are_boxes(mid, rad, weight, dim)
 
 
 def several(mid: Tensor, rad: Tensor, weight: Tensor, dim: int, rounding: int = 0) -> bool:
-    """The same for the tiles of the packed kernel, where it is faster than a library's products."""
+    """Does the kernel for several boxes take these, and is it faster than a library's products?"""
     most = SEVERAL_OUTWARD if rounding else SEVERAL
     return mid.shape[0] <= most and _are_boxes(mid, rad, weight, dim) and min(weight.shape) >= 16 and _has_tiles()
 
@@ -306,7 +306,7 @@ def _are_boxes(mid: Tensor, rad: Tensor, weight: Tensor, dim: int) -> bool:
     return (
         len(shape) == 2 == weight.dim()
         and shape[1] == weight.shape[dim]
-        and weight.numel() > 0  # an empty tensor has no address, which would mean that there is none
+        and weight.numel() > 0  # an empty tensor has the address 0, which stands for an absent one
         and rad.shape == shape
         and rad.dtype is dtype is weight.dtype
         and mid.is_cpu
@@ -397,10 +397,10 @@ def conv2d_geometry(
     groups: int,
     backward: bool,
 ) -> tuple[int, ...] | None:
-    """The numbers of the kernel's ``Conv2d``, if it can convolve these boxes and is faster than the library's products.
+    """The numbers of the kernel's ``Conv2d`` if it takes these boxes and is faster than a library, else None.
 
     ``input_size``: shape of the convolution's input. The box is that input or, backward, a gradient of the output.
-    What does not fit is copied, or refused, on the other way.
+    Boxes that must be copied first, or that do not fit, are left to ``reference``.
     """
     if (
         groups != 1
@@ -426,7 +426,7 @@ def conv2d_geometry(
     return (batch, channels, *image, outputs, *sides, *kernel, *stride, *padding, *dilation, *weight.stride())
 
 
-# Where the tiles of tile.h beat oneDNN and MKL: where multiply_add is one instruction, with 32 registers or 16.
+# The instruction sets for which the tiles of tile.h beat oneDNN and MKL: those with a fused multiply-add.
 TILED = ("avx512", "avx2")
 
 
@@ -435,7 +435,7 @@ def _has_tiles() -> bool:
 
 
 class _Widening(NamedTuple):
-    """How a kernel rounds outward; ``rad_bias``, whose address is in the numbers, must live as long as its call."""
+    """How a kernel rounds outward. ``numbers`` holds the address of ``rad_bias``, which must outlive the call."""
 
     numbers: tuple[float, float, float, int] | None
     rad_bias: Tensor | None
@@ -444,7 +444,7 @@ class _Widening(NamedTuple):
 def _widening(
     geometry: tuple[int, ...], mid: Tensor, rounding: int, backward: bool, bias: Tensor | None = None
 ) -> _Widening:
-    """Of a convolution, which sums in the dtype of its boxes."""
+    """How a convolution rounds outward: it sums in the dtype of its boxes."""
     if not rounding:
         return _Widening(None, None)
     terms = geometry[4 if backward else 1] * geometry[7] * geometry[8]
@@ -453,7 +453,7 @@ def _widening(
 
 
 def _widening_of_linear(terms: int, dtype: torch.dtype, rounding: int, bias: Tensor | None = None) -> _Widening:
-    """Of a linear layer, which sums midpoints in float64."""
+    """How a linear layer rounds outward: it sums midpoints in float64."""
     if not rounding:
         return _Widening(None, None)
     return _widened_by(rounding_units.errors(terms, dtype, rounding, computed=torch.float64), bias)
@@ -483,12 +483,13 @@ def _bits(mid: Tensor) -> Tensor:
 
 
 def _empty(count: int, size: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """``torch.empty_strided`` on the CPU for a dense tensor, but a large one gets memory that was written before."""
+    """``torch.empty_strided`` for a dense tensor on the CPU; a large one gets memory that has been written before."""
     bytes_ = count * dtype.itemsize
     if not module().least_kept <= bytes_ <= module().most_kept or torch.are_deterministic_algorithms_enabled():
-        return torch.empty_strided(size, strides, dtype=dtype, device=CPU)  # which fills what it returns, if asked to
-    # Not a view of the buffer's tensor, which autograd would treat otherwise than what an operator returns; nor made of
-    # its storage, which would then belong to Python too, so that autograd would add no other gradient in place.
+        return torch.empty_strided(size, strides, dtype=dtype, device=CPU)  # which then fills it
+    # Assigned to .data, because autograd treats a view of the buffer's tensor differently from the result of an
+    # operator. A tensor made from the buffer's storage would share it with Python, and autograd would not add gradients
+    # in place.
     out = torch.empty(0, dtype=dtype, device=CPU)
     out.data = torch.frombuffer(module().Memory(bytes_), dtype=dtype).as_strided(size, strides)
     return out
@@ -546,7 +547,7 @@ def interval_conv2d_weight(
 
 
 def has_weight_kernel(geometry: tuple[int, ...], weight: Tensor) -> bool:
-    """Whole registers of outputs, which the kernel of a weight's gradient needs."""
+    """Do the outputs fill whole registers, which the kernel for a weight's gradient needs?"""
     return geometry[4] * weight.element_size() % 64 == 0
 
 
@@ -670,7 +671,7 @@ def _relu_into(
 
 
 def _relu_in_place(mid: Tensor, rad: Tensor, rounding: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """ReLU as the epilogue of a matrix product, whose results nobody else has seen yet."""
+    """ReLU on the results of a matrix product, which it overwrites."""
     mid, rad = checks.boxes(mid, rad)
     return _relu_into(mid, rad, mid, rad, rounding)
 
@@ -678,7 +679,7 @@ def _relu_in_place(mid: Tensor, rad: Tensor, rounding: int = 0) -> tuple[Tensor,
 def _relu_backward_into(
     mid: Tensor, rad: Tensor, state: Tensor, gate: Tensor | None, rounding: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """ReLU′ on a box; the gate that was applied is written where it is asked for."""
+    """ReLU′ on a box; with ``gate``, the gate that was applied is written there."""
     mid, rad = in_order_of(state, *checks.boxes(mid, rad))
     state = checks.bits_of(state, mid)
     out_mid, out_rad = _like(mid), _like(mid)
@@ -709,7 +710,7 @@ def magnitude(weight: Tensor, lost: rounding_units.Errors) -> Tensor:
     return out.t() if transposed else out
 
 
-_STAGES = sys.modules[__name__]  # the reference's affine operators call back for these two
+_STAGES = sys.modules[__name__]  # from where the reference's affine operators call these two
 
 
 # --- allocation ----------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ REPEATS = 4  # launches that must agree before a difference counts
 
 
 def same_bits(some: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> bool:
-    """NaN equals NaN; None stands for a gradient that there is not."""
+    """Do all tensors agree bit by bit? NaN equals NaN, and None, a missing gradient, equals None."""
     pairs = list(zip(some, others, strict=True))
     if any((a is None) != (b is None) for a, b in pairs):
         return False
@@ -81,7 +81,7 @@ _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @contextlib.contextmanager
 def on(stream: Any) -> Iterator[None]:
-    """On another stream, which waits for the current one and for which the current one waits."""
+    """Run the block on another stream, which first waits for the current one; that waits for it afterwards."""
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         yield
@@ -135,7 +135,7 @@ class Replay:
 
 
 def _once(t: Tensor) -> Tensor:
-    """The part of an expanded tensor that lies in memory: nothing can be copied into the whole."""
+    """The part of an expanded tensor that exists in memory; one cannot copy into the expanded whole."""
     return t[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in t.stride())]
 
 
@@ -294,7 +294,7 @@ def first_line(error: Exception) -> str:
 
 
 def recordable(tensors: Sequence[Tensor]) -> bool:
-    """Are these plain tensors on one GPU, outside of whatever else traces or records?"""
+    """Are these plain tensors on one GPU, and does nothing else trace or record at the moment?"""
     return (
         bool(tensors)
         and os.environ.get("PYXAI_BOUNDS_CUDA_GRAPHS", "1") != "0"
@@ -312,7 +312,7 @@ _is_part: contextvars.ContextVar[bool] = contextvars.ContextVar("pyxai_bounds_pa
 
 @contextlib.contextmanager
 def _recorded_as_a_whole() -> Iterator[None]:
-    """What runs inside is, or will be, recorded together: its programs need no recordings of their own."""
+    """What runs inside the block is recorded as a whole, so its programs make no recordings of their own."""
     token = _is_part.set(True)
     try:
         yield
@@ -324,7 +324,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def settings() -> tuple:
-    """How PyTorch and this package were told to compute."""
+    """The settings of PyTorch and of this package that choose how to compute."""
     return (
         ops.forced(),
         torch.backends.cuda.matmul.fp32_precision,

@@ -2,8 +2,8 @@
 
 The functions are those of ``reference.py``. This file allocates, checks what a kernel could not survive, brings
 tensors into the kernels' memory order, and chooses tile sizes by measurement. ``measured`` is what ``auto`` uses: the
-same functions, which may also leave a matrix product to cuBLAS or cuDNN where that was faster, and fuse the rest.
-None of this may serve a run with outward rounding: 32-bit operands may be rounded to tf32, sums are in any order.
+same functions, but where cuBLAS or cuDNN was faster, it multiplies, and only the stages about the product are fused.
+Nothing here may serve outward rounding: 32-bit operands may be rounded to tf32, and the order of sums is unknown.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]  # stri
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 HOPPER = "hopper"  # a candidate: the kernels of csrc/hopper
-_FILLED = 256 * 64 * 132  # results of so many of their tiles that each multiprocessor has one
-CAPABILITY = (8, 0)  # the oldest that the kernels are compiled for in the tests
+_FILLED = 256 * 64 * 132  # from so many results on, each multiprocessor has a tile of theirs
+CAPABILITY = (8, 0)  # the oldest compute capability for which the tests compile the kernels
 
 
 def available() -> bool:
@@ -355,7 +355,7 @@ def interval_smooth_backward_adjoint(*args: Any) -> tuple[Tensor, ...]:
 def _smooth(
     op: str, tensors: tuple[Tensor, ...], results: int, name: str, params: Sequence[float]
 ) -> tuple[Tensor, ...]:
-    """One of four elementwise kernels; float64, of which they have no exponential functions, is the reference's."""
+    """Run one of the four elementwise kernels. They have no exponential functions for float64: ``reference`` runs."""
     tensors = checks.boxes(*tensors)
     if tensors[0].dtype is torch.float64:
         return getattr(reference, op)(*tensors, name, params)
@@ -430,7 +430,7 @@ def interval_max_pool2d_gather(
 
 
 def _of_windows(must: Tensor, may: Tensor, *box: Tensor) -> tuple[Tensor, ...]:
-    """The bits of windows and a box that belongs to them, all in the memory order of the bits."""
+    """The bits of windows and a box of one element per window, all in the memory order of the bits."""
     for bits in (must, may):
         if bits.shape != box[0].shape or bits.dtype is not torch.int32 or bits.device != box[0].device:
             raise ValueError(f"{describe(bits)} are not the bits of windows that {describe(box[0])} belongs to.")
@@ -473,10 +473,10 @@ measured = SimpleNamespace(
 
 
 class Epilogue(NamedTuple):
-    """What becomes of a product before anybody reads it.
+    """What is applied to the results of a product.
 
-    ``kind``: "none"; "relu", which makes the packed state; "relu_backward", which reads a state and makes the gate that
-    it applied; "gate", which reads a gate. Bits lie in the memory order of the results, as ``ops/layout.py`` says.
+    ``kind``: one of ``hopper.EPILOGUES``. "none"; "relu", which makes the packed state; "relu_backward", which reads a
+    state and makes the gate that it applied; "gate", which reads a gate. Bits have the memory order of the results.
     """
 
     kind: str = "none"
@@ -484,15 +484,15 @@ class Epilogue(NamedTuple):
 
     @property
     def dims(self) -> int:
-        """Of the bits that are read, which say what order they lie in; 0 if there are none."""
+        """The number of dimensions of the bits that are read, which tells their memory order; 0 if there are none."""
         return 0 if self.bits is None else self.bits.dim()
 
     def order(self, mid: Tensor) -> torch.memory_format:
-        """Of the results: that of the bits that are read, else of the box."""
+        """The memory order of the results: that of the bits that are read, else of the box."""
         return memory_format(mid) if self.bits is None else order_of(self.bits)
 
     def made(self, out: Tensor, size: tuple[int, ...] | None = None) -> Tensor:
-        """Room for the bits that it makes; ``size``: the state's, if it is known."""
+        """Room for the bits that it makes, if any; ``size`` is ``state_size(out)``, if the caller knows it."""
         makes = self.kind in ("relu", "relu_backward")
         return torch.empty((size or state_size(out)) if makes else 0, dtype=torch.uint8, device=out.device)
 
@@ -529,7 +529,8 @@ def _convolve(
 
     def run(block: Any, mid: Tensor, rad: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
         if block is None:
-            # cuDNN's bias is a pass of its own; ReLU's adds it on the way, where eight neighbours have eight channels.
+            # cuDNN adds a bias in a pass of its own. ReLU's kernel adds it on the way, if the outputs are channels-last
+            # and a multiple of 8.
             later = bias if epilogue.kind == "relu" and order is torch.channels_last and outputs % 8 == 0 else None
             return _finish(epilogue, *product(mid, rad, weight, None if later is not None else bias), later)
         if block is HOPPER:
@@ -543,7 +544,7 @@ def _convolve(
 
     def blocks() -> list[Any]:
         found = _image_blocks("forward", mid.shape, weight, args, tf32)
-        # Of the kernels that gather a pixel's taps one by one, the one that won before there were any for images.
+        # Where there are kernels for whole images, only the first of those that gather a pixel's taps one by one.
         found += _box_blocks(mid, outputs // groups, channels, tf32, groups)[: 1 if found else None]
         return _with_hopper(found, mid, size, kernel, args, False, library)
 
@@ -602,7 +603,7 @@ def _convolve_back(
 def _with_hopper(
     blocks: list[Any], mid: Tensor, size: Sequence[int], kernel: Sequence[int], args: Geometry, back: bool, auto: bool
 ) -> list[Any]:
-    """The candidates, and the kernels of csrc/hopper where they take the problem; on large ones Triton's never win."""
+    """The candidates with those of csrc/hopper added, where they take the problem; alone where Triton never wins."""
     if not (auto and hopper.supports(mid)):
         return blocks
     geometry = (tuple(mid.shape), tuple(size), tuple(kernel), *args, back)
@@ -627,16 +628,16 @@ def _hopper(
     def launch(out_mid: Tensor, out_rad: Tensor, kind: str, bits: Tensor | None, made: Tensor | None) -> None:
         hopper.convolve_into(box[0], box[1], last_weight, *args[:3], back, out_mid, out_rad, kind, bias, bits, made)
 
-    return _in_one_kernel(problem, epilogue, mid, problem.size[1], launch)  # in the order of the box that was given
+    return _in_one_kernel(problem, epilogue, mid, problem.size[1], launch)  # ``mid`` says which memory order is wanted
 
 
 def _in_one_kernel(
     problem: _Problem, epilogue: Epilogue, mid: Tensor, channels: int, launch: Callable[..., None]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Results of a kernel that writes images channels-last, ``channels`` of them by one program.
+    """Run a kernel that writes images channels-last, ``channels`` of them by each of its programs.
 
-    ``launch`` is given midpoints and radii to write, the kind of epilogue, bits to read and bits to make. The epilogue
-    is left to a kernel of its own where bits lie in another order, or a byte of them would belong to two programs.
+    ``launch`` takes midpoints and radii to write, the kind of epilogue, bits to read and bits to make. The epilogue is
+    a kernel of its own where bits have another memory order, or where a byte of them would belong to two programs.
     """
     order = problem.order
     out_mid = torch.empty_strided(problem.size, problem.stride, dtype=mid.dtype, device=mid.device)
@@ -651,9 +652,9 @@ def _in_one_kernel(
 
 
 def _finish(epilogue: Epilogue, mid: Tensor, rad: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The epilogue as a kernel of its own, over a box that nobody has seen yet; of biases, the one that is left to it.
+    """The epilogue as a kernel of its own, which overwrites the box.
 
-    That is one value a channel of channels-last images, a multiple of 8 of them, and before ReLU.
+    ``bias``, if given, is added before ReLU: one value for each channel of channels-last images, a multiple of 8.
     """
     if epilogue.bits is not None:
         mid, rad = in_order_of(epilogue.bits, mid, rad)
@@ -671,7 +672,7 @@ def _finish(epilogue: Epilogue, mid: Tensor, rad: Tensor, bias: Tensor | None = 
 
 
 def _plainly(epilogue: Epilogue, mid: Tensor, rad: Tensor) -> tuple[Tensor, ...]:
-    """What ``_finish`` makes of a product, in plain PyTorch."""
+    """``_finish`` in plain PyTorch."""
     if epilogue.kind == "relu":
         return reference.interval_relu(mid, rad)
     if epilogue.bits is None:
@@ -696,11 +697,11 @@ _UNKNOWN: Any = object()
 
 
 class _Problem:
-    """What follows of a product from shapes, strides, types and options alone, its arguments being checked.
+    """What can be known of a product from shapes, strides, dtypes and options alone. Its arguments have been checked.
 
-    ``size``: of the results (of a weight's gradient, also of the sum: it holds a 0 where there is nothing to do).
-    ``boxes``: pairs of midpoints and radii. ``library``: is cuBLAS or cuDNN, with fused stages about it, a candidate?
-    ``summed``: how many products a result is the sum of, at most.
+    ``size``: of the results; for a weight's gradient also of what is summed, so that a 0 in it means nothing to do.
+    ``box``, ``other``: midpoints and radii. ``library``: is cuBLAS or cuDNN, with fused stages about it, a candidate?
+    ``summed``: the most products that a result is the sum of. ``order``: the memory order of the results.
     """
 
     def __init__(
@@ -711,17 +712,17 @@ class _Problem:
         library: bool,
         summed: int,
         other: tuple[Tensor, Tensor] | None = None,
-        order: torch.memory_format = torch.contiguous_format,  # of the results
+        order: torch.memory_format = torch.contiguous_format,
     ) -> None:
         boxes = (box,) if other is None else (box, other)
         mid = box[0]
         self.are_dense = all(t is dense for box in boxes for t, dense in zip(box, checks.boxes(*box), strict=True))
         self.tf32_matmul, self.tf32_convolution = tf32 = _tf32(mid)
-        self.key = (*key, mid.dtype, mid.device, tf32, library)  # what the tuner knows it by
+        self.key = (*key, mid.dtype, mid.device, tf32, library)  # the tuner's key
         self.size, self.library, self.summed, self.order = size, library, summed, order
         self.is_empty = math.prod(size) == 0
         self.choice = _UNKNOWN
-        # Of results that a kernel writes channels-last; of their bits, if that is the order that they are packed in.
+        # The strides of results that a kernel writes channels-last, and the size of their bits if these are packed so.
         last = _empty_last(size, order) if len(size) == 4 else torch.empty(0, device="meta")
         self.stride = last.stride()
         self.state = state_size(last) if last.is_contiguous(memory_format=order) else ()
@@ -738,9 +739,10 @@ _MOST_PROBLEMS = 2**14
 
 
 def _known(call: tuple, mid: Tensor, others: Sequence[Tensor | None], check: Callable[[], _Problem]) -> _Problem:
-    """The problem of a call that is like an earlier one: to check it and to list candidates takes longer than a launch.
+    """The problem of a call, kept for further calls like it: checks and lists of candidates take longer than a launch.
 
-    ``call`` is all that it depends on but the tensors. No value of these, and no address, is looked at or kept.
+    ``call`` holds all that the problem depends on besides the tensors, of which only shapes, strides, dtypes and
+    devices matter.
     """
     key = (call, _tf32(mid), *[t if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in (mid, *others)])
     problem = _problems.get(key)
@@ -759,9 +761,9 @@ def _fastest(
     epilogue: Epilogue,
     blocks: Callable[[], list[Any]],
 ) -> Any:
-    """Run on ``tensors`` with the block of this kind of problem; where ``library`` is a candidate, it is None.
+    """Run on ``tensors`` with the block that was fastest for this problem; the block None stands for the library.
 
-    ``product``: the library's, before the epilogue. What candidates compute is compared with it and plain PyTorch.
+    ``product``: the library's product, before the epilogue. Candidates are compared with it and with plain PyTorch.
     """
     with _kernels("launch").on_device(tensors[0]):
         if problem.choice is not _UNKNOWN:
@@ -774,15 +776,15 @@ def _fastest(
             return run(block, *tensors)
 
         choice = tuning.fastest(problem.key, [*blocks(), None] if problem.library else blocks(), tried)
-        problem.choice = tuning.choices().get(problem.key, _UNKNOWN)  # not one that was taken unmeasured
+        problem.choice = tuning.choices().get(problem.key, _UNKNOWN)  # unknown still, if it was taken without measuring
         return run(choice, *tensors)
 
 
-SUMMED = 64  # products that are not 0, in a sum of a trial, on average: bfloat16 holds the largest sums exactly
+SUMMED = 64  # the mean number of nonzero products in a sum of a trial, so that bfloat16 holds the largest sums exactly
 
 
 def _whole_numbers(summed: int, tensors: Sequence[Any], product: Callable[..., Any], epilogue: Epilogue) -> Any:
-    """What a trial compares on: arguments of −1, 0 and 1, laid out as these are; bits that are read are those given."""
+    """Arguments of −1, 0 and 1 for a trial, with the layout of ``tensors``, and their results."""
     generator = torch.Generator(tensors[0].device).manual_seed(0)
     share = min(1.0, math.sqrt(SUMMED / max(1, summed)))  # of factors that are not 0
 
@@ -792,7 +794,7 @@ def _whole_numbers(summed: int, tensors: Sequence[Any], product: Callable[..., A
     def signed(like: Tensor, share: float) -> Tensor:
         return positive(like, share / 2).sub_(positive(like, share / 2))
 
-    # Of radii there are fewer, so that boxes are on one side of 0 as well as on both.
+    # Fewer radii than midpoints are nonzero, so that some boxes contain 0 and some do not.
     given: list[Any] = [signed(tensors[0], share), positive(tensors[1], share / 8)]
     if len(tensors) == 5:  # a weight's gradient, of which only the signs of the weight count
         scaled = list(given)
@@ -807,12 +809,12 @@ def _whole_numbers(summed: int, tensors: Sequence[Any], product: Callable[..., A
     results = [t.round_() for t in results]
     if len(results) == 2:
         results = _plainly(epilogue, *results)
-    scaled += [t for t in results if t.is_floating_point()]  # they are linear in these arguments, where signs stay
+    scaled += [t for t in results if t.is_floating_point()]  # linear in these arguments as long as no sign changes
     return _kernels("tuning").Given(given, results, scaled, is_exact)
 
 
 def _box_blocks(mid: Tensor, columns: int, summed: int, tf32: bool, groups: int | None = None) -> list[Any]:
-    """``groups`` is for convolutions that sum over the channels of their argument, which may be few."""
+    """Candidates for a product. ``groups``: of a convolution, which may sum over few channels."""
     launch = _kernels("launch")
     if groups is not None and launch.is_flat(summed):
         return launch.few_channels_blocks(mid.dtype, columns, groups, tf32, _is_hopper(mid))
@@ -824,7 +826,7 @@ def _image_blocks(op: str, size: Sequence[int], weight: Tensor, args: tuple, tf3
 
 
 def _convolution(block: Any) -> ModuleType:
-    """The launchers that a candidate belongs to."""
+    """The file of kernels that a candidate belongs to."""
     return _kernels("interval_conv2d_image" if block.image else "interval_conv2d")
 
 
@@ -858,7 +860,7 @@ def _is_installed() -> bool:
 
 @functools.cache
 def _interpreting() -> bool:
-    """It is decided when triton is imported."""
+    """Do kernels run in Triton's interpreter? That is decided when triton is imported."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
@@ -883,7 +885,7 @@ def _index(t: Tensor) -> int:
 
 
 def _empty_last(size: Sequence[int], order: torch.memory_format) -> Tensor:
-    """How images lie channels-last, which is every order where there is one channel or one pixel."""
+    """A meta tensor with the strides of channels-last; with one channel or one pixel, any order is channels-last."""
     order = order if size[1] == 1 or size[2] * size[3] == 1 else torch.channels_last
     return torch.empty(size, device="meta", memory_format=order)
 
