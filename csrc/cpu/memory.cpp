@@ -16,7 +16,8 @@ struct Block {
     std::size_t bytes;
 };
 
-// Nobody waits for another: who finds them busy does without. So does a process that was forked while they were.
+// No thread waits for the mutex: if it is taken, the caller does without kept blocks. So does a process that was forked
+// while it was taken.
 struct Kept {
     std::mutex mutex;
     std::deque<Block> blocks;  // the oldest first
