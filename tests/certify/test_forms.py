@@ -74,6 +74,17 @@ LINEAR = {
     "convolution": lambda x: F.conv2d(x[:, :3].reshape(1, 3, 1, 1).expand(1, 3, 3, 3), K, W[0, :2]),
     "transposed convolution": lambda x: F.conv_transpose2d(x.reshape(1, 2, 3, 1), K, W[0, :3], stride=2),
     "pool": lambda x: F.avg_pool2d(x.reshape(1, 1, 2, 3), (2, 2), 1),
+    "pool of volumes": lambda x: F.avg_pool3d(x.reshape(1, 1, 1, 2, 3), (1, 2, 2), 1, (0, 1, 0)),
+    "adaptive pool": lambda x: F.adaptive_avg_pool2d(x.reshape(1, 1, 2, 3), (1, 2)),
+    "gradient of a pool": lambda x: torch.ops.aten.avg_pool2d_backward(
+        x[:, :2].reshape(1, 1, 1, 2), x.reshape(1, 1, 2, 3), [2, 2], [1, 1], [0, 0], False, True, None
+    ),
+    "gradient of a pool of volumes": lambda x: torch.ops.aten.avg_pool3d_backward(
+        x[:, :2].reshape(1, 1, 1, 1, 2), x.reshape(1, 1, 1, 2, 3), [1, 2, 2], [1, 1, 1], [0, 0, 0], False, True, None
+    ),
+    "gradient of an adaptive pool": lambda x: torch.ops.aten._adaptive_avg_pool2d_backward(
+        x[:, :2].reshape(1, 1, 1, 2), x.reshape(1, 1, 2, 3)
+    ),
     "copies": lambda x: x.t().contiguous().clone().t().detach(),
 }
 OTHERS = {

@@ -13,11 +13,16 @@ from pyxai_bounds.certify.affine.registry import call_of, form_rule
 from pyxai_bounds.certify.differences import LINEAR_AT
 from pyxai_bounds.fuse import VIEWS
 from pyxai_bounds.interval import Interval
+from pyxai_bounds.rules import RULES as INTERVAL_RULES
 
 aten = torch.ops.aten
 
 _COPIES = (aten.clone.default, aten.alias.default, aten.detach.default)
 _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int)
+_POOLS = (
+    *(aten.avg_pool2d.default, aten.avg_pool3d.default, aten._adaptive_avg_pool2d.default),
+    *(aten.avg_pool2d_backward.default, aten.avg_pool3d_backward.default, aten._adaptive_avg_pool2d_backward.default),
+)
 _MOVES = (
     *(aten.select_backward.default, aten.slice_backward.default, aten.gather.default, aten.index_select.default),
     *(aten.flip.default, aten.repeat.default, aten.mean.default, aten.sum.default),
@@ -25,7 +30,7 @@ _MOVES = (
 # What is linear in an argument, all others being numbers: as where rankings are cut, and affine operators.
 _AFFINE_AT = {
     **LINEAR_AT,
-    **dict.fromkeys((aten.avg_pool2d.default, aten.constant_pad_nd.default, *_SPLITS, *_MOVES), (0,)),
+    **dict.fromkeys((*_POOLS, aten.constant_pad_nd.default, *_SPLITS, *_MOVES), (0,)),
     **dict.fromkeys((aten.mul.Scalar, aten.div.Scalar), (0,)),
     aten.addmm.default: (1,),
 }
@@ -61,6 +66,9 @@ def linear(run: Evaluator, n: fx.Node, result: Interval) -> Form | None:
         return None
     x = run.forms[call.args[place]]
     values = [run.env[arg] if isinstance(arg, fx.Node) else arg for arg in call.args]
+    for i in INTERVAL_RULES[call.target].shape_only:
+        if isinstance(values[i], Interval):
+            values[i] = values[i].mid
     if any(isinstance(v, Interval) for i, v in enumerate(values) if i != place):
         return None
     if any(values[2:]) if call.target is aten.constant_pad_nd.default else {"alpha", "beta"} & call.kwargs.keys():
