@@ -3,7 +3,7 @@
 A part holds the inputs for which some ReLUs are known to be active and others not to be. There these derivatives are
 numbers, and a gradient has narrower bounds; with all signs known, of a network of ReLUs, exact ones. A part is done
 with when its bounds prove the property or when it holds no input, and one input at which the property fails ends the
-search. ``certificate`` asks for this, sample by sample.
+search. ``certificate`` asks for this; samples are looked at together, and so are parts of one (``parts``).
 
 Source: Bunel et al., "Branch and bound for piecewise linear neural network verification", JMLR 21 (2020). There the
 forward pass is divided; here a sign decides the gate of the backward pass, too.
@@ -14,7 +14,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,21 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from pyxai_bounds.certify.affine.evaluator import Evaluator
-from pyxai_bounds.certify.affine.form import Form, padded
+from pyxai_bounds.certify.affine.form import Form
 from pyxai_bounds.certify.differences import TINY, least_difference
 from pyxai_bounds.certify.forms import FormRows, Forms
+from pyxai_bounds.certify.parts import Part, Signs, bounded
 from pyxai_bounds.certify.properties import Property, TopK, kept, rounding_loss
 from pyxai_bounds.interval import Interval
-from pyxai_bounds.rounding import add_down, add_up
-
-aten = torch.ops.aten
 
 STEPS = 600  # of the search for an input of a part, at most
 LOOK_EVERY = 20  # of these steps: is the question settled?
-
-# What is known of the numbers to which ReLUs are applied, by their node: 1 above 0, -1 not above 0, 0 either; int8.
-Signs = Mapping[fx.Node, Tensor]
 
 
 @dataclass(frozen=True)
@@ -60,27 +54,71 @@ def decide(
     bounds: Interval,
     fn: Callable[..., Tensor],
     most: int,
-) -> Decision | None:
-    """Does ``property`` hold on all of a box? Looks at up to ``most`` parts of it, at all of it first.
+) -> Search:
+    """Does ``property`` hold on all of a box? To be looked for, beside others, by :func:`run`, in up to ``most`` parts
+    of the box, all of it first.
 
     ``arguments``: the box of one sample, [1, ...], and what else ``fn`` takes; ``nominal`` and ``bounds``: the sample's
-    explanation, and what is known of it in the box; ``fn``: the function, to be tried at inputs. None if a part has no
-    finite bounds.
+    explanation, and what is known of it in the box; ``fn``: the function, to be tried at inputs.
     """
-    search = _Search(forms, arguments, property, nominal, bounds, fn)
-    try:
-        search.run(most)
-    except _NoBoundsError:
-        return None
-    return search.decision()
+    return Search(forms, arguments, property, nominal, bounds, fn, most)
 
 
-class _NoBoundsError(ArithmeticError):
-    """A part's bounds are not finite."""
+def run(searches: Sequence[Search], tell: Callable[[float], None]) -> None:
+    """Carry them out, those with the same function and the same arguments beside the box together."""
+    groups: dict[Any, list[Search]] = {}
+    for search in searches:
+        points: list[Any] = [(t.dtype, t.shape, *t.flatten().tolist()) for t in search.arguments[1:]]  # type: ignore
+        groups.setdefault((id(search.forms), *points), []).append(search)
+    done = 0
+    for group in groups.values():
+        active = group
+        while active:
+            _advance(active)
+            active = [search for search in active if not search.is_done]
+            tell((done + len(group) - len(active)) / len(searches))
+        done += len(group)
+
+
+def _advance(searches: Sequence[Search]) -> None:
+    """Look at as many parts as are best looked at together, the first searches' first."""
+    forms, points = searches[0].forms, searches[0].arguments[1:]
+    asked: list[tuple[Search, Ask]] = []
+    for search in searches:
+        room = forms.at_once - len(asked)
+        if asked and room < 2:
+            break
+        asked += [(search, ask) for ask in search.asks(max(1, room // (2 * len(searches))))]
+    while asked:
+        now = [(search, ask) for search, ask in asked[: forms.at_once] if search.counterexample is None]
+        asked = asked[forms.at_once :]
+        if not now:
+            continue
+        try:
+            boxes = [search.arguments[0] for search, _ in now]
+            found = bounded(forms, boxes, points, [ask.signs for _, ask in now])  # type: ignore[arg-type]
+        except Exception:  # what vmap cannot do, or memory does not hold
+            if len(now) == 1:
+                for search in searches:
+                    search.fail()
+                return
+            forms.one_by_one()
+            asked = now + asked
+            continue
+        for (search, ask), part in zip(now, found, strict=True):
+            search.look(ask, part)
 
 
 @dataclass(frozen=True)
-class _Part:
+class Ask:
+    """A part that is to be looked at, and the one of which it is one of two."""
+
+    signs: Signs
+    around: _Known | None
+
+
+@dataclass(frozen=True)
+class _Known:
     """``split``: the node and the place of the number whose sign matters most, of those that are not known."""
 
     signs: Signs
@@ -89,63 +127,71 @@ class _Part:
     split: tuple[fx.Node, int] | None
 
 
-class _Search:
+class Search:
     """Parts of one box that together hold all of it."""
 
     def __init__(
         self, forms: Forms, arguments: Sequence[Interval | Tensor], property: Property, nominal: Tensor,
-        bounds: Interval, fn: Callable[..., Tensor],
+        bounds: Interval, fn: Callable[..., Tensor], most: int,
     ) -> None:  # fmt: skip
         self.forms, self.arguments, self.property, self.fn = forms, arguments, property, fn
         self.nominal, self.bounds = nominal, bounds
-        self.parts: list[tuple[float, int, _Part]] = []  # a heap, the worst first
-        self.whole: _Part | None = None
         self.counterexample: Tensor | None = None
+        self.is_done = self.is_endless = self.failed = False
+        self._left = (most - 1) // 2  # parts that may still be divided
+        self._parts: list[tuple[float, int, _Known]] = []  # a heap, the worst first
+        self._whole: _Known | None = None
         self._count = itertools.count()
 
-    def run(self, most: int) -> None:
-        self._look({})
-        for _ in range((most - 1) // 2):
-            if not self.parts or self.counterexample is not None:
-                return
-            part = self.parts[0][2]
+    def asks(self, most: int) -> list[Ask]:
+        """The halves of up to so many parts, the worst; of the whole first that itself."""
+        if self._whole is None:
+            return [Ask({}, None)]
+        found: list[Ask] = []
+        while self._parts and self._left and len(found) < 2 * most:
+            part = self._parts[0][2]
             if part.split is None or kept(self.property, part.margin):
-                return
-            heapq.heappop(self.parts)
-            for sign in (1, -1):
-                self._look(_with(part.signs, *part.split, sign), part)
+                break
+            heapq.heappop(self._parts)
+            found += [Ask(_with(part.signs, *part.split, sign), part) for sign in (1, -1)]
+            self._left -= 1
+        self.is_done = not found
+        return found
+
+    def fail(self) -> None:
+        """Its forms cannot be computed."""
+        self.is_done = self.failed = True
 
     def decision(self) -> Decision | None:
+        """None if a part has no finite bounds."""
+        if self.failed or self.is_endless or self._whole is None:
+            return None
         if self.counterexample is not None:  # not all parts were looked at
-            assert self.whole is not None
-            return Decision(self.whole.margin, self.whole.bounds, self.counterexample)
-        parts = [part for *_, part in self.parts]
+            return Decision(self._whole.margin, self._whole.bounds, self.counterexample)
+        parts = [part for *_, part in self._parts]
         if not parts:  # none would hold an input, and one of them holds the sample: then nothing can be believed
             return None
         lower = torch.stack([part.bounds.lower for part in parts]).amin(0)
         upper = torch.stack([part.bounds.upper for part in parts]).amax(0)
         return Decision(parts[0].margin, _narrower(self.bounds, Interval(lower, upper)), self.counterexample)
 
-    def _look(self, signs: Signs, around: _Part | None = None) -> None:
-        """Bounds one part of another one, and keeps it unless it is empty."""
-        if self.counterexample is not None:
+    def look(self, ask: Ask, part: Part) -> None:
+        """Keep what is known of a part, unless it is empty."""
+        if self.is_done:
             return
-        evaluator = _Evaluator(self.forms, signs)
-        bounds, form = self.forms(self.arguments, evaluator)
-        if not bool(bounds.isfinite().all()):
-            raise _NoBoundsError
+        if not bool(part.bounds.isfinite().all()):
+            self.is_done = self.is_endless = True
+            return
         symbols = None
-        if signs:
-            if evaluator.is_empty:
-                return
-            inequalities = evaluator.inequalities()
-            symbols = _solved(inequalities)
+        if ask.signs:
+            symbols = None if part.is_empty else _solved(part.inequalities())
             if symbols is None:
                 return
-        bounds = _narrower(self.bounds if around is None else around.bounds, bounds)
+        around = ask.around
+        bounds = _narrower(self.bounds if around is None else around.bounds, part.bounds)
         margin = self._margin(bounds)
         if isinstance(self.property, TopK) and not kept(self.property, margin):
-            rows = FormRows(form)
+            rows = FormRows(part.form)
             found = least_difference(self.property, self.nominal, bounds, rows, rows.box)
             margin = margin.clamp(min=found)
         if around is not None:  # new lines beside functions may lie worse
@@ -153,11 +199,11 @@ class _Search:
         split = None
         if not kept(self.property, margin):
             if symbols is not None:
-                self._try(evaluator.input(self.arguments[0], symbols))  # type: ignore[arg-type]
-            split = evaluator.widest(form, self._contested(bounds))
-        part = _Part(signs, margin, bounds, split)
-        self.whole = self.whole or part
-        heapq.heappush(self.parts, (margin.item(), next(self._count), part))
+                self._try(part.input(symbols))
+            split = part.widest(self._contested(bounds))
+        known = _Known(ask.signs, margin, bounds, split)
+        self._whole = self._whole or known
+        heapq.heappush(self._parts, (margin.item(), next(self._count), known))
 
     def _margin(self, bounds: Interval) -> Tensor:
         found = self.property.margin(self.nominal, bounds)
@@ -169,7 +215,7 @@ class _Search:
         value = self.fn(x, *self.arguments[1:])
         margin = self._margin(Interval.of(value, torch.zeros_like(value)))
         if bool((margin < 0) & margin.isfinite()):
-            self.counterexample = x
+            self.counterexample, self.is_done = x, True
 
     def _contested(self, bounds: Interval) -> Tensor:
         """Entries whose bounds keep the property from being proved."""
@@ -192,115 +238,6 @@ def _narrower(x: Interval, y: Interval) -> Interval:
     """Of two sets of the same value, element by element the narrower one."""
     better = y.rad < x.rad
     return Interval.of(torch.where(better, y.mid, x.mid), torch.where(better, y.rad, x.rad))
-
-
-# --- one part --------------------------------------------------------------------------------------------------
-
-
-class _Evaluator(Evaluator):
-    """Bounds what is computed in one part of a box."""
-
-    def __init__(self, forms: Forms, signs: Signs) -> None:
-        super().__init__(forms.graph, forms.most, forms.parameters)
-        self.signs = signs
-        self.is_empty = False
-        self._made: list[tuple[fx.Node, int, Tensor]] = []  # node, its first symbol, the places of its symbols
-        self._inequalities: dict[fx.Node, Form] = {}  # all >= 0
-
-    def run_node(self, n: fx.Node) -> Any:
-        source = _gated_by(n)
-        if source not in self.signs:
-            return super().run_node(n)
-        # The gate is decided by an argument: a number of either sign will do.
-        place: Any = n.args[1]
-        argument, signs = self.env[place], self.signs[source]
-        known = signs != 0
-        self.env[place] = Interval.of(
-            torch.where(known, signs.to(argument.dtype), argument.mid), torch.where(known, 0.0, argument.rad)
-        )
-        try:
-            return super().run_node(n)
-        finally:
-            self.env[place] = argument
-            self._note(source)
-
-    def ends(self, x: fx.Node) -> tuple[Tensor, Tensor]:
-        lower, upper = super().ends(x)
-        if x in self.signs:
-            active, dead = self.signs[x] > 0, self.signs[x] < 0
-            self.is_empty |= bool((active & (upper <= 0) | dead & (lower > 0)).any())
-            lower = torch.where(active, lower.clamp(min=0), lower)
-            upper = torch.where(dead, upper.clamp(max=0), upper)
-            self._note(x)
-        return lower, upper
-
-    def _note(self, x: fx.Node) -> None:
-        if x not in self._inequalities:
-            form, signs = self.operand(x), self.signs[x].flatten()
-            places = signs.nonzero()[:, 0]
-            sign = signs[places].double()
-            self._inequalities[x] = Form(
-                form.centre.flatten()[places] * sign,
-                form.generators.flatten(1)[:, places] * sign,
-                form.slack.flatten()[places],
-            )
-
-    def _form(self, n: fx.Node, result: Interval) -> Form:
-        before = self.symbols.count
-        form = super()._form(n, result)
-        if self.symbols.count > before:
-            self._made.append((n, before, form.generators[before:].flatten(1).abs().argmax(1)))
-        return form
-
-    def inequalities(self) -> Form:
-        """All that the part says of the symbols: each element is at least 0 for the inputs that it holds."""
-        forms = self._inequalities.values()
-        generators = [padded(form.generators, self.symbols.count) for form in forms]
-        return Form(
-            torch.cat([form.centre for form in forms]),
-            torch.cat(generators, 1),
-            torch.cat([form.slack for form in forms]),
-        )
-
-    def input(self, box: Interval, symbols: Tensor) -> Tensor:
-        """Where symbols have these values, inside the very box."""
-        position = torch.zeros(box.mid.numel(), dtype=torch.float64, device=box.device)
-        for n, first, places in self._made:
-            if n.op == "placeholder":
-                position[places] = symbols[first : first + len(places)]
-        x = box.mid.double() + box.rad.double() * position.reshape(box.shape)
-        return x.to(box.dtype).clamp(add_up(box.mid, -box.rad), add_down(box.mid, box.rad))
-
-    def widest(self, form: Form, entries: Tensor) -> tuple[fx.Node, int] | None:
-        """The ReLU by which these entries of the result vary most, as the node and the place of what it is applied to;
-        None if they vary by none.
-        """
-        weight = form.generators.flatten(1)[:, entries].abs().sum(1)
-        total: dict[fx.Node, Tensor] = {}
-        for n, first, places in self._made:
-            source, share = _sign_of(n), weight[first : first + len(places)]
-            if source is not None and len(share):
-                sums = total.setdefault(source, weight.new_zeros(source.meta["val"].numel()))
-                sums.index_add_(0, places[: len(share)], share)
-        for source, sums in total.items():
-            if source in self.signs:
-                sums[self.signs[source].flatten() != 0] = 0
-        if not total:
-            return None
-        source = max(total, key=lambda node: total[node].amax().item())
-        return (source, int(total[source].argmax())) if bool(total[source].amax() > 0) else None
-
-
-def _gated_by(n: fx.Node) -> Any:
-    """What a ReLU is applied to that decides the gates of this node, whose second argument says so."""
-    if n.target is aten.threshold_backward.default and n.args[2] == 0:
-        return _sign_of(n.args[1]) if isinstance(n.args[1], fx.Node) and n.args[1].target is aten.relu.default else None
-    return n.args[1] if n.target is aten.leaky_relu_backward.default and not n.args[3] else None
-
-
-def _sign_of(n: fx.Node) -> Any:
-    """Whose sign decides what this node, a ReLU or its gates, does."""
-    return n.args[0] if n.target in (aten.relu.default, aten.leaky_relu.default) else _gated_by(n)
 
 
 # --- does a part hold an input? --------------------------------------------------------------------------------

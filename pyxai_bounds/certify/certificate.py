@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pyxai_bounds.capture import Captured
-from pyxai_bounds.certify.branches import decide
+from pyxai_bounds.certify.branches import Search, decide, run
 from pyxai_bounds.certify.differences import Differences
 from pyxai_bounds.certify.factor import Divided
 from pyxai_bounds.certify.forms import Forms
@@ -364,8 +364,8 @@ class _Check:
         if any(self._means(place) != _Means() for place in open_.nonzero()[:, 0].tolist()):
             refuted = open_ & self._is_refuted(box)
         places = (open_ & ~refuted).nonzero()[:, 0].tolist()
-        for done, place in enumerate(places):
-            tell(done / len(places))
+        searches: list[tuple[int, bool, Tensor, _Means, Search]] = []
+        for place in places:
             means, one = self._means(place), slice(place, place + 1)
             nominal, arguments = self.nominal[one], self._arguments(box, place, 1)
             if means.differences is not None:
@@ -387,16 +387,19 @@ class _Check:
             if isinstance(property, TopK) and not torch.equal(property.top(at_point), property.top(nominal)):
                 continue  # ties
             centre = at_point if isinstance(property, TopK) else nominal
-            try:
-                decision = decide(forms, (*arguments, *more), property, centre, known, tried, self.branches)
-            except Exception:  # what vmap cannot do, or memory does not hold: the bounds stand
-                means.drop(forms)
-                continue
+            search = decide(forms, (*arguments, *more), property, centre, known, tried, self.branches)
+            searches.append((place, bool(divided), at_point, means, search))
+        run([search for *_, search in searches], tell)
+        for place, is_divided, at_point, means, search in searches:
+            one = slice(place, place + 1)
+            if search.failed:
+                means.drop(search.forms)
+            decision = search.decision()
             if decision is None or _outside(at_point, decision.bounds).any():
                 continue
             margin[one] = margin[one].maximum(decision.margin)
             refuted[place] = decision.counterexample is not None
-            if not divided:
+            if not is_divided:
                 bounds.mid[one], bounds.rad[one] = decision.bounds.mid, decision.bounds.rad
         tell(1.0)
         return margin.maximum(property.margin(self.nominal, bounds)), bounds, refuted  # a property may know its batch

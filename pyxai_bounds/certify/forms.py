@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
@@ -11,8 +12,10 @@ from torch import Tensor, fx
 
 from pyxai_bounds import rounding as rd
 from pyxai_bounds.certify.affine import Evaluator, Form
+from pyxai_bounds.certify.affine.rows import Rows
 from pyxai_bounds.certify.differences import Box, behind
 from pyxai_bounds.errors import UnsupportedOperatorError
+from pyxai_bounds.interpreter import Interpreter
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.parameters import ParameterBox
 from pyxai_bounds.rules.registry import Product, as_set, use_product
@@ -22,6 +25,8 @@ aten = torch.ops.aten
 LARGEST = 2**25  # numbers of the generators of one value, 256 MiB
 CHEAP = 2**28  # multiplications, of which a core does some 1e10 a second
 PASSES = 16  # as many multiplications as an operator takes the time of for each number, moving it through memory
+ROWS = 32  # samples, or parts of them, that are looked at together, at most
+TOGETHER = 2**18  # numbers that the generators of one value of theirs hold: more would not fit into a cache
 CHEAP_NODES = 150  # operators, each of which takes some 0.3 ms however small it is
 
 
@@ -31,8 +36,15 @@ class Forms:
     def __init__(
         self, graph: fx.GraphModule, rounding: rd.Rounding, product: Product, most: int, parameters: ParameterBox | None
     ) -> None:
-        self.graph, self.rounding, self.product, self.most = graph, rounding, product, most
-        self.parameters = parameters
+        rows = Rows.of(graph) if parameters is None else None
+        self.graph = graph if rows is None else rows.graph
+        self.shared = None if rows is None else rows.shared
+        self.rounding, self.product, self.most, self.parameters = rounding, product, most, parameters
+        placeholders = self.graph.graph.find_nodes(op="placeholder")
+        self._moving = behind(placeholders[:1])
+        self._largest = max(1, *_sizes(self._moving))
+        self._symbols = 4 * placeholders[0].meta["val"].numel() if placeholders else 1
+        self._known: tuple[Sequence[Any], dict[fx.Node, Any]] | None = None
 
     @classmethod
     def of(
@@ -44,31 +56,72 @@ class Forms:
         """
         placeholders = graph.graph.find_nodes(op="placeholder")
         moving = behind(placeholders)
-        values = [t for t in pytree.tree_leaves([node.meta.get("val") for node in moving]) if isinstance(t, Tensor)]
-        most = LARGEST // max(1, *(t.numel() for t in values))
+        sizes = _sizes(moving)
+        most = LARGEST // max(1, *sizes)
         if cheaply:
             if len(moving) > CHEAP_NODES:
                 return None
-            work = sum(map(_work, moving)) + PASSES * sum(t.numel() for t in values)
+            work = sum(map(_work, moving)) + PASSES * sum(sizes)
             most = min(most, CHEAP // max(1, work))
         inputs = [node.meta["val"] for node in placeholders]
         fits = 2 * sum(t.numel() for t in inputs if t.is_floating_point()) <= most
         return cls(graph, rounding, product, most, parameters) if fits else None
 
+    @property
+    def at_once(self) -> int:
+        """How many samples, or parts of one, are best looked at together."""
+        if self.shared is None:
+            return 1
+        return max(1, min(ROWS, TOGETHER // (self._largest * self._symbols)))
+
+    def one_by_one(self) -> None:
+        """From now on: together they were too many."""
+        self.shared = None
+
+    def evaluator(self, rows: int = 1) -> Evaluator:
+        return Evaluator(self.graph, self.room(rows), self.parameters, rows, self.shared)
+
+    def room(self, rows: int) -> int:
+        """For how many symbols there is room."""
+        return self.most if rows == 1 else min(self.most, LARGEST // (rows * self._largest))
+
     def __call__(
         self, arguments: Sequence[Interval | Tensor], evaluator: Evaluator | None = None
     ) -> tuple[Interval, Form]:
-        """The explanation [1, ...] over a box: its bounds, and its form. ``evaluator``: one that knows more."""
-        evaluator = evaluator or Evaluator(self.graph, self.most, self.parameters)
+        """The explanation [1, ...] over a box: its bounds, and its form. ``evaluator``: one that knows more.
+
+        Of up to ``at_once`` boxes [rows, ...] if the other arguments, [1, ...], belong to all of them.
+        """
+        evaluator = evaluator or self.evaluator(len(arguments[0]))
         with contextlib.ExitStack() as stack:
             # Without cuDNN, whose convolutions may be Fourier transforms, which lose more than sums do.
             exact = torch.no_grad(), torch.backends.cudnn.flags(enabled=False), rd.without_autocast()
             for context in (*exact, rd.ieee_arithmetic(), rd.use(self.rounding), use_product(self.product)):
                 stack.enter_context(context)
-            bounds = as_set(evaluator.run(*arguments, enable_io_processing=False)[0])
+            known = self._constants(arguments[1:])
+            bounds = as_set(evaluator.run(*arguments, enable_io_processing=False, initial_env=known)[0])
         if evaluator.unsupported:
             raise UnsupportedOperatorError(list(dict.fromkeys(evaluator.unsupported)))
+        self._symbols = evaluator.symbols.count
         return bounds, evaluator.operand(self.graph.graph.output_node().all_input_nodes[0])
+
+    def _constants(self, points: Sequence[Interval | Tensor]) -> dict[fx.Node, Any]:
+        """What depends on the other arguments alone, which are mostly those of the call before."""
+        if self.shared is None:
+            return {}
+        if self._known is None or not all(a is b for a, b in zip(self._known[0], points, strict=True)):
+            run = Interpreter(self.graph, None)
+            given = iter(points)
+            for node in self.graph.graph.nodes:
+                if node.op == "placeholder":
+                    run.env[node] = None if node in self._moving else next(given)
+                elif node not in self._moving and node.op != "output":
+                    run.env[node] = run.run_node(node)
+            if run.unsupported:
+                raise UnsupportedOperatorError(list(dict.fromkeys(run.unsupported)))
+            constants = {node: value for node, value in run.env.items() if node.op != "placeholder"}
+            self._known = tuple(points), constants
+        return dict(self._known[1])
 
 
 class FormRows:
@@ -87,6 +140,11 @@ class FormRows:
         generators = self._form.generators.flatten(1)[:, entries].T
         centre, slack = (t.flatten()[entries, None] for t in (self._form.centre, self._form.slack))
         return torch.cat([generators, centre], 1), torch.cat([torch.zeros_like(generators), slack], 1)
+
+
+def _sizes(nodes: set[fx.Node]) -> list[int]:
+    values = pytree.tree_leaves([node.meta.get("val") for node in nodes])
+    return [t.numel() for t in values if isinstance(t, Tensor)]
 
 
 def _work(node: fx.Node) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,19 +22,34 @@ from pyxai_bounds.rules.standardise import Standardised
 
 
 class Evaluator(Interpreter):
-    """Runs a captured graph on Intervals, and on forms where it can, which cut the Intervals down."""
+    """Runs a captured graph on Intervals, and on forms where it can, which cut the Intervals down.
+
+    ``rows``: of how many samples, which such a graph must keep apart; ``shared``: see :class:`.rows.Rows`.
+    """
 
     joins_terms = False  # each term has a form of its own
 
-    def __init__(self, graph: fx.GraphModule, most: int, parameters: ParameterBox | None) -> None:
+    def __init__(
+        self, graph: fx.GraphModule, most: int, parameters: ParameterBox | None, rows: int = 1,
+        shared: Mapping[fx.Node, Sequence[fx.Node]] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(graph, parameters)
-        self.symbols = Symbols(most)
+        self.symbols = Symbols(most, rows)
+        self.shared = {} if shared is None or rows == 1 else shared
         self.forms: dict[fx.Node, Form] = {}
         self.normal: dict[fx.Node, tuple[Form, Form, Standardised]] = {}  # of a norm, before weight and bias
         self.moving: set[fx.Node] = set()  # what depends on an argument that is a set
         self.done = _last_uses(graph.graph)
 
     def run_node(self, n: fx.Node) -> Any:
+        for_one = {arg: self.env[arg] for arg in self.shared.get(n, ())}
+        self.env.update((arg, _repeated(value, self.symbols.rows)) for arg, value in for_one.items())
+        try:
+            return self._with_form(n)
+        finally:
+            self.env.update(for_one)
+
+    def _with_form(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if n.op == "placeholder" and isinstance(result, Interval):
             self.moving |= behind([n])
@@ -87,6 +102,13 @@ class Evaluator(Interpreter):
         """Enclosures of a function's values at points, in float64."""
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         return lambda t: INTERVAL_RULES[n.target].function(singleton(t), *args[1:], **kwargs)  # type: ignore[index]
+
+
+def _repeated(x: Interval | Tensor, rows: int) -> Interval | Tensor:
+    """Of one sample [1, ...], or the same for all, for so many."""
+    if isinstance(x, Interval):
+        return Interval.of(_repeated(x.mid, rows), _repeated(x.rad, rows))  # type: ignore[arg-type]
+    return x.repeat(rows, *[1] * (x.dim() - 1))
 
 
 def _moves(n: fx.Node) -> bool:

@@ -33,10 +33,15 @@ class Form:
     def box(cls, x: Interval) -> Form:
         return cls(x.mid.double(), x.mid.double().new_empty(0, *x.shape), x.rad.double())
 
+    def row(self, place: int) -> Form:
+        """Of several samples' values one's, [1, ...]."""
+        one = slice(place, place + 1)
+        return Form(self.centre[one], self.generators[:, one], self.slack[one])
+
     @functools.cached_property
     def reach(self) -> Tensor:
         """The greatest distance from the centre, rounded up."""
-        spread = torch.linalg.vector_norm(self.generators, ord=1, dim=0)
+        spread = self.generators.abs().sum(0)  # many times as fast as a norm
         return up(spread + self.slack, len(self.generators) + 1)
 
     @functools.cached_property
@@ -53,7 +58,9 @@ class Form:
         """With broadcasting."""
         count = max(len(self.generators), len(other.generators))
         shape = torch.broadcast_shapes(self.centre.shape, other.centre.shape)
-        generators = spread(self, count, shape) + spread(other, count, shape)
+        some = [spread(x, count, shape) for x in (self, other) if len(x.generators)]
+        generators = sum(some[1:], some[0]) if some else self.generators.new_empty(0, *shape)
+        generators = generators.expand(count, *shape)
         slack = self.slack + other.slack + rounding_loss(2) * (self.size + other.size)
         return Form(self.centre + other.centre, generators, up(slack, 4))
 

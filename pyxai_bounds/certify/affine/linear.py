@@ -92,7 +92,7 @@ def linear(run: Evaluator, n: fx.Node, result: Interval) -> Form | None:
         found = call.target(*values[:place], t, *values[place + 1 :], **kwargs)
         return found if call is n else found[n.args[1]]
 
-    return mapped(function, lambda t: function(t, sizes), x, added)
+    return mapped(function, lambda t: function(t, sizes), x, added, x.centre.numel() // run.symbols.rows)
 
 
 _ADDED = (aten.add.Tensor, aten.add.Scalar)

@@ -73,7 +73,7 @@ def convolution_backward(run: Evaluator, n: fx.Node, result: Interval) -> Form |
         return None
     grad, weight = run.forms[call.args[0]], run.value(call.args[2])
     nothing, options = torch.empty(1, dtype=torch.float64, device=grad.centre.device), call.args[4:10]
-    shape, mask = n.meta["val"].shape, [True, False, False]
+    shape, mask = result.shape, [True, False, False]
 
     def product(grad: Tensor, weight: Tensor) -> Tensor:
         return aten.convolution_backward.default(grad, nothing.expand(shape), weight, None, *options, mask)[0]
@@ -84,7 +84,8 @@ def convolution_backward(run: Evaluator, n: fx.Node, result: Interval) -> Form |
         return run.symbols.bilinear(product, grad, moving, terms, run.value(call.args[0]), weight)
     weight = weight.double()
     size = weight.abs()
-    return mapped(lambda t: product(t, weight), lambda t: product(t, size), grad)
+    terms = grad.centre.numel() // run.symbols.rows
+    return mapped(lambda t: product(t, weight), lambda t: product(t, size), grad, terms=terms)
 
 
 def affine(run: Evaluator, x: Form, weight: Any, bias: Any, shape: Sequence[int] | None = None) -> Form:

@@ -21,10 +21,14 @@ NEGLIGIBLE = 1e-9  # of a value's size: what rounding adds gets no symbols
 
 
 class Symbols:
-    """So many of at most ``most`` there are."""
+    """So many of at most ``most`` there are.
 
-    def __init__(self, most: int) -> None:
-        self.most, self.count = most, 0
+    Values of ``rows`` samples, [rows, ...], have symbols by the same numbers, each row for whatever varies in it: what
+    belongs to two rows is never added.
+    """
+
+    def __init__(self, most: int, rows: int = 1) -> None:
+        self.most, self.rows, self.count = most, rows, 0
 
     def fresh(self, form: Form, amounts: Tensor | None = None) -> Form:
         """``form`` + [-amounts, amounts], each of which becomes a symbol of its own where there is room for it.
@@ -33,21 +37,31 @@ class Symbols:
         """
         if amounts is None:
             form, amounts = Form(form.centre, form.generators, torch.zeros_like(form.slack)), form.slack
-        size = (form.centre.abs() + amounts).amax() if amounts.numel() else 0.0
-        wanted = (amounts.flatten() > NEGLIGIBLE * size).nonzero()[:, 0]
+        assert self.rows == 1 or len(amounts) == self.rows, "rows meet"
+        flat, centre = amounts.reshape(self.rows, -1), form.centre.reshape(self.rows, -1)
+        if not flat.numel():
+            return form
+        wanted = flat > NEGLIGIBLE * (centre.abs() + flat).amax(1, keepdim=True)
         room = self.most - self.count
-        if len(wanted) > room:
-            wanted = wanted[amounts.flatten()[wanted].topk(room).indices]
-        new = amounts.new_zeros(len(wanted), amounts.numel())
-        new[torch.arange(len(wanted), device=new.device), wanted] = amounts.flatten()[wanted]
-        left = amounts.flatten().index_fill(0, wanted, 0.0).reshape(amounts.shape)
-        before = padded(form.generators, self.count) if len(wanted) else form.generators
-        self.count += len(wanted)
-        generators = torch.cat([before, new.reshape(len(wanted), *amounts.shape)])
-        return Form(form.centre, generators, up(form.slack + left, 1))
+        if room < flat.shape[1] and int(wanted.sum(1).amax()) > room:
+            largest = torch.zeros_like(wanted).scatter(1, flat.masked_fill(~wanted, 0.0).topk(room, 1).indices, True)
+            wanted = wanted & largest
+        row, place = wanted.nonzero(as_tuple=True)
+        number = wanted.cumsum(1)[row, place] - 1
+        added = int(number.amax()) + 1 if len(number) else 0
+        left = up(form.slack + flat.masked_fill(wanted, 0.0).reshape(amounts.shape), 1)
+        if not added:
+            return Form(form.centre, form.generators, left)
+        known = len(form.generators)
+        generators = form.generators.new_zeros(self.count + added, *amounts.shape)
+        generators[:known] = form.generators
+        generators[self.count :].view(added, self.rows, -1)[number, row, place] = flat[row, place]
+        self.count += added
+        return Form(form.centre, generators, left)
 
     def shared(self, form: Form, amounts: Tensor, dim: int) -> Form:
         """``form`` + ξ·amounts, a symbol for all that lie along a dimension; slack where there is no room for them."""
+        assert self.rows == 1, "rows meet"
         rows = amounts.movedim(dim, 0).flatten(1)
         wanted = rows.abs().amax(0).nonzero()[:, 0]
         if self.count + len(wanted) > self.most:
@@ -96,14 +110,22 @@ class Symbols:
         else:
             left = product(x.reach, y.reach) + product(x.centre.abs(), y.slack) + product(x.slack, y.centre.abs())
         count = max(len(x.generators), len(y.generators))
-        if product is torch.mul:
-            generators = spread(x, count, centre.shape) * y.centre + spread(y, count, centre.shape) * x.centre
-        else:
-            by_x = each(lambda t: product(t, y.centre), x.generators, centre)
-            by_y = each(lambda t: product(x.centre, t), y.generators, centre)
-            generators = padded(by_x, count) + padded(by_y, count)
+        some = []
+        if len(x.generators):
+            some.append(_times(product, x, y.centre, count, centre))
+        if len(y.generators):
+            swapped = product if product is torch.mul else lambda a, b: product(b, a)
+            some.append(_times(swapped, y, x.centre, count, centre))
+        generators = sum(some[1:], some[0]) if some else centre.new_empty(0, *centre.shape)
         slack = up(rounding_loss(terms + 4) * product(x.size, y.size), terms + 4)
         left = up(left, terms + 6)
         if not symbols:
             return Form(centre, generators, up(slack + left, 1))
         return self.fresh(Form(centre, generators, slack), left)
+
+
+def _times(product: Callable[[Tensor, Tensor], Tensor], x: Form, y: Tensor, count: int, like: Tensor) -> Tensor:
+    """The generators of a form, each times a number."""
+    if product is torch.mul:
+        return spread(x, count, like.shape) * y
+    return padded(each(lambda t: product(t, y), x.generators, like), count)

@@ -1,0 +1,144 @@
+"""Which graphs of a single sample [1, ...] may be run on several at once [B, ...], row by row, and how.
+
+A graph is captured at one sample, and its operators would take more. That each of them then treats every row as it
+would by itself is no matter of trust: it is read off the graph, operator by operator, from the box to the result. What
+is not in the tables here, or has its arguments in another order, is run sample by sample.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from pyxai_bounds.certify.differences import behind
+from pyxai_bounds.fuse import VIEWS
+from pyxai_bounds.patterns import norms
+
+aten = torch.ops.aten
+
+_ELEMENTWISE = frozenset(
+    (aten.relu.default, aten.leaky_relu.default, aten.abs.default, aten.neg.default, aten.exp.default,
+     aten.log.default, aten.sqrt.default, aten.sigmoid.default, aten.tanh.default, aten.softplus.default,
+     aten.elu.default, aten.gelu.default, aten.silu.default, aten.hardtanh.default, aten.clamp.default,
+     aten.clamp_min.default, aten.clamp_max.default, aten.pow.Tensor_Scalar, aten.add.Tensor, aten.add.Scalar,
+     aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Scalar, aten.rsub.Tensor, aten.mul.Tensor, aten.mul.Scalar,
+     aten.div.Tensor, aten.div.Scalar, aten.threshold_backward.default, aten.leaky_relu_backward.default,
+     aten.softplus_backward.default, aten.elu_backward.default, aten.hardtanh_backward.default,
+     aten.gelu_backward.default, aten.silu_backward.default, aten.tanh_backward.default,
+     aten.sigmoid_backward.default, aten.clone.default, aten.alias.default, aten.detach.default)
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rows:
+    """graph: the given one, without what says that there is one sample. shared: of its nodes, the arguments that are
+    the same for all rows and are to be repeated for each.
+    """
+
+    graph: fx.GraphModule
+    shared: dict[fx.Node, list[fx.Node]]
+
+    @classmethod
+    def of(cls, program: fx.GraphModule) -> Rows | None:
+        """``program``: a function whose first argument is the sample. None where rows might meet."""
+        graph = fx.Graph()
+        new: dict[fx.Node, fx.Node] = {}
+        for node in program.graph.nodes:
+            new[node] = graph.node_copy(node, new.__getitem__)
+        first = next(iter(graph.find_nodes(op="placeholder")), None)
+        if first is None or not _is_row(first) or not first.meta["val"].numel() or norms(program.graph):
+            return None
+        moving, rows, shared = behind([first]), {first}, {}
+        for node in graph.nodes:
+            if node not in moving or node is first or node.op == "output":
+                continue
+            if node.target is operator.getitem:  # what reads another result than the first is refused
+                if node.args[0] in rows and node.args[1] == 0 and _is_row(node):
+                    rows.add(node)
+                continue
+            apart = _arguments(node)
+            if apart is None or not (node.target in _SEVERAL or _is_row(node)) or not all(map(_is_row, apart)):
+                return None
+            ignored = {node.args[place] for place in _IGNORED.get(node.target, ())}
+            if not moving.intersection(node.all_input_nodes) - ignored <= rows.intersection(apart):
+                return None
+            rows.add(node)
+            shared[node] = [arg for arg in dict.fromkeys(apart) if arg not in moving]
+            if node.target in VIEWS or node.target is aten.expand.default:
+                node.args = (node.args[0], [-1, *node.meta["val"].shape[1:]], *node.args[2:])
+        if not rows.issuperset(graph.output_node().all_input_nodes):
+            return None
+        return cls(fx.GraphModule(program, graph), shared)
+
+
+def _is_row(n: fx.Node) -> bool:
+    value = n.meta.get("val")
+    if value is None and n.op == "get_attr":
+        return False
+    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == 1
+
+
+def _arguments(n: fx.Node) -> list[Any] | None:
+    """The arguments whose first dimension counts rows, of an operator that keeps these apart; None where it may not."""
+    if n.target in _ELEMENTWISE:  # what has fewer dimensions is broadcast, in whatever number of rows
+        return [arg for arg in n.all_input_nodes if _dims(arg) == _dims(n)]
+    rule = _RULES.get(n.target)
+    if rule is None or n.kwargs.keys() - {"dtype"}:
+        return None
+    places, keeps = rule
+    return [n.args[place] for place in places] if keeps(n) else None
+
+
+def _dims(n: Any) -> int:
+    value = n.meta.get("val")
+    return value.dim() if isinstance(value, Tensor) else 0
+
+
+def _dim(place: int, usual: int | None = None) -> Callable[[Any], bool]:
+    """Is the dimension that an argument names, or each of them, another than the rows'?"""
+
+    def keeps(n: Any) -> bool:
+        named: Any = n.args[place] if len(n.args) > place else usual
+        dims = [named] if isinstance(named, int) else named
+        return bool(dims) and all(d % (_dims(n.args[0]) or 1) != 0 for d in dims)
+
+    return keeps
+
+
+def _always(n: Any) -> bool:
+    return True
+
+
+_IMAGES = (aten.avg_pool2d.default, aten._adaptive_avg_pool2d.default)
+_Rule = tuple[tuple[int, ...], Callable[[Any], bool]]
+_RULES: dict[Any, _Rule] = {
+    **dict.fromkeys(VIEWS, ((0,), _always)),
+    **dict.fromkeys(_IMAGES, ((0,), lambda n: _dims(n.args[0]) == 4)),
+    aten.avg_pool2d_backward.default: ((0, 1), lambda n: _dims(n.args[0]) == 4),
+    aten._adaptive_avg_pool2d_backward.default: ((0, 1), lambda n: _dims(n.args[0]) == 4),
+    aten.permute.default: ((0,), lambda n: bool(n.args[1][0] == 0)),
+    aten.transpose.int: ((0,), lambda n: _dim(1)(n) and _dim(2)(n)),
+    aten.unsqueeze.default: ((0,), lambda n: bool(n.args[1] % (_dims(n.args[0]) + 1))),
+    aten.squeeze.dim: ((0,), _dim(1)),
+    aten.expand.default: ((0,), lambda n: len(n.args[1]) == _dims(n.args[0])),
+    aten.select.int: ((0,), _dim(1)),
+    aten.slice.Tensor: ((0,), _dim(1, 0)),
+    **dict.fromkeys((aten.sum.dim_IntList, aten.mean.dim), ((0,), _dim(1))),
+    **dict.fromkeys((aten._softmax.default, aten._log_softmax.default), ((0,), _dim(1))),
+    **dict.fromkeys((aten._softmax_backward_data.default, aten._log_softmax_backward_data.default), ((0, 1), _dim(2))),
+    aten.mm.default: ((0,), _always),
+    aten.addmm.default: ((1,), _always),
+    aten.bmm.default: ((0, 1), _always),
+    aten.convolution.default: ((0,), lambda n: _dims(n.args[0]) == _dims(n.args[1])),
+    aten.convolution_backward.default: ((0, 1), lambda n: _dims(n.args[0]) == _dims(n.args[2])),
+    aten.native_batch_norm.default: ((0,), lambda n: not n.args[5]),
+    aten.native_batch_norm_backward.default: ((0, 1), lambda n: not n.args[7]),
+}
+_SEVERAL = (aten.native_batch_norm.default, aten.native_batch_norm_backward.default, aten.convolution_backward.default)
+# Statistics of the batch, which are empty where the running ones are used.
+_IGNORED: dict[Any, tuple[int, ...]] = {aten.native_batch_norm_backward.default: (5, 6)}
