@@ -26,7 +26,7 @@ LARGEST = 2**25  # numbers of the generators of one value, 256 MiB
 CHEAP = 2**28  # multiplications, of which a core does some 1e10 a second
 PASSES = 16  # as many multiplications as an operator takes the time of for each number, moving it through memory
 ROWS = 32  # samples, or parts of them, that are looked at together, at most
-TOGETHER = 2**18  # numbers that the generators of one value of theirs hold: more would not fit into a cache
+TOGETHER = 2**19  # numbers that the generators of one value of theirs hold: more would not fit into a cache
 CHEAP_NODES = 150  # operators, each of which takes some 0.3 ms however small it is
 
 

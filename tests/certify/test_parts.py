@@ -1,0 +1,202 @@
+"""Several samples, or parts of boxes, in one run: rows as by themselves, and bounds that hold what lies in a part."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+import pyxai_bounds as xb
+from pyxai_bounds import rounding as rd
+from pyxai_bounds.certify import forms
+from pyxai_bounds.certify.affine.rows import Rows
+from pyxai_bounds.certify.forms import Forms
+from pyxai_bounds.certify.parts import bounded
+from pyxai_bounds.fuse import VIEWS
+from pyxai_bounds.program import captured_graph
+from tests.networks import images, mlp, sample
+
+aten = torch.ops.aten
+
+
+def forms_of(fn, x: Tensor, *points: Tensor, sound: bool = True) -> Forms:
+    found = Forms.of(captured_graph(fn, x[:1], *points).graph, rd.choose(sound, "real"), "rump", cheaply=False)
+    assert found is not None
+    return found
+
+
+def network(name: str) -> nn.Sequential:
+    torch.manual_seed(3)
+    if name == "deep":
+        return mlp((6, 12, 10, 3)).double()
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 5, 2, padding=1), nn.BatchNorm2d(5), nn.LeakyReLU(0.1)
+        if name == "leaky" else nn.ReLU(), nn.AvgPool2d(2, 1), nn.Conv2d(5, 4, 2), nn.ReLU(), nn.Flatten(),
+        nn.Linear(8, 3),
+    ).double().eval()  # fmt: skip
+
+
+# --- which functions keep rows apart ---------------------------------------------------------------------------------
+
+W = torch.linspace(-1, 1, 30, dtype=torch.float64).reshape(5, 6)
+
+# Functions of x [1, 6] that return what a function of the sample would, and mix samples or could.
+MIXING = {
+    "mean over samples": lambda x: x - x.mean(0, keepdim=True),
+    "sum over samples": lambda x: x * x.sum(0),
+    "softmax over samples": lambda x: x.softmax(0),
+    "cumulative sum": lambda x: x.cumsum(0),
+    "reversed": lambda x: x.flip(0) + 0 * x,
+    "transposed": lambda x: (W @ x.T).T,
+    "by another one's": lambda x: x[0] * x,
+    "products of all": lambda x: (x @ x.T) @ x,
+    "joined": lambda x: torch.cat([x, x], 0)[:1],
+    "moved into the first dimension": lambda x: x.reshape(6, 1).softmax(0).reshape(1, 6),
+    "a moving weight": lambda x: F.linear(x, x),
+    "a moving kernel": lambda x: F.conv1d(x[:, None], x[:, None, :3]),
+    "a channel without samples": lambda x: F.avg_pool2d(x.reshape(1, 2, 3), (2, 1)),
+    "squeezed": lambda x: x.reshape(1, 1, 6).squeeze(0) * 2,
+    "unsqueezed": lambda x: x.unsqueeze(0)[:, 0] * 2,
+    "expanded": lambda x: x.expand(3, 1, 6).mean(0),
+    "aligned from the right": lambda x: x[:, :, None] * x[:, :1],
+    "maximum": lambda x: x.amax(0, keepdim=True) - x,
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_what_may_mix_samples_is_run_one_by_one(name: str) -> None:
+    graph = captured_graph(MIXING[name], images(1, 3, (6,))).graph
+    assert Rows.of(graph) is None
+
+
+APART = {
+    "elementwise": lambda x: (x * W[:1]).tanh() * W[1] + 2 * x.sigmoid() / 3 - (1 - x).exp(),
+    "products of itself": lambda x: torch.bmm(x.reshape(-1, 2, 3), x.reshape(-1, 3, 2)).softmax(-1).sum(1) * x[:, :2],
+    "layers": lambda x: F.linear(F.relu(F.linear(x, W, W[0, :5])), W.T).log_softmax(1),
+    "moved": lambda x: x.reshape(-1, 2, 3).permute(0, 2, 1)[:, :2].unsqueeze(1).transpose(1, 2).sum(3),
+    "pools": lambda x: F.adaptive_avg_pool2d(F.avg_pool2d(x.reshape(-1, 1, 2, 3), 2, 1), (1, 1)).flatten(1) * x,
+    "broadcast": lambda x: x[:, :, None] * x.sum(1, keepdim=True)[:, :, None].expand(-1, 6, 2) + W[0, :2],
+    "a gradient": xb.explain.gradient(network("convolutions"), of="probability"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", APART)
+@pytest.mark.parametrize("sound", [False, True])
+def test_rows_are_what_they_are_by_themselves(name: str, sound: bool) -> None:
+    fn, x = APART[name], images(5, 4, (6,))
+    points = [torch.tensor([1])] if name == "a gradient" else []
+    found = forms_of(fn, x, *points, sound=sound)
+    assert found.shared is not None
+    box = xb.Interval.linf(x, torch.tensor([0.0, 1e-4, 0.01, 0.1, 0.3])[:, None])
+    bounds, form = found([box, *points])
+    for row in range(5):
+        alone, of_row = found([box[row : row + 1], *points])
+        # Sums in another order are all that may differ.
+        scale = 1e-12 * (1 + alone.mid.abs() + alone.rad)
+        assert ((bounds.mid[row] - alone.mid).abs() <= scale).all() and (
+            (bounds.rad[row] - alone.rad).abs() <= scale
+        ).all()
+        assert ((form.reach[row] - of_row.reach).abs() <= scale).all()
+        for seed in range(10):
+            point = fn(sample(box[row : row + 1], seed, corners=seed % 2 == 0), *points).detach()
+            assert ((point - form.centre[row]).abs() <= form.reach[row] + scale).all()
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+class _Seen(fx.Interpreter):
+    """A graph at a point, whose values stay."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph, garbage_collect_values=False)
+
+    def call_function(self, target, args, kwargs):
+        return super().call_function(aten.reshape.default if target in VIEWS else target, args, kwargs)
+
+
+@pytest.mark.parametrize("name", ["deep", "convolutions", "leaky"])
+def test_inputs_lie_within_the_bounds_of_their_parts(name: str) -> None:
+    """Of boxes and signs that differ from row to row, by inputs whose signs these are."""
+    model, rows, points = network(name), 6, torch.tensor([2])
+    fn, x = xb.explain.gradient(model), images(rows, 2, (6,))
+    found = forms_of(fn, x, points)
+    relus = (aten.relu.default, aten.leaky_relu.default)
+    sources = [node.args[0] for node in found.graph.graph.nodes if node.target in relus]
+    boxes = [xb.Interval.linf(x[i // 2 : i // 2 + 1], 0.2) for i in range(rows)]
+
+    def seen(at: Tensor) -> tuple[Tensor, dict]:
+        run = _Seen(found.graph)
+        value = run.run(at, points)[0].detach()
+        return value, {source: run.env[source].detach() for source in sources}
+
+    generator = torch.Generator().manual_seed(0)
+    signs = []
+    for i, box in enumerate(boxes):  # those at one of its inputs, of a few ReLUs
+        _, values = seen(sample(box, i, corners=False))
+        wanted = {s: torch.rand(v.shape, generator=generator) < 0.2 for s, v in values.items()}
+        signs.append(
+            {s: torch.where(wanted[s], torch.where(v > 0, 1, -1), 0).to(torch.int8) for s, v in values.items()}
+        )
+    signs[0] = {}  # the whole of a box among parts of others
+    parts = bounded(found, boxes, [points], signs)
+    inside, strays = [0] * rows, 0
+    for i, box in enumerate(boxes):
+        part = parts[i]
+        (alone,) = bounded(found, [box], [points], [signs[i]])
+        assert ((part.bounds.rad - alone.bounds.rad).abs() <= 1e-12 * (1 + alone.bounds.rad)).all()
+        for seed in range(300):
+            at = sample(box, seed, corners=seed % 4 == 0)
+            value, values = seen(at)
+            if any(((values[node] > 0) != (sign > 0))[sign != 0].any() for node, sign in signs[i].items()):
+                continue
+            inside[i] += 1
+            lost = 1e-12 * (1 + value.abs())
+            assert ((value - part.bounds.mid).abs() <= part.bounds.rad + lost).all()
+            others = [p for k, p in enumerate(parts) if k != i]
+            strays += sum(bool(((value - p.bounds.mid).abs() > p.bounds.rad + lost).any()) for p in others)
+            if signs[i]:  # what the part says of its symbols is true of those of the input
+                rows_ = part.inequalities()
+                inputs = int((box.rad > 0).sum())
+                symbols = ((at - box.mid) / box.rad).flatten()
+                known = rows_.generators[:inputs]
+                rest = rows_.generators[inputs:].abs().sum(0) + rows_.slack
+                assert (rows_.centre + symbols @ known + rest >= -1e-9).all()
+    assert all(inside) and sum(inside) > 50
+    assert strays > sum(inside)  # bounds of another part would have been caught
+
+
+@pytest.mark.parametrize("name", ["deep", "convolutions", "leaky"])
+@pytest.mark.parametrize(("property", "eps"), [(xb.TopK(2), 0.08), (xb.Cosine(0.7), 0.12)])
+def test_together_all_is_decided_as_one_by_one(
+    name: str, property: object, eps: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fn, x, y = xb.explain.gradient(network(name)), images(10, 2, (6,)), torch.arange(10) % 3
+
+    def found(branches: int) -> xb.Certificate:
+        return xb.certify(fn, x, y, eps=eps, property=property, clip=(0.0, 1.0), branches=branches)
+
+    many = [found(branches) for branches in (1, 60)]
+    monkeypatch.setattr(forms, "ROWS", 1)
+    for together, alone in zip(many, (found(1), found(60)), strict=True):
+        assert torch.equal(together.holds, alone.holds) and torch.equal(together.refuted, alone.refuted)
+        torch.testing.assert_close(together.margin, alone.margin, rtol=1e-9, atol=1e-12)
+    plain, divided = many
+    assert divided.holds.any() and (divided.refuted & ~plain.refuted).any()
+
+
+def test_more_than_memory_holds_is_looked_at_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    fn, x, y = xb.explain.gradient(network("deep")), images(6, 2, (6,)), torch.zeros(6, dtype=torch.long)
+    options = dict(eps=0.08, property=xb.TopK(2), branches=20)
+    expected, whole = xb.certify(fn, x, y, **options), Forms.__call__
+
+    def one_alone(self: Forms, arguments: list, *more: object) -> tuple:
+        if len(arguments[0]) > 1:
+            raise MemoryError
+        return whole(self, arguments, *more)
+
+    monkeypatch.setattr(Forms, "__call__", one_alone)
+    found = xb.certify(fn, x, y, **options)
+    assert torch.equal(found.holds, expected.holds) and torch.equal(found.refuted, expected.refuted)
+    assert found.holds.any()
