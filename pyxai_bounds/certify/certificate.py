@@ -132,6 +132,7 @@ def certified_radius(
     ``unit``, a tensor that broadcasts to x, gives features radii of their own: at radius r the box is eps = r · unit.
     With the standard deviations of the features as the unit, r counts these; a feature whose unit is 0 does not move.
     Bisection, on all samples at once; bounds grow with the box, so a property that fails at a radius fails beyond it.
+    ``branches`` are asked for above the radius that is reached without them, in steps that double.
     0 where nothing was certified. The arguments are those of :func:`certify`.
     Raises ValueError unless 0 < tol and 0 < max_eps.
     """
@@ -150,20 +151,33 @@ def certified_radius(
     # What is returned is max_eps as the dtype holds it, which may be a little more.
     most = max(max_eps, torch.tensor(max_eps, dtype=x.dtype, device="cpu").item())
     for_all = torch.full([1] * x.dim(), most, dtype=torch.float64, device=x.device)
-    rounds = 1 + max(0, math.ceil(math.log2(max_eps / tol)))
     tell = on_progress or silent
-    holds = check.at(most if unit is None else _multiple(for_all, unit), share_of(tell, 0, 1 / rounds)).holds
-    safe = torch.where(holds, unknown, torch.zeros_like(unknown))
-    for done in itertools.count(1):
-        middle = (safe + unknown) / 2
-        open_ = (unknown - safe > tol) & (middle > safe) & (middle < unknown)  # neighbours in floating point have none
-        if not open_.any():
-            break
-        eps = middle.reshape(per_sample)
-        holds = check.at(
-            eps if unit is None else _multiple(eps, unit), share_of(tell, done / rounds, 1 / rounds), open_
-        ).holds
-        safe, unknown = torch.where(holds, middle, safe), torch.where(holds, unknown, middle)
+
+    rounds = 1 + max(0, math.ceil(math.log2(max_eps / tol)))
+
+    def search(safe: Tensor, unknown: Tensor, step: float, branches: int, tell: Progress) -> tuple[Tensor, Tensor]:
+        """Bisection that begins a ``step`` above what is safe, and doubles this as long as that is safe, too; and the
+        least radii at which the property was seen to fail.
+        """
+        false = unknown
+        for done in itertools.count(1):
+            middle = ((safe + unknown) / 2).minimum(safe + step)
+            open_ = (unknown - safe > tol) & (middle > safe) & (middle < unknown)  # some neighbours have none between
+            if not open_.any():
+                break
+            eps = middle.reshape(per_sample)
+            eps = eps if unit is None else _multiple(eps, unit)
+            found = check.at(eps, share_of(tell, min(done / rounds, 1 - 1 / rounds), 1 / rounds), open_, branches)
+            safe, unknown = torch.where(found.holds, middle, safe), torch.where(found.holds, unknown, middle)
+            false, step = torch.where(found.refuted, middle, false), 2 * step
+        return safe, false
+
+    half = tell if branches == 1 else share_of(tell, 0, 0.5)
+    eps = most if unit is None else _multiple(for_all, unit)
+    holds = check.at(eps, share_of(half, 0, 1 / rounds), None, 1).holds
+    safe, false = search(torch.where(holds, unknown, torch.zeros_like(unknown)), unknown, math.inf, 1, half)
+    if branches > 1:  # which take longest where they decide least, far above what is safe without them
+        safe, _ = search(safe, false, 0.99 * tol, branches, share_of(tell, 0.5, 0.5))
     tell(1.0)
     return safe
 
@@ -272,8 +286,10 @@ class _Check:
         )
 
     @torch.no_grad()
-    def at(self, eps: float | Tensor, tell: Progress, sought: Tensor | None = None) -> Certificate:
-        """``sought``: samples [B] whose bounds may be sharpened; by default all."""
+    def at(
+        self, eps: float | Tensor, tell: Progress, sought: Tensor | None = None, branches: int | None = None
+    ) -> Certificate:
+        """``sought``: samples [B] whose bounds may be sharpened; by default all. ``branches``: by default as given."""
         box = Interval.linf(self.x, eps, self.clip)
         pieces = []
         for i in range(0, max(len(self.x), 1), self.size):
@@ -287,7 +303,9 @@ class _Check:
         refuted = torch.zeros_like(usable)
         if self.sharpen:
             open_ = usable if sought is None else usable & sought
-            margin, bounds, refuted = self._sharpened(margin, box, bounds, open_, share_of(tell, 0.5, 0.5))
+            margin, bounds, refuted = self._sharpened(
+                margin, box, bounds, open_, branches or self.branches, share_of(tell, 0.5, 0.5)
+            )
         holds = kept(self.property, margin) & usable & self.bounded.constants_are_finite()
         margin = torch.where(margin.isnan() | ~usable, -torch.inf, margin)
         return Certificate(holds, margin, self.nominal, bounds, self.rounding, refuted)
@@ -352,7 +370,7 @@ class _Check:
         return [self.x[one]] if self.target is None else [self.x[one], self.target[one]]
 
     def _sharpened(
-        self, margin: Tensor, box: Interval, bounds: Interval, usable: Tensor, tell: Progress
+        self, margin: Tensor, box: Interval, bounds: Interval, usable: Tensor, branches: int, tell: Progress
     ) -> tuple[Tensor, Interval, Tensor]:
         """Margins and bounds; sharper ones of the samples whose bounds do not prove the property, one by one. And where
         it was seen to fail.
@@ -387,7 +405,7 @@ class _Check:
             if isinstance(property, TopK) and not torch.equal(property.top(at_point), property.top(nominal)):
                 continue  # ties
             centre = at_point if isinstance(property, TopK) else nominal
-            search = decide(forms, (*arguments, *more), property, centre, known, tried, self.branches)
+            search = decide(forms, (*arguments, *more), property, centre, known, tried, branches)
             searches.append((place, bool(divided), at_point, means, search))
         run([search for *_, search in searches], tell)
         for place, is_divided, at_point, means, search in searches:

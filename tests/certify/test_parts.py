@@ -200,3 +200,16 @@ def test_more_than_memory_holds_is_looked_at_one_by_one(monkeypatch: pytest.Monk
     found = xb.certify(fn, x, y, **options)
     assert torch.equal(found.holds, expected.holds) and torch.equal(found.refuted, expected.refuted)
     assert found.holds.any()
+
+
+def test_radii_begin_where_they_end_without_parts() -> None:
+    fn, x, y = xb.explain.gradient(network("deep")), images(6, 2, (6,)), torch.arange(6) % 3
+    options = dict(property=xb.TopK(2), clip=(0.0, 1.0))
+    told: list[float] = []
+    plain, divided = (
+        xb.certified_radius(fn, x, y, max_eps=0.3, tol=2e-3, branches=most, on_progress=told.append, **options)
+        for most in (1, 30)
+    )
+    assert (divided >= plain).all() and (divided > plain + 2e-3).any()
+    assert xb.certify(fn, x, y, eps=divided[:, None], branches=30, **options).holds[divided > 0].all()
+    assert told.count(1.0) >= 2 and all(0 <= share <= 1 for share in told)
