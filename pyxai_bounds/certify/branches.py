@@ -106,7 +106,10 @@ def _advance(searches: Sequence[Search]) -> None:
             asked = now + asked
             continue
         for (search, ask), part in zip(now, found, strict=True):
-            search.look(ask, part)
+            try:
+                search.look(ask, part)
+            except Exception:  # what the function says of a single input
+                search.fail()
 
 
 @dataclass(frozen=True)

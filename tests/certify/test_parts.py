@@ -213,3 +213,18 @@ def test_radii_begin_where_they_end_without_parts() -> None:
     assert (divided >= plain).all() and (divided > plain + 2e-3).any()
     assert xb.certify(fn, x, y, eps=divided[:, None], branches=30, **options).holds[divided > 0].all()
     assert told.count(1.0) >= 2 and all(0 <= share <= 1 for share in told)
+
+
+def test_what_the_function_cannot_say_of_an_input_leaves_the_bounds() -> None:
+    model, armed = network("deep"), []
+
+    def fn(x: Tensor, target: Tensor) -> Tensor:
+        if armed and len(x) == 1 and type(x) is Tensor:  # neither captured nor as one of many
+            raise RuntimeError("not alone")
+        return xb.explain.gradient(model)(x, target)
+
+    x, y = images(6, 2, (6,)), torch.arange(6) % 3
+    options = dict(eps=0.08, property=xb.TopK(2), clip=(0.0, 1.0))
+    plain = xb.certify(fn, x, y, sharpen=False, **options)
+    armed.append(True)
+    assert (xb.certify(fn, x, y, branches=20, **options).margin >= plain.margin).all()
