@@ -97,7 +97,8 @@ def certify(
     margin is that of ``bound``'s Intervals. Samples whose property corners of the box refute are left as they are. With
     a box of parameters there are forms alone, in which what the weights' movements add varies by itself.
     ``branches``: into how many parts a sample's box may be divided where affine forms do not prove the property, by the
-    signs of what ReLUs are applied to (branch and bound). Each part costs what forms cost. Of a network of ReLUs enough
+    signs of what ReLUs are applied to (branch and bound). Parts are looked at side by side where a graph keeps samples
+    apart (dense and convolutional layers, average pools), else each costs what forms cost. Of a network of ReLUs enough
     of them decide every question: the property is proved, or an input is found at which it fails (``refuted``).
     A sample with a bound that is not finite is never certified, nor is any if the model holds a NaN or an infinity.
     ``on_progress`` is called with the fraction done, now and then.
@@ -238,8 +239,8 @@ class _Check:
         check_property(property)
         if isinstance(branches, bool) or not isinstance(branches, int) or branches < 1:
             raise ValueError(
-                f"branches={branches!r} must be an integer ≥ 1: how many parts of a sample's box may be bounded one by "
-                "one. 1, the default, divides nothing; 64 decides most questions about small networks."
+                f"branches={branches!r} must be an integer ≥ 1: how many parts of a sample's box may be "
+                "bounded. 1, the default, divides nothing; 64 decides most questions about small networks."
             )
         if branches > 1 and sharpen is False:
             raise ValueError(f"branches={branches} divides boxes for affine forms, which sharpen=False leaves out.")

@@ -78,8 +78,6 @@ class Rows:
 
 def _is_row(n: fx.Node) -> bool:
     value = n.meta.get("val")
-    if value is None and n.op == "get_attr":
-        return False
     return isinstance(value, Tensor) and value.dim() > 0 and len(value) == 1
 
 
