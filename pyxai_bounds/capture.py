@@ -13,6 +13,7 @@ import linecache
 import logging
 import math
 import os
+import re
 import sys
 import threading
 import traceback
@@ -85,7 +86,8 @@ def capture(fn: Callable, spec: pytree.TreeSpec, leaves: list[Any], *, specialis
     others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
     constants = {i: leaves[i].detach().clone() for i in tensor_positions if specialise and is_readable(leaves[i])}
     out_spec: pytree.TreeSpec | None = None
-    record = _Record(readable=list(constants.values()), makes_constants=specialise)
+    record = _Record(list(constants.values()), specialise, lambda: watch.names())
+    watch = ModuleWatch()
 
     def program(*tensors: Tensor) -> list[Any]:
         nonlocal out_spec
@@ -99,6 +101,7 @@ def capture(fn: Callable, spec: pytree.TreeSpec, leaves: list[Any], *, specialis
         return results
 
     def traced(clear_grads: bool, symbolic: bool) -> tuple[fx.GraphModule, ModuleWatch, bool]:
+        nonlocal watch
         with preserved([fn, *others], _check_mode, clear_grads=clear_grads) as (watch, saved):
             try:
                 graph = _trace(program, _plain(tensors), DECOMPOSED, symbolic)
@@ -142,8 +145,19 @@ def is_readable(leaf: Any) -> bool:
 
 
 def source_of(node: fx.Node) -> str:
-    """Where in the user's code a node comes from: file, line and code."""
+    """Where in the user's code a node comes from: file, line and code, and the layer that was running."""
     return node.stack_trace or "(unknown source)"
+
+
+def is_backward(node: fx.Node) -> bool:
+    """Does autograd compute it?"""
+    return source_of(node).startswith(_BACKWARD)
+
+
+def layer_of(node: fx.Node) -> str:
+    """The path of the layer that was running, as ``named_modules`` has it; "" where none was, or the model itself."""
+    found = re.search(r" \(in ([^\s:()]+)(: .*)?\)$", source_of(node))
+    return found[1] if found else ""
 
 
 def _trace(
@@ -295,8 +309,12 @@ _READ = (Tensor.tolist, Tensor.item, Tensor.__float__, Tensor.__int__, Tensor.__
 class _Record(TorchDispatchMode):
     """Records the user's line of every operator and what is written in place; refuses to bake values into the graph."""
 
-    def __init__(self, readable: list[Tensor], makes_constants: bool) -> None:
+    def __init__(
+        self, readable: list[Tensor], makes_constants: bool, names_of_modules: Callable[[], dict[int, str]]
+    ) -> None:
         super().__init__()
+        self._names_of_modules = names_of_modules
+        self._names: dict[int, str] = {}  # of modules, by id
         self._makes_constants = makes_constants
         self._readable = {id(t): t for t in readable}
         # Tensors of written numbers: each with its version and its values then.
@@ -404,10 +422,16 @@ class _Record(TorchDispatchMode):
         backward = torch._C._current_autograd_node()
         if backward is not None:
             forward = self._sources.get(backward._sequence_nr())
-            return f"the backward pass of {forward}" if forward else _users_line()
-        source = _users_line()
-        self._sources[torch.autograd._get_sequence_nr() - 1] = source
+            return f"{_BACKWARD}{forward}" if forward else _users_line()
+        source = _innermost(traceback.walk_stack(sys._getframe(1)), self._name)
+        # The first operator after autograd has taken a number; those that are not differentiated take none.
+        self._sources.setdefault(torch.autograd._get_sequence_nr() - 1, source)
         return source
+
+    def _name(self, module: nn.Module) -> str:
+        if id(module) not in self._names:
+            self._names = {id(module): ""} | self._names_of_modules()
+        return self._names[id(module)]
 
 
 class _RefuseConversions(TorchFunctionMode):
@@ -485,6 +509,8 @@ def _refuse_hidden_tensors(results: list[Any]) -> None:
 
 _TORCH = os.path.dirname(torch.__file__)
 _HERE = os.path.dirname(__file__)
+_PYTHON = os.path.dirname(os.__file__)
+_BACKWARD = "the backward pass of "
 
 
 def _users_line() -> str:
@@ -495,27 +521,34 @@ def _users_line_of(error: BaseException) -> str:
     return _innermost(reversed(list(traceback.walk_tb(error.__traceback__))))
 
 
-def _innermost(frames: Iterable[tuple[Any, int]]) -> str:
-    """The line of the innermost frame of the user's code; else of a library that is neither PyTorch nor this one."""
-    library = layer = ""
+def _innermost(frames: Iterable[tuple[Any, int]], name: Callable[[nn.Module], str] = lambda module: "") -> str:
+    """The line of the innermost frame of the user's code, else of a library that is neither Python's own, PyTorch nor
+    this one; and the innermost layer that was running, which the line does not say where layers repeat.
+    """
+    users = library = layer = ""
     for frame, number in frames:
         filename = frame.f_code.co_filename
-        if not layer and filename.startswith(_TORCH):
-            layer = _layer(frame)
-        if not filename.startswith((_TORCH, _HERE, "<")):
-            line = f"{filename}:{number}: {linecache.getline(filename, number).strip()}{layer}"
-            if "site-packages" not in filename:
-                return line
-            library = library or line
-    return library or "(unknown source)"
+        if not layer and frame.f_code.co_name == "forward" and isinstance(frame.f_locals.get("self"), nn.Module):
+            layer = _layer(frame.f_locals["self"], name)
+        if not users and not filename.startswith((_TORCH, _HERE, "<")):
+            installed = "site-packages" in filename
+            line = f"{filename}:{number}: {linecache.getline(filename, number).strip()}"
+            if not installed and not filename.startswith(_PYTHON):
+                users = line
+            elif installed:
+                library = library or line
+        if users and layer:
+            break
+    return (users or library or "(unknown source)") + layer
 
 
-def _layer(frame: Any) -> str:
-    """Names the layer of PyTorch whose ``forward`` a frame runs: the call of an nn.Sequential does not show it."""
-    module = frame.f_locals.get("self") if frame.f_code.co_name == "forward" else None
-    if not isinstance(module, nn.Module) or next(module.children(), None) is not None:
-        return ""
-    return f" (in {type(module).__name__}({module.extra_repr()}))"
+def _layer(module: nn.Module, name: Callable[[nn.Module], str]) -> str:
+    """A module by its path; one of PyTorch's by what it is as well: the call of an nn.Sequential does not show it."""
+    path, kind = name(module), ""
+    if type(module).__module__.startswith("torch.nn.") and next(module.children(), None) is None:
+        kind = f"{type(module).__name__}({module.extra_repr()})"
+    shown = ": ".join(part for part in (path, kind) if part)
+    return f" (in {shown})" if shown else ""
 
 
 _MEND_MODE = "Call model.eval() before bounding, or, in a training loop, bound inside `with xb.train.deployed(model):`"
@@ -658,4 +691,13 @@ class _RefuseRandomness(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-__all__ = ["Captured", "capture", "is_readable", "remove_unused", "retrace", "source_of"]
+__all__ = [
+    "Captured",
+    "capture",
+    "is_backward",
+    "is_readable",
+    "layer_of",
+    "remove_unused",
+    "retrace",
+    "source_of",
+]

@@ -39,6 +39,7 @@ from pyxai_bounds.recorder import Recorder, TrainingRecorder
 from pyxai_bounds.rounding import Semantics
 from pyxai_bounds.rules.registry import Product, use_product
 from pyxai_bounds.tracer import lazy, without_collector, written
+from pyxai_bounds.widths import Measuring, Meter, Widths
 
 CACHE_SIZE = 128  # captures kept per function
 _log = logging.getLogger(__name__)
@@ -194,6 +195,24 @@ class BoundFunction:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         return _program(self, leaves, spec).peak_bytes
 
+    @torch.no_grad()
+    def widths(self, *args: Any, **kwargs: Any) -> Widths:
+        """Where the bounds widen: what a call bounds on its way, a row for each layer and for each operator.
+
+        ``print`` the result, or draw it with ``pyxai_bounds.report.plots.plot_widths``. The rules are those of a call,
+        run one after the other and not fused, so that the numbers agree up to rounding. Takes the time of a few calls,
+        and at first that of building the bounds once more. Raises what a call raises.
+        """
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        captured = _captured(self.fn, leaves, spec)
+        key = ("widths", self.options, *(leaf.rad.stride() if isinstance(leaf, Interval) else None for leaf in leaves))
+        meter = captured.derived.get(key)
+        if meter is None:
+            measuring = Measuring(captured.graph, self.parameters)
+            meter = captured.derived[key] = Meter(measuring, _traced(measuring, captured, leaves, self))
+        with _circumstances(self.rounding):
+            return meter(_tensors(leaves))
+
     def constants_are_finite(self) -> bool:
         """Are all parameters, buffers and other constants that the function has used so far finite numbers?"""
         tensors = [t for captured in _captures_of(self.fn).values() for t in captured.constants()]
@@ -343,17 +362,8 @@ class Program:
     def __init__(self, captured: Captured, leaves: list[Any], bounded: BoundFunction) -> None:
         self.captured = captured
         self.rounding = bounded.rounding
-        if self.rounding != rd.Rounding.NEAREST:
-            for tensor in _tensors(leaves):
-                if tensor.is_floating_point():
-                    rd.check_dtype(tensor.dtype)
-        # Per placeholder of the captured graph: is it a set?
-        kinds = [isinstance(leaf, Interval) for leaf in leaves if isinstance(leaf, (Interval, Tensor))]
         interpreter = Interpreter(captured.graph, bounded.parameters)
-        with rd.use(bounded.rounding), use_product(bounded.product):
-            self.graph = retrace(
-                lambda *flat: interpreter.run_flat(flat, kinds), _tensors(leaves), symbolic=captured.symbolic
-            )
+        self.graph = _traced(interpreter, captured, leaves, bounded)
         self.results = interpreter.results
         self.single = captured.out_spec == _LEAF and self.results == [SET]
         fuse.optimise(self.graph)
@@ -375,13 +385,7 @@ class Program:
         return pytree.tree_unflatten(results, self.captured.out_spec)
 
     def _circumstances(self) -> contextlib.AbstractContextManager[Any]:
-        """What the program assumes: no autocast, and arithmetic without shortcuts where bounds are proofs."""
-        if self.rounding == rd.Rounding.NEAREST:
-            return rd.without_autocast() if torch._C._is_any_autocast_enabled() else _NOTHING
-        stack = contextlib.ExitStack()
-        stack.enter_context(rd.without_autocast())
-        stack.enter_context(rd.ieee_arithmetic())
-        return stack
+        return _circumstances(self.rounding)
 
     def _with_grad(self, tensors: list[Tensor], checkpoint: bool) -> Any:
         if ops.needs_dispatcher(*tensors):
@@ -442,6 +446,28 @@ class Program:
             return checkpointed(graph, constants, self._circumstances)
 
         return _with_constants(self.graph, make) or self.graph
+
+
+def _traced(interpreter: Interpreter, captured: Captured, leaves: list[Any], bounded: BoundFunction) -> fx.GraphModule:
+    """What the interpreter does with arguments of this kind, as a program on their tensors."""
+    if bounded.rounding != rd.Rounding.NEAREST:
+        for tensor in _tensors(leaves):
+            if tensor.is_floating_point():
+                rd.check_dtype(tensor.dtype)
+    # Per placeholder of the captured graph: is it a set?
+    kinds = [isinstance(leaf, Interval) for leaf in leaves if isinstance(leaf, (Interval, Tensor))]
+    with rd.use(bounded.rounding), use_product(bounded.product):
+        return retrace(lambda *flat: interpreter.run_flat(flat, kinds), _tensors(leaves), symbolic=captured.symbolic)
+
+
+def _circumstances(rounding: rd.Rounding) -> contextlib.AbstractContextManager[Any]:
+    """What a program assumes: no autocast, and arithmetic without shortcuts where bounds are proofs."""
+    if rounding == rd.Rounding.NEAREST:
+        return rd.without_autocast() if torch._C._is_any_autocast_enabled() else _NOTHING
+    stack = contextlib.ExitStack()
+    stack.enter_context(rd.without_autocast())
+    stack.enter_context(rd.ieee_arithmetic())
+    return stack
 
 
 def _remove_marks(graph: fx.Graph) -> None:

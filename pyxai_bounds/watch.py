@@ -74,6 +74,18 @@ class ModuleWatch:
             watched.settle()
         self._globals = {kind: [one for one in found if one.is_same()] for kind, found in self._globals.items()}
 
+    def names(self) -> dict[int, str]:
+        """By the id of each module its path in its model; where there are several models, after the class of that."""
+        modules = [module for watched in self._seen.values() if (module := watched.reference()) is not None]
+        inner = {id(child) for module in modules for child in module.children()}
+        models = [module for module in modules if id(module) not in inner]
+        found: dict[int, str] = {}
+        for model in models:
+            prefix = type(model).__name__ if len(models) > 1 else ""
+            for path, part in model.named_modules(prefix=prefix):
+                found.setdefault(id(part), path)
+        return found
+
     def tensors(self) -> Iterator[Tensor]:
         for watched in self._seen.values():
             module = watched.reference()

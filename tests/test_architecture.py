@@ -31,6 +31,7 @@ ORDER = [
     ["recorder"],
     ["patterns"],
     ["interpreter"],
+    ["widths"],
     ["program"],
     ["explain"],
     ["certify"],

@@ -22,6 +22,9 @@ from pyxai_bounds.certify.metrics import (
 )
 from pyxai_bounds.certify.pieces import Progress, share_of, silent
 from pyxai_bounds.data import Dataset
+from pyxai_bounds.interval import Interval
+from pyxai_bounds.program import bound
+from pyxai_bounds.widths import Widths
 
 GRADIENT = "gradient of the true label's logit"
 
@@ -78,6 +81,7 @@ class Evaluation:
     max_eps: float
     rounding: str
     samples: tuple[Sample, ...]
+    widths: Widths  # of the bounds of these samples, at the first of the radii
 
     def summary(self) -> dict[str, Any]:
         """The numbers alone, as JSON can hold them."""
@@ -122,8 +126,8 @@ def evaluate(
     explanation: ``fn(x, y)`` in the shape of x, and ``explained_as`` what the report calls it; by default the gradient
     of the true label's logit. eps: the radii of the table, in the units of the inputs; the curves go on to 2½ times the
     largest. branches: at the radii of the table, what neither certificate nor attack decided is divided into so many
-    parts (see :func:`certify`). pictures: how many samples, from the first on, are kept whole. ``on_progress`` is
-    called with the fraction done.
+    parts (see :func:`certify`). pictures: how many samples, from the first on, are kept whole, and over how many the
+    widths along the network are averaged. ``on_progress`` is called with the fraction done.
     Puts the model in evaluation mode. Raises ValueError for no radius or an explanation in another shape,
     SoundnessError if an attack breaks a certificate, and what ``certify`` raises.
     """
@@ -171,6 +175,8 @@ def evaluate(
     at = tuple(_row(label, radius, certificates[radius].holds, broken[radius]) for radius in eps)
     curve = tuple(_row(label, radius, reach >= radius, broken[radius]) for radius in grid)
     first = certificates[eps[0]]
+    few = slice(max(pictures, 1))
+    widths = bound(fn, sound=True).widths(Interval.linf(x[few], eps[0], clip), y[few])
     return Evaluation(
         label=label, dataset=dataset, model=name or type(model).__name__,
         explained_as=explained_as or (GRADIENT if explanation is None else "the given function"),
@@ -178,6 +184,7 @@ def evaluate(
         accuracy=accuracy(model, x, y), unstable=unstable_relu_fraction(model, x, eps[0], clip),
         cosine=same_class_cosine(first.nominal, y), at=at, curve=curve, radius=reach, max_eps=max_eps,
         rounding=first.rounding, samples=_samples(model, dataset, property, first, reach, min(pictures, len(x))),
+        widths=widths,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from pyxai_bounds.report.evaluate import Evaluation, rounded_down
 from pyxai_bounds.report.glossary import entry
-from pyxai_bounds.report.plots import encode, plot_curves, plot_samples
+from pyxai_bounds.report.plots import encode, plot_curves, plot_samples, plot_widths
 from pyxai_bounds.train.checkpoint import write_file
 
 
@@ -44,6 +44,7 @@ def _section(name: str, group: list[Evaluation]) -> str:
     unit = f"in {first.dataset.unit}" if clip is None else f"inputs lie in [{clip[0]:g}, {clip[1]:g}]"
     curves = _picture(plot_curves(group)[0], f"Certified and attack-survived fractions against eps on {name}")
     samples = "\n".join(_sample(group, i) for i in range(min(len(e.samples) for e in group)))
+    widths = "\n".join(_widths(evaluation) for evaluation in group)
     return f"""<section>
 <h2>{escape(name)}</h2>
 <p class="lead">{len(first.radius)} held-out samples, each one bounded and attacked. The explanation:
@@ -58,6 +59,11 @@ certificate is tight.</figcaption></figure>
 <h3>Explanations and their bounds at eps {first.at[0].eps:g}</h3>
 <p>The first held-out samples, not chosen. {_LEGENDS[first.dataset.image_shape is not None]}</p>
 {samples}
+<h3>Where the bounds widen</h3>
+<p>Plain bounds after each layer, for the first samples at eps {first.at[0].eps:g}: first forward, then
+backward through the same layers. Numbered are the layers that widen most. Certificates use sharper bounds where these
+do not suffice.</p>
+{widths}
 </section>"""
 
 
@@ -125,6 +131,12 @@ def _sample(group: list[Evaluation], index: int) -> str:
         f"<figure>{picture}<figcaption>Held-out sample {index}, labelled “{escape(names[sample.target])}”, {verdict}."
         "</figcaption></figure>"
     )
+
+
+def _widths(evaluation: Evaluation) -> str:
+    label = escape(evaluation.label)
+    picture = _picture(plot_widths(evaluation.widths)[0], f"Relative width of the bounds after each layer of {label}")
+    return f"<figure>{picture}<figcaption>{label}</figcaption></figure>"
 
 
 def _picture(figure: Figure, alt: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 
 from pyxai_bounds.report.evaluate import Evaluation, Sample, rounded_down
+from pyxai_bounds.widths import Widths
 
 INK = "#808285"  # legible on white and on near-black alike
 COLOURS = ("#cc79a7", "#d55e00", "#0072b2", "#e69f00", "#009e73", "#56b4e9", "#8d6e63")  # after Okabe and Ito
@@ -167,6 +169,83 @@ def _plot_tables(evaluations: Sequence[Evaluation], index: int, shown: int = 10)
     figure.legend(handles=legend, loc="lower center", ncols=3, frameon=False, labelcolor=INK, fontsize=8)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
     return figure, grid
+
+
+def plot_widths(widths: Widths, axes: Axes | None = None) -> tuple[Figure, Axes]:
+    """The relative width of the bounds after each layer, in the order of the program, on a logarithmic axis.
+
+    Numbered are the layers that widen most; bars show which share of a ReLU's or another kinked operator's entries is
+    unstable. What has no finite bounds is crossed at the upper edge; what has width 0 is left out.
+    """
+    figure, axes = _axes(axes, (11.4, 3.7))
+    rows = widths.layers
+    finite = [row.width for row in rows if 0 < row.width < math.inf] or [1.0]
+    room = max(max(finite) / min(finite), 10.0) ** 0.2  # below the curve for bars, above it for numbers
+    axes.set_yscale("log")
+    axes.set_ylim(min(finite) / room, max(finite) * room)
+    axes.set_xlim(-0.5, max(len(rows), 2) - 0.5)
+    places = range(len(rows))
+    shares = [0.13 * (row.unstable or 0) for row in rows]
+    axes.bar(places, shares, color=INK, alpha=0.45, width=0.8, transform=axes.get_xaxis_transform(), linewidth=0)
+    for backward, name in ((False, "forward pass"), (True, "backward pass")):
+        colour = COLOURS[1] if backward else COLOURS[2]
+        side = [place for place in places if rows[place].backward is backward]
+        if not side:
+            continue
+        shown = [rows[place].width if 0 < rows[place].width < math.inf else math.nan for place in side]
+        axes.axvspan(min(side) - 0.5, max(side) + 0.5, color=colour, alpha=0.05, linewidth=0)
+        axes.plot(side, shown, color=colour, linewidth=1.8, marker="o", markersize=3, label=name)
+    lost = [place for place in places if math.isinf(rows[place].width)]
+    top = [0.965] * len(lost)
+    if lost:
+        axes.scatter(
+            lost, top, marker="x", color=POSSIBLE, s=16, linewidths=1.2, transform=axes.get_xaxis_transform(),
+            label="no finite bounds",
+        )  # fmt: skip
+    handles, _ = axes.get_legend_handles_labels()
+    handles.append(Patch(facecolor=INK, alpha=0.45, label="unstable share (bars)"))
+    for number, row in enumerate(widths.worst(5), 1):
+        place = rows.index(row)
+        spot = (place, max(finite) * room**0.5 if math.isinf(row.width) else row.width)
+        axes.annotate(
+            str(number), spot, (0, 9), textcoords="offset points", ha="center", va="center", fontsize=8, color="white",
+            bbox={"boxstyle": "circle,pad=0.2", "facecolor": INK, "edgecolor": "none"},
+        )  # fmt: skip
+        growth = "no finite bounds" if math.isinf(row.width) else f"× {row.growth:.3g}"
+        label = f"{_shortened(row.layer)}\n{row.operator}, {growth}"
+        handles.append(Line2D([], [], linestyle="none", marker=f"${number}$", color=INK, markersize=6, label=label))
+    axes.legend(
+        handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1.02), frameon=False, labelcolor=INK, fontsize=8.5,
+        borderaxespad=0, labelspacing=0.55,
+    )  # fmt: skip
+    ticks = _parts_of([row.layer for row in rows])
+    axes.set_xticks(list(ticks), [_shortened(name, 24) for name in ticks.values()], rotation=40, ha="right")
+    axes.set_ylabel("width of the bounds,\nmean radius / mean |midpoint|")
+    figure.subplots_adjust(left=0.085, right=0.74, top=0.96, bottom=0.24)
+    _neutral(axes)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.grid(False, axis="x")
+    return figure, axes
+
+
+def _parts_of(layers: Sequence[str], most: int = 26) -> dict[int, str]:
+    """Where a part of the model begins, and its name: parts as small as leave at most so many."""
+    found: dict[int, str] = {}
+    for depth in range(1, 9):
+        names = [".".join(layer.split(".")[:depth]) if ": " not in layer else "" for layer in layers]
+        starts = {i: name for i, name in enumerate(names) if name and (i == 0 or names[i - 1] != name)}
+        if found and len(starts) > most:
+            break
+        found = starts
+    apart, last = {}, -math.inf
+    for place, name in found.items():
+        if place - last >= len(layers) / 40:
+            apart[place], last = name, place
+    return apart
+
+
+def _shortened(name: str, most: int = 40) -> str:
+    return name if len(name) <= most else f"…{name[1 - most :]}"
 
 
 def encode(figure: Figure, dpi: int = 170) -> str:

@@ -225,7 +225,8 @@ def test_the_page_is_self_contained_and_holds_the_pictures(evaluations, tmp_path
     text = path.read_text(encoding="utf-8")
     links = parse(text)
     assert "http" not in text and "url(" not in text and "@import" not in text
-    assert len(links.pictures) == 3 and links.references == links.pictures  # the curves and two samples
+    # The curves, two samples, and each network's widths.
+    assert len(links.pictures) == 5 and links.references == links.pictures
     for picture in links.pictures:
         assert base64.b64decode(picture.removeprefix("data:image/png;base64,")).startswith(b"\x89PNG")
     shown = " ".join(links.text)
@@ -282,7 +283,7 @@ def test_a_table_of_measurements_is_drawn_as_bars():
     figure, axes = plot_samples([evaluation], 0)
     assert isinstance(figure, Figure) and len(axes) == 1
     shown = parse(page([evaluation]))
-    assert len(shown.pictures) == 2
+    assert len(shown.pictures) == 3
     text = " ".join(" ".join(shown.text).split())
     assert (
         "in standard deviations of each feature" in text
