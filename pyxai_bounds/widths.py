@@ -99,7 +99,7 @@ class Widths:
 
 
 def _cells(row: Row, marked: bool) -> tuple[str, ...]:
-    layer = row.layer if len(row.layer) <= 44 else f"{row.layer[:20]}…{row.layer[-23:]}"
+    layer = row.layer if len(row.layer) <= 56 else f"…{row.layer[-55:]}"
     growth = "" if row.growth is None else f"{row.growth:.3g}"
     unstable = "" if row.unstable is None else f"{row.unstable:.1%}"
     numbers = (f"{row.mid:.3g}", f"{row.rad:.3g}", f"{row.width:.3g}", growth, unstable)
@@ -239,12 +239,13 @@ _MOVES = frozenset(
     (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.permute.default, aten.t.default,
      aten.transpose.int, aten.expand.default, aten.clone.default, aten.squeeze.default, aten.squeeze.dim,
      aten.squeeze.dims, aten.unsqueeze.default, aten.detach.default, aten.alias.default, aten._to_copy.default,
-     aten.neg.default, operator.getitem)
+     aten.neg.default, aten.slice.Tensor, aten.select.int, aten.split.Tensor, aten.split_with_sizes.default,
+     aten.unbind.int, operator.getitem)
 )  # fmt: skip
 
 
 def _is_shown(node: fx.Node) -> bool:
-    """Is it an argument, or an operator that does more than show all numbers that it is given?"""
+    """Is it an argument, or an operator that does more than show numbers that it is given?"""
     return node.op == "placeholder" or (node.op == "call_function" and node.target not in _MOVES)
 
 

@@ -219,6 +219,20 @@ def _slice_backward(fact: Tensor, part: bool, before: Any, after: Any, size: Any
     return aten.slice_backward(fact, [1 if d in joins else n for d, n in enumerate(after)], dim, *args)
 
 
+@_carrier(aten.constant_pad_nd.default)
+def _pad(fact: Tensor, part: bool, before: Any, after: Any, sizes: Sequence[int], value: float = 0) -> Tensor | None:
+    """What is added are points: rows that do not move, and sums of 0 where it is 0."""
+    joins = joined(fact, before)
+    if not part and (value != 0 or min(sizes) < 0):
+        return None
+    return aten.constant_pad_nd(fact, [0 if len(before) - 1 - i // 2 in joins else n for i, n in enumerate(sizes)])
+
+
+@_carrier(aten.roll.default)
+def _roll(fact: Tensor, part: bool, before: Any, after: Any, shifts: Any, dims: Any = ()) -> Tensor | None:
+    return aten.roll(fact, shifts, dims) if len(dims) == len(shifts) else None  # a joined dimension has the size 1
+
+
 @_carrier(aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 def _reshape(fact: Tensor, part: bool, before: Any, after: Any, *_: Any) -> Tensor | None:
     """Dimensions that become one another: all joined or none is simple. Of a mixture the last one decides: if it is
@@ -264,7 +278,11 @@ def _blocks(before: Any, after: Any) -> list[tuple[list[int], list[int]]]:
 
 def carried(op: Any, args: tuple, kwargs: dict, result: Any) -> Any:
     """The result of a rule, with what is known of it because of what is known of the arguments."""
-    if not are_kept() or not isinstance(result, Interval):
+    if not are_kept():
+        return result
+    if op in _PARTS:
+        return _carried_to_parts(op, result, *args)
+    if not isinstance(result, Interval):
         return result
     if op in _CARRIERS and result.facts is None:
         x = args[0]
@@ -283,6 +301,22 @@ def carried(op: Any, args: tuple, kwargs: dict, result: Any) -> Any:
     return _RULES[op](result, *args, **kwargs) if op in _RULES else result
 
 
+def _carried_to_parts(op: Any, results: Any, x: Any, sizes: Any = 0, dim: int = 0) -> Any:
+    norm, start = of(x).norm, 0
+    if norm is None or 0 in x.shape:
+        return results
+    for i, part in enumerate(results):
+        if op is aten.unbind.int:
+            norm_of_part = _select(norm, True, x.shape, part.shape, sizes, i)
+        else:
+            end = start + part.shape[dim]
+            norm_of_part, start = _slice(norm, True, x.shape, part.shape, dim, start, end), end
+        if part.shape.numel():
+            part.facts = Facts(norm_of_part)
+    return results
+
+
+_PARTS = {aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int}
 _SCATTERS = {aten.select_backward.default, aten.slice_backward.default}
 
 
@@ -342,6 +376,20 @@ def _quotient_by_number(out: Interval, a: Any, b: Any) -> Interval:
         return out
     dims = joined(norm, out.shape)
     return with_norm(out, above(norm / abs(b) + rounded(out.mid, dims)))
+
+
+@_after(aten.cat.default)
+def _concatenated(out: Interval, tensors: Sequence[Any], dim: int = 0) -> Interval:
+    """Rows beside rows; or parts of one row, whose squares add."""
+    known = next((x for x in tensors if of(x).norm is not None), None)
+    if known is None or any(
+        x.dtype != out.dtype or len(x.shape) != len(out.shape) or not x.shape.numel() for x in tensors
+    ):
+        return out
+    dims, dim = joined(known.facts.norm, known.shape), dim % len(out.shape)
+    norms = [norm_over(x, dims) for x in tensors]
+    norm = length(torch.cat(norms, dim), [dim]) if dim in dims else torch.cat(norms, dim)
+    return with_norm(out, above(norm))
 
 
 # The greatest slopes, and where the backward side is bounded, curvatures: GELU has 1.1290 at √2 and √(2/π) at 0,

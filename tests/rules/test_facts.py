@@ -54,6 +54,8 @@ CASES = [
     Case("SiLU, scaled", lambda x: x - F.silu(norm(x) @ W) @ V * GAIN / 3.0, rand(4, 6), eps=0.1),
     Case("tanh, sigmoid, ReLU", lambda x: ((norm(x) @ W).tanh() @ V).relu().sigmoid() @ W, rand(4, 6), eps=0.1),
     Case("attention", attention, rand(2, 3, 6), eps=0.02),
+    Case("windows that are padded and rolled, then joined", lambda x: norm(torch.cat([
+        part @ W[:, :6] for part in F.pad(norm(x), (0, 0, 0, 1)).roll(1, 1).split(2, 1)], -1)) @ V, rand(2, 3, 6), eps=0.02),
     Case("attention, then a norm", lambda x: norm(attention(x)) @ W, rand(2, 3, 6), eps=0.02),
     Case("softmax, product", lambda x: x.softmax(-1) @ x.mT, rand(2, 4, 5)),
     Case("softmax, product from the left", lambda x: x @ x.softmax(1), rand(5, 5)),
@@ -137,6 +139,13 @@ def test_facts_are_true_of_every_member(case: Case, sound: bool) -> None:
         lambda x: x[:, 1], lambda x: x[..., 1:3], lambda x: x.unsqueeze(1).expand(2, 5, 3, 4).reshape(10, 3, 4),
         lambda x: x.reshape(1, 2, 1, 3, 4).squeeze(2), lambda x: x.squeeze(-1), lambda x: x[:1].squeeze((0, 2)),
         lambda x: x[:, :1].squeeze(1), lambda x: x.view(2, 1, 3, 4, 1),
+        lambda x: F.pad(x, (0, 0, 1, 2)), lambda x: F.pad(x, (1, 0, -1, 2)), lambda x: F.pad(x, (0, -1), value=2.0),
+        lambda x: F.pad(x[..., :1], (1, 1)), lambda x: F.pad(x, (0, 0, 1, 0), value=3.0),
+        lambda x: x.roll((1, 2), (1, 2)), lambda x: x.roll(1, 0), lambda x: x.roll(5),
+        lambda x: torch.cat([x, 2 * x], 1), lambda x: torch.cat([x, x[..., :1], torch.ones(2, 3, 2)], -1),
+        lambda x: torch.cat([x[:1], x[:1] - x[1:]], 0), lambda x: torch.cat([x[..., :1], x], 2),
+        lambda x: x.split(1, 1)[1], lambda x: x.split([1, 3], -1)[1], lambda x: x.unbind(1)[2],
+        lambda x: x.unbind(-1)[1],
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("of", [lambda x: x.softmax(-1), norm], ids=["sums", "norms"])
@@ -149,7 +158,7 @@ def test_views_keep_what_they_can(view: Callable, of: Callable) -> None:
             assert (far <= norm + 1e-12).all(), name
         if total is not None:
             (dim,) = facts.joined(total, value.shape)
-            assert ((value.sum(dim, keepdim=True) - 1).abs() < 1e-12).all(), name
+            assert ((value.sum(dim, keepdim=True) - total).abs() < 1e-12).all(), name
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1), (5, 5), (40, 12), (12, 40)])
