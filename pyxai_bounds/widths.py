@@ -32,7 +32,8 @@ aten = torch.ops.aten
 class Row:
     """One operator's bounds, or those that a layer ends with, over all samples and entries.
 
-    mid, rad: the means of |midpoint| and of the radius. width: relative, rad / mid. growth: width over the largest one
+    mid, rad: the means of |midpoint| and of the radius. width: relative, rad / mid; infinite where all midpoints are 0,
+    or bounds are not finite. growth: width over the largest one
     among what it was computed from, in a backward pass among the gradients; None where there is none, or it is
     infinite. unstable: the share of entries whose box holds a kink
     of the operator (ReLU: either sign), or for which a choice is not known; None for operators without. unbounded: the

@@ -175,7 +175,7 @@ def plot_widths(widths: Widths, axes: Axes | None = None) -> tuple[Figure, Axes]
     """The relative width of the bounds after each layer, in the order of the program, on a logarithmic axis.
 
     Numbered are the layers that widen most; bars show which share of a ReLU's or another kinked operator's entries is
-    unstable. What has no finite bounds is crossed at the upper edge; what has width 0 is left out.
+    unstable. What has no finite bounds, or midpoints of 0 alone, is marked at the upper edge; width 0 is left out.
     """
     figure, axes = _axes(axes, (11.4, 3.7))
     rows = widths.layers
@@ -195,13 +195,13 @@ def plot_widths(widths: Widths, axes: Axes | None = None) -> tuple[Figure, Axes]
         shown = [rows[place].width if 0 < rows[place].width < math.inf else math.nan for place in side]
         axes.axvspan(min(side) - 0.5, max(side) + 0.5, color=colour, alpha=0.05, linewidth=0)
         axes.plot(side, shown, color=colour, linewidth=1.8, marker="o", markersize=3, label=name)
-    lost = [place for place in places if math.isinf(rows[place].width)]
-    top = [0.965] * len(lost)
-    if lost:
-        axes.scatter(
-            lost, top, marker="x", color=POSSIBLE, s=16, linewidths=1.2, transform=axes.get_xaxis_transform(),
-            label="no finite bounds",
-        )  # fmt: skip
+    for unbounded, marker, label in ((True, "x", "no finite bounds"), (False, "2", "all midpoints 0")):
+        lost = [p for p in places if math.isinf(rows[p].width) and (rows[p].unbounded > 0) is unbounded]
+        if lost:
+            axes.scatter(
+                lost, [0.965] * len(lost), marker=marker, color=POSSIBLE, s=20, linewidths=1.2, label=label,
+                transform=axes.get_xaxis_transform(),
+            )  # fmt: skip
     handles, _ = axes.get_legend_handles_labels()
     handles.append(Patch(facecolor=INK, alpha=0.45, label="unstable share (bars)"))
     for number, row in enumerate(widths.worst(5), 1):
@@ -211,7 +211,7 @@ def plot_widths(widths: Widths, axes: Axes | None = None) -> tuple[Figure, Axes]
             str(number), spot, (0, 9), textcoords="offset points", ha="center", va="center", fontsize=8, color="white",
             bbox={"boxstyle": "circle,pad=0.2", "facecolor": INK, "edgecolor": "none"},
         )  # fmt: skip
-        growth = "no finite bounds" if math.isinf(row.width) else f"× {row.growth:.3g}"
+        growth = "no finite bounds" if row.unbounded else f"× {row.growth:.3g}"
         label = f"{_shortened(row.layer)}\n{row.operator}, {growth}"
         handles.append(Line2D([], [], linestyle="none", marker=f"${number}$", color=INK, markersize=6, label=label))
     axes.legend(
@@ -219,9 +219,9 @@ def plot_widths(widths: Widths, axes: Axes | None = None) -> tuple[Figure, Axes]
         borderaxespad=0, labelspacing=0.55,
     )  # fmt: skip
     ticks = _parts_of([row.layer for row in rows])
-    axes.set_xticks(list(ticks), [_shortened(name, 24) for name in ticks.values()], rotation=40, ha="right")
+    axes.set_xticks(list(ticks), [_shortened(name, 20) for name in ticks.values()], rotation=40, ha="right")
     axes.set_ylabel("width of the bounds,\nmean radius / mean |midpoint|")
-    figure.subplots_adjust(left=0.085, right=0.74, top=0.96, bottom=0.24)
+    figure.subplots_adjust(left=0.085, right=0.74, top=0.96, bottom=0.27)
     _neutral(axes)
     axes.tick_params(axis="x", labelsize=8)
     axes.grid(False, axis="x")
