@@ -548,7 +548,8 @@ def _captures_of(fn: Callable) -> _Captures:
         entry = _cache.get(id(anchor))
         if entry is None or entry[0]() is not anchor:
             number = id(anchor)
-            entry = weakref.ref(anchor, lambda _: _cache.pop(number, None)), {}
+            # The dead reference is pop's default. When Python ends, the global may be gone before the anchor is.
+            entry = weakref.ref(anchor, functools.partial(_cache.pop, number)), {}
             _cache[number] = entry
         kinds = entry[1]
         if options not in kinds:

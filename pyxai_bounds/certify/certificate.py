@@ -19,7 +19,7 @@ from pyxai_bounds.certify.branches import Search, decide, run
 from pyxai_bounds.certify.differences import Differences
 from pyxai_bounds.certify.factor import Divided
 from pyxai_bounds.certify.forms import Forms
-from pyxai_bounds.certify.pieces import Pieces, Progress, share_of, silent
+from pyxai_bounds.certify.pieces import Pieces, Progress, rising, share_of, silent
 from pyxai_bounds.certify.properties import Property, TopK, check_property, flat, kept
 from pyxai_bounds.interpreter import Interpreter
 from pyxai_bounds.interval import Clip, Interval
@@ -152,7 +152,7 @@ def certified_radius(
     # What is returned is max_eps as the dtype holds it, which may be a little more.
     most = max(max_eps, torch.tensor(max_eps, dtype=x.dtype, device="cpu").item())
     for_all = torch.full([1] * x.dim(), most, dtype=torch.float64, device=x.device)
-    tell = on_progress or silent
+    tell = rising(on_progress or silent)
 
     rounds = 1 + max(0, math.ceil(math.log2(max_eps / tol)))
 
