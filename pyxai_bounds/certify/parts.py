@@ -167,7 +167,9 @@ class _Evaluator(Evaluator):
 
 
 def _gated_by(n: fx.Node) -> Any:
-    """What a ReLU is applied to that decides the gates of this node, whose second argument says so."""
+    """What a ReLU is applied to that decides the gates of this node, whose second argument says so and nothing else."""
+    if len(n.args) > 1 and n.args[0] is n.args[1]:
+        return None
     if n.target is aten.threshold_backward.default and n.args[2] == 0:
         return _sign_of(n.args[1]) if isinstance(n.args[1], fx.Node) and n.args[1].target is aten.relu.default else None
     return n.args[1] if n.target is aten.leaky_relu_backward.default and not n.args[3] else None

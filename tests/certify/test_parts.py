@@ -41,6 +41,14 @@ def network(name: str) -> nn.Sequential:
 
 W = torch.linspace(-1, 1, 30, dtype=torch.float64).reshape(5, 6)
 
+
+def kernel_gradient(x: Tensor) -> Tensor:
+    """That of Σ w² by the input, where the input is the kernel w."""
+    kernel = x.reshape(1, 1, 6)
+    args = [0], [1], [0], [1], False, [0], 1, [True, False, False]
+    return aten.convolution_backward.default(x[:, None, :1], kernel, kernel, *args)[0].reshape(1, 6)
+
+
 # Functions of x [1, 6] that return what a function of the sample would, and mix samples or could.
 MIXING = {
     "mean over samples": lambda x: x - x.mean(0, keepdim=True),
@@ -55,6 +63,8 @@ MIXING = {
     "moved into the first dimension": lambda x: x.reshape(6, 1).softmax(0).reshape(1, 6),
     "a moving weight": lambda x: F.linear(x, x),
     "a moving kernel": lambda x: F.conv1d(x[:, None], x[:, None, :3]),
+    "a kernel of its own": lambda x: F.conv1d(*[x.reshape(1, 1, 6)] * 2).sum(1) * x,
+    "a kernel's own gradient": lambda x: kernel_gradient(x) * x,
     "a channel without samples": lambda x: F.avg_pool2d(x.reshape(1, 2, 3), (2, 1)),
     "squeezed": lambda x: x.reshape(1, 1, 6).squeeze(0) * 2,
     "unsqueezed": lambda x: x.unsqueeze(0)[:, 0] * 2,
@@ -165,6 +175,25 @@ def test_inputs_lie_within_the_bounds_of_their_parts(name: str) -> None:
                 assert (rows_.centre + symbols @ known + rest >= -1e-9).all()
     assert all(inside) and sum(inside) > 50
     assert strays > sum(inside)  # bounds of another part would have been caught
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.2])
+def test_a_gradient_that_decides_its_own_gates_keeps_its_value(slope: float) -> None:
+    """Gates are decided by a number of the sign that a part knows: it must not be taken for the gradient as well."""
+    torch.manual_seed(30)
+    weight, x = torch.randn(8, 6).double(), images(4, 1, (6,))
+
+    def fn(x: Tensor) -> Tensor:
+        x = x if x.requires_grad else x.detach().requires_grad_()
+        z = (x - 0.5) @ weight.T
+        active = F.leaky_relu(z, slope) if slope else F.relu(z)
+        return torch.autograd.grad(active, x, grad_outputs=z if slope else active)[0]
+
+    box = xb.Interval.linf(x, 0.1)
+    found = xb.certify(fn, x, eps=0.1, property=xb.TopK(2), branches=64)
+    for seed in range(200):
+        value = fn(sample(box, seed, corners=seed % 2 == 0)).detach()
+        assert ((value - found.bounds.mid).abs() <= found.bounds.rad + 1e-12).all()
 
 
 @pytest.mark.parametrize("name", ["deep", "convolutions", "leaky"])

@@ -8,7 +8,7 @@ is not in the tables here, or has its arguments in another order, is run sample 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,7 @@ class Rows:
         for node in program.graph.nodes:
             new[node] = graph.node_copy(node, new.__getitem__)
         first = next(iter(graph.find_nodes(op="placeholder")), None)
-        if first is None or not _is_row(first) or not first.meta["val"].numel() or norms(program.graph):
+        if first is None or not _is_row(first) or norms(program.graph):
             return None
         moving, rows, shared = behind([first]), {first}, {}
         for node in graph.nodes:
@@ -61,11 +61,17 @@ class Rows:
                 if node.args[0] in rows and node.args[1] == 0 and _is_row(node):
                     rows.add(node)
                 continue
-            apart = _arguments(node)
-            if apart is None or not (node.target in _SEVERAL or _is_row(node)) or not all(map(_is_row, apart)):
+            places = _places(node)
+            if places is None or not (node.target in _SEVERAL or _is_row(node)):
                 return None
-            ignored = {node.args[place] for place in _IGNORED.get(node.target, ())}
-            if not moving.intersection(node.all_input_nodes) - ignored <= rows.intersection(apart):
+            apart = [node.args[place] for place in places]
+            read = {*places, *_IGNORED.get(node.target, ())}
+            others = [arg for place, arg in enumerate(node.args) if place not in read]
+            others = [arg for arg in (*others, *node.kwargs.values()) if isinstance(arg, fx.Node)]
+            # What is a sample in one place may be a weight in another.
+            if not all(map(_is_row, apart)) or not moving.union(apart).isdisjoint(others):
+                return None
+            if not rows.issuperset(moving.intersection(apart)):
                 return None
             rows.add(node)
             shared[node] = [arg for arg in dict.fromkeys(apart) if arg not in moving]
@@ -78,18 +84,20 @@ class Rows:
 
 def _is_row(n: fx.Node) -> bool:
     value = n.meta.get("val")
-    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == 1
+    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == 1 and value.numel() > 0
 
 
-def _arguments(n: fx.Node) -> list[Any] | None:
-    """The arguments whose first dimension counts rows, of an operator that keeps these apart; None where it may not."""
+def _places(n: fx.Node) -> Sequence[int] | None:
+    """The places of the arguments whose first dimension counts rows, of an operator that keeps these apart; None where
+    it may not.
+    """
     if n.target in _ELEMENTWISE:  # what has fewer dimensions is broadcast, in whatever number of rows
-        return [arg for arg in n.all_input_nodes if _dims(arg) == _dims(n)]
+        return [place for place, arg in enumerate(n.args) if isinstance(arg, fx.Node) and _dims(arg) == _dims(n)]
     rule = _RULES.get(n.target)
     if rule is None or n.kwargs.keys() - {"dtype"}:
         return None
     places, keeps = rule
-    return [n.args[place] for place in places] if keeps(n) else None
+    return places if keeps(n) else None
 
 
 def _dims(n: Any) -> int:
