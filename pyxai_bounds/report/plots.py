@@ -221,7 +221,7 @@ def plot_widths(widths: Widths, axes: Axes | None = None) -> tuple[Figure, Axes]
     ticks = _parts_of([row.layer for row in rows])
     axes.set_xticks(list(ticks), [_shortened(name, 20) for name in ticks.values()], rotation=40, ha="right")
     axes.set_ylabel("width of the bounds,\nmean radius / mean |midpoint|")
-    figure.subplots_adjust(left=0.085, right=0.74, top=0.96, bottom=0.27)
+    figure.set_layout_engine("constrained")  # it makes room for names of any length
     _neutral(axes)
     axes.tick_params(axis="x", labelsize=8)
     axes.grid(False, axis="x")
