@@ -25,7 +25,7 @@ from pyxai_bounds.interpreter import Interpreter
 from pyxai_bounds.interval import Clip, Interval
 from pyxai_bounds.parameters import ParameterBox
 from pyxai_bounds.program import BoundFunction, bound, captured_graph
-from pyxai_bounds.rounding import without_autocast
+from pyxai_bounds.rounding import add_down, add_up, without_autocast
 from pyxai_bounds.rules.registry import Product
 
 CORNERS = 8  # of a box that are tried before bounds of single samples are made sharper
@@ -360,8 +360,9 @@ class _Check:
         found = torch.zeros(len(self.x), dtype=torch.bool, device=self.x.device)
         for _ in range(CORNERS):
             with torch.inference_mode(False):
-                signs = 2 * torch.zeros_like(self.x).bernoulli_(0.5, generator=generator) - 1
-                corner = usual(box.mid) + signs * usual(box.rad)
+                upper = torch.zeros_like(self.x).bernoulli_(0.5, generator=generator).bool()
+                mid, rad = usual(box.mid), usual(box.rad)
+                corner = torch.where(upper, add_down(mid, rad), add_up(mid, -rad))  # inside the very box
             value = self._evaluate(corner)
             found |= self.property.margin(self.nominal, Interval.of(value, torch.zeros_like(value))) < 0
         return found

@@ -263,3 +263,11 @@ def test_explanations_that_are_no_numbers_are_never_certified() -> None:
 def test_properties_take_numbers(make) -> None:
     with pytest.raises(TypeError, match="must be a number"):
         make()
+
+
+def test_corners_that_refute_lie_inside_the_box() -> None:
+    """1 + 8e-8 rounds to 1 + 1.2e-7, which is no input of the box."""
+    x = torch.ones(4, 3)
+    found = xb.certify(lambda x: (x - 1) * 1e7, x, eps=8e-8, property=xb.Linf(0.7), sharpen=True)
+    assert not found.holds.any() and not found.refuted.any()
+    assert xb.certify(lambda x: (x - 1) * 1e7, x, eps=2e-7, property=xb.Linf(0.7), sharpen=True).refuted.all()
