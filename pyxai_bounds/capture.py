@@ -86,8 +86,7 @@ def capture(fn: Callable, spec: pytree.TreeSpec, leaves: list[Any], *, specialis
     others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
     constants = {i: leaves[i].detach().clone() for i in tensor_positions if specialise and is_readable(leaves[i])}
     out_spec: pytree.TreeSpec | None = None
-    record = _Record(list(constants.values()), specialise, lambda: watch.names())
-    watch = ModuleWatch()
+    record = _Record(readable=list(constants.values()), makes_constants=specialise)
 
     def program(*tensors: Tensor) -> list[Any]:
         nonlocal out_spec
@@ -101,8 +100,8 @@ def capture(fn: Callable, spec: pytree.TreeSpec, leaves: list[Any], *, specialis
         return results
 
     def traced(clear_grads: bool, symbolic: bool) -> tuple[fx.GraphModule, ModuleWatch, bool]:
-        nonlocal watch
         with preserved([fn, *others], _check_mode, clear_grads=clear_grads) as (watch, saved):
+            record.watch = watch
             try:
                 graph = _trace(program, _plain(tensors), DECOMPOSED, symbolic)
                 _refuse_randomness(graph)
@@ -309,11 +308,9 @@ _READ = (Tensor.tolist, Tensor.item, Tensor.__float__, Tensor.__int__, Tensor.__
 class _Record(TorchDispatchMode):
     """Records the user's line of every operator and what is written in place; refuses to bake values into the graph."""
 
-    def __init__(
-        self, readable: list[Tensor], makes_constants: bool, names_of_modules: Callable[[], dict[int, str]]
-    ) -> None:
+    def __init__(self, readable: list[Tensor], makes_constants: bool) -> None:
         super().__init__()
-        self._names_of_modules = names_of_modules
+        self.watch = ModuleWatch()  # of the modules that are called
         self._names: dict[int, str] = {}  # of modules, by id
         self._makes_constants = makes_constants
         self._readable = {id(t): t for t in readable}
@@ -430,7 +427,7 @@ class _Record(TorchDispatchMode):
 
     def _name(self, module: nn.Module) -> str:
         if id(module) not in self._names:
-            self._names = {id(module): ""} | self._names_of_modules()
+            self._names = {id(module): ""} | self.watch.names()
         return self._names[id(module)]
 
 

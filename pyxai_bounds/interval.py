@@ -107,6 +107,10 @@ class Interval:
         """The upper end points, rounded up; exact where rad = 0."""
         return rounding.add_up(self.mid, self.rad)
 
+    def inner_ends(self) -> tuple[Tensor, Tensor]:
+        """The least and the greatest numbers of the dtype that lie in the set: its ends, rounded towards the middle."""
+        return rounding.add_up(self.mid, -self.rad), rounding.add_down(self.mid, self.rad)
+
     @property
     def width(self) -> Tensor:
         """``upper - lower`` = 2·rad."""

@@ -205,7 +205,7 @@ class BoundFunction:
         """
         leaves, spec = pytree.tree_flatten((args, kwargs))
         captured = _captured(self.fn, leaves, spec)
-        key = ("widths", self.options, *(leaf.rad.stride() if isinstance(leaf, Interval) else None for leaf in leaves))
+        key = ("widths", *_kind(self, leaves))
         meter = captured.derived.get(key)
         if meter is None:
             measuring = Measuring(captured.graph, self.parameters)
@@ -229,8 +229,7 @@ def captured_graph(fn: Callable, *args: Any, **kwargs: Any) -> Captured:
 def _program(bounded: BoundFunction, leaves: list[Any], spec: pytree.TreeSpec) -> Program:
     start = time.perf_counter()
     captured = _captured(bounded.fn, leaves, spec)
-    sets = tuple(leaf.rad.stride() if isinstance(leaf, Interval) else None for leaf in leaves)
-    key = (bounded.options, sets)
+    key = _kind(bounded, leaves)
     program = captured.derived.get(key)
     if program is None:
         count = len(captured.graph.graph.nodes)
@@ -239,6 +238,11 @@ def _program(bounded: BoundFunction, leaves: list[Any], spec: pytree.TreeSpec) -
         seconds = time.perf_counter() - start
         _log.info("Captured and built in %.1f s: %d operators on tensors.", seconds, len(program.graph.graph.nodes))
     return program
+
+
+def _kind(bounded: BoundFunction, leaves: list[Any]) -> tuple[Any, ...]:
+    """What programs made of one captured graph differ in: options, and which arguments are sets in which layout."""
+    return bounded.options, tuple(leaf.rad.stride() if isinstance(leaf, Interval) else None for leaf in leaves)
 
 
 def _captured(fn: Callable, leaves: list[Any], spec: pytree.TreeSpec) -> Captured:

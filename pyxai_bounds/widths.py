@@ -21,6 +21,7 @@ from torch import Tensor, fx
 from pyxai_bounds.capture import is_backward, layer_of, remove_unused, source_of
 from pyxai_bounds.interpreter import Interpreter
 from pyxai_bounds.interval import Interval
+from pyxai_bounds.memory import is_view
 from pyxai_bounds.parameters import ParameterBox
 from pyxai_bounds.rules.complex import Complex
 from pyxai_bounds.rules.registry import Indices, Truth
@@ -33,11 +34,10 @@ class Row:
     """One operator's bounds, or those that a layer ends with, over all samples and entries.
 
     mid, rad: the means of |midpoint| and of the radius. width: relative, rad / mid; infinite where all midpoints are 0,
-    or bounds are not finite. growth: width over the largest one
-    among what it was computed from, in a backward pass among the gradients; None where there is none, or it is
-    infinite. unstable: the share of entries whose box holds a kink
-    of the operator (ReLU: either sign), or for which a choice is not known; None for operators without. unbounded: the
-    share of entries without finite bounds, which makes rad and width infinite.
+    or bounds are not finite. growth: width over the largest one among what it was computed from, in a backward pass
+    among the gradients; None where there is none, or it is infinite. unstable: the share of entries whose box holds a
+    kink of the operator (ReLU: either sign), or for which a choice is not known; None for operators without. unbounded:
+    the share of entries without finite bounds, which makes rad and width infinite.
     """
 
     number: int  # of the operator, in the order of the graph
@@ -184,13 +184,15 @@ class Measuring(Interpreter):
         mid, rad = value.mid, value.rad
         mid = mid if mid.is_floating_point() else mid.double()
         unstable = self._unstable(n)
+        size = mid.abs().mean(dtype=torch.float64)
         numbers = [
-            mid.abs().mean(dtype=torch.float64),
+            size,
             rad.mean(dtype=torch.float64),
             1 - (mid + rad).isfinite().mean(dtype=torch.float64),
-            torch.full_like(rad.sum(dtype=torch.float64), math.nan) if unstable is None else unstable,
+            torch.full_like(size, math.nan) if unstable is None else unstable,
+            torch.full_like(size, float(isinstance(value, Truth))),
         ]
-        return torch.stack([*numbers, torch.full_like(numbers[0], float(isinstance(value, Truth)))])
+        return torch.stack(numbers)
 
     def _unstable(self, n: fx.Node) -> Tensor | None:
         place, kinks = _KINKS.get(n.target, (0, ()))
@@ -236,18 +238,15 @@ _KINKS: dict[Any, tuple[int, tuple[int | float, ...]]] = {
     aten.hardsigmoid_backward.default: (1, (-3.0, 3.0)),
 }
 
-_MOVES = frozenset(
-    (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.permute.default, aten.t.default,
-     aten.transpose.int, aten.expand.default, aten.clone.default, aten.squeeze.default, aten.squeeze.dim,
-     aten.squeeze.dims, aten.unsqueeze.default, aten.detach.default, aten.alias.default, aten._to_copy.default,
-     aten.neg.default, aten.slice.Tensor, aten.select.int, aten.split.Tensor, aten.split_with_sizes.default,
-     aten.unbind.int, operator.getitem)
-)  # fmt: skip
+# What shows the numbers that it is given, as views do.
+_COPIES = (aten._unsafe_view.default, aten.clone.default, aten._to_copy.default, aten.neg.default, operator.getitem)
 
 
 def _is_shown(node: fx.Node) -> bool:
     """Is it an argument, or an operator that does more than show numbers that it is given?"""
-    return node.op == "placeholder" or (node.op == "call_function" and node.target not in _MOVES)
+    if node.op == "call_function":
+        return node.target not in _COPIES and not is_view(node)
+    return node.op == "placeholder"
 
 
 def _set_in(result: Any) -> Interval | None:

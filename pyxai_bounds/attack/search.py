@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from pyxai_bounds.attack.surrogate import smooth
 from pyxai_bounds.certify.certificate import evaluate, usual
 from pyxai_bounds.interval import Clip, Interval
-from pyxai_bounds.rounding import add_down, add_up
 
 Model = Callable[[Tensor], Tensor]
 Keep = Literal["ignore", "judge", "stop", "hinge"]
@@ -140,7 +139,7 @@ class _Walk:
         self.guide, self.judge = guide, judge
         self.model = model if how.keep != "ignore" or how.regularisation else None
         # Rounded towards the middle: what is found must lie in the very box that the certificate is about.
-        self.lower, self.upper = add_up(box.mid, -box.rad), add_down(box.mid, box.rad)
+        self.lower, self.upper = box.inner_ends()
         if clip is not None:
             self.lower, self.upper = (end.clamp(min=clip[0]).clamp(max=clip[1]) for end in (self.lower, self.upper))
         self.nominal = evaluate(fn, x, *targets)

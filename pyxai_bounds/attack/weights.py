@@ -21,7 +21,6 @@ from pyxai_bounds.certify.properties import Property, flat, kept
 from pyxai_bounds.explain import _Explanation
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.program import captured_graph
-from pyxai_bounds.rounding import add_down, add_up
 
 aten = torch.ops.aten
 
@@ -133,8 +132,7 @@ def _walk(
     centers = [value.expand(len(x), *value.shape) for value in program.values]
     radii = [gamma * center.abs() for center in centers]
     # Rounded towards the middle, into the box that the certificate is about.
-    lower = [add_up(center, -rad) for center, rad in zip(centers, radii, strict=True)]
-    upper = [add_down(center, rad) for center, rad in zip(centers, radii, strict=True)]
+    lower, upper = zip(*(Interval.of(*box).inner_ends() for box in zip(centers, radii, strict=True)), strict=True)
     nominal = program.exact(x, target, *centers).detach()
     attribution, least = nominal, margin(nominal, nominal)
     worst = [center.clone() for center in centers]

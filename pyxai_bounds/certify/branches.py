@@ -46,24 +46,6 @@ class Decision:
     counterexample: Tensor | None
 
 
-def decide(
-    forms: Forms,
-    arguments: Sequence[Interval | Tensor],
-    property: Property,
-    nominal: Tensor,
-    bounds: Interval,
-    fn: Callable[..., Tensor],
-    most: int,
-) -> Search:
-    """Does ``property`` hold on all of a box? To be looked for, beside others, by :func:`run`, in up to ``most`` parts
-    of the box, all of it first.
-
-    ``arguments``: the box of one sample, [1, ...], and what else ``fn`` takes; ``nominal`` and ``bounds``: the sample's
-    explanation, and what is known of it in the box; ``fn``: the function, to be tried at inputs.
-    """
-    return Search(forms, arguments, property, nominal, bounds, fn, most)
-
-
 def run(searches: Sequence[Search], tell: Callable[[float], None]) -> None:
     """Carry them out, those with the same function and the same arguments beside the box together."""
     groups: dict[Any, list[Search]] = {}
@@ -131,7 +113,12 @@ class _Known:
 
 
 class Search:
-    """Parts of one box that together hold all of it."""
+    """Does ``property`` hold on all of a box? To be looked for, beside others, by :func:`run`, in up to ``most`` parts
+    that together hold the box, all of it first.
+
+    ``arguments``: the box of one sample, [1, ...], and what else ``fn`` takes; ``nominal`` and ``bounds``: the sample's
+    explanation, and what is known of it in the box; ``fn``: the function, to be tried at inputs.
+    """
 
     def __init__(
         self, forms: Forms, arguments: Sequence[Interval | Tensor], property: Property, nominal: Tensor,

@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, fx, nn
 
 from pyxai_bounds.capture import Captured
-from pyxai_bounds.certify.branches import Search, decide, run
+from pyxai_bounds.certify.branches import Search, run
 from pyxai_bounds.certify.differences import Differences
 from pyxai_bounds.certify.factor import Divided
 from pyxai_bounds.certify.forms import Forms
-from pyxai_bounds.certify.pieces import Pieces, Progress, rising, share_of, silent
+from pyxai_bounds.certify.pieces import Pieces, Progress, share_of, silent
 from pyxai_bounds.certify.properties import Property, TopK, check_property, flat, kept
 from pyxai_bounds.interpreter import Interpreter
 from pyxai_bounds.interval import Clip, Interval
 from pyxai_bounds.parameters import ParameterBox
 from pyxai_bounds.program import BoundFunction, bound, captured_graph
-from pyxai_bounds.rounding import add_down, add_up, without_autocast
+from pyxai_bounds.rounding import without_autocast
 from pyxai_bounds.rules.registry import Product
 
 CORNERS = 8  # of a box that are tried before bounds of single samples are made sharper
@@ -152,7 +152,7 @@ def certified_radius(
     # What is returned is max_eps as the dtype holds it, which may be a little more.
     most = max(max_eps, torch.tensor(max_eps, dtype=x.dtype, device="cpu").item())
     for_all = torch.full([1] * x.dim(), most, dtype=torch.float64, device=x.device)
-    tell = rising(on_progress or silent)
+    tell = on_progress or silent
 
     rounds = 1 + max(0, math.ceil(math.log2(max_eps / tol)))
 
@@ -168,7 +168,7 @@ def certified_radius(
                 break
             eps = middle.reshape(per_sample)
             eps = eps if unit is None else _multiple(eps, unit)
-            found = check.at(eps, share_of(tell, min(done / rounds, 1 - 1 / rounds), 1 / rounds), open_, branches)
+            found = check.at(eps, share_of(tell, done / rounds, 1 / rounds), open_, branches)
             safe, unknown = torch.where(found.holds, middle, safe), torch.where(found.holds, unknown, middle)
             false, step = torch.where(found.refuted, middle, false), 2 * step
         return safe, false
@@ -358,11 +358,11 @@ class _Check:
         """Samples [B] whose property does not even hold at some corners of the box: nothing can prove it."""
         generator = torch.Generator(self.x.device).manual_seed(0)
         found = torch.zeros(len(self.x), dtype=torch.bool, device=self.x.device)
+        lower, upper = map(usual, box.inner_ends())
         for _ in range(CORNERS):
             with torch.inference_mode(False):
-                upper = torch.zeros_like(self.x).bernoulli_(0.5, generator=generator).bool()
-                mid, rad = usual(box.mid), usual(box.rad)
-                corner = torch.where(upper, add_down(mid, rad), add_up(mid, -rad))  # inside the very box
+                is_upper = torch.zeros_like(self.x).bernoulli_(0.5, generator=generator).bool()
+                corner = torch.where(is_upper, upper, lower)
             value = self._evaluate(corner)
             found |= self.property.margin(self.nominal, Interval.of(value, torch.zeros_like(value))) < 0
         return found
@@ -407,7 +407,7 @@ class _Check:
             if isinstance(property, TopK) and not torch.equal(property.top(at_point), property.top(nominal)):
                 continue  # ties
             centre = at_point if isinstance(property, TopK) else nominal
-            search = decide(forms, (*arguments, *more), property, centre, known, tried, branches)
+            search = Search(forms, (*arguments, *more), property, centre, known, tried, branches)
             searches.append((place, bool(divided), at_point, means, search))
         run([search for *_, search in searches], tell)
         for place, is_divided, at_point, means, search in searches:

@@ -13,7 +13,6 @@ from pyxai_bounds.certify.affine.evaluator import Evaluator
 from pyxai_bounds.certify.affine.form import Form, padded
 from pyxai_bounds.certify.forms import Forms
 from pyxai_bounds.interval import Interval
-from pyxai_bounds.rounding import add_down, add_up
 
 aten = torch.ops.aten
 
@@ -48,7 +47,7 @@ class Part:
 
     def inequalities(self) -> Form:
         """All that the part says of the symbols: each element is at least 0 for the inputs that it holds."""
-        forms = [form for rows, form in self.run.inequalities.values() for form in [_columns(form, rows == self.row)]]
+        forms = [_columns(form, rows == self.row) for rows, form in self.run.inequalities.values()]
         count = max(len(form.generators) for form in forms)
         generators = torch.cat([padded(form.generators, count) for form in forms], 1)
         return Form(torch.cat([form.centre for form in forms]), generators, torch.cat([form.slack for form in forms]))
@@ -62,7 +61,7 @@ class Part:
                 places, owned = made.places[:, self.row], made.owned[:, self.row]
                 position[places[owned]] = symbols[made.first : made.first + len(places)][owned]
         x = box.mid.double() + box.rad.double() * position.reshape(box.shape)
-        return x.to(box.dtype).clamp(add_up(box.mid, -box.rad), add_down(box.mid, box.rad))
+        return x.to(box.dtype).clamp(*box.inner_ends())
 
     def widest(self, entries: Tensor) -> tuple[fx.Node, int] | None:
         """The ReLU by which these entries of the result vary most, as the node and the place of what it is applied to;

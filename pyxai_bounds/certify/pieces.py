@@ -47,18 +47,6 @@ def share_of(tell: Progress, start: float, share: float) -> Progress:
     return lambda fraction: tell(min(1.0, start + share * fraction))
 
 
-def rising(tell: Progress) -> Progress:
-    """The progress of work that may take more steps than were foreseen: it waits instead of going back."""
-    most = 0.0
-
-    def told(fraction: float) -> None:
-        nonlocal most
-        most = max(most, fraction)
-        tell(most)
-
-    return told
-
-
 @dataclass(frozen=True)
 class Pieces:
     """Pieces of at most ``batch_size`` samples; None: as many as fit into ``memory_budget`` bytes (None: the default).

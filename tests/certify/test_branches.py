@@ -122,14 +122,14 @@ def test_a_counterexample_lies_in_the_box_and_is_one() -> None:
     model = mlp((2, 20, 3), 0)
     fn, x, y = xb.explain.gradient(model), images(30, 0, (2,)), torch.arange(30) % 3
     seen = []
-    original = branches.decide
+    original = branches.Search
 
     def kept(*arguments):
         seen.append((arguments, original(*arguments)))
         return seen[-1][1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(certificate, "decide", kept)
+        patch.setattr(certificate, "Search", kept)
         xb.certify(fn, x, y, eps=0.15, property=xb.TopK(1), branches=400)
     found = [(arguments, decision) for arguments, decision in seen if decision and decision.counterexample is not None]
     assert found

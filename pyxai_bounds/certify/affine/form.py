@@ -56,13 +56,11 @@ class Form:
 
     def __add__(self, other: Form) -> Form:
         """With broadcasting."""
-        count = max(len(self.generators), len(other.generators))
-        shape = torch.broadcast_shapes(self.centre.shape, other.centre.shape)
-        some = [spread(x, count, shape) for x in (self, other) if len(x.generators)]
-        generators = sum(some[1:], some[0]) if some else self.generators.new_empty(0, *shape)
-        generators = generators.expand(count, *shape)
+        count, centre = max(len(self.generators), len(other.generators)), self.centre + other.centre
+        some = [spread(x, count, centre.shape) for x in (self, other) if len(x.generators)]
+        generators = total(some, centre).expand(count, *centre.shape)
         slack = self.slack + other.slack + rounding_loss(2) * (self.size + other.size)
-        return Form(self.centre + other.centre, generators, up(slack, 4))
+        return Form(centre, generators, up(slack, 4))
 
     def __neg__(self) -> Form:
         return Form(-self.centre, -self.generators, self.slack)
@@ -142,6 +140,11 @@ def spread(x: Form, count: int, shape: torch.Size) -> Tensor:
     """Generators for so many symbols, of an element of which a larger tensor is made by broadcasting."""
     missing = [1] * (len(shape) - x.centre.dim())
     return padded(x.generators, count).reshape(count, *missing, *x.centre.shape)
+
+
+def total(terms: Sequence[Tensor], like: Tensor) -> Tensor:
+    """The sum of generators, of which there may be none, of elements like this one."""
+    return sum(terms[1:], terms[0]) if terms else like.new_empty(0, *like.shape)
 
 
 # --- a form and an Interval that hold the same value ----------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyxai_bounds.certify.affine.form import Form, each, halves, magnitude, mapped, padded, spread, up
+from pyxai_bounds.certify.affine.form import Form, each, halves, magnitude, mapped, padded, spread, total, up
 from pyxai_bounds.certify.lines import Line
 from pyxai_bounds.certify.properties import rounding_loss
 from pyxai_bounds.interval import Interval
@@ -116,7 +116,7 @@ class Symbols:
         if len(y.generators):
             swapped = product if product is torch.mul else lambda a, b: product(b, a)
             some.append(_times(swapped, y, x.centre, count, centre))
-        generators = sum(some[1:], some[0]) if some else centre.new_empty(0, *centre.shape)
+        generators = total(some, centre)
         slack = up(rounding_loss(terms + 4) * product(x.size, y.size), terms + 4)
         left = up(left, terms + 6)
         if not symbols:
