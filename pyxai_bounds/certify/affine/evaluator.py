@@ -34,7 +34,7 @@ class Evaluator(Interpreter):
         shared: Mapping[fx.Node, Sequence[fx.Node]] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(graph, parameters)
-        self.symbols = Symbols(most, rows)
+        self.symbols = Symbols(most, rows, _dtype(graph.graph))
         self.shared = {} if shared is None or rows == 1 else shared
         self.forms: dict[fx.Node, Form] = {}
         self.normal: dict[fx.Node, tuple[Form, Form, Standardised]] = {}  # of a norm, before weight and bias
@@ -71,7 +71,7 @@ class Evaluator(Interpreter):
             found = rule.function(self, n, result)
         if found is not None and (_moves(n) or bool((found.centre + found.reach).isfinite().all())):
             return found
-        return self.symbols.fresh(Form.box(result))
+        return self.symbols.fresh(Form.box(result), however_small=n.op == "placeholder")
 
     # --- what rules ask for --------------------------------------------------------------------------------------
 
@@ -109,6 +109,12 @@ def _repeated(x: Interval | Tensor, rows: int) -> Interval | Tensor:
     if isinstance(x, Interval):
         return Interval.of(_repeated(x.mid, rows), _repeated(x.rad, rows))  # type: ignore[arg-type]
     return x.repeat(rows, *[1] * (x.dim() - 1))
+
+
+def _dtype(graph: fx.Graph) -> torch.dtype:
+    """Of the box, its first argument, and so of what is computed from it."""
+    first = next(iter(graph.find_nodes(op="placeholder")), None)
+    return torch.float64 if first is None else first.meta["val"].dtype
 
 
 def _moves(n: fx.Node) -> bool:

@@ -17,23 +17,26 @@ from pyxai_bounds.certify.properties import rounding_loss
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.rules.registry import ends, in_float64
 
-NEGLIGIBLE = 1e-9  # of a value's size: what rounding adds gets no symbols
+NEGLIGIBLE = 8  # units of rounding of a value's size: what rounding adds gets no symbols
+LEAST = 1e-9  # in any dtype
 
 
 class Symbols:
     """So many of at most ``most`` there are.
 
     Values of ``rows`` samples, [rows, ...], have symbols by the same numbers, each row for whatever varies in it: what
-    belongs to two rows is never added.
+    belongs to two rows is never added. ``dtype``: in which Intervals are rounded.
     """
 
-    def __init__(self, most: int, rows: int = 1) -> None:
+    def __init__(self, most: int, rows: int = 1, dtype: torch.dtype = torch.float64) -> None:
         self.most, self.rows, self.count = most, rows, 0
+        self.negligible = max(NEGLIGIBLE * torch.finfo(dtype).eps, LEAST)
 
-    def fresh(self, form: Form, amounts: Tensor | None = None) -> Form:
+    def fresh(self, form: Form, amounts: Tensor | None = None, however_small: bool = False) -> Form:
         """``form`` + [-amounts, amounts], each of which becomes a symbol of its own where there is room for it.
 
-        Without amounts it is the slack that does.
+        Without amounts it is the slack that does. Amounts that rounding alone may have made become slack, unless all
+        are wanted ``however_small`` they are.
         """
         if amounts is None:
             form, amounts = Form(form.centre, form.generators, torch.zeros_like(form.slack)), form.slack
@@ -41,7 +44,8 @@ class Symbols:
         flat, centre = amounts.reshape(self.rows, -1), form.centre.reshape(self.rows, -1)
         if not flat.numel():
             return form
-        wanted = flat > NEGLIGIBLE * (centre.abs() + flat).amax(1, keepdim=True)
+        least = 0.0 if however_small else self.negligible
+        wanted = flat > least * (centre.abs() + flat).amax(1, keepdim=True)
         room = self.most - self.count
         if room < flat.shape[1] and int(wanted.sum(1).amax()) > room:
             largest = torch.zeros_like(wanted).scatter(1, flat.masked_fill(~wanted, 0.0).topk(room, 1).indices, True)
