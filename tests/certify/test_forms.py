@@ -15,6 +15,8 @@ from torch.nn import functional as F
 import pyxai_bounds as xb
 from pyxai_bounds import rounding as rd
 from pyxai_bounds.certify import certificate, forms
+from pyxai_bounds.certify.affine import form as arithmetic
+from pyxai_bounds.certify.affine import linear
 from pyxai_bounds.certify.forms import Forms
 from pyxai_bounds.program import captured_graph
 from tests.certify.test_differences import NETWORKS
@@ -393,6 +395,33 @@ def test_where_symbols_run_out_what_is_left_is_slack(monkeypatch: pytest.MonkeyP
     few = evaluated(fn, box, torch.tensor([1]))
     assert len(few[1].generators) <= 13 < len(full[1].generators)
     assert (full[0].rad.sum() < few[0].rad.sum()).all()
+
+
+def test_rounding_of_constants_gets_no_symbols() -> None:
+    """The last layer's gradient is a constant, which float32 rounds: symbols are those of the input and of ReLUs."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(16, 3)
+    )
+    box = xb.Interval.linf(images(1, 0, (1, 8, 8)).float(), 0.01)
+    unstable = sum(int((t.lower < 0).logical_and(t.upper > 0).sum()) for t in (
+        xb.bound(lambda x, n=n: model[:n](x))(box) for n in (1, 3)))  # fmt: skip
+    form = evaluated(xb.explain.gradient(model), box, torch.tensor([1]))[1]
+    assert 0 < unstable < 100 and 64 < len(form.generators) <= 64 + 2 * unstable
+    # However small a radius is, the input has its symbols.
+    assert len(evaluated(lambda x: x * 2, xb.Interval.linf(torch.ones(1, 5), 1e-7))[1].generators) == 5
+
+
+def test_blocks_of_generators_are_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    fn = xb.explain.gradient(small_cnn().double())
+    box = xb.Interval.linf(images(1, 0, (1, 8, 8)), 0.02)
+    whole = evaluated(fn, box, torch.tensor([2]))
+    for module in (arithmetic, linear):
+        monkeypatch.setattr(module, "BLOCK", 7 * 4 * 8 * 8)
+    assert_holds(fn, box, torch.tensor([2]))
+    bounds, form = evaluated(fn, box, torch.tensor([2]))
+    torch.testing.assert_close(form.generators, whole[1].generators, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(bounds.rad, whole[0].rad, rtol=1e-9, atol=0.0)
 
 
 @pytest.mark.parametrize("product", ["rump", "exact"])

@@ -17,6 +17,8 @@ from pyxai_bounds.rules import facts
 from pyxai_bounds.rules.registry import ends, in_float64
 from pyxai_bounds.rules.standardise import Standardised
 
+BLOCK = 2**17  # numbers that fit into a cache of 1 MiB
+
 
 @dataclass(frozen=True)
 class Form:
@@ -41,8 +43,7 @@ class Form:
     @functools.cached_property
     def reach(self) -> Tensor:
         """The greatest distance from the centre, rounded up."""
-        spread = self.generators.abs().sum(0)  # many times as fast as a norm
-        return up(spread + self.slack, len(self.generators) + 1)
+        return up(_magnitudes(self.generators) + self.slack, len(self.generators) + 1)
 
     @functools.cached_property
     def size(self) -> Tensor:
@@ -69,6 +70,16 @@ class Form:
         return self + -other
 
 
+def _magnitudes(generators: Tensor) -> Tensor:
+    """Σ |generators[k]|: block by block, since memory for all of them costs several times as much as the sums."""
+    if generators.numel() <= BLOCK or generators.is_cuda:
+        return generators.abs().sum(0)  # many times as fast as a norm
+    total = generators.new_zeros(generators.shape[1:])
+    for block in generators.split(max(1, BLOCK // generators[0].numel())):
+        total += block.abs().sum(0)
+    return total
+
+
 def up(t: Tensor, terms: int) -> Tensor:
     """At least what a sum of so many terms ≥ 0 is, that was computed in float64."""
     return t * (1 + rounding_loss(terms)) + TINY
@@ -91,24 +102,37 @@ def mapped(
     x: Form,
     added: Tensor | None = None,
     terms: int | None = None,
+    at_once: int | None = None,
 ) -> Form:
     """A linear function of a form, and what it loses; ``magnitude``: with the magnitudes of its coefficients.
 
     Each result is a sum of at most so many ``terms``, by default as many as ``x`` has numbers, and each coefficient
-    within a few u.
+    within a few u. ``at_once``: of how many generators it is best computed together; by default of all.
     """
     centre = function(x.centre)
     if added is not None:
         centre = centre + added
-    generators = each(function, x.generators, centre)
-    terms = terms or x.centre.numel()
+    generators = each(function, x.generators, centre, at_once)
+    return Form(centre, generators, lost(magnitude, x, centre, terms or x.centre.numel()))
+
+
+def lost(magnitude: Callable[[Tensor], Tensor], x: Form, centre: Tensor, terms: int) -> Tensor:
+    """The slack of such a function with this centre."""
     slack = magnitude(up(x.slack + rounding_loss(terms) * x.size, 2)).abs()
-    return Form(centre, generators, up(slack, terms) + rounding_loss(2) * centre.abs())
+    return up(slack, terms) + rounding_loss(2) * centre.abs()
 
 
-def each(function: Callable[[Tensor], Tensor], generators: Tensor, like: Tensor) -> Tensor:
+def each(function: Callable[[Tensor], Tensor], generators: Tensor, like: Tensor, at_once: int | None = None) -> Tensor:
     """Of every generator, the result, which is shaped as another one."""
-    return torch.func.vmap(function)(generators) if len(generators) else like.new_empty(0, *like.shape)
+    count = len(generators)
+    if not count:
+        return like.new_empty(0, *like.shape)
+    if at_once is None or count <= at_once:
+        return torch.func.vmap(function)(generators)
+    out = like.new_empty(count, *like.shape)
+    for block, results in zip(generators.split(at_once), out.split(at_once), strict=True):
+        results.copy_(torch.func.vmap(function)(block))
+    return out
 
 
 def moved(move: Callable[[Tensor], Tensor], x: Form) -> Form:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyxai_bounds.certify.affine.form import Form, each, halves, magnitude, mapped, padded, spread, total, up
+from pyxai_bounds.certify.affine.form import Form, each, halves, lost, magnitude, padded, spread, total, up
 from pyxai_bounds.certify.lines import Line
 from pyxai_bounds.certify.properties import rounding_loss
 from pyxai_bounds.interval import Interval
@@ -32,11 +32,14 @@ class Symbols:
         self.most, self.rows, self.count = most, rows, 0
         self.negligible = max(NEGLIGIBLE * torch.finfo(dtype).eps, LEAST)
 
-    def fresh(self, form: Form, amounts: Tensor | None = None, however_small: bool = False) -> Form:
+    def fresh(
+        self, form: Form, amounts: Tensor | None = None, however_small: bool = False, times: Tensor | None = None
+    ) -> Form:
         """``form`` + [-amounts, amounts], each of which becomes a symbol of its own where there is room for it.
 
         Without amounts it is the slack that does. Amounts that rounding alone may have made become slack, unless all
-        are wanted ``however_small`` they are.
+        are wanted ``however_small`` they are. ``times``: by what the generators, and these alone, have yet to be
+        multiplied, element by element.
         """
         if amounts is None:
             form, amounts = Form(form.centre, form.generators, torch.zeros_like(form.slack)), form.slack
@@ -54,12 +57,17 @@ class Symbols:
         number = wanted.cumsum(1)[row, place] - 1
         added = int(number.amax()) + 1 if len(number) else 0
         left = up(form.slack + flat.masked_fill(wanted, 0.0).reshape(amounts.shape), 1)
-        if not added:
+        if not added and times is None:
             return Form(form.centre, form.generators, left)
         known = len(form.generators)
-        generators = form.generators.new_zeros(self.count + added, *amounts.shape)
-        generators[:known] = form.generators
-        generators[self.count :].view(added, self.rows, -1)[number, row, place] = flat[row, place]
+        generators = form.generators.new_empty(self.count + added if added else known, *amounts.shape)
+        if times is None:
+            generators[:known] = form.generators
+        else:
+            torch.mul(form.generators, times, out=generators[:known])
+        generators[known:] = 0
+        if added:
+            generators[self.count :].view(added, self.rows, -1)[number, row, place] = flat[row, place]
         self.count += added
         return Form(form.centre, generators, left)
 
@@ -88,10 +96,11 @@ class Symbols:
             slope = torch.where(beside, slope, 0.0)
             least, most = torch.where(beside, least, lower), torch.where(beside, most, upper)
         centre, half = halves(least, most)
-        found = mapped(lambda t: t * slope, lambda t: t * slope.abs(), x, centre, terms=1)
+        centre = x.centre * slope + centre
+        found = Form(centre, x.generators, lost(lambda t: t * slope.abs(), x, centre, 1))
         if not symbols:
-            return Form(found.centre, found.generators, up(found.slack + half, 1))
-        return self.fresh(found, half)
+            return Form(centre, x.generators * slope, up(found.slack + half, 1))
+        return self.fresh(found, half, times=slope)
 
     def product(self, x: Form, y: Form, box: Any = None, other: Any = None) -> Form:
         """Elementwise; ``box`` and ``other``: what else is known of x and of y."""
@@ -113,6 +122,10 @@ class Symbols:
             left = product(x.slack, magnitude(y, other)) + product(x.centre.abs(), y.slack)
         else:
             left = product(x.reach, y.reach) + product(x.centre.abs(), y.slack) + product(x.slack, y.centre.abs())
+        slack = up(rounding_loss(terms + 4) * product(x.size, y.size), terms + 4)
+        left = up(left, terms + 6)
+        if symbols and product is torch.mul and not len(y.generators) and x.centre.shape == centre.shape:
+            return self.fresh(Form(centre, x.generators, slack), left, times=y.centre)
         count = max(len(x.generators), len(y.generators))
         some = []
         if len(x.generators):
@@ -121,8 +134,6 @@ class Symbols:
             swapped = product if product is torch.mul else lambda a, b: product(b, a)
             some.append(_times(swapped, y, x.centre, count, centre))
         generators = total(some, centre)
-        slack = up(rounding_loss(terms + 4) * product(x.size, y.size), terms + 4)
-        left = up(left, terms + 6)
         if not symbols:
             return Form(centre, generators, up(slack + left, 1))
         return self.fresh(Form(centre, generators, slack), left)
