@@ -169,7 +169,7 @@ class Explained:
         generator = torch.Generator().manual_seed(seed)
         noise = self.noise * torch.randn((self.points, 1, *shape), generator=generator)
         smooth = explain.smoothgrad(model, self.of)
-        return lambda x, y: smooth(x, y, noise.to(x).expand(self.points, *x.shape))
+        return lambda x, y: smooth(x, y, noise.to(x))
 
     @property
     def in_words(self) -> str:

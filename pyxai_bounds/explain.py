@@ -47,7 +47,8 @@ class _Explanation:
             given = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"x must be a floating tensor [B, ...], got {given}; to bound an explanation use xb.bound.")
         differentiable = torch.is_grad_enabled()
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
+            x, target = (t.clone() if isinstance(t, Tensor) and t.is_inference() else t for t in (x, target))
             if not x.requires_grad:
                 x = x.detach().requires_grad_()
             score = _score(self.model(x), target, self.of)
@@ -140,13 +141,15 @@ class SmoothGrad(_Explanation):
     """See :func:`smoothgrad`."""
 
     def __call__(self, x: Tensor, target: Tensor | None, noise: Tensor) -> Tensor:  # type: ignore[override]
-        if noise.shape[1:] != x.shape:
+        if noise.shape[1:] not in (x.shape, (1, *x.shape[1:])):
+            sample = "".join(f", {n}" for n in x.shape[1:])
             raise ValueError(
-                f"noise must have shape [S, *x.shape] = [S, {', '.join(map(str, x.shape))}], got {list(noise.shape)}."
+                f"noise must have shape [S, *x.shape] = [S, {len(x)}{sample}], or [S, 1{sample}] for the same copies of "
+                f"every sample, got {list(noise.shape)}."
             )
+        copies = x + noise
         targets = None if target is None else target.repeat(len(noise))
-        gradients = self.gradient((x + noise).flatten(0, 1), targets).reshape(noise.shape)
-        return gradients.mean(0)
+        return self.gradient(copies.flatten(0, 1), targets).reshape(copies.shape).mean(0)
 
 
 def gradient(model: Callable[[Tensor], Tensor], of: Of = "logit") -> Gradient:
@@ -199,7 +202,9 @@ def integrated_gradients(
 def smoothgrad(model: Callable[[Tensor], Tensor], of: Of = "logit") -> SmoothGrad:
     """The mean gradient at x + noise[s]; call it with (x, target, noise [S, B, ...]).
 
-    The noise is an argument, because bounds hold for one fixed program.
+    The noise is an argument, because bounds hold for one fixed program. ``certify`` and the attacks, which call
+    fn(x, target) with batches of any size, take ``lambda x, y: smoothgrad(model)(x, y, noise)`` with one noise for all
+    samples, [S, 1, ...].
     Source: Smilkov et al., arXiv 1706.03825.
     """
     return SmoothGrad(model, of)
@@ -224,7 +229,7 @@ def _score(output: Tensor, target: Tensor | None, of: Of) -> Tensor:
                 "of shape [B]."
             )
         if of != "logit":
-            raise ValueError(f"of={of!r} needs a target.")
+            raise ValueError(f"of={of!r} needs a target [B]; of a model with one output explain the output, of='logit'.")
         return output.reshape(-1)
     if output.dim() != 2:
         batch = " A batch comes first: for one sample pass x.unsqueeze(0) and target.reshape(1)."

@@ -75,8 +75,30 @@ def test_smoothgrad_is_the_mean_over_the_noise() -> None:
     noise = 0.1 * torch.randn(5, *X.shape, generator=torch.Generator().manual_seed(0), dtype=X.dtype)
     expected = torch.stack([xb.explain.gradient(model)(X + n, TARGET) for n in noise]).mean(0)
     assert torch.allclose(xb.explain.smoothgrad(model)(X, TARGET, noise), expected)
-    with pytest.raises(ValueError, match=r"noise must have shape .*\[S, 2, 6\]"):
-        xb.explain.smoothgrad(model)(X, TARGET, noise[:, :1])
+    shared = noise[:, :1]
+    smooth = xb.explain.smoothgrad(model)
+    assert torch.equal(smooth(X, TARGET, shared), smooth(X, TARGET, shared.expand_as(noise)))
+    with pytest.raises(ValueError, match=r"noise must have shape .*\[S, 2, 6\], or \[S, 1, 6\] for the same"):
+        smooth(X, TARGET, noise[0])
+
+
+def test_an_explanation_is_computed_in_inference_mode_too() -> None:
+    model, noise = mlp(), torch.full((3, 1, 6), 0.1, dtype=X.dtype)
+    for fn in (
+        xb.explain.saliency(model),
+        xb.explain.integrated_gradients(model, steps=2),
+        lambda x, y: xb.explain.smoothgrad(model)(x, y, noise),
+    ):
+        with torch.inference_mode():
+            found = fn(X.clone(), TARGET.clone())
+        assert torch.equal(found, fn(X, TARGET)) and not found.requires_grad
+
+
+def test_a_model_with_one_output_says_what_can_be_explained() -> None:
+    model = mlp((6, 4, 1))
+    with pytest.raises(ValueError, match="explain the output, of='logit'"):
+        xb.explain.saliency(model)(X)
+    assert xb.explain.saliency(model, "logit")(X).shape == X.shape
 
 
 @pytest.mark.parametrize("of", ["logit", "probability", "loss"])
