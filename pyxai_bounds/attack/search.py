@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyxai_bounds.attack.surrogate import smooth
-from pyxai_bounds.certify.certificate import evaluate, usual
+from pyxai_bounds.certify.certificate import check_batch, evaluate, usual
 from pyxai_bounds.interval import Clip, Interval
 
 Model = Callable[[Tensor], Tensor]
@@ -103,6 +103,7 @@ def search(
     """
     if model is None and (how.keep != "ignore" or how.regularisation):
         raise ValueError(f"keep={how.keep!r} looks at labels: pass model, which gives logits [B, K].")
+    check_batch(x, target)
     x = usual(x)
     box = Interval.linf(x, eps, clip)
     generator = torch.Generator(device="cpu").manual_seed(how.seed)
@@ -142,10 +143,10 @@ class _Walk:
         self.lower, self.upper = box.inner_ends()
         if clip is not None:
             self.lower, self.upper = (end.clamp(min=clip[0]).clamp(max=clip[1]) for end in (self.lower, self.upper))
+        if how.move != "random":  # first of all: a model in training mode is refused before it moves its statistics
+            self.twin = smooth(fn, x, *targets, beta=how.beta)
         self.nominal = evaluate(fn, x, *targets)
         self.labels = self._logits(x).argmax(1) if self.model is not None else None
-        if how.move != "random":
-            self.twin = smooth(fn, x, *targets, beta=how.beta)
         if how.regularisation:
             assert self.model is not None
             self.soft_model = smooth(self.model, x, beta=how.beta)

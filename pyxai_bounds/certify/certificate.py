@@ -223,19 +223,7 @@ class _Check:
         branches: int,
         pieces: Pieces,
     ) -> None:
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(
-                f"x must be a floating tensor [B, ...], got {kind}; torch.as_tensor or .float() converts it. In "
-                "the place of tokens stand their embeddings (docs/transformers.md)."
-            )
-        if x.dim() == 0:
-            raise ValueError("x must be a batch [B, ...], got a tensor without dimensions; use x[None].")
-        if target is not None and not isinstance(target, Tensor):
-            mend = "for one class for all torch.full((len(x),), c)" if isinstance(target, int) else "torch.as_tensor"
-            raise TypeError(
-                f"target must be an integer tensor [B] or None, got {type(target).__name__}; {mend} makes one."
-            )
+        check_batch(x, target)
         check_property(property)
         if isinstance(branches, bool) or not isinstance(branches, int) or branches < 1:
             raise ValueError(
@@ -244,16 +232,6 @@ class _Check:
             )
         if branches > 1 and sharpen is False:
             raise ValueError(f"branches={branches} divides boxes for affine forms, which sharpen=False leaves out.")
-        if target is not None and target.dim() == 0:
-            raise ValueError(
-                f"target is a single class, of shape [], and x has shape {list(x.shape)}. A batch comes first: for one "
-                "sample pass x.unsqueeze(0) and target.reshape(1)."
-            )
-        if target is not None and target.shape[:1] != x.shape[:1]:
-            raise ValueError(
-                f"x has {len(x)} samples, but target has shape {list(target.shape)}; it must be [{len(x)}]."
-                + (" For one sample pass x.unsqueeze(0)." if x.dim() == 1 else "")
-            )
         self.fn, self.x, self.target, self.clip, self.property = fn, usual(x), target, clip, property
         self.bounded: BoundFunction = bound(fn, sound=sound, parameters=parameters, product=product)
         _check_call(self.bounded.fn, (x,) if target is None else (x, target))
@@ -464,6 +442,33 @@ def _outside(nominal: Tensor, bounds: Interval) -> Tensor:
     gap = flat((nominal - bounds.mid).abs() - bounds.rad)
     scale = flat(bounds.mid.abs() + bounds.rad).amax(1, keepdim=True) if gap.shape[1] else gap
     return (gap > 1e3 * torch.finfo(gap.dtype).eps * scale).any(1)
+
+
+def check_batch(x: Any, target: Any) -> None:
+    """Raise TypeError or ValueError where these are no batch of samples and a class for each, or None."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(
+            f"x must be a floating tensor [B, ...], got {kind}; torch.as_tensor or .float() converts it. In the place "
+            "of tokens stand their embeddings (docs/transformers.md)."
+        )
+    if x.dim() == 0:
+        raise ValueError("x must be a batch [B, ...], got a tensor without dimensions; use x[None].")
+    if target is None:
+        return
+    if not isinstance(target, Tensor):
+        mend = "for one class for all torch.full((len(x),), c)" if isinstance(target, int) else "torch.as_tensor"
+        raise TypeError(f"target must be an integer tensor [B] or None, got {type(target).__name__}; {mend} makes one.")
+    if target.dim() == 0:
+        raise ValueError(
+            f"target is a single class, of shape [], and x has shape {list(x.shape)}. A batch comes first: for one "
+            "sample pass x.unsqueeze(0) and target.reshape(1)."
+        )
+    if target.shape[:1] != x.shape[:1]:
+        raise ValueError(
+            f"x has {len(x)} samples, but target has shape {list(target.shape)}; it must be [{len(x)}]."
+            + (" For one sample pass x.unsqueeze(0)." if x.dim() == 1 else "")
+        )
 
 
 def _check_call(fn: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> None:

@@ -137,3 +137,25 @@ def test_attention_is_attacked() -> None:
     at_a_corner = fn(x + 0.02, y).detach()
     margin = property.margin(fn(x, y).detach(), xb.Interval.of(at_a_corner, torch.zeros_like(at_a_corner)))
     assert (found.margin < margin).all()
+
+
+def test_a_model_in_training_mode_is_refused_before_its_statistics_move() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 4)).double()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(xb.CaptureError, match="statistics of the batch"):
+        xb.attack.pgd(xb.explain.gradient(model), X, TARGET, eps=0.1, property=xb.TopK(2))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("x", "target", "message"),
+    [
+        (X, 1, "got int; for one class for all torch.full"),
+        (X, torch.tensor(1), "target is a single class"),
+        (X, TARGET[:5], r"12 samples, but target has shape \[5\]"),
+        (X.long(), TARGET, "floating"),
+    ],
+)
+def test_what_is_no_batch_is_named(x, target, message) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        xb.attack.pgd(xb.explain.gradient(mlp()), x, target, eps=0.1, property=xb.TopK(2))
