@@ -323,8 +323,17 @@ class _Check:
         try:
             captured = captured_graph(self.bounded.fn, *one)
             value: Any = captured.graph.graph.output_node().all_input_nodes[0].meta["val"]
-        except Exception:  # whatever the function says of a batch of one: the batches' own bounds stand
+        except Exception as error:  # whatever the function says of a batch of one: the batches' own bounds stand
             self.sharpen = False
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            warnings.warn(
+                "certify leaves out its sharper bounds, and branches, because the function fails for one sample alone "
+                f"({reason}). Does it hold a tensor with a row for each sample, such as categories or noise? Pass that "
+                "as further columns of target, [B, ...], or share one row between all samples. sharpen=False says that "
+                "plain bounds are enough.",
+                RuntimeWarning,
+                stacklevel=8,
+            )
             return None
         if value.shape != nominal.shape:
             return None
