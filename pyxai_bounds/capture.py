@@ -560,6 +560,8 @@ def _check_mode(module: nn.Module, name: str) -> None:
             f"{where} would normalise with the statistics of the batch, which mixes the samples. {_MEND_MODE} "
             "(and keep track_running_stats=True)."
         )
+    if type(module).__module__.startswith("torch.ao.nn.quantized"):
+        raise CaptureError(f"{where} is quantised: it computes with packed integers. Bound the network in float32.")
 
 
 def _simplify(graph: fx.GraphModule) -> None:

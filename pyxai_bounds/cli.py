@@ -27,7 +27,7 @@ from pyxai_bounds.errors import UnsupportedOperatorError
 from pyxai_bounds.ops import hopper
 from pyxai_bounds.report import evaluate_all, glossary
 from pyxai_bounds.train import Options, Progress, Recipe, TrainingDivergedError, load, read_description, run
-from pyxai_bounds.train.checkpoint import write_file
+from pyxai_bounds.train.checkpoint import check_writable, write_file
 from pyxai_bounds.train.objectives import OBJECTIVES, WITHOUT_EPS
 from pyxai_bounds.train.objectives.options import described
 from pyxai_bounds.train.presets import PRESETS
@@ -267,7 +267,7 @@ class Evaluate:
         if self.samples < 1:
             raise ValueError(f"--samples {self.samples}: at least one sample is needed.")
         if self.csv is not None:
-            _refuse_folder("--csv", self.csv)
+            _check_file("--csv", self.csv)
         recipe = read_description(self.run)["recipe"]
         if not os.access(self.run, os.W_OK):
             raise ValueError(
@@ -322,19 +322,22 @@ class Report:
     def __call__(self) -> None:
         if not self.runs:
             raise ValueError("Name at least one run, a folder that pyxai-bounds train or demo wrote.")
-        _refuse_folder("--out", self.out)
+        _check_file("--out", self.out)
         report = _html()
         from pyxai_bounds.report import evaluate
 
         results: list[Evaluation] = []
+        networks = [load(path) for path in self.runs]  # all of them, before the first is measured
+        recipes = [read_description(path)["recipe"] for path in self.runs]
+        datasets = {name: data.load(name, self.data_root) for name in dict.fromkeys(r["data"] for r in recipes)}
         with _progress() as bar:
-            for i, (path, label) in enumerate(zip(self.runs, _labels(self.runs), strict=True)):
-                recipe = read_description(path)["recipe"]
+            runs = zip(_labels(self.runs), networks, recipes, strict=True)
+            for i, (label, model, recipe) in enumerate(runs):
 
                 def on_progress(fraction: float, label: str = label, start: int = i) -> None:
                     bar.move(f"certifying and attacking {label}", (start + fraction) / len(self.runs))
 
-                dataset, model = data.load(recipe["data"], self.data_root), load(path)
+                dataset = datasets[recipe["data"]]
                 fn = self.what.function(model, dataset.input_shape, self.seed)
                 results.append(
                     evaluate(
@@ -346,10 +349,11 @@ class Report:
         _console().print(f"[bold]{report.write_page(self.out, results)}[/bold]", highlight=False)
 
 
-def _refuse_folder(flag: str, path: Path) -> None:
+def _check_file(flag: str, path: Path) -> None:
     """Before anything is measured that could not be written."""
     if path.is_dir():
         raise ValueError(f"{flag} {path} is a folder: name a file, which is written there.")
+    check_writable(path)
 
 
 @dataclass

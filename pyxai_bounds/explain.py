@@ -48,7 +48,8 @@ class _Explanation:
             raise TypeError(f"x must be a floating tensor [B, ...], got {given}; to bound an explanation use xb.bound.")
         differentiable = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.enable_grad():
-            x, target = (t.clone() if isinstance(t, Tensor) and t.is_inference() else t for t in (x, target))
+            x = x.clone() if x.is_inference() else x
+            target = target.clone() if isinstance(target, Tensor) and target.is_inference() else target
             if not x.requires_grad:
                 x = x.detach().requires_grad_()
             score = _score(self.model(x), target, self.of)
@@ -144,8 +145,8 @@ class SmoothGrad(_Explanation):
         if noise.shape[1:] not in (x.shape, (1, *x.shape[1:])):
             sample = "".join(f", {n}" for n in x.shape[1:])
             raise ValueError(
-                f"noise must have shape [S, *x.shape] = [S, {len(x)}{sample}], or [S, 1{sample}] for the same copies of "
-                f"every sample, got {list(noise.shape)}."
+                f"noise must have shape [S, *x.shape] = [S, {len(x)}{sample}], or [S, 1{sample}] for the same copies "
+                f"of every sample, got {list(noise.shape)}."
             )
         copies = x + noise
         targets = None if target is None else target.repeat(len(noise))
@@ -229,7 +230,7 @@ def _score(output: Tensor, target: Tensor | None, of: Of) -> Tensor:
                 "of shape [B]."
             )
         if of != "logit":
-            raise ValueError(f"of={of!r} needs a target [B]; of a model with one output explain the output, of='logit'.")
+            raise ValueError(f"of={of!r} needs a target; of a model with one output explain the output, of='logit'.")
         return output.reshape(-1)
     if output.dim() != 2:
         batch = " A batch comes first: for one sample pass x.unsqueeze(0) and target.reshape(1)."

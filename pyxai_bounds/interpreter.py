@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -45,6 +46,11 @@ from pyxai_bounds.rules.standardise import Standardised, centred, rooted, shaped
 aten = torch.ops.aten
 
 _AT_POINTS = " (at points, where sound=True would bound its rounding: compute it outside, and use the tensor here)"
+
+_IN_PARAMETRIZATION = re.compile(r"\(in (\S+\.)?parametrizations\.")
+_PARAMETRIZED = (
+    " (computes a parameter: torch.nn.utils.parametrize.remove_parametrizations(layer, name) keeps its value)"
+)
 
 _OTHER_POOL = " (differentiates a max pool's gradient forwards inside of vmap; use jacrev, or autograd.grad twice)"
 
@@ -300,7 +306,9 @@ class Interpreter(fx.Interpreter):
 
     def _cannot_bound(self, node: fx.Node, reason: str) -> _Unknown:
         name = node.target.name() if isinstance(node.target, torch._ops.OpOverload) else str(node.target)
-        self.unsupported.append((name + (reason or _WHY.get(node.target, "")), source_of(node)))
+        source = source_of(node)
+        reason = reason or _WHY.get(node.target, "") or (_PARAMETRIZED if _IN_PARAMETRIZATION.search(source) else "")
+        self.unsupported.append((name + reason, source))
         return _Unknown()
 
 

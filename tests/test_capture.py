@@ -179,6 +179,14 @@ def test_modes_are_checked_again_on_every_call() -> None:
     bounded(xb.Interval.point(images(2)))
 
 
+def test_a_quantised_layer_is_refused_and_named() -> None:
+    class Linear(nn.Linear):  # as PyTorch's own, which warn of their deprecation when they are made
+        __module__ = "torch.ao.nn.quantized.dynamic.modules.linear"
+
+    with pytest.raises(xb.CaptureError, match=r"Linear '0' is quantised.*float32"):
+        xb.bound(nn.Sequential(Linear(2, 2)))(xb.Interval.linf(torch.zeros(1, 2), 0.1))
+
+
 def test_functional_dropout_and_batch_norm_are_refused() -> None:
     with pytest.raises(xb.CaptureError, match="random numbers"):
         xb.bound(lambda x: F.dropout(x, 0.5))(xb.Interval.point(images(2)))

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from pyxai_bounds import TopK, certify, cli, data, explain, train
+from pyxai_bounds import TopK, certify, cli, data, explain, report, train
 from pyxai_bounds.report import demo, glossary
 from pyxai_bounds.train import Recipe, presets
 
@@ -313,6 +313,29 @@ def test_a_user_error_is_one_line_and_exit_code_2(capsys, runs, tmp_path, argume
     assert code == 2 and out == ""
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["report", "RUN", "NONE"], "is not a run"),
+        (["report", "RUN", "--out", "BELOW"], "a.txt is a file, not a folder"),
+        (["evaluate", "RUN", "--csv", "BELOW"], "a.txt is a file, not a folder"),
+        (["train", "--data", "wine", "--out", "BELOW"], "a.txt is a file, not a folder"),
+        (["train", "--data", "wine", "--out", "FILE"], "a.txt is a file, not a folder"),
+    ],
+)
+def test_nothing_is_computed_that_would_be_lost(capsys, monkeypatch, runs, tmp_path, arguments, message):
+    places = {"RUN": runs / "linear", "NONE": tmp_path, "FILE": tmp_path / "a.txt", "BELOW": tmp_path / "a.txt" / "b"}
+    places["FILE"].write_text("")
+
+    def too_late(*arguments, **options):
+        raise AssertionError("this is said after the work")
+
+    for module, name in ((cli, "_measure"), (report, "evaluate"), (train.runs, "fit")):
+        monkeypatch.setattr(module, name, too_late)
+    code, _, err = call(capsys, *(places.get(a, a) for a in arguments))
+    assert code == 2 and message in err and places["FILE"].read_text() == ""
 
 
 @pytest.mark.parametrize(

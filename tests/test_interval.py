@@ -190,6 +190,11 @@ def test_a_point_that_is_no_number_is_refused(value: float) -> None:
         xb.Interval.point(torch.tensor([0.0, value]))
 
 
+def test_a_tensor_without_values_is_refused() -> None:
+    with pytest.raises(ValueError, match="x is on the meta device"):
+        xb.Interval.linf(torch.empty(2, 3, device="meta"), 0.1)
+
+
 def test_radii_that_could_be_meant_in_two_ways_are_refused() -> None:
     eps = torch.tensor([0.1, 0.2, 0.3])
     with pytest.raises(ValueError, match=r"eps.reshape\(\[-1, 1\]\) for one per sample, eps\[None\]"):

@@ -78,6 +78,15 @@ def test_every_unsupported_operator_is_listed_with_its_line() -> None:
     assert len(caught.value.operators) == 3
 
 
+def test_a_parametrisation_without_rules_can_be_removed() -> None:
+    layer = nn.utils.parametrizations.orthogonal(nn.Linear(6, 6))
+    box = xb.Interval.linf(torch.zeros(2, 6), 0.1)
+    with pytest.raises(xb.UnsupportedOperatorError, match=r"parametrize\.remove_parametrizations\(layer, name\)"):
+        xb.bound(layer, sound=True)(box)
+    nn.utils.parametrize.remove_parametrizations(layer, "weight")
+    assert xb.bound(layer, sound=True)(box).contains(layer(torch.zeros(2, 6))).all()
+
+
 def test_unsupported_operators_on_points_are_fine() -> None:
     bounds = xb.bound(lambda x, y: x * torch.special.i0(y))(xb.Interval.linf(VECTORS, 0.1), VECTORS + 1)
     assert bounds.rad.max() > 0

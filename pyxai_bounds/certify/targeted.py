@@ -34,7 +34,7 @@ class Unlike:
 
     def margin(self, nominal: Tensor, bounds: Interval) -> Tensor:
         lower, upper = flat(bounds.lower).double().unsqueeze(1), flat(bounds.upper).double().unsqueeze(1)
-        goals = self.targets.to(lower).flatten(1).unsqueeze(0)
+        goals = self.targets.to(lower).reshape(1, len(self.targets), -1)
         if goals.shape[2] != lower.shape[2]:
             raise ValueError(
                 f"Unlike: a target has {goals.shape[2]} entries, but an explanation {lower.shape[2]}; targets are "

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -175,6 +176,17 @@ def write_file(path: Path, content: bytes) -> None:
         raise OSError(error.errno, f"{error.strerror or error}; it cannot be written", str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Raise OSError or ValueError, before there are results to lose, where no file ``path`` can be made; makes none."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise ValueError(f"{path} cannot be written: {folder} is a file, not a folder.")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror or error}; it cannot be written", str(path)) from error
 
 
 def _safetensors() -> ModuleType:

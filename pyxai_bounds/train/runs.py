@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pyxai_bounds import data, models
 from pyxai_bounds.train.checkpoint import (
+    check_writable,
     clear_checkpoints,
     load,
     load_checkpoint,
@@ -67,6 +68,7 @@ def run(
     processes = world(device)
     tell = tell if processes.first else lambda _: None
     _tell_if_only_natural(recipe, tell)
+    check_writable(Path(out) / "run.json")
     model.to(processes.device)
     if recipe.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

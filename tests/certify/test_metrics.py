@@ -183,6 +183,8 @@ def test_unlike_is_the_least_distance_of_the_box_to_any_target() -> None:
         property.margin(nominal[..., :2, :2], bounds[..., :2, :2])
     with pytest.raises(ValueError, match="tau"):
         Unlike(targets, -1.0)
+    with pytest.raises(ValueError, match=r"a target has 1 entries, but an explanation .* targets are \[T"):
+        Unlike(targets[0, 0, 0], 0.1).margin(nominal, bounds)
 
 
 def test_excluded_features_stay_out_of_the_top_for_every_member() -> None:
