@@ -61,6 +61,10 @@ def read_description(run_dir: str | Path) -> dict[str, Any]:
     """What run.json says of a run. Raises FileNotFoundError without one, ValueError if it is damaged."""
     path = Path(run_dir) / "run.json"
     if not path.is_file():
+        if any(path.parent.glob("checkpoint-*.json")):
+            raise FileNotFoundError(
+                f"The run in {run_dir} is not finished: go on with pyxai-bounds train --resume --out {run_dir}."
+            )
         raise FileNotFoundError(f"{run_dir} is not a run: it has no run.json. Make one with pyxai-bounds train --out.")
     try:
         description = json.loads(path.read_text(encoding="utf-8"))

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from pyxai_bounds.train import Recipe, run
-from pyxai_bounds.train.checkpoint import load_checkpoint, save_checkpoint
+from pyxai_bounds.train.checkpoint import load, load_checkpoint, save_checkpoint
 from tests.cuda_graphs import imitate
 
 # Dropout draws from the generator in natural steps, batch norm keeps statistics, 10 steps make an epoch.
@@ -184,6 +184,8 @@ def test_without_resume_it_starts_anew(network):
     whole = run(RECIPE, network / "whole")
     stopped(network / "out", at=20)
     assert checkpoints(network / "out")
+    with pytest.raises(FileNotFoundError, match=r"not finished: go on with pyxai-bounds train --resume --out"):
+        load(network / "out")
     assert same(run(RECIPE, network / "out"), whole)
 
 
