@@ -287,11 +287,11 @@ def _check_floating(name: str, value: Any) -> None:
             f"Interval: {name} must have a floating dtype, got {value.dtype}; convert with .float(). In the place of "
             "tokens stand their embeddings (docs/transformers.md)."
         )
-    if value.is_meta:
-        raise ValueError(f"Interval: {name} is on the meta device, which holds no values: give it those of the data.")
 
 
 def _check_finite(name: str, value: Tensor) -> None:
+    if value.is_meta:
+        raise ValueError(f"Interval: {name} is on the meta device, which holds no values: give it those of the data.")
     # One pass over memory instead of several; a sum may overflow, but it never hides a NaN or infinity.
     if not capturing(value) and math.isfinite(value.sum().item()):
         return
