@@ -47,11 +47,15 @@ class Decision:
 
 
 def run(searches: Sequence[Search], tell: Callable[[float], None]) -> None:
-    """Carry them out, those with the same function and the same arguments beside the box together."""
+    """Carry them out, those with the same function together, of which each may have its own arguments beside the box, or
+    only those with the same (see :class:`.Forms`).
+    """
     groups: dict[Any, list[Search]] = {}
+    same: dict[Any, Sequence[Interval | Tensor]] = {}
     for search in searches:
-        points: list[Any] = [(t.dtype, t.shape, *t.flatten().tolist()) for t in search.arguments[1:]]  # type: ignore
-        groups.setdefault((id(search.forms), *points), []).append(search)
+        values = [(t.dtype, t.shape, *t.flatten().tolist()) for t in search.points]  # type: ignore[union-attr]
+        search.points = same.setdefault(tuple(values), search.points)
+        groups.setdefault((id(search.forms), id(search.points) if search.forms.own is None else None), []).append(search)
     done = 0
     for group in groups.values():
         active = group
@@ -64,7 +68,7 @@ def run(searches: Sequence[Search], tell: Callable[[float], None]) -> None:
 
 def _advance(searches: Sequence[Search]) -> None:
     """Look at as many parts as are best looked at together, the first searches' first."""
-    forms, points = searches[0].forms, searches[0].arguments[1:]
+    forms = searches[0].forms
     asked: list[tuple[Search, Ask]] = []
     for search in searches:
         room = forms.at_once - len(asked)
@@ -77,8 +81,8 @@ def _advance(searches: Sequence[Search]) -> None:
         if not now:
             continue
         try:
-            boxes = [search.arguments[0] for search, _ in now]
-            found = bounded(forms, boxes, points, [ask.signs for _, ask in now])  # type: ignore[arg-type]
+            boxes = [search.box for search, _ in now]
+            found = bounded(forms, boxes, [search.points for search, _ in now], [ask.signs for _, ask in now])
         except Exception:  # what vmap cannot do, or memory does not hold
             if len(now) == 1:
                 for search in searches:
@@ -124,7 +128,9 @@ class Search:
         self, forms: Forms, arguments: Sequence[Interval | Tensor], property: Property, nominal: Tensor,
         bounds: Interval, fn: Callable[..., Tensor], most: int,
     ) -> None:  # fmt: skip
-        self.forms, self.arguments, self.property, self.fn = forms, arguments, property, fn
+        self.forms, self.property, self.fn = forms, property, fn
+        self.box: Any = arguments[0]
+        self.points = tuple(arguments[1:])
         self.nominal, self.bounds = nominal, bounds
         self.counterexample: Tensor | None = None
         self.is_done = self.is_endless = self.failed = False
@@ -202,7 +208,7 @@ class Search:
         return torch.where(found.isnan(), -math.inf, found)
 
     def _try(self, x: Tensor) -> None:
-        value = self.fn(x, *self.arguments[1:])
+        value = self.fn(x, *self.points)
         margin = self._margin(Interval.of(value, torch.zeros_like(value)))
         if bool((margin < 0) & margin.isfinite()):
             self.counterexample, self.is_done = x, True

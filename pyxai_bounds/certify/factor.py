@@ -44,8 +44,9 @@ class Divided:
     def __init__(self, whole: fx.GraphModule, node: fx.Node, arguments: Sequence[Tensor]) -> None:
         self.whole, self.node = whole, node
         value: Tensor = node.meta["val"]
+        dims = whole.graph.output_node().all_input_nodes[0].meta["val"].dim()
         grad = torch.eye(value.shape[-1], dtype=value.dtype, device=arguments[0].device)[:1]
-        self.graph = captured_graph(self._divided, *arguments, *_of_class(grad), grad.new_ones(1)).graph
+        self.graph = captured_graph(self._divided, *arguments, *_of_class(grad), grad.new_ones([1] * dims)).graph
 
     @classmethod
     def of(cls, captured: Captured, arguments: Sequence[Tensor], parameters: ParameterBox | None) -> Divided | None:
@@ -85,7 +86,7 @@ class Divided:
 
         with torch.no_grad(), without_autocast():
             found = _Replacing(self.whole, self.node, direction).run(*arguments)[0]
-        factor = ((found.double() * nominal).sum() / found.double().square().sum()).to(nominal.dtype).reshape(1)
+        factor = ((found.double() * nominal).sum() / found.double().square().sum()).to(nominal.dtype).reshape([1] * nominal.dim())
         found = found * factor
         close = (nominal - found).abs().amax() <= 0.01 * nominal.abs().amax()
         return ([*more, factor], found) if more and close and 0 < factor < torch.inf else None
@@ -113,12 +114,14 @@ def _of_class(grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of a gradient [1, K] of one class: the places of the others, ±e_t, and what spreads the others' shares."""
     order, sign = grad.abs().argsort(-1), grad.sign()
     identity = torch.eye(grad.shape[1], dtype=grad.dtype, device=grad.device)
-    return order[:, :-1], sign, -sign.sum() * identity[order[0, :-1]]
+    return order[:, :-1], sign, -sign.sum() * identity[order[:, :-1]]
 
 
 def _direction(logits: Tensor, others: Tensor, own: Tensor, spread: Tensor) -> Tensor:
-    """±(e_t - q); of a single number, ±1."""
-    return own + logits.gather(-1, others).softmax(-1) @ spread if len(spread) else own.reshape(logits.shape)
+    """±(e_t - q); of a single number, ±1. Each argument has a row for each sample."""
+    if not spread.shape[1]:
+        return own.reshape(logits.shape)
+    return own + torch.bmm(logits.gather(-1, others).softmax(-1).unsqueeze(1), spread).squeeze(1)
 
 
 def _node_of(graph: fx.GraphModule, parameters: ParameterBox | None) -> fx.Node | None:

@@ -39,12 +39,14 @@ class Forms:
         rows = Rows.of(graph) if parameters is None else None
         self.graph = graph if rows is None else rows.graph
         self.shared = None if rows is None else rows.shared
+        self.own = None if rows is None else rows.own
         self.rounding, self.product, self.most, self.parameters = rounding, product, most, parameters
         placeholders = self.graph.graph.find_nodes(op="placeholder")
-        self._moving = behind(placeholders[:1])
+        self._moving, self._chosen = behind(placeholders[:1]), behind(placeholders[1:])
         self._largest = max(1, *_sizes(self._moving))
         self._symbols = 4 * placeholders[0].meta["val"].numel() if placeholders else 1
-        self._known: tuple[Sequence[Any], dict[fx.Node, Any]] | None = None
+        self._constants: dict[fx.Node, Any] | None = None
+        self._known: dict[int, tuple[Sequence[Any], dict[fx.Node, Any]]] = {}  # by the identity of other arguments
 
     @classmethod
     def of(
@@ -86,42 +88,53 @@ class Forms:
         return self.most if rows == 1 else min(self.most, LARGEST // (rows * self._largest))
 
     def __call__(
-        self, arguments: Sequence[Interval | Tensor], evaluator: Evaluator | None = None
+        self, box: Interval, points: Sequence[Sequence[Interval | Tensor]], evaluator: Evaluator | None = None
     ) -> tuple[Interval, Form]:
         """The explanation [1, ...] over a box: its bounds, and its form. ``evaluator``: one that knows more.
 
-        Of up to ``at_once`` boxes [rows, ...] if the other arguments, [1, ...], belong to all of them.
+        Of up to ``at_once`` boxes [rows, ...]. ``points``: the other arguments for each of these, [1, ...], which must
+        be the same for all where ``own`` is None.
         """
-        evaluator = evaluator or self.evaluator(len(arguments[0]))
+        evaluator = evaluator or self.evaluator(len(box))
         with contextlib.ExitStack() as stack:
             # Without cuDNN, whose convolutions may be Fourier transforms, which lose more than sums do.
             exact = torch.no_grad(), torch.backends.cudnn.flags(enabled=False), rd.without_autocast()
             for context in (*exact, rd.ieee_arithmetic(), rd.use(self.rounding), use_product(self.product)):
                 stack.enter_context(context)
-            known = self._constants(arguments[1:])
-            bounds = as_set(evaluator.run(*arguments, enable_io_processing=False, initial_env=known)[0])
+            known = self._known_of(points)
+            bounds = as_set(evaluator.run(box, *points[0], enable_io_processing=False, initial_env=known)[0])
         if evaluator.unsupported:
             raise UnsupportedOperatorError(list(dict.fromkeys(evaluator.unsupported)))
         self._symbols = evaluator.symbols.count
         return bounds, evaluator.operand(self.graph.graph.output_node().all_input_nodes[0])
 
-    def _constants(self, points: Sequence[Interval | Tensor]) -> dict[fx.Node, Any]:
-        """What depends on the other arguments alone, which are mostly those of the call before."""
+    def _known_of(self, points: Sequence[Sequence[Interval | Tensor]]) -> dict[fx.Node, Any]:
+        """What does not depend on the box, but on the other arguments, which are mostly those of the call before."""
         if self.shared is None:
             return {}
-        if self._known is None or not all(a is b for a, b in zip(self._known[0], points, strict=True)):
-            run = Interpreter(self.graph, None)
-            given = iter(points)
-            for node in self.graph.graph.nodes:
-                if node.op == "placeholder":
-                    run.env[node] = None if node in self._moving else next(given)
-                elif node not in self._moving and node.op != "output":
-                    run.env[node] = run.run_node(node)
-            if run.unsupported:
-                raise UnsupportedOperatorError(list(dict.fromkeys(run.unsupported)))
-            constants = {node: value for node, value in run.env.items() if node.op != "placeholder"}
-            self._known = tuple(points), constants
-        return dict(self._known[1])
+        different = {id(given): given for given in points}
+        self._known = {key: self._known.get(key) or (given, self._at(given)) for key, given in different.items()}
+        rows = [self._known[id(given)][1] for given in points]
+        if len(points) == 1 or self.own is None:
+            assert len(different) == 1, "rows meet"
+            return dict(rows[0])
+        known = {node: None if node in self._chosen else value for node, value in rows[0].items()}
+        return known | {node: joined([row[node] for row in rows]) for node in self.own}
+
+    def _at(self, points: Sequence[Interval | Tensor]) -> dict[fx.Node, Any]:
+        """What these arguments, and none, decide."""
+        run, given = Interpreter(self.graph, None), iter(points)
+        run.env.update(self._constants or {})
+        for node in self.graph.graph.nodes:
+            if node.op == "placeholder":
+                run.env[node] = None if node in self._moving else next(given)
+            elif node not in self._moving and node.op != "output" and node not in run.env:
+                run.env[node] = run.run_node(node)
+        if run.unsupported:
+            raise UnsupportedOperatorError(list(dict.fromkeys(run.unsupported)))
+        found = {node: value for node, value in run.env.items() if node not in self._moving}
+        self._constants = {node: value for node, value in found.items() if node not in self._chosen}
+        return found
 
 
 class FormRows:
@@ -140,6 +153,13 @@ class FormRows:
         generators = self._form.generators.flatten(1)[:, entries].T
         centre, slack = (t.flatten()[entries, None] for t in (self._form.centre, self._form.slack))
         return torch.cat([generators, centre], 1), torch.cat([torch.zeros_like(generators), slack], 1)
+
+
+def joined(rows: Sequence[Any]) -> Any:
+    """What samples have, [1, ...] each, as rows."""
+    if isinstance(rows[0], Interval):
+        return Interval.of(joined([row.mid for row in rows]), joined([row.rad for row in rows]))
+    return rows[0] if len(rows) == 1 else torch.cat(list(rows))
 
 
 def _sizes(nodes: set[fx.Node]) -> list[int]:

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from pyxai_bounds.certify.affine.evaluator import Evaluator
 from pyxai_bounds.certify.affine.form import Form, padded
-from pyxai_bounds.certify.forms import Forms
+from pyxai_bounds.certify.forms import Forms, joined
 from pyxai_bounds.interval import Interval
 
 aten = torch.ops.aten
@@ -21,13 +21,11 @@ Signs = Mapping[fx.Node, Tensor]
 
 
 def bounded(
-    forms: Forms, boxes: Sequence[Interval], points: Sequence[Interval | Tensor], signs: Sequence[Signs]
+    forms: Forms, boxes: Sequence[Interval], points: Sequence[Sequence[Interval | Tensor]], signs: Sequence[Signs]
 ) -> list[Part]:
-    """Parts of boxes [1, ...], by the signs that hold in them; ``points``: the other arguments, the same for all."""
+    """Parts of boxes [1, ...], by the signs that hold in them; ``points``: the other arguments of each."""
     run = _Evaluator(forms, signs)
-    one = boxes[0]
-    box = one if len(boxes) == 1 else Interval.of(*(torch.cat([getattr(b, t) for b in boxes]) for t in ("mid", "rad")))
-    bounds, form = forms([box, *points], run)
+    bounds, form = forms(boxes[0] if len(boxes) == 1 else joined(boxes), points, run)
     return [Part(run, row, boxes[row], bounds[row : row + 1], form.row(row)) for row in range(len(boxes))]
 
 

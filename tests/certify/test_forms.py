@@ -28,7 +28,7 @@ def evaluated(fn, box: xb.Interval, *arguments: Tensor, sound: bool = True) -> t
     """Bounds of one sample by forms, and the form of its explanation."""
     mode = rd.choose(sound, "real")
     found = Forms.of(captured_graph(fn, box.mid, *arguments).graph, mode, "rump", cheaply=False)
-    return found([box, *arguments])
+    return found(box, [arguments])
 
 
 def assert_holds(fn, box: xb.Interval, *arguments: Tensor, points: int = 30, slack: float = 1e-12) -> float:
@@ -349,9 +349,9 @@ def test_what_holds_at_the_greatest_radius_is_looked_at_once(monkeypatch: pytest
     options = dict(property=xb.TopK(3), clip=(0.0, 1.0))
     seen, of_class = [], Forms.__call__
 
-    def noted(self: Forms, arguments: list, *more: object) -> tuple:
-        seen.append(int(arguments[1]))
-        return of_class(self, arguments, *more)
+    def noted(self: Forms, box: xb.Interval, points: list, *more: object) -> tuple:
+        seen.extend(int(target) for (target,) in points)
+        return of_class(self, box, points, *more)
 
     monkeypatch.setattr(Forms, "__call__", noted)
     last = float(xb.certified_radius(fn, x, target, max_eps=0.1, **options).sort().values[1])

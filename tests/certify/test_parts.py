@@ -99,9 +99,9 @@ def test_rows_are_what_they_are_by_themselves(name: str, sound: bool) -> None:
     found = forms_of(fn, x, *points, sound=sound)
     assert found.shared is not None
     box = xb.Interval.linf(x, torch.tensor([0.0, 1e-4, 0.01, 0.1, 0.3])[:, None])
-    bounds, form = found([box, *points])
+    bounds, form = found(box, [points] * 5)
     for row in range(5):
-        alone, of_row = found([box[row : row + 1], *points])
+        alone, of_row = found(box[row : row + 1], [points])
         # Sums in another order are all that may differ.
         scale = 1e-12 * (1 + alone.mid.abs() + alone.rad)
         assert ((bounds.mid[row] - alone.mid).abs() <= scale).all() and (
@@ -150,11 +150,11 @@ def test_inputs_lie_within_the_bounds_of_their_parts(name: str) -> None:
             {s: torch.where(wanted[s], torch.where(v > 0, 1, -1), 0).to(torch.int8) for s, v in values.items()}
         )
     signs[0] = {}  # the whole of a box among parts of others
-    parts = bounded(found, boxes, [points], signs)
+    parts = bounded(found, boxes, [[points]] * rows, signs)
     inside, strays = [0] * rows, 0
     for i, box in enumerate(boxes):
         part = parts[i]
-        (alone,) = bounded(found, [box], [points], [signs[i]])
+        (alone,) = bounded(found, [box], [[points]], [signs[i]])
         assert ((part.bounds.rad - alone.bounds.rad).abs() <= 1e-12 * (1 + alone.bounds.rad)).all()
         for seed in range(300):
             at = sample(box, seed, corners=seed % 4 == 0)
@@ -218,10 +218,10 @@ def test_more_than_memory_holds_is_looked_at_one_by_one(monkeypatch: pytest.Monk
     options = dict(eps=0.08, property=xb.TopK(2), branches=20)
     expected, whole = xb.certify(fn, x, y, **options), Forms.__call__
 
-    def one_alone(self: Forms, arguments: list, *more: object) -> tuple:
-        if len(arguments[0]) > 1:
+    def one_alone(self: Forms, box: xb.Interval, *more: object) -> tuple:
+        if len(box) > 1:
             raise MemoryError
-        return whole(self, arguments, *more)
+        return whole(self, box, *more)
 
     monkeypatch.setattr(Forms, "__call__", one_alone)
     found = xb.certify(fn, x, y, **options)

@@ -146,11 +146,11 @@ def reshaped(x: Form, shape: Sequence[int]) -> Form:
     return moved(lambda t: t.reshape(sizes), x)
 
 
-def scattered(x: Form, places: Tensor, like: Form) -> Form:
-    """A vector as long as another, 0 but for these places."""
-    centre, slack = (torch.zeros_like(like.centre).index_copy(0, places, t) for t in (x.centre, x.slack))
-    generators = x.generators.new_zeros(len(x.generators), len(centre))
-    generators[:, places] = x.generators
+def scattered(x: Form, columns: Tensor, like: Form) -> Form:
+    """Rows as long as another's, 0 but for these columns."""
+    centre, slack = (torch.zeros_like(like.centre).index_copy(1, columns, t) for t in (x.centre, x.slack))
+    generators = x.generators.new_zeros(len(x.generators), *centre.shape)
+    generators[:, :, columns] = x.generators
     return Form(centre, generators, slack)
 
 

@@ -20,29 +20,34 @@ aten = torch.ops.aten
 
 
 def greatest(symbols: Symbols, x: Form, box: Interval, index: Tensor) -> Form | None:
-    """Of each column of places [P, M] in x flattened, -1 for none: max(a, b) = a + relu(b - a), one by one, from
-    that of the greatest lower end on. What lies below that end cannot be the greatest.
+    """Of each column of places [P, M] in a row of x flattened, -1 for none, [rows, M]: max(a, b) = a + relu(b - a), one
+    by one, from that of the greatest lower end on. What lies below that end cannot be the greatest.
     """
     if not bool(box.isfinite().all()):
         return None
-
-    def taken(x: Form, places: Tensor) -> Form:
-        return moved(lambda t: t[places], x)
-
-    flat = reshaped(x, [-1])
-    lower, upper = (t.flatten()[index] for t in common_ends(x, box))
+    rows = symbols.rows
+    flat = reshaped(x, [rows, -1])
+    lower, upper = (t.reshape(rows, -1)[:, index] for t in common_ends(x, box))  # [rows, P, M]
     lower, upper = (torch.where(index < 0, -math.inf, t) for t in (lower, upper))
-    order = lower.argsort(0, descending=True)
-    index, lower, upper = (t.gather(0, order) for t in (index, lower, upper))
-    best = taken(flat, index[0])
-    for place, most in zip(index[1:], upper[1:], strict=True):
-        open_ = (most > lower[0]).nonzero()[:, 0]
-        if len(open_):
-            ahead = taken(flat, place[open_]) - taken(best, open_)
+    order = lower.argsort(1, descending=True, stable=True)
+    lower, upper = (t.gather(1, order) for t in (lower, upper))
+    index = index.clamp(min=0).expand(rows, -1, -1).gather(1, order)
+
+    def taken(places: Tensor) -> Form:
+        return moved(lambda t: t.gather(1, places), flat)
+
+    best = taken(index[:, 0])
+    for place in range(1, index.shape[1]):
+        above = upper[:, place] > lower[:, 0]
+        columns = above.any(0).nonzero()[:, 0]  # of some row
+        if len(columns):
+            ahead = taken(index[:, place, columns]) - moved(lambda t, columns=columns: t[:, columns], best)
             least, furthest = ahead.ends
-            furthest = torch.fmin(furthest, up(most[open_] - lower[0, open_], 1))
+            furthest = torch.fmin(furthest, up(upper[:, place, columns] - lower[:, 0, columns], 1))
             furthest = torch.fmax(furthest, least)
-            best = best + scattered(symbols.lined(ahead, lines.rectified(least, furthest)), open_, best)
+            shut = ~above[:, columns]
+            least, furthest = torch.where(shut, -1.0, least), torch.where(shut, 0.0, furthest)
+            best = best + scattered(symbols.lined(ahead, lines.rectified(least, furthest)), columns, best)
     return best
 
 
@@ -54,7 +59,8 @@ def maximum(run: Evaluator, n: fx.Node, result: Interval) -> Form | None:
     dims = [named] if isinstance(named, int) else named
     if not dims or len(dims) != 1 or not isinstance(box, Interval) or x.centre.dim() == 0:
         return None
-    places = torch.arange(x.centre.numel(), device=x.centre.device).reshape(x.centre.shape)
+    shape, rows = x.centre.shape, run.symbols.rows
+    places = torch.arange(shape.numel() // rows, device=x.centre.device).reshape(shape[0] // rows, *shape[1:])
     found = greatest(run.symbols, x, in_float64(box), places.movedim(dims[0], 0).flatten(1))
     return None if found is None else reshaped(found, result.shape)
 
@@ -73,8 +79,8 @@ def pool(run: Evaluator, n: fx.Node, result: Interval) -> Form | None:
         places = indices.windows()[1]
     except UnsupportedArgumentsError:
         return None
-    rows = x.centre.numel() // places.whole
-    first = torch.arange(rows, device=x.centre.device)[:, None] * places.whole
+    planes = x.centre.numel() // (places.whole * run.symbols.rows)
+    first = torch.arange(planes, device=x.centre.device)[:, None] * places.whole
     index = places.index[:, None] + first
     index = torch.where((places.index < places.whole)[:, None], index, -1)
     found = greatest(run.symbols, x, run.value(call.args[0]), index.flatten(1))
@@ -93,15 +99,16 @@ def pool_backward(run: Evaluator, n: fx.Node, result: Interval) -> Form | None:
         x, places = indices.windows()
     except (AttributeError, UnsupportedArgumentsError):
         return None
-    must, may = (t.to(torch.float64) for t in places.first_maximum(in_float64(x)))
-    windows = reshaped(grad, [must.shape[0], 1, must.shape[2]])
+    each = [run.symbols.rows, -1, *places.index.shape]  # rows, planes, positions, windows
+    must, may = (t.to(torch.float64).reshape(each) for t in places.first_maximum(in_float64(x)))
+    windows = reshaped(grad, [*must.shape[:2], 1, must.shape[3]])
     sure = mapped(lambda t: t * (must + may) / 2, lambda t: t * (must + may) / 2, windows, terms=1)
     unsure = up(windows.size * (may - must) / 2, 2) * (may - must)
-    two = (may.sum(1, keepdim=True) == 2) & (must.sum(1, keepdim=True) == 0)
-    signs = torch.where(may.cumsum(1) > 1, -1.0, 1.0) * unsure * two
-    parts = run.symbols.fresh(run.symbols.shared(sure, signs, 1), torch.where(two, 0.0, unsure))
+    two = (may.sum(2, keepdim=True) == 2) & (must.sum(2, keepdim=True) == 0)
+    signs = torch.where(may.cumsum(2) > 1, -1.0, 1.0) * unsure * two
+    parts = run.symbols.fresh(run.symbols.shared(sure, signs, 2), torch.where(two, 0.0, unsure))
 
     def fold(t: Tensor) -> Tensor:
-        return places.fold(t)
+        return places.fold(t.flatten(0, 1))
 
     return reshaped(mapped(fold, fold, parts, terms=len(places.index)), result.shape)

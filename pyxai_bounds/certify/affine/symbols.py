@@ -72,19 +72,21 @@ class Symbols:
         return Form(form.centre, generators, left)
 
     def shared(self, form: Form, amounts: Tensor, dim: int) -> Form:
-        """``form`` + ξ·amounts, a symbol for all that lie along a dimension; slack where there is no room for them."""
-        assert self.rows == 1, "rows meet"
-        rows = amounts.movedim(dim, 0).flatten(1)
-        wanted = rows.abs().amax(0).nonzero()[:, 0]
-        if self.count + len(wanted) > self.most:
+        """``form`` + ξ·amounts, a symbol for all that lie along a dimension, not that of rows; slack where there is no room."""
+        along = amounts.movedim(dim, 0)
+        some = along.reshape(len(along), self.rows, -1)
+        wanted = some.abs().amax(0) != 0
+        added = int(wanted.sum(1).amax()) if wanted.numel() else 0
+        if self.count + added > self.most:
             return Form(form.centre, form.generators, up(form.slack + amounts.abs(), 1))
-        if not len(wanted):
+        if not added:
             return form
-        new = rows.new_zeros(len(wanted), *rows.shape)
-        new[torch.arange(len(wanted), device=rows.device), :, wanted] = rows[:, wanted].T
-        new = new.reshape(len(wanted), amounts.shape[dim], *amounts.movedim(dim, 0).shape[1:]).movedim(1, dim + 1)
+        row, place = wanted.nonzero(as_tuple=True)
+        new = some.new_zeros(added, *some.shape)
+        new[wanted.cumsum(1)[row, place] - 1, :, row, place] = some[:, row, place].T
+        new = new.reshape(added, *along.shape).movedim(1, dim + 1)
         before = padded(form.generators, self.count)
-        self.count += len(wanted)
+        self.count += added
         return Form(form.centre, torch.cat([before, new]), form.slack)
 
     def lined(self, x: Form, line: Line, known: Interval | None = None, symbols: bool = True) -> Form:
