@@ -29,7 +29,7 @@ def greatest(symbols: Symbols, x: Form, box: Interval, index: Tensor) -> Form | 
     flat = reshaped(x, [rows, -1])
     lower, upper = (t.reshape(rows, -1)[:, index] for t in common_ends(x, box))  # [rows, P, M]
     lower, upper = (torch.where(index < 0, -math.inf, t) for t in (lower, upper))
-    order = lower.argsort(1, descending=True, stable=True)
+    order = lower.argsort(dim=1, descending=True, stable=True)
     lower, upper = (t.gather(1, order) for t in (lower, upper))
     index = index.clamp(min=0).expand(rows, -1, -1).gather(1, order)
 
@@ -74,7 +74,7 @@ def pool(run: Evaluator, n: fx.Node, result: Interval) -> Form | None:
     indices = run.env[call][1]
     if n.args[1] != 0 or call.args[0] not in run.forms or not isinstance(indices, Indices):
         return None
-    x, shape = run.forms[call.args[0]], n.meta["val"].shape
+    x = run.forms[call.args[0]]
     try:
         places = indices.windows()[1]
     except UnsupportedArgumentsError:
@@ -84,7 +84,7 @@ def pool(run: Evaluator, n: fx.Node, result: Interval) -> Form | None:
     index = places.index[:, None] + first
     index = torch.where((places.index < places.whole)[:, None], index, -1)
     found = greatest(run.symbols, x, run.value(call.args[0]), index.flatten(1))
-    return None if found is None else reshaped(found, shape)
+    return None if found is None else reshaped(found, result.shape)
 
 
 @form_rule(
