@@ -438,8 +438,8 @@ def group_norm(
     x: Value, weight: Value | None, bias: Value | None, N: int, C: int, HxW: int, group: int, eps: float
 ) -> tuple[Interval, Interval, Interval]:
     dims = len(x.shape)
-    rows = [N * group, C // group * HxW]
-    return normalise(x, rows, [N, group], per_channel(weight, dims), per_channel(bias, dims), eps)
+    rows = [x.shape[0] * group, C // group * HxW]
+    return normalise(x, rows, [x.shape[0], group], per_channel(weight, dims), per_channel(bias, dims), eps)
 
 
 @rule(aten.native_group_norm_backward.default, precision="own")
@@ -447,7 +447,7 @@ def group_norm_backward(
     grad: Value, x: Value, mean: Value, inverse: Value, weight: Value | None, N: int, C: int, HxW: int, group: int,
     output_mask: list[bool],
 ) -> tuple[Any, Any, Any]:  # fmt: skip
-    rows = [N * group, C // group * HxW]
+    rows = [x.shape[0] * group, C // group * HxW]
     out, slope = normalise_backward(grad, x, rows, mean, inverse, per_channel(weight, len(x.shape)))
     return _gradients(grad, out, slope, [0, *range(2, len(x.shape))], [C], output_mask)
 

@@ -80,6 +80,21 @@ def test_what_may_mix_samples_is_run_one_by_one(name: str) -> None:
     assert Rows.of(graph) is None
 
 
+TOKENS = nn.Sequential(nn.Unflatten(1, (3, 2)), nn.Linear(2, 4), nn.LayerNorm(4), nn.Tanh(), nn.Flatten(),
+                       nn.Linear(12, 3)).double()  # fmt: skip
+GROUPS = nn.Sequential(nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 4, 2, padding=1), nn.GroupNorm(2, 4), nn.ReLU(),
+                       nn.Flatten(), nn.Linear(48, 3)).double()  # fmt: skip
+RESNET = nn.Sequential(nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 3, 2, padding=2), nn.BatchNorm2d(3), nn.ReLU(),
+                       nn.MaxPool2d(3, 2, 1), nn.ZeroPad2d((1, 0, 0, 1)), nn.Conv2d(3, 4, 2), nn.ReLU(),
+                       nn.AdaptiveMaxPool2d((2, 1)), nn.Flatten(), nn.Linear(8, 3)).double().eval()  # fmt: skip
+
+
+def rooted(x: Tensor) -> Tensor:
+    """Root-mean-square norms of two tokens."""
+    x = F.linear(x, W.T[:, :4] if x.shape[1] == 4 else torch.eye(6).double()).reshape(-1, 2, 3)
+    return (x * (x.pow(2).mean(2, keepdim=True) + 0.1).rsqrt()).flatten(1) @ W[:3].T
+
+
 APART = {
     "elementwise": lambda x: (x * W[:1]).tanh() * W[1] + 2 * x.sigmoid() / 3 - (1 - x).exp(),
     "products of itself": lambda x: torch.bmm(x.reshape(-1, 2, 3), x.reshape(-1, 3, 2)).softmax(-1).sum(1) * x[:, :2],
@@ -87,21 +102,33 @@ APART = {
     "moved": lambda x: x.reshape(-1, 2, 3).permute(0, 2, 1)[:, :2].unsqueeze(1).transpose(1, 2).sum(3),
     "pools": lambda x: F.adaptive_avg_pool2d(F.avg_pool2d(x.reshape(-1, 1, 2, 3), 2, 1), (1, 1)).flatten(1) * x,
     "broadcast": lambda x: x[:, :, None] * x.sum(1, keepdim=True)[:, :, None].expand(-1, 6, 2) + W[0, :2],
+    "joined and divided": lambda x: torch.cat([torch.stack(x.split(2, 1), 2).unbind(1)[0].exp(), x, 0 * x + W[:1]], 1),
+    "padded and chosen": lambda x: F.pad(x.tanh(), (1, 2))[:, 1:].index_select(1, torch.tensor([5, 0, 1])) * x[:, :3],
+    "maxima of three": lambda x: F.max_pool2d(x.reshape(-1, 2, 3, 1), (3, 1)).flatten(1) * x.reshape(-1, 2, 3).amax(2),
+    "root mean squares": rooted,
+    "the target's": lambda x, y: x.exp().gather(1, y[:, None]) * x,
     "a gradient": xb.explain.gradient(network("convolutions"), of="probability"),
+    "of a loss": xb.explain.gradient(network("deep"), of="loss"),
+    "through max pools": xb.explain.gradient(RESNET),
+    "through layer norms": xb.explain.gradient(TOKENS),
+    "through group norms": xb.explain.gradient(GROUPS),
+    "through root mean squares": xb.explain.gradient(rooted),
 }  # fmt: skip
+TARGETED = [name for name, fn in APART.items() if isinstance(fn, xb.explain.Gradient) or name == "the target's"]
 
 
 @pytest.mark.parametrize("name", APART)
 @pytest.mark.parametrize("sound", [False, True])
 def test_rows_are_what_they_are_by_themselves(name: str, sound: bool) -> None:
+    """Rows of samples with targets of their own."""
     fn, x = APART[name], images(5, 4, (6,))
-    points = [torch.tensor([1])] if name == "a gradient" else []
-    found = forms_of(fn, x, *points, sound=sound)
-    assert found.shared is not None
+    points = [(torch.tensor([row % 3]),) if name in TARGETED else () for row in range(5)]
+    found = forms_of(fn, x, *points[0], sound=sound)
+    assert found.shared is not None and found.own is not None
     box = xb.Interval.linf(x, torch.tensor([0.0, 1e-4, 0.01, 0.1, 0.3])[:, None])
-    bounds, form = found(box, [points] * 5)
+    bounds, form = found(box, points)
     for row in range(5):
-        alone, of_row = found(box[row : row + 1], [points])
+        alone, of_row = found(box[row : row + 1], points[row : row + 1])
         # Sums in another order are all that may differ.
         scale = 1e-12 * (1 + alone.mid.abs() + alone.rad)
         assert ((bounds.mid[row] - alone.mid).abs() <= scale).all() and (
@@ -109,7 +136,7 @@ def test_rows_are_what_they_are_by_themselves(name: str, sound: bool) -> None:
         ).all()
         assert ((form.reach[row] - of_row.reach).abs() <= scale).all()
         for seed in range(10):
-            point = fn(sample(box[row : row + 1], seed, corners=seed % 2 == 0), *points).detach()
+            point = fn(sample(box[row : row + 1], seed, corners=seed % 2 == 0), *points[row]).detach()
             assert ((point - form.centre[row]).abs() <= form.reach[row] + scale).all()
 
 

@@ -18,7 +18,6 @@ from pyxai_bounds.interval import Interval
 from pyxai_bounds.parameters import ParameterBox
 from pyxai_bounds.rules import RULES as INTERVAL_RULES
 from pyxai_bounds.rules.registry import Indices, singleton
-from pyxai_bounds.rules.standardise import Standardised
 
 
 class Evaluator(Interpreter):
@@ -37,7 +36,7 @@ class Evaluator(Interpreter):
         self.symbols = Symbols(most, rows, _dtype(graph.graph))
         self.shared = {} if shared is None or rows == 1 else shared
         self.forms: dict[fx.Node, Form] = {}
-        self.normal: dict[fx.Node, tuple[Form, Form, Standardised]] = {}  # of a norm, before weight and bias
+        self.normal: dict[fx.Node, tuple[Form, Form, Interval, Interval]] = {}  # of a norm, before weight and bias
         self.moving: set[fx.Node] = set()  # what depends on an argument that is a set
         self.done = _last_uses(graph.graph)
 

@@ -17,7 +17,7 @@ from pyxai_bounds.certify.affine.products import affine
 from pyxai_bounds.certify.affine.registry import call_of, form_rule
 from pyxai_bounds.interval import Interval
 from pyxai_bounds.rules.registry import ends, in_float64, singleton
-from pyxai_bounds.rules.standardise import Standardised
+from pyxai_bounds.rules.standardise import Standardised, shaped
 
 aten = torch.ops.aten
 
@@ -50,50 +50,50 @@ def norm_backward(run: Evaluator, n: fx.Node, result: Interval) -> Form | None:
     found = _standardised(run, forward)
     if found is None or inverse.args[1] != 2:
         return None
-    normal, scale, known = found
+    normal, scale, box, known = found
     shape = run.env[call][0].shape
     weight = call.args[5] if layer else call.args[4]
     h = affine(run, run.operand(call.args[0]), weight, None, _weight_shape(call, shape))
-    h = reshaped(h, known.value.shape)
+    h = reshaped(h, normal.centre.shape)
 
     def inner(a: Tensor, b: Tensor) -> Tensor:
         return _mean(a * b)
 
-    along = run.symbols.bilinear(inner, h, normal, h.centre.shape[1], None, known.value)
-    across = run.symbols.bilinear(torch.mul, normal, along, 1, known.value, symbols=False)
-    return reshaped(run.symbols.product(_less_mean(h) - across, scale, None, known.inverse), shape)
+    along = run.symbols.bilinear(inner, h, normal, h.centre.shape[2], None, box)
+    across = run.symbols.bilinear(torch.mul, normal, along, 1, box, symbols=False)
+    return reshaped(run.symbols.product(_less_mean(h) - across, scale, None, known), shape)
 
 
-def _standardised(run: Evaluator, call: fx.Node) -> tuple[Form, Form, Standardised] | None:
-    """Rows standardised, y = d/√(v + eps) with d = x - mean and v the mean of d²; 1/√(v + eps); and what the rule
-    knows of both.
+def _standardised(run: Evaluator, call: fx.Node) -> tuple[Form, Form, Interval, Interval] | None:
+    """What is standardised by itself, of each sample so much, [rows, M, N]: y = d/√(v + eps) with d = x - mean and v the
+    mean of d²; 1/√(v + eps); and what the rule knows of both.
     """
     if call not in run.normal:
         known = getattr(run.env[call][2], "state", None)
         if not isinstance(known, Standardised):
             return None
-        x = reshaped(run.operand(call.args[0]), known.value.shape)
+        box, scale = (shaped(t, [run.symbols.rows, -1, t.shape[1]]) for t in (known.value, known.inverse))
+        x = reshaped(run.operand(call.args[0]), box.shape)
         eps = float(call.args[-1])  # type: ignore[arg-type]
         d = _less_mean(x)
         squares = run.symbols.lined(d, lines.power(powers(2.0), 2.0, *d.ends), symbols=False)
-        offset = Form.box(singleton(torch.full_like(d.centre[:, :1], eps)))
-        v = run.symbols.fresh(mapped(_mean, _mean, squares) + offset)
-        least, most = ends(known.inverse)
+        offset = Form.box(singleton(torch.full_like(d.centre[..., :1], eps)))
+        v = run.symbols.fresh(mapped(_mean, _mean, squares, terms=x.centre.shape[2]) + offset)
+        least, most = ends(scale)
         lower, upper = v.ends
         lower = torch.fmax(lower, (1 - lines.LOSS) / most.square())
         upper = torch.where(least > 0, torch.fmin(upper, (1 + lines.LOSS) / least.square()), upper)
-        inverse = curved(run.symbols, aten.rsqrt.default, v, lower, upper, known.inverse)
-        run.normal[call] = run.symbols.product(d, inverse, None, known.inverse), inverse, known
+        inverse = curved(run.symbols, aten.rsqrt.default, v, lower, upper, scale)
+        run.normal[call] = run.symbols.product(d, inverse, None, scale), inverse, box, scale
     return run.normal[call]
 
 
 def _mean(t: Tensor) -> Tensor:
-    return t.mean(1, keepdim=True)
+    return t.mean(2, keepdim=True)
 
 
 def _less_mean(x: Form) -> Form:
-    """Rows less their mean."""
-    return x - mapped(_mean, _mean, x, terms=x.centre.shape[1])
+    return x - mapped(_mean, _mean, x, terms=x.centre.shape[2])
 
 
 def _weight_shape(call: fx.Node, shape: Sequence[int]) -> list[int]:

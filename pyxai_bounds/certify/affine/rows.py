@@ -84,6 +84,8 @@ class Rows:
             own.update(chosen.intersection(apart))
             if node.target in VIEWS or node.target is aten.expand.default:
                 node.args = (node.args[0], [-1, *node.meta["val"].shape[1:]], *node.args[2:])
+            if node.target in _GROUP_NORMS:  # the rules look at the shape, and PyTorch refuses this
+                node.update_arg(_GROUP_NORMS[node.target], -1)
         if not rows.issuperset(graph.output_node().all_input_nodes) or not _are_of_rows(norms(graph), moving, rows):
             return None
         if not chosen.isdisjoint(read):
@@ -119,7 +121,7 @@ def _is_of_rows(n: Any) -> bool:
     (call, place), users = n.args, n.users
     if call.target in _POOLS and place == 1:  # whatever else reads places is not looked into
         return all(user.target in _POOL_GRADIENTS and user.args[-1] is n for user in users)
-    return place == 0 or call.target in _SPLITS or call.target is _LAYER_NORM
+    return place == 0 or call.target in (*_SPLITS, _LAYER_NORM, aten.native_group_norm.default)
 
 
 def _are_of_rows(parts: Mapping[fx.Node, Part], moving: set[fx.Node], rows: set[fx.Node]) -> bool:
@@ -158,6 +160,8 @@ _POOL_GRADIENTS = {
 }
 _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int)
 _LAYER_NORM, _LAYER_NORM_BACKWARD = aten.native_layer_norm.default, aten.native_layer_norm_backward.default
+# With the places of the number of samples.
+_GROUP_NORMS = {aten.native_group_norm.default: 3, aten.native_group_norm_backward.default: 5}
 _Rule = tuple[tuple[int, ...], Callable[[Any], bool]]
 _RULES: dict[Any, _Rule] = {
     **dict.fromkeys(VIEWS, ((0,), _always)),
@@ -194,10 +198,12 @@ _RULES: dict[Any, _Rule] = {
     aten.native_batch_norm_backward.default: ((0, 1), lambda n: not n.args[7]),
     _LAYER_NORM: ((0,), lambda n: len(n.args[1]) < _dims(n.args[0])),
     _LAYER_NORM_BACKWARD: ((0, 1, 3, 4), lambda n: len(n.args[2]) < _dims(n.args[1])),
+    aten.native_group_norm.default: ((0,), _always),
+    aten.native_group_norm_backward.default: ((0, 1, 2, 3), _always),
 }
 _SEVERAL = {
     *(aten.native_batch_norm.default, aten.native_batch_norm_backward.default, aten.convolution_backward.default),
-    *(_LAYER_NORM, _LAYER_NORM_BACKWARD, aten.nll_loss_forward.default, *_POOLS, *_SPLITS),
+    *(_LAYER_NORM, _LAYER_NORM_BACKWARD, *_GROUP_NORMS, aten.nll_loss_forward.default, *_POOLS, *_SPLITS),
 }
 # Statistics of the batch, which are empty where the running ones are used, and what losses are divided by, or not.
 _IGNORED: dict[Any, tuple[int, ...]] = {
