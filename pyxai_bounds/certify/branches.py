@@ -47,15 +47,16 @@ class Decision:
 
 
 def run(searches: Sequence[Search], tell: Callable[[float], None]) -> None:
-    """Carry them out, those with the same function together, of which each may have its own arguments beside the box, or
-    only those with the same (see :class:`.Forms`).
+    """Carry them out, those with one function together; where all rows read the arguments beside the box, those
+    with the same ones.
     """
     groups: dict[Any, list[Search]] = {}
     same: dict[Any, Sequence[Interval | Tensor]] = {}
     for search in searches:
         values = [(t.dtype, t.shape, *t.flatten().tolist()) for t in search.points]  # type: ignore[union-attr]
         search.points = same.setdefault(tuple(values), search.points)
-        groups.setdefault((id(search.forms), id(search.points) if search.forms.own is None else None), []).append(search)
+        read = id(search.points) if search.forms.own is None else None
+        groups.setdefault((id(search.forms), read), []).append(search)
     done = 0
     for group in groups.values():
         active = group
@@ -130,7 +131,7 @@ class Search:
     ) -> None:  # fmt: skip
         self.forms, self.property, self.fn = forms, property, fn
         self.box: Any = arguments[0]
-        self.points = tuple(arguments[1:])
+        self.points: Sequence[Interval | Tensor] = tuple(arguments[1:])
         self.nominal, self.bounds = nominal, bounds
         self.counterexample: Tensor | None = None
         self.is_done = self.is_endless = self.failed = False

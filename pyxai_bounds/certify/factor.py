@@ -86,7 +86,8 @@ class Divided:
 
         with torch.no_grad(), without_autocast():
             found = _Replacing(self.whole, self.node, direction).run(*arguments)[0]
-        factor = ((found.double() * nominal).sum() / found.double().square().sum()).to(nominal.dtype).reshape([1] * nominal.dim())
+        factor = (found.double() * nominal).sum() / found.double().square().sum()
+        factor = factor.to(nominal.dtype).reshape([1] * nominal.dim())
         found = found * factor
         close = (nominal - found).abs().amax() <= 0.01 * nominal.abs().amax()
         return ([*more, factor], found) if more and close and 0 < factor < torch.inf else None

@@ -74,7 +74,7 @@ class Part:
                 sums.index_add_(0, made.places[: len(share), self.row], share)
         for source, sums in total.items():
             if source in self.run.signs:
-                sums[self.run.signs[source][self.row].flatten() != 0] = 0
+                sums[self.run.signs[source].reshape(len(self.run.is_empty), -1)[self.row] != 0] = 0
         if not total:
             return None
         source = max(total, key=lambda node: total[node].amax().item())

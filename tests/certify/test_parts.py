@@ -30,6 +30,17 @@ def network(name: str) -> nn.Sequential:
     torch.manual_seed(3)
     if name == "deep":
         return mlp((6, 12, 10, 3)).double()
+    if name == "pools":
+        return nn.Sequential(
+            nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 3, 2, padding=2), nn.BatchNorm2d(3), nn.ReLU(),
+            nn.MaxPool2d(3, 2, 1), nn.ZeroPad2d((1, 0, 0, 1)), nn.Conv2d(3, 4, 2), nn.ReLU(),
+            nn.AdaptiveMaxPool2d((2, 1)), nn.Flatten(), nn.Linear(8, 3),
+        ).double().eval()  # fmt: skip
+    if name == "tokens":
+        return nn.Sequential(
+            nn.Unflatten(1, (3, 2)), nn.Linear(2, 5), nn.ReLU(), nn.Linear(5, 4), nn.LayerNorm(4), nn.ReLU(),
+            nn.Flatten(), nn.Linear(12, 3),
+        ).double()  # fmt: skip
     return nn.Sequential(
         nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 5, 2, padding=1), nn.BatchNorm2d(5), nn.LeakyReLU(0.1)
         if name == "leaky" else nn.ReLU(), nn.AvgPool2d(2, 1), nn.Conv2d(5, 4, 2), nn.ReLU(), nn.Flatten(),
@@ -71,6 +82,21 @@ MIXING = {
     "expanded": lambda x: x.expand(3, 1, 6).mean(0),
     "aligned from the right": lambda x: x[:, :, None] * x[:, :1],
     "maximum": lambda x: x.amax(0, keepdim=True) - x,
+    "divided": lambda x: x.split(1, 0)[0] * 2,
+    "unbound": lambda x: x.unbind(0)[0][None] * x,
+    "stacked": lambda x: torch.stack([x, x]).mean(0),
+    "padded": lambda x: F.pad(x, (0, 0, 1, 0)).sum(0, keepdim=True) * 2,
+    "chosen": lambda x: x.index_select(0, torch.tensor([0])) * 2,
+    "gathered": lambda x: x.gather(0, torch.zeros(1, 6, dtype=torch.long)) * 2,
+    "a norm over samples": lambda x: F.layer_norm(x, (1, 6)),
+    "root mean squares over samples": lambda x: x * (x.pow(2).mean((0, 1), keepdim=True) + 0.1).rsqrt(),
+    "a mean loss": lambda x: F.cross_entropy(x, torch.tensor([1])) * x,
+    "channels without samples": lambda x: F.max_pool2d(x.reshape(1, 2, 3), (2, 1)),
+    "places of maxima": lambda x: x.gather(1, F.max_pool2d(x[:, None, None], (1, 2), return_indices=True)[1][:, 0, 0]),
+    "numbers in a row's place": lambda x: (x.reshape(6, 1) * x[:, :1]).reshape(1, 6),
+    "numbers expanded": lambda x: x[:, :1].expand(6, 1).reshape(1, 6) * 2,
+    "softmax over numbers": lambda x: x.reshape(6, 1).exp().softmax(0).reshape(1, 6),
+    "sums over numbers": lambda x: x.reshape(6, 1).exp().sum(0, keepdim=True) * x,
 }
 
 
@@ -80,13 +106,8 @@ def test_what_may_mix_samples_is_run_one_by_one(name: str) -> None:
     assert Rows.of(graph) is None
 
 
-TOKENS = nn.Sequential(nn.Unflatten(1, (3, 2)), nn.Linear(2, 4), nn.LayerNorm(4), nn.Tanh(), nn.Flatten(),
-                       nn.Linear(12, 3)).double()  # fmt: skip
 GROUPS = nn.Sequential(nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 4, 2, padding=1), nn.GroupNorm(2, 4), nn.ReLU(),
                        nn.Flatten(), nn.Linear(48, 3)).double()  # fmt: skip
-RESNET = nn.Sequential(nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 3, 2, padding=2), nn.BatchNorm2d(3), nn.ReLU(),
-                       nn.MaxPool2d(3, 2, 1), nn.ZeroPad2d((1, 0, 0, 1)), nn.Conv2d(3, 4, 2), nn.ReLU(),
-                       nn.AdaptiveMaxPool2d((2, 1)), nn.Flatten(), nn.Linear(8, 3)).double().eval()  # fmt: skip
 
 
 def rooted(x: Tensor) -> Tensor:
@@ -106,11 +127,15 @@ APART = {
     "padded and chosen": lambda x: F.pad(x.tanh(), (1, 2))[:, 1:].index_select(1, torch.tensor([5, 0, 1])) * x[:, :3],
     "maxima of three": lambda x: F.max_pool2d(x.reshape(-1, 2, 3, 1), (3, 1)).flatten(1) * x.reshape(-1, 2, 3).amax(2),
     "root mean squares": rooted,
+    "tokens as samples": lambda x: F.layer_norm(F.linear(x.reshape(3, 2), W[:4, :2], W[:1, :4]).exp(), (4,), W[0, :4])
+    .reshape(1, 3, 4).sum(2) * x[:, :3],
+    "blocks": lambda x: torch.bmm(x.reshape(3, 1, 2).transpose(1, 2), x.reshape(3, 1, 2) * W[:3, None, :2])
+    .softmax(2).reshape(1, 12),
     "the target's": lambda x, y: x.exp().gather(1, y[:, None]) * x,
     "a gradient": xb.explain.gradient(network("convolutions"), of="probability"),
     "of a loss": xb.explain.gradient(network("deep"), of="loss"),
-    "through max pools": xb.explain.gradient(RESNET),
-    "through layer norms": xb.explain.gradient(TOKENS),
+    "through max pools": xb.explain.gradient(network("pools")),
+    "through layer norms": xb.explain.gradient(network("tokens")),
     "through group norms": xb.explain.gradient(GROUPS),
     "through root mean squares": xb.explain.gradient(rooted),
 }  # fmt: skip
@@ -140,6 +165,27 @@ def test_rows_are_what_they_are_by_themselves(name: str, sound: bool) -> None:
             assert ((point - form.centre[row]).abs() <= form.reach[row] + scale).all()
 
 
+def test_arguments_that_all_rows_read_are_the_same_for_them() -> None:
+    """Here the target chooses a weight."""
+    weight = torch.linspace(-1, 2, 90, dtype=torch.float64).reshape(3, 30)
+
+    def fn(x: Tensor, y: Tensor) -> Tensor:
+        if len(x) > 1:
+            return torch.cat([fn(*one) for one in zip(x.split(1), y.split(1), strict=True)])
+        return F.relu(F.linear(x, weight.index_select(0, y).reshape(5, 6))) @ W * x
+
+    found = forms_of(fn, images(1, 4, (6,)), torch.tensor([0]))
+    assert found.shared is not None and found.own is None
+    boxes = [xb.Interval.linf(images(1, seed, (6,)), 0.1) for seed in range(2)]
+    with pytest.raises(AssertionError, match="rows meet"):
+        bounded(found, boxes, [(torch.tensor([0]),), (torch.tensor([1]),)], [{}, {}])
+    x, y = images(6, 4, (6,)), torch.arange(6) % 3
+    bounds = xb.certify(fn, x, y, eps=0.1, property=xb.L2(0.1), sharpen=True).bounds
+    for row in range(6):
+        alone = xb.certify(fn, x[row : row + 1], y[row : row + 1], eps=0.1, property=xb.L2(0.1), sharpen=True).bounds
+        torch.testing.assert_close(bounds.rad[row], alone.rad[0], rtol=1e-12, atol=1e-15)
+
+
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
@@ -153,7 +199,7 @@ class _Seen(fx.Interpreter):
         return super().call_function(aten.reshape.default if target in VIEWS else target, args, kwargs)
 
 
-@pytest.mark.parametrize("name", ["deep", "convolutions", "leaky"])
+@pytest.mark.parametrize("name", ["deep", "convolutions", "leaky", "pools", "tokens"])
 def test_inputs_lie_within_the_bounds_of_their_parts(name: str) -> None:
     """Of boxes and signs that differ from row to row, by inputs whose signs these are."""
     model, rows, points = network(name), 6, torch.tensor([2])
@@ -221,7 +267,7 @@ def test_a_gradient_that_decides_its_own_gates_keeps_its_value() -> None:
         assert ((value - bounds.mid).abs() <= bounds.rad + 1e-12).all()
 
 
-@pytest.mark.parametrize("name", ["deep", "convolutions", "leaky"])
+@pytest.mark.parametrize("name", ["deep", "convolutions", "leaky", "pools", "tokens"])
 @pytest.mark.parametrize(("property", "eps"), [(xb.TopK(2), 0.08), (xb.Cosine(0.7), 0.12)])
 def test_together_all_is_decided_as_one_by_one(
     name: str, property: object, eps: float, monkeypatch: pytest.MonkeyPatch

@@ -41,7 +41,7 @@ def greatest(symbols: Symbols, x: Form, box: Interval, index: Tensor) -> Form | 
         above = upper[:, place] > lower[:, 0]
         columns = above.any(0).nonzero()[:, 0]  # of some row
         if len(columns):
-            ahead = taken(index[:, place, columns]) - moved(lambda t, columns=columns: t[:, columns], best)
+            ahead = taken(index[:, place, columns]) - moved(lambda t, at=columns: t[:, at], best)  # type: ignore[misc]
             least, furthest = ahead.ends
             furthest = torch.fmin(furthest, up(upper[:, place, columns] - lower[:, 0, columns], 1))
             furthest = torch.fmax(furthest, least)

@@ -65,8 +65,8 @@ def norm_backward(run: Evaluator, n: fx.Node, result: Interval) -> Form | None:
 
 
 def _standardised(run: Evaluator, call: fx.Node) -> tuple[Form, Form, Interval, Interval] | None:
-    """What is standardised by itself, of each sample so much, [rows, M, N]: y = d/√(v + eps) with d = x - mean and v the
-    mean of d²; 1/√(v + eps); and what the rule knows of both.
+    """N numbers standardised, M times for each sample, [rows, M, N]: y = d/√(v + eps) with d = x - mean and v the mean
+    of d²; 1/√(v + eps); and what the rule knows of both.
     """
     if call not in run.normal:
         known = getattr(run.env[call][2], "state", None)

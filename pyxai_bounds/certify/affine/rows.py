@@ -25,8 +25,9 @@ aten = torch.ops.aten
 _ELEMENTWISE = frozenset(
     (aten.relu.default, aten.leaky_relu.default, aten.abs.default, aten.neg.default, aten.exp.default,
      aten.log.default, aten.sqrt.default, aten.rsqrt.default, aten.sigmoid.default, aten.tanh.default,
-     aten.softplus.default, aten.elu.default, aten.gelu.default, aten.silu.default, aten.hardtanh.default, aten.clamp.default,
-     aten.clamp_min.default, aten.clamp_max.default, aten.pow.Tensor_Scalar, aten.add.Tensor, aten.add.Scalar,
+     aten.softplus.default, aten.elu.default, aten.gelu.default, aten.silu.default, aten.hardtanh.default,
+     aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default, aten.pow.Tensor_Scalar,
+     aten.add.Tensor, aten.add.Scalar,
      aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Scalar, aten.rsub.Tensor, aten.mul.Tensor, aten.mul.Scalar,
      aten.div.Tensor, aten.div.Scalar, aten.threshold_backward.default, aten.leaky_relu_backward.default,
      aten.softplus_backward.default, aten.elu_backward.default, aten.hardtanh_backward.default,
@@ -54,19 +55,20 @@ class Rows:
         for node in program.graph.nodes:
             new[node] = graph.node_copy(node, new.__getitem__)
         first, *others = graph.find_nodes(op="placeholder") or [None]
-        if first is None or not _is_row(first):
+        if first is None or _length(first) != 1:
             return None
-        moving, rows, shared = behind([first]), {first}, {}
-        chosen, read, own = behind(others) - moving, set(), set()
+        moving, rows = behind([first]), {first}
+        chosen, read, own = behind(others) - moving, set[fx.Node](), set[fx.Node]()
+        shared: dict[fx.Node, list[fx.Node]] = {}
         for node in graph.nodes:
             if node not in moving or node is first or node.op == "output":
                 continue
             if node.target is operator.getitem:  # what reads another result than these is refused
-                if node.args[0] in rows and _is_row(node) and _is_of_rows(node):
+                if node.args[0] in rows and _length(node) == _length(shared[node.args[0]][0]) and _is_of_rows(node):
                     rows.add(node)
                 continue
             places = _places(node)
-            if places is None or not (node.target in _SEVERAL or _is_row(node)):
+            if places is None:
                 return None
             apart = _nodes([node.args[place] for place in places])
             at = {place % len(node.args) for place in places}
@@ -75,28 +77,39 @@ class Rows:
             for place in _IGNORED.get(node.target, ()):
                 rest.pop(place, None)
             # What is a sample in one place may be a weight in another.
-            if not all(map(_is_row, apart)) or not moving.union(apart).isdisjoint(_nodes([rest, node.kwargs])):
+            if not moving.union(apart).isdisjoint(_nodes([rest, node.kwargs])):
                 return None
-            if not rows.issuperset(moving.intersection(apart)):
+            if not rows.issuperset(moving.intersection(apart)) or not _have_one_length(node, apart):
                 return None
             rows.add(node)
-            shared[node] = [arg for arg in dict.fromkeys(apart) if arg not in moving]
+            shared[node] = list(dict.fromkeys(apart))
             own.update(chosen.intersection(apart))
             if node.target in VIEWS or node.target is aten.expand.default:
                 node.args = (node.args[0], [-1, *node.meta["val"].shape[1:]], *node.args[2:])
             if node.target in _GROUP_NORMS:  # the rules look at the shape, and PyTorch refuses this
                 node.update_arg(_GROUP_NORMS[node.target], -1)
-        if not rows.issuperset(graph.output_node().all_input_nodes) or not _are_of_rows(norms(graph), moving, rows):
+        results = graph.output_node().all_input_nodes
+        if not rows.issuperset(results) or any(_length(n) != 1 for n in results):
             return None
-        if not chosen.isdisjoint(read):
-            return cls(fx.GraphModule(program, graph), shared, None)
-        shared = {node: [arg for arg in args if arg not in own] for node, args in shared.items()}
-        return cls(fx.GraphModule(program, graph), shared, frozenset(own))
+        if not _are_of_rows(norms(graph), moving, rows):
+            return None
+        known = moving if not chosen.isdisjoint(read) else moving | own
+        shared = {node: [arg for arg in args if arg not in known] for node, args in shared.items()}
+        return cls(fx.GraphModule(program, graph), shared, None if known is moving else frozenset(own))
 
 
-def _is_row(n: fx.Node) -> bool:
+def _length(n: fx.Node) -> int:
+    """Of the first dimension of a tensor that has numbers; else 0."""
     value = n.meta.get("val")
-    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == 1 and value.numel() > 0
+    return len(value) if isinstance(value, Tensor) and value.dim() > 0 and value.numel() > 0 else 0
+
+
+def _have_one_length(n: fx.Node, apart: Sequence[fx.Node]) -> bool:
+    """Has as much of the result as of all arguments that count rows to do with one of these?"""
+    lengths = {_length(arg) for arg in apart}
+    if n.target in VIEWS:  # rows lie one after the other, in whatever shape
+        return 0 not in {*lengths, _length(n)}
+    return 0 not in lengths and len(lengths if n.target in _SEVERAL else {*lengths, _length(n)}) == 1
 
 
 def _nodes(args: Any) -> list[fx.Node]:
@@ -104,11 +117,12 @@ def _nodes(args: Any) -> list[fx.Node]:
 
 
 def _places(n: fx.Node) -> Sequence[int] | None:
-    """The places of the arguments whose first dimension counts rows, of an operator that keeps these apart; None where
-    it may not.
+    """The places of the arguments whose first dimension counts rows, or as much as each row has of it, of an operator
+    that keeps these apart; None where it may not.
     """
-    if n.target in _ELEMENTWISE:  # what has fewer dimensions is broadcast, in whatever number of rows
-        return [place for place, arg in enumerate(n.args) if isinstance(arg, fx.Node) and _dims(arg) == _dims(n)]
+    if n.target in _ELEMENTWISE:  # what else there is is broadcast, in whatever number of rows
+        nodes = [(place, arg) for place, arg in enumerate(n.args) if isinstance(arg, fx.Node)]
+        return [place for place, arg in nodes if _dims(arg) == _dims(n) and _length(arg) == _length(n)]
     rule = _RULES.get(n.target)
     if rule is None or n.kwargs.keys() - {"dtype"}:
         return None

@@ -43,7 +43,7 @@ class Symbols:
         """
         if amounts is None:
             form, amounts = Form(form.centre, form.generators, torch.zeros_like(form.slack)), form.slack
-        assert self.rows == 1 or len(amounts) == self.rows, "rows meet"
+        assert self.rows == 1 or len(amounts) % self.rows == 0, "rows meet"
         flat, centre = amounts.reshape(self.rows, -1), form.centre.reshape(self.rows, -1)
         if not flat.numel():
             return form
@@ -72,7 +72,7 @@ class Symbols:
         return Form(form.centre, generators, left)
 
     def shared(self, form: Form, amounts: Tensor, dim: int) -> Form:
-        """``form`` + ξ·amounts, a symbol for all that lie along a dimension, not that of rows; slack where there is no room."""
+        """``form`` + ξ·amounts, a symbol for all along a dimension, not that of rows; slack if there is no room."""
         along = amounts.movedim(dim, 0)
         some = along.reshape(len(along), self.rows, -1)
         wanted = some.abs().amax(0) != 0
