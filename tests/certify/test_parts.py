@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -163,6 +165,28 @@ def test_rows_are_what_they_are_by_themselves(name: str, sound: bool) -> None:
         for seed in range(10):
             point = fn(sample(box[row : row + 1], seed, corners=seed % 2 == 0), *points[row]).detach()
             assert ((point - form.centre[row]).abs() <= form.reach[row] + scale).all()
+
+
+@pytest.mark.parametrize("name", ["pools", "tokens", "groups"])
+@pytest.mark.parametrize("of", ["logit", "probability", "loss"])
+def test_rows_hold_what_is_computed_in_twice_the_digits(name: str, of: str) -> None:
+    """Proofs in float32, without any tolerance: float64 loses nothing beside what they allow for."""
+    exact = GROUPS if name == "groups" else network(name)
+    exact = copy.deepcopy(exact).float().double()
+    model, x = copy.deepcopy(exact).float(), images(6, 4, (6,)).float()
+    fn, truth = xb.explain.gradient(model, of=of), xb.explain.gradient(exact, of=of)
+    points = [(torch.tensor([row % 3]),) for row in range(6)]
+    found = forms_of(fn, x, *points[0])
+    assert found.own is not None
+    box = xb.Interval.linf(x, torch.tensor([0.0, 1e-6, 1e-4, 0.01, 0.05, 0.2])[:, None])
+    bounds = found(box, points)[0]
+    lower, upper = bounds.lower.double(), bounds.upper.double()
+    for row in range(6):
+        for seed in range(40):
+            point = sample(box[row : row + 1], seed, corners=seed % 2 == 0)
+            point = point.clamp(*(t.double()[row : row + 1] for t in box.inner_ends()))
+            value = truth(point, *points[row])[0].detach()
+            assert ((value >= lower[row]) & (value <= upper[row])).all()
 
 
 def test_arguments_that_all_rows_read_are_the_same_for_them() -> None:
