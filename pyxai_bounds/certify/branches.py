@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from pyxai_bounds.certify.forms import FormRows, Forms
 from pyxai_bounds.certify.parts import Part, Signs, bounded
 from pyxai_bounds.certify.properties import Property, TopK, kept, rounding_loss
 from pyxai_bounds.interval import Interval
+
+_log = logging.getLogger(__name__)
 
 STEPS = 600  # of the search for an input of a part, at most
 LOOK_EVERY = 20  # of these steps: is the question settled?
@@ -85,6 +88,7 @@ def _advance(searches: Sequence[Search]) -> None:
             boxes = [search.box for search, _ in now]
             found = bounded(forms, boxes, [search.points for search, _ in now], [ask.signs for _, ask in now])
         except Exception:  # what vmap cannot do, or memory does not hold
+            _log.debug("Forms of %d parts failed.", len(now), exc_info=True)
             if len(now) == 1:
                 for search in searches:
                     search.fail()
@@ -96,6 +100,7 @@ def _advance(searches: Sequence[Search]) -> None:
             try:
                 search.look(ask, part)
             except Exception:  # what the function says of a single input
+                _log.debug("A part's bounds could not be used.", exc_info=True)
                 search.fail()
 
 

@@ -87,19 +87,20 @@ def certify(
     Each sample must be explained independently of the others and of its place among them: large batches are run in
     pieces of equal size, of at most ``batch_size`` samples if that is given, else so that a piece's bounds take at most
     ``memory_budget`` bytes (default: :func:`~pyxai_bounds.certify.pieces.default_budget`). A sample that takes more is
-    a piece of its own.
+    a piece of its own. Affine forms of a sample may take as much, and a gigabyte in any case.
     ``sound=True`` rounds outward, so that the certificate is a proof about the function in real arithmetic; it needs
     float32 or float64. ``sound=False`` rounds to nearest, and the certificate says so.
     ``sharpen``: what is done for samples for which the bounds that :func:`bound` gives do not prove the property.
     None: bounds of differences of entries (of ``TopK``, where the explanation ends in linear layers, as gradients do),
-    and affine forms, which keep track of what moves together, where they take some ten milliseconds a sample. True:
-    affine forms wherever memory allows, which takes seconds a sample of a few thousand numbers. False: nothing; the
-    margin is that of ``bound``'s Intervals. Samples whose property corners of the box refute are left as they are. With
-    a box of parameters there are forms alone, in which what the weights' movements add varies by itself.
+    and affine forms, which keep track of what moves together, where they take some ten milliseconds a sample. True, and
+    with ``branches``: affine forms wherever memory allows, which takes seconds a sample of a few thousand numbers.
+    False: nothing; the margin is that of ``bound``'s Intervals. Samples whose property corners of the box refute are
+    left as they are. With a box of parameters there are forms alone, in which what the weights' movements add varies
+    by itself.
     ``branches``: into how many parts a sample's box may be divided where affine forms do not prove the property, by the
     signs of what ReLUs are applied to (branch and bound). Parts are looked at side by side where a graph keeps samples
-    apart (dense and convolutional layers, average pools), else each costs what forms cost. Of a network of ReLUs enough
-    of them decide every question: the property is proved, or an input is found at which it fails (``refuted``).
+    apart, as most do, else each costs what forms cost. Of a network of ReLUs enough of them decide every question: the
+    property is proved, or an input is found at which it fails (``refuted``).
     A sample with a bound that is not finite is never certified, nor is any if the model holds a NaN or an infinity.
     ``on_progress`` is called with the fraction done, now and then.
     Raises what :func:`bound` and :meth:`Interval.linf` raise.
@@ -239,7 +240,7 @@ class _Check:
         self.pieces = pieces
         self.sharpen = sharpen is not False
         self.parameters = parameters
-        self.cheaply = not sharpen
+        self.cheaply = not sharpen and branches == 1
         self.branches = branches
         self._captured: dict[int, Captured | None] = {}  # by the place of a sample
         self._made: dict[int, _Means] = {}  # by the identity of one of these
@@ -310,7 +311,8 @@ class _Check:
             return _Means(differences)
 
         def forms(graph: fx.GraphModule) -> Forms | None:
-            return Forms.of(graph, self.bounded.rounding, self.bounded.product, self.cheaply, self.parameters)
+            memory = self.pieces.budget(self.x.device)
+            return Forms.of(graph, self.bounded.rounding, self.bounded.product, self.cheaply, self.parameters, memory)
 
         return _Means(differences, forms(captured.graph), divided, None if divided is None else forms(divided.graph))
 

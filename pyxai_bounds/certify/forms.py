@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,8 @@ from pyxai_bounds.rules.registry import Product, as_set, use_product
 
 aten = torch.ops.aten
 
-LARGEST = 2**25  # numbers of the generators of one value, 256 MiB
+LARGEST = 2**25  # numbers of the generators of one value, 256 MiB, unless there is a budget for more
+VALUES = 4  # as many have their generators in memory at once
 CHEAP = 2**28  # multiplications, of which a core does some 1e10 a second
 PASSES = 16  # as many multiplications as an operator takes the time of for each number, moving it through memory
 ROWS = 32  # samples, or parts of them, that are looked at together, at most
@@ -34,13 +36,15 @@ class Forms:
     """A function of single samples, evaluated with affine forms; its parameters must not change, but in their box."""
 
     def __init__(
-        self, graph: fx.GraphModule, rounding: rd.Rounding, product: Product, most: int, parameters: ParameterBox | None
-    ) -> None:
+        self, graph: fx.GraphModule, rounding: rd.Rounding, product: Product, most: int,
+        parameters: ParameterBox | None, largest: int,
+    ) -> None:  # fmt: skip
         rows = Rows.of(graph) if parameters is None else None
         self.graph = graph if rows is None else rows.graph
         self.shared = None if rows is None else rows.shared
         self.own = None if rows is None else rows.own
         self.rounding, self.product, self.most, self.parameters = rounding, product, most, parameters
+        self._room = largest
         placeholders = self.graph.graph.find_nodes(op="placeholder")
         self._moving, self._chosen = behind(placeholders[:1]), behind(placeholders[1:])
         self._largest = max(1, *_sizes(self._moving))
@@ -51,23 +55,34 @@ class Forms:
     @classmethod
     def of(
         cls, graph: fx.GraphModule, rounding: rd.Rounding, product: Product, cheaply: bool,
-        parameters: ParameterBox | None = None,
+        parameters: ParameterBox | None = None, memory: int = 0,
     ) -> Forms | None:  # fmt: skip
-        """``graph``: the captured function of a single sample [1, ...]. None where forms would take too much memory
-        (or, if they are to be cheap, work).
+        """``graph``: the captured function of a single sample [1, ...]. None where forms would take more than so many
+        bytes of ``memory``, and more than a gigabyte, or, if they are to be cheap, too much work.
         """
         placeholders = graph.graph.find_nodes(op="placeholder")
         moving = behind(placeholders)
         sizes = _sizes(moving)
-        most = LARGEST // max(1, *sizes)
-        if cheaply:
-            if len(moving) > CHEAP_NODES:
-                return None
-            work = sum(map(_work, moving)) + PASSES * sum(sizes)
-            most = min(most, CHEAP // max(1, work))
         inputs = [node.meta["val"] for node in placeholders]
-        fits = 2 * sum(t.numel() for t in inputs if t.is_floating_point()) <= most
-        return cls(graph, rounding, product, most, parameters) if fits else None
+        needed = 2 * sum(t.numel() for t in inputs if t.is_floating_point())
+        largest = max(LARGEST, memory // (8 * VALUES))
+        most = largest // max(1, *sizes)
+        if cheaply:
+            cheap = CHEAP // max(1, sum(map(_work, moving)) + PASSES * sum(sizes))
+            if len(moving) > CHEAP_NODES or needed > cheap:
+                return None
+            most = min(most, 2 * cheap)  # of which most samples need a part
+        if needed > most:
+            wanted, given = (8 * VALUES * numbers / 2**20 for numbers in (needed * max(sizes), largest))
+            warnings.warn(
+                f"The affine forms that were asked for take some {wanted:,.0f} MiB for a sample of this function, and "
+                f"may take {given:,.0f}: its plain bounds are not sharpened. memory_budget=… (bytes) makes room, as "
+                "far as the machine has it.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return None
+        return cls(graph, rounding, product, most, parameters, largest)
 
     @property
     def at_once(self) -> int:
@@ -85,7 +100,7 @@ class Forms:
 
     def room(self, rows: int) -> int:
         """For how many symbols there is room."""
-        return self.most if rows == 1 else min(self.most, LARGEST // (rows * self._largest))
+        return self.most if rows == 1 else min(self.most, self._room // (rows * self._largest))
 
     def __call__(
         self, box: Interval, points: Sequence[Sequence[Interval | Tensor]], evaluator: Evaluator | None = None

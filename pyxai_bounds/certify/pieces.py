@@ -71,6 +71,10 @@ class Pieces:
         if self.batch_size is not None and self.memory_budget is not None:
             raise ValueError("batch_size and memory_budget both say how large a piece is; give one of them.")
 
+    def budget(self, device: torch.device) -> int:
+        """Bytes that a piece may take."""
+        return default_budget(device) if self.memory_budget is None else self.memory_budget
+
     def size(self, samples: int, least: int, peak: Callable[[int], int], device: torch.device) -> int:
         """Samples per piece of a batch: equal pieces, so that the last is hardly ever padded by much.
 
@@ -80,7 +84,7 @@ class Pieces:
         samples = max(samples, 1)
         if self.batch_size is not None:
             return _equal(samples, self.batch_size)
-        budget = default_budget(device) if self.memory_budget is None else self.memory_budget
+        budget = self.budget(device)
         size = _equal(samples, max(1, budget // max(least, 1)))
         asked = [(size, peak(size))] if size > 1 else []
         while size > 1 and asked[-1][1] > budget and len(asked) < _TRIES:

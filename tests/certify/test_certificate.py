@@ -220,7 +220,7 @@ def test_progress_is_told_up_to_the_end(sharpen: bool | None) -> None:
     told: list[float] = []
     xb.certify(fn, X, TARGET, eps=0.1, on_progress=told.append, **options)
     assert told == sorted(told) and told[-1] == 1.0 and len(told) >= 3
-    assert len(set(told)) > 4 if sharpen is None else told == [3 / 7, 6 / 7, 1.0]
+    assert len(set(told)) >= 4 if sharpen is None else told == [3 / 7, 6 / 7, 1.0]
     told.clear()
     xb.certified_radius(fn, X, TARGET, max_eps=0.5, tol=0.1, on_progress=told.append, **options)
     assert told == sorted(told) and told[-1] == 1.0 and len({int(4 * fraction) for fraction in told}) == 5

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 import pyxai_bounds as xb
 from pyxai_bounds import rounding as rd
 from pyxai_bounds.certify import certificate, forms
+from pyxai_bounds.certify.affine import Evaluator, linear
 from pyxai_bounds.certify.affine import form as arithmetic
-from pyxai_bounds.certify.affine import linear
 from pyxai_bounds.certify.forms import Forms
 from pyxai_bounds.program import captured_graph
 from tests.certify.test_differences import NETWORKS
@@ -366,15 +366,18 @@ def test_what_holds_at_the_greatest_radius_is_looked_at_once(monkeypatch: pytest
 def test_what_takes_too_much_is_left_and_true_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     fn, x, target = xb.explain.gradient(small_cnn()), images(2, 1, (1, 8, 8)).float(), torch.arange(2)
 
-    def margins(sharpen: bool | None) -> Tensor:
-        return xb.certify(fn, x, target, eps=0.01, property=xb.Sign(), sharpen=sharpen).margin
+    def margins(sharpen: bool | None, memory: int = 1) -> Tensor:
+        options = dict(eps=0.01, property=xb.Sign(), memory_budget=memory)
+        return xb.certify(fn, x, target, sharpen=sharpen, **options).margin
 
     plain, sharp = margins(False), margins(None)
     assert (sharp > plain).any()
     monkeypatch.setattr(forms, "CHEAP", 2**16)
     assert torch.equal(margins(None), plain) and torch.equal(margins(True), sharp)
     monkeypatch.setattr(forms, "LARGEST", 2**14)
-    assert torch.equal(margins(True), plain)
+    with pytest.warns(RuntimeWarning, match="1 MiB for a sample.* memory_budget="):
+        assert torch.equal(margins(True), plain)
+    assert torch.equal(margins(True, 2**25), sharp)
 
 
 def test_what_corners_refute_could_not_be_certified(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -423,6 +426,25 @@ def test_blocks_of_generators_are_all_of_them(monkeypatch: pytest.MonkeyPatch) -
     bounds, form = evaluated(fn, box, torch.tensor([2]))
     torch.testing.assert_close(form.generators, whole[1].generators, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(bounds.rad, whole[0].rad, rtol=1e-9, atol=0.0)
+
+
+def test_forms_are_kept_for_those_who_read_them() -> None:
+    """Gates read Intervals: in the backward pass no form of the forward pass takes memory."""
+    held: list[bool] = []
+
+    class Watching(Evaluator):
+        def _form(self, n, result):
+            if n.target is torch.ops.aten.threshold_backward.default:
+                held.append(n.args[1] in self.forms)
+            return super()._form(n, result)
+
+    box, target = xb.Interval.linf(images(1, 0, (6,)), 0.3), torch.tensor([1])
+    graph = captured_graph(xb.explain.gradient(mlp()), box.mid, target).graph
+    found = Forms.of(graph, rd.choose(True, "real"), "rump", cheaply=False)
+    run = Watching(found.graph, found.most, None)
+    bounds = found(box, [[target]], run)[0]
+    assert held and not any(held) and len(run.forms) == 1
+    assert torch.equal(bounds.rad, evaluated(xb.explain.gradient(mlp()), box, target)[0].rad)
 
 
 @pytest.mark.parametrize("product", ["rump", "exact"])

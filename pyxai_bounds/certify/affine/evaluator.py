@@ -126,7 +126,11 @@ def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     last: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         if node.op != "output":
-            for source in node.all_input_nodes:
+            last[node] = node
+            places = RULES[node.target].unread if node.target in RULES else ()
+            read = [arg for place, arg in enumerate(node.args) if place not in places]
+            unread = [node.args[place] for place in places if node.args[place] not in read]
+            for source in set(node.all_input_nodes) - set(unread):
                 last[source] = node
                 if node.target is operator.getitem:
                     last.update(dict.fromkeys(source.all_input_nodes, node))

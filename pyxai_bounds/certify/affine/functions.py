@@ -188,17 +188,32 @@ _CURVATURES: dict[Any, Callable[[Interval], Interval]] = {
 
 
 @form_rule(
-    *(aten.threshold_backward.default, aten.leaky_relu_backward.default, aten.softplus_backward.default),
-    *(aten.elu_backward.default, aten.hardtanh_backward.default, *_DERIVATIVE.values()),
-    *(aten.tanh_backward.default, aten.sigmoid_backward.default),
+    *(aten.threshold_backward.default, aten.leaky_relu_backward.default, aten.elu_backward.default),
+    aten.hardtanh_backward.default,
+    unread=(1,),
+)
+def gated(run: Evaluator, n: fx.Node, result: Interval) -> Form:
+    """A derivative that leaps, times the gradient, its first argument: the derivative is what it makes of 1."""
+    args, slopes = _derivative_of(run, n)
+    return run.symbols.product(run.operand(n.args[0]), Form.box(slopes), args[0], slopes)
+
+
+@form_rule(
+    *(aten.softplus_backward.default, aten.tanh_backward.default, aten.sigmoid_backward.default),
+    *_DERIVATIVE.values(),
 )
 def derivative(run: Evaluator, n: fx.Node, result: Interval) -> Form:
-    """An elementwise derivative times the gradient, its first argument: the derivative is what it makes of 1."""
-    args, kwargs = run.fetch_args_kwargs_from_env(n)
-    given = args[0].mid if isinstance(args[0], Interval) else args[0]
-    slopes = applied(RULES[n.target], n, (singleton(torch.ones_like(given)), *args[1:]), kwargs)  # type: ignore[index]
+    """A continuous one."""
+    args, slopes = _derivative_of(run, n)
     slope = _slope(run, n, slopes) if n.args[1] in run.forms else Form.box(slopes)
     return run.symbols.product(run.operand(n.args[0]), slope, args[0], slopes)
+
+
+def _derivative_of(run: Evaluator, n: fx.Node) -> tuple[tuple[Any, ...], Interval]:
+    """The arguments, and the bounds of the derivative."""
+    args, kwargs = run.fetch_args_kwargs_from_env(n)
+    given = args[0].mid if isinstance(args[0], Interval) else args[0]
+    return args, applied(RULES[n.target], n, (singleton(torch.ones_like(given)), *args[1:]), kwargs)  # type: ignore[index]
 
 
 def _slope(run: Evaluator, n: fx.Node, box: Interval) -> Form:

@@ -19,26 +19,28 @@ class FormRule:
 
     Of an operator with several results the node is the one that takes one of them; see :func:`call_of`.
     moves: it only moves numbers, so that a form and its Interval stay as good as they were. takes_places: also those
-    that differ within the box.
+    that differ within the box. unread: arguments of which it looks at Intervals alone, so that their forms need not be
+    kept for it.
     """
 
     function: Callable[..., Form | None]
     moves: bool = False
     takes_places: bool = False
+    unread: tuple[int, ...] = ()
 
 
 RULES: dict[Any, FormRule] = {}
 
 
 def form_rule(
-    *operators: OpOverload, moves: bool = False, takes_places: bool = False
+    *operators: OpOverload, moves: bool = False, takes_places: bool = False, unread: tuple[int, ...] = ()
 ) -> Callable[[Callable], Callable]:
     """Register a function as the rule of the operators; see :class:`FormRule`."""
 
     def register(function: Callable) -> Callable:
         for op in operators:
             assert op not in RULES, f"{op} has two rules"
-            RULES[op] = FormRule(function, moves, takes_places)
+            RULES[op] = FormRule(function, moves, takes_places, unread)
         return function
 
     return register
