@@ -118,10 +118,20 @@ def rooted(x: Tensor) -> Tensor:
     return (x * (x.pow(2).mean(2, keepdim=True) + 0.1).rsqrt()).flatten(1) @ W[:3].T
 
 
+def normed(x: Tensor) -> Tensor:
+    """The gradients of sums behind norms are constants."""
+    x = x if x.requires_grad else x.detach().requires_grad_()
+    tokens = F.layer_norm(x.reshape(-1, 2, 3), (3,), W[0, :3], W[1, :3], 0.1)
+    channels = F.group_norm(x.reshape(-1, 2, 3), 1, W[0, :2], W[1, :2], 0.1)
+    return torch.autograd.grad((tokens * W[:2, :3] / 3).sum() + (channels * W[2:4, :3] / 3).sum(), x)[0]
+
+
 APART = {
     "elementwise": lambda x: (x * W[:1]).tanh() * W[1] + 2 * x.sigmoid() / 3 - (1 - x).exp(),
     "products of itself": lambda x: torch.bmm(x.reshape(-1, 2, 3), x.reshape(-1, 3, 2)).softmax(-1).sum(1) * x[:, :2],
     "layers": lambda x: F.linear(F.relu(F.linear(x, W, W[0, :5])), W.T).log_softmax(1),
+    "divided by sums of numbers": lambda x: (x.reshape(-1, 2, 3) / (W[:2, :3] + 1.7)).flatten(1),
+    "gradients of norms": normed,
     "moved": lambda x: x.reshape(-1, 2, 3).permute(0, 2, 1)[:, :2].unsqueeze(1).transpose(1, 2).sum(3),
     "pools": lambda x: F.adaptive_avg_pool2d(F.avg_pool2d(x.reshape(-1, 1, 2, 3), 2, 1), (1, 1)).flatten(1) * x,
     "broadcast": lambda x: x[:, :, None] * x.sum(1, keepdim=True)[:, :, None].expand(-1, 6, 2) + W[0, :2],

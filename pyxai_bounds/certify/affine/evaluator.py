@@ -41,7 +41,8 @@ class Evaluator(Interpreter):
         self.done = _last_uses(graph.graph)
 
     def run_node(self, n: fx.Node) -> Any:
-        for_one = {arg: self.env[arg] for arg in self.shared.get(n, ())}
+        # Rules for one of several results read the arguments once more.
+        for_one = {arg: self.env[arg] for arg in self.shared.get(call_of(n), ())}
         self.env.update((arg, _repeated(value, self.symbols.rows)) for arg, value in for_one.items())
         try:
             return self._with_form(n)
