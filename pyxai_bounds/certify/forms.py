@@ -120,7 +120,7 @@ class Forms:
             bounds = as_set(evaluator.run(box, *points[0], enable_io_processing=False, initial_env=known)[0])
         if evaluator.unsupported:
             raise UnsupportedOperatorError(list(dict.fromkeys(evaluator.unsupported)))
-        self._symbols = evaluator.symbols.count
+        self._symbols = max(1, evaluator.symbols.count)  # of boxes that are points, none
         return bounds, evaluator.operand(self.graph.graph.output_node().all_input_nodes[0])
 
     def _known_of(self, points: Sequence[Sequence[Interval | Tensor]]) -> dict[fx.Node, Any]:

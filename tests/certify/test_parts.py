@@ -353,6 +353,18 @@ def test_radii_begin_where_they_end_without_parts() -> None:
     assert told.count(1.0) >= 2 and all(0 <= share <= 1 for share in told)
 
 
+def test_entries_that_are_equal_are_left_open_at_points() -> None:
+    """Boxes that are points have no symbols."""
+    gradient, x, y = xb.explain.gradient(network("deep")), images(3, 2, (6,)), torch.arange(3)
+
+    def fn(x: Tensor, target: Tensor) -> Tensor:
+        return torch.cat([gradient(x, target)] * 2, 1)
+
+    found = xb.certify(fn, x, y, eps=0.0, property=xb.TopK(1), branches=4)
+    assert not found.holds.any() and not found.refuted.any()
+    assert (found.margin.abs() < 1e-12).all()
+
+
 def test_what_the_function_cannot_say_of_an_input_leaves_the_bounds() -> None:
     model, armed = network("deep"), []
 
