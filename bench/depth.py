@@ -185,6 +185,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for i, eps in enumerate(RADII):
         for j, kind in enumerate(kinds):
             _bars(all_axes[i][j], groups.get((kind, eps), []), f"{kind}, eps {eps:g}")
+        all_axes[i][0].set_ylabel("share of samples", color=INK, fontsize=8.5)
+    for axes, kind in zip(all_axes[-1], kinds, strict=True):
+        axes.set_xlabel("" if kind == "larger images" else "hidden layers", color=INK, fontsize=8.5)
     handles, labels = all_axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=6, frameon=False, labelcolor=INK, fontsize=8.5)
     figure.tight_layout(rect=(0, 0.06, 1, 1))
@@ -200,8 +203,8 @@ def _bars(axes: Axes, rows: list[dict[str, Any]], title: str) -> None:
     )
     shares = {
         "proved by plain bounds": (plain, COLOURS[2]),
-        "… by affine forms": ([b - a for a, b in zip(plain, forms, strict=True)], COLOURS[5]),
-        "… by branch and bound": ([b - a for a, b in zip(forms, parts, strict=True)], CERTAIN),
+        "… by certify's default": ([b - a for a, b in zip(plain, forms, strict=True)], COLOURS[5]),
+        f"… with branches={PARTS}": ([b - a for a, b in zip(forms, parts, strict=True)], CERTAIN),
         "undecided": ([1 - a - b for a, b in zip(parts, refuted, strict=True)], "none"),
         "refuted by an input": (refuted, POSSIBLE),
     }
@@ -209,7 +212,9 @@ def _bars(axes: Axes, rows: list[dict[str, Any]], title: str) -> None:
     for label, (share, colour) in shares.items():
         axes.bar(places, share, 0.75, bottom, color=colour, label=label, edgecolor=INK, linewidth=0.5)
         bottom = [a + b for a, b in zip(bottom, share, strict=True)]
-    axes.plot(places, survived, "_", color=INK, markersize=16, markeredgewidth=2, label="survived gradients' attack")
+    axes.plot(
+        places, survived, "_", color="black", markersize=16, markeredgewidth=2, label="survived gradients' attack"
+    )
     names = [row["network"].split()[-1] if row["network"].split()[-1].isdigit() else row["network"] for row in rows]
     axes.set_xticks(places, [name.replace(", ", "\n") for name in names], fontsize=8)
     axes.set_title(title, fontsize=9, color=INK)

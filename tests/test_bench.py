@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from bench import __main__ as table
-from bench import curves, figures, measure, models, rows
+from bench import curves, depth, figures, measure, models, rows
 from bench.contenders import CONTENDERS, layouts
 
 COMMITTED = Path(__file__).parents[1] / "bench" / "results" / "cpu" / "gradient_bounds.csv"
@@ -122,3 +123,32 @@ def test_short_calls_fill_their_turn_and_every_contender_takes_part() -> None:
     times = measure.interleaved({"short": short, "long": long}, seconds=0.0, rounds=4)
     assert len(times["short"]) == len(times["long"]) == 4
     assert calls["short"] > 10 * calls["long"]
+
+
+def test_depths_go_on_where_they_were_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("dense 2", "convolutional 1"):
+        small = dataclasses.replace(depth.NETWORKS[name], samples=4, epochs=1)
+        monkeypatch.setitem(depth.NETWORKS, name, small)
+    table, picture = tmp_path / "depth.csv", tmp_path / "depth.png"
+
+    def run(*names: str) -> list[dict[str, Any]]:
+        monkeypatch.setattr("sys.argv", ["depth", "--only", *names, "--out", str(table), "--picture", str(picture)])
+        depth.main()
+        return depth.read(table)
+
+    first = run("dense 2")
+    assert [float(row["eps"]) for row in first] == list(depth.RADII) and picture.stat().st_size > 0
+    both = run("dense 2", "convolutional 1")
+    assert both[:2] == first and len(both) == 4 and "| convolutional 1 | 0.001 |" in capsys.readouterr().out
+    for row in both:
+        plain, forms, parts = (float(row[method]) for method in depth.METHODS)
+        assert plain <= forms <= parts <= float(row["survived"]) and parts + float(row["refuted"]) <= 1
+
+
+def test_every_network_of_the_depths_takes_its_images() -> None:
+    for network in depth.NETWORKS.values():
+        images = depth.shown(torch.rand(2, 1, 8, 8), network)
+        assert images.shape == (2, network.channels, network.pixels, network.pixels)
+        assert network.make()(images).shape[0] == 2 and images.min() >= 0 and images.max() <= 1
