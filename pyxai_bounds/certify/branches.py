@@ -56,8 +56,8 @@ def run(searches: Sequence[Search], tell: Callable[[float], None]) -> None:
     groups: dict[Any, list[Search]] = {}
     same: dict[Any, Sequence[Interval | Tensor]] = {}
     for search in searches:
-        values = [(t.dtype, t.shape, *t.flatten().tolist()) for t in search.points]  # type: ignore[union-attr]
-        search.points = same.setdefault(tuple(values), search.points)
+        values = tuple((t.dtype, t.shape, _bits(t)) for t in search.points)
+        search.points = same.setdefault(values, search.points)
         read = id(search.points) if search.forms.own is None else None
         groups.setdefault((id(search.forms), read), []).append(search)
     done = 0
@@ -68,6 +68,11 @@ def run(searches: Sequence[Search], tell: Callable[[float], None]) -> None:
             active = [search for search in active if not search.is_done]
             tell((done + len(group) - len(active)) / len(searches))
         done += len(group)
+
+
+def _bits(t: Any) -> bytes:
+    """Not its numbers: -0 equals 0, and functions may tell them apart."""
+    return t.cpu().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def _advance(searches: Sequence[Search]) -> None:

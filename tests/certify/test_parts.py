@@ -353,6 +353,18 @@ def test_radii_begin_where_they_end_without_parts() -> None:
     assert told.count(1.0) >= 2 and all(0 <= share <= 1 for share in told)
 
 
+def test_targets_that_differ_in_the_sign_of_a_zero_are_two() -> None:
+    """Between its corners the second sample's explanation leaves what the first one's stays in."""
+
+    def fn(x: Tensor, target: Tensor) -> Tensor:
+        bump = 100 * (0.01 - (x - 0.48).abs()).relu()
+        return torch.where(torch.signbit(target), bump, x * 0.3 + x * 0.7 - x)
+
+    x, target = torch.full((2, 3), 0.45, dtype=torch.float64), torch.tensor([[0.0], [-0.0]], dtype=torch.float64)
+    found = xb.certify(fn, x, target, eps=0.1, property=xb.L2(0.05), sharpen=True)
+    assert found.holds.tolist() == [True, False]
+
+
 def test_entries_that_are_equal_are_left_open_at_points() -> None:
     """Boxes that are points have no symbols."""
     gradient, x, y = xb.explain.gradient(network("deep")), images(3, 2, (6,)), torch.arange(3)
