@@ -26,6 +26,9 @@ from torch.nn import functional as F
 
 import pyxai_bounds as xb
 from bench.rows import device, say
+from pyxai_bounds import rounding
+from pyxai_bounds.certify.forms import Forms
+from pyxai_bounds.program import captured_graph
 from pyxai_bounds.report.plots import CERTAIN, COLOURS, INK, POSSIBLE
 
 OUT, PICTURE = Path("bench/results/cpu/depth.csv"), Path("docs/depth.png")
@@ -84,6 +87,7 @@ NETWORKS = {
     "3×32×32, 2 + 2 layers": Network(lambda: striding(32, 3, deep=False), 32, 3, 10, 4, "digits"),
 }
 RADII = (1e-4, 1e-3)
+PEER = {"dense 2": 20, "dense 4": 20, "dense 8": 20, "28×28, 2 + 2 layers": 5}  # samples of each
 
 
 def main() -> None:
@@ -91,8 +95,15 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=NETWORKS, default=list(NETWORKS), metavar="NETWORK")
     parser.add_argument("--out", type=Path, default=OUT, help="the table; rows that it has are not measured again")
     parser.add_argument("--picture", type=Path, default=PICTURE)
+    parser.add_argument("--peer", type=Path, metavar="CSV", help="beside auto_LiRPA's linear bounds, and nothing else")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.peer:
+        for name, samples in PEER.items():
+            for row in beside_peer(name, samples, RADII[-1]):
+                append(options.peer, row)
+                say(", ".join(f"{key} {value}" for key, value in row.items()))
+        return
     rows = read(options.out)
     for name in options.only:
         asked = [eps for eps in RADII if not any(row["network"] == name and float(row["eps"]) == eps for row in rows)]
@@ -147,6 +158,54 @@ def measured(name: str, model: nn.Module, x: Tensor, y: Tensor, eps: float) -> d
     row["refuted"] = f"{found.refuted.double().mean():.3f}"
     row["survived"] = f"{1 - attack.broken.double().mean():.3f}"
     return {**row, "device": device(), "torch": torch.__version__}
+
+
+def beside_peer(name: str, samples: int, eps: float) -> list[dict[str, Any]]:
+    """The same gradients by auto_LiRPA, linear bounds in the place of affine forms, sample by sample; a row for each
+    method. Seconds of a sample are those of a second call; what is built once for a label is not counted.
+    """
+    from bench.peers import auto_lirpa
+
+    model, x, y = trained(NETWORKS[name])
+    x, y = x[:samples], y[:samples]
+    fn, top = xb.explain.gradient(model), xb.TopK(5)
+    nominal, rows = fn(x, y).detach(), []
+
+    def row(method: str, width: float, holds: float, seconds: float, refuted: str = "") -> None:
+        values: dict[str, Any] = {
+            "width": f"{width:.4g}",
+            "certified": f"{holds:.3f}",
+            "refuted": refuted,
+            "s/sample": f"{seconds / samples:.3g}",
+        }
+        about: dict[str, Any] = {"network": name, "eps": eps, "samples": samples, "method": method}
+        rows.append({**about, **values, "device": device(), "torch": torch.__version__})
+
+    methods = ("CROWN", "CROWN-Optimized") if NETWORKS[name].pixels == 8 else ("CROWN",)  # which takes minutes else
+    for method in methods:
+        width = holds = taken = 0.0
+        for i in range(samples):
+            one = slice(i, i + 1)
+            run = auto_lirpa.gradient_bounds(model, x[one], eps, y[one], method=method)
+            run()
+            start = time.process_time()
+            bounds = xb.Interval(*(t.detach() for t in run()))
+            taken += time.process_time() - start
+            width += bounds.width.mean().item() / samples
+            holds += float(top.margin(nominal[one], bounds) > 0) / samples
+        row(f"auto_LiRPA {method}", width, holds, taken)
+    box, graph = xb.Interval.linf(x, eps), captured_graph(fn, x[:1], y[:1]).graph
+    forms = Forms.of(graph, rounding.choose(True, "real"), "rump", cheaply=False)
+    assert forms is not None
+    widths = [forms(box[i : i + 1], [[y[i : i + 1]]])[0].width.mean().item() for i in range(samples)]
+    settings: dict[str, dict[str, Any]] = {"affine forms": {"sharpen": True}, f"branches={PARTS}": {"branches": PARTS}}
+    for label, options in settings.items():
+        xb.certify(fn, x, y, eps=eps, property=top, **options)
+        start = time.process_time()
+        found = xb.certify(fn, x, y, eps=eps, property=top, **options)
+        taken = time.process_time() - start
+        row(label, sum(widths) / samples, found.fraction, taken, f"{found.refuted.double().mean():.3f}")
+    return rows
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""auto_LiRPA as an opponent: its interval bound on a Jacobian (``JacobianOP``), of which one label's column.
+"""auto_LiRPA as an opponent: its bounds on a Jacobian (``JacobianOP``), of which one label's column.
 
 Its bounds are not differentiable in the weights of linear layers, so it certifies and does not train; convolutions
 work for one image at a time, and average pooling has no gradient there.
@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 
 def gradient_bounds(
-    model: nn.Sequential, x: Tensor, eps: float, target: Tensor, *, any_label: bool = False
+    model: nn.Sequential, x: Tensor, eps: float, target: Tensor, *, any_label: bool = False, method: str = "IBP"
 ) -> Callable[[], tuple[Tensor, Tensor]]:
     """A function that returns lower and upper ends of d logit[target] / d x over the box of radius ``eps`` about x.
 
     What is built once, the library's graph of the network, is built here. By default the label is built in as well:
     the last layer keeps one row, which is the least that it can be asked to do, and a new label needs a new graph.
-    With ``any_label`` the label is an argument, as it is for the engine.
+    With ``any_label`` the label is an argument, as it is for the engine. ``method``: "IBP", intervals; "CROWN", linear
+    bounds; or "CROWN-Optimized", whose slopes are optimised.
     Raises ImportError without the library, NotImplementedError for what crashes in it.
     """
     with warnings.catch_warnings():  # it still compiles functions by torch.jit.script
@@ -66,7 +67,11 @@ def gradient_bounds(
     ball = PerturbationLpNorm(norm=float("inf"), eps=eps)
 
     def run() -> tuple[Tensor, Tensor]:
-        lower, upper = bounded.compute_bounds(x=(BoundedTensor(x, ball), *label), method="IBP")
+        given = (BoundedTensor(x, ball), *label)
+        if method == "IBP":
+            lower, upper = bounded.compute_bounds(x=given, method=method)
+        else:
+            lower, upper = bounded.compute_jacobian_bounds(given, optimize=method == "CROWN-Optimized")
         return lower.reshape(x.shape), upper.reshape(x.shape)
 
     return run
