@@ -9,7 +9,6 @@ row for each network and radius, goes on where it was interrupted, and draws doc
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import itertools
 import time
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pyxai_bounds as xb
-from bench.rows import device, say
+from bench.rows import append, device, read, say
 from pyxai_bounds import rounding
 from pyxai_bounds.certify.forms import Forms
 from pyxai_bounds.program import captured_graph
@@ -104,7 +103,8 @@ def main() -> None:
                 append(options.peer, row)
                 say(", ".join(f"{key} {value}" for key, value in row.items()))
         return
-    rows = read(options.out)
+    rows = read(options.out) if options.out.exists() else []
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     for name in options.only:
         asked = [eps for eps in RADII if not any(row["network"] == name and float(row["eps"]) == eps for row in rows)]
         if asked:
@@ -206,23 +206,6 @@ def beside_peer(name: str, samples: int, eps: float) -> list[dict[str, Any]]:
         taken = time.process_time() - start
         row(label, sum(widths) / samples, found.fraction, taken, f"{found.refuted.double().mean():.3f}")
     return rows
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def append(path: Path, row: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, row, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -47,15 +47,15 @@ def write(path: Path, rows: list[Row]) -> None:
 def append(path: Path, entry: Row) -> None:
     """One more row: what was measured is there, whatever comes next."""
     new = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(entry), lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerow(entry)
 
 
 def read(path: Path) -> list[Row]:
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 

@@ -136,7 +136,7 @@ def test_depths_go_on_where_they_were_interrupted(
     def run(*names: str) -> list[dict[str, Any]]:
         monkeypatch.setattr("sys.argv", ["depth", "--only", *names, "--out", str(table), "--picture", str(picture)])
         depth.main()
-        return depth.read(table)
+        return rows.read(table)
 
     first = run("dense 2")
     assert [float(row["eps"]) for row in first] == list(depth.RADII) and picture.stat().st_size > 0
