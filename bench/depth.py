@@ -98,8 +98,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.peer:
-        for name, samples in PEER.items():
-            for row in beside_peer(name, samples, RADII[-1]):
+        known = {row["network"] for row in read(options.peer)} if options.peer.exists() else set()
+        for name in (name for name in PEER if name not in known):
+            for row in beside_peer(name, PEER[name], RADII[-1]):
                 append(options.peer, row)
                 say(", ".join(f"{key} {value}" for key, value in row.items()))
         return
@@ -219,8 +220,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """A bar for each network: what proves how much, what refutes the rest, and what nobody decides."""
     groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for row in rows:
-        kind = str(row["network"]).rsplit(" ", 1)[0] if row["network"].split()[-1].isdigit() else "larger images"
-        groups.setdefault((kind, float(row["eps"])), []).append(row)
+        groups.setdefault((_place(row["network"])[0], float(row["eps"])), []).append(row)
     kinds = list(dict.fromkeys(kind for kind, _ in groups))
     figure = Figure(figsize=(3.6 * len(kinds) + 1.4, 2.6 * len(RADII) + 0.6))
     all_axes = figure.subplots(len(RADII), len(kinds), squeeze=False, sharey=True)
@@ -236,6 +236,12 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=160, transparent=True)
     say(f"drew {path}")
+
+
+def _place(name: str) -> tuple[str, str]:
+    """The column of a network in the picture, and what stands below its bar."""
+    kind, _, depth = name.rpartition(" ")
+    return (kind, depth) if depth.isdigit() else ("larger images", name.replace(", ", "\n"))
 
 
 def _bars(axes: Axes, rows: list[dict[str, Any]], title: str) -> None:
@@ -257,8 +263,7 @@ def _bars(axes: Axes, rows: list[dict[str, Any]], title: str) -> None:
     axes.plot(
         places, survived, "_", color="black", markersize=16, markeredgewidth=2, label="survived gradients' attack"
     )
-    names = [row["network"].split()[-1] if row["network"].split()[-1].isdigit() else row["network"] for row in rows]
-    axes.set_xticks(places, [name.replace(", ", "\n") for name in names], fontsize=8)
+    axes.set_xticks(places, [_place(row["network"])[1] for row in rows], fontsize=8)
     axes.set_title(title, fontsize=9, color=INK)
     axes.tick_params(colors=INK, labelsize=8)
     for side in ("top", "right"):

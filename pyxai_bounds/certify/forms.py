@@ -24,7 +24,7 @@ from pyxai_bounds.rules.registry import Product, as_set, use_product
 aten = torch.ops.aten
 
 LARGEST = 2**25  # numbers of the generators of one value, 256 MiB, unless there is a budget for more
-VALUES = 4  # as many have their generators in memory at once
+BYTES = 32  # of memory for each of these: in float64, and of some four values at once
 CHEAP = 2**28  # multiplications, of which a core does some 1e10 a second
 PASSES = 16  # as many multiplications as an operator takes the time of for each number, moving it through memory
 ROWS = 32  # samples, or parts of them, that are looked at together, at most
@@ -65,7 +65,7 @@ class Forms:
         sizes = _sizes(moving)
         inputs = [node.meta["val"] for node in placeholders]
         needed = 2 * sum(t.numel() for t in inputs if t.is_floating_point())
-        largest = max(LARGEST, memory // (8 * VALUES))
+        largest = max(LARGEST, memory // BYTES)
         most = largest // max(1, *sizes)
         if cheaply:
             cheap = CHEAP // max(1, sum(map(_work, moving)) + PASSES * sum(sizes))
@@ -73,7 +73,7 @@ class Forms:
                 return None
             most = min(most, 2 * cheap)  # of which most samples need a part
         if needed > most:
-            wanted, given = (8 * VALUES * numbers / 2**20 for numbers in (needed * max(sizes), largest))
+            wanted, given = (BYTES * numbers / 2**20 for numbers in (needed * max(sizes), largest))
             warnings.warn(
                 f"The affine forms that were asked for take some {wanted:,.0f} MiB for a sample of this function, and "
                 f"may take {given:,.0f}: its plain bounds are not sharpened. memory_budget=… (bytes) makes room, as "

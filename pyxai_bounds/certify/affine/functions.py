@@ -120,8 +120,11 @@ def power(run: Evaluator, n: fx.Node, result: Interval) -> Form:
     return to_power(run.symbols, x, run.value(n.args[0]), exponent, result)
 
 
-def to_power(symbols: Symbols, x: Form, box: Any, exponent: float, known: Interval | None = None) -> Form:
-    return symbols.lined(x, lines.power(powers(exponent), exponent, *common_ends(x, box)), known)
+def to_power(
+    symbols: Symbols, x: Form, box: Any, exponent: float, known: Interval | None = None, moves: bool = True
+) -> Form:
+    """``moves``: what does not may be the same for all rows, and gets no symbols."""
+    return symbols.lined(x, lines.power(powers(exponent), exponent, *common_ends(x, box)), known, symbols=moves)
 
 
 def powers(exponent: float) -> lines.Function:

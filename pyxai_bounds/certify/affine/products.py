@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pyxai_bounds.certify import lines
 from pyxai_bounds.certify.affine.evaluator import Evaluator
 from pyxai_bounds.certify.affine.form import Form, mapped, reshaped
-from pyxai_bounds.certify.affine.functions import powers, to_power
+from pyxai_bounds.certify.affine.functions import to_power
 from pyxai_bounds.certify.affine.linear import linear
 from pyxai_bounds.certify.affine.registry import call_of, form_rule
 from pyxai_bounds.interval import Interval
@@ -34,9 +33,7 @@ def divided(run: Evaluator, n: fx.Node, result: Interval) -> Form | None:
     if not run.is_set(n.args[1]) or len(n.args) > 2 or n.kwargs:
         return linear(run, n, result)
     x, y = (run.operand(arg) for arg in n.args[:2])
-    # What does not move may be the same for all rows, and gets no symbols.
-    line, moves = lines.power(powers(-1.0), -1.0, *run.ends(n.args[1])), n.args[1] in run.forms
-    inverse = run.symbols.lined(y, line, symbols=moves)
+    inverse = to_power(run.symbols, y, run.value(n.args[1]), -1.0, moves=n.args[1] in run.forms)
     return run.symbols.product(x, inverse, run.value(n.args[0]))
 
 
