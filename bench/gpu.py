@@ -43,7 +43,10 @@ NETWORKS: dict[str, Callable[[], torch.nn.Sequential]] = {
 }
 MOST = ("auto", "engine-graphed", "eager", "floor", "plain")
 GRAPHED = ("engine-compiled-graphed", "compiled-graphed", "eager-graphed")
-STEPS = ("engine-compiled-graphed-2", "engine-graphed-2", "engine-graphed-model", "engine-compiled-graphed-1")
+STEPS = (
+    "engine-compiled-graphed-concurrent", "engine-graphed-model-concurrent", "engine-graphed-concurrent",
+    "engine-compiled-graphed-2", "engine-graphed-2", "engine-graphed-model", "engine-compiled-graphed-1",
+)  # fmt: skip
 REST = ("launched", "triton", "engine-compiled", "checkpointed")
 # Network, batch, pixels, precision, and what is done with it.
 PLAN: list[tuple[str, int, int, str, tuple[str, ...]]] = [
@@ -107,7 +110,7 @@ AHEAD = [
     *(
         Job("cnn7", 512, 32, "bf16", what)
         for what in ("compiled", "engine-compiled", *STEPS)
-        if what != "engine-graphed-2"
+        if what not in ("engine-graphed-2", "engine-graphed-concurrent")  # they compile nothing of their own
     ),
 ]
 PARTS = [(job, part) for job in AHEAD for part in range(2 if job.what == "auto" else 1)]
@@ -179,18 +182,18 @@ def sound(case: Case, backend: str) -> Contender:
 
 # Training steps of the engine as CUDA graphs; where there is no certify here, it is that of auto.
 RECORDED: dict[str, Callable[..., Contender]] = {
-    "engine-graphed": lambda case, pieces: replace(
-        measure.engine(case, LAYOUT, "auto", graphed=True, pieces=pieces), bounds=None
+    "engine-graphed": lambda case, **how: replace(
+        measure.engine(case, LAYOUT, "auto", graphed=True, **how), bounds=None
     ),
-    "engine-graphed-model": lambda case, pieces: replace(
-        measure.engine(case, LAYOUT, "auto", graphed=True, compiled=True, pieces=pieces), bounds=None
+    "engine-graphed-model": lambda case, **how: replace(
+        measure.engine(case, LAYOUT, "auto", graphed=True, compiled=True, **how), bounds=None
     ),
-    "engine-compiled-graphed": lambda case, pieces: measure.compiled_engine(case, LAYOUT, graphed=True, pieces=pieces),
+    "engine-compiled-graphed": lambda case, **how: measure.compiled_engine(case, LAYOUT, graphed=True, **how),
 }
 
 
-def in_pieces(case: Case, name: str, pieces: int) -> Contender:
-    return replace(RECORDED[name](case, pieces), bounds=None)
+def term_by_term(case: Case, name: str, **how: Any) -> Contender:
+    return replace(RECORDED[name](case, **how), bounds=None)
 
 
 CONTENDERS: dict[str, Callable[[Case], Contender]] = {
@@ -198,9 +201,12 @@ CONTENDERS: dict[str, Callable[[Case], Contender]] = {
     "triton": lambda case: measure.engine(case, LAYOUT, "triton"),
     "launched": launched,
     "engine-compiled": lambda case: measure.compiled_engine(case, LAYOUT),
-    **{name: functools.partial(make, pieces=0) for name, make in RECORDED.items()},
+    **RECORDED,
     # The batch in so many pieces, each differentiated term by term; in one: term by term alone.
-    **{f"{name}-{k}": functools.partial(in_pieces, name=name, pieces=k) for name in RECORDED for k in (1, 2, 4)},
+    **{f"{name}-{k}": functools.partial(term_by_term, name=name, pieces=k) for name in RECORDED for k in (1, 2, 4)},
+    **{
+        f"{name}-concurrent": functools.partial(term_by_term, name=name, pieces=1, concurrent=True) for name in RECORDED
+    },
     "checkpointed": lambda case: replace(measure.engine(case, LAYOUT, "auto", checkpoint=True), bounds=None),
     "eager": lambda case: measure.eager(case, LAYOUT),
     "eager-graphed": lambda case: measure.eager(case, LAYOUT, graphed=True),

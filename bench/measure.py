@@ -84,13 +84,14 @@ def _contender(
     loss: Step | Sequence[Step],
     graphed: bool = False,
     pieces: int = 1,
+    concurrent: bool = False,
 ) -> Contender:
     """Of functions of (x, target); ``graphed``: on a GPU each is recorded as a CUDA graph at its third call. Such a
-    step may have several losses, which are differentiated one by one, and its batch in pieces."""
+    step may have several losses, which are differentiated one by one or side by side, and its batch in pieces."""
     model, target = case.model, case.target
     if graphed:
         certify = _Graphed(bounds, (x, target))
-        training = GraphedStep(loss, model.parameters(), pieces)
+        training = GraphedStep(loss, model.parameters(), pieces, concurrent)
         return Contender(certify, lambda: training(x, target))
     assert callable(loss) and pieces == 1
 
@@ -178,10 +179,12 @@ def engine(
     checkpoint: bool = False,
     compiled: bool = False,
     pieces: int = 0,
+    concurrent: bool = False,
 ) -> Contender:
     """``compiled``: the network in the cross entropy is, and the bounds run as the program that they are.
 
-    ``pieces``: a recorded step takes the batch in so many, in each the cross entropy first and then the bounds.
+    ``pieces``: a recorded step takes the batch in so many, in each the cross entropy first and then the bounds, or both
+    side by side if ``concurrent``.
     """
     import pyxai_bounds as xb
 
@@ -203,13 +206,15 @@ def engine(
         lambda x, target: F.cross_entropy(model(x), target),
         lambda x, target: run(x, target).width.square().mean(),
     ]
-    return _contender(case, case.input(layout), bounds, terms if pieces else loss, graphed, pieces or 1)
+    return _contender(case, case.input(layout), bounds, terms if pieces else loss, graphed, pieces or 1, concurrent)
 
 
-def compiled_engine(case: Case, layout: str, graphed: bool = False, pieces: int = 0) -> Contender:
+def compiled_engine(
+    case: Case, layout: str, graphed: bool = False, pieces: int = 0, concurrent: bool = False
+) -> Contender:
     """The engine's programs, one with gradients and one without, inside of functions that are compiled whole.
 
-    ``pieces``: as for ``engine``, of equal size, since a program is for one batch size.
+    ``pieces``, ``concurrent``: as for ``engine``, pieces of equal size, since a program is for one batch size.
     """
     import pyxai_bounds as xb
 
@@ -239,7 +244,7 @@ def compiled_engine(case: Case, layout: str, graphed: bool = False, pieces: int 
         loss = boxed(lambda mid, rad, target: _loss(case.model, mid, target, 2 * trained(mid, rad, target)[1]))
         return _contender(case, x, bounds, loss, graphed)
     cross_entropy = _compiled(lambda x, target: F.cross_entropy(case.model(x), target))
-    return _contender(case, x, bounds, [cross_entropy, boxed(penalty)], graphed, pieces)
+    return _contender(case, x, bounds, [cross_entropy, boxed(penalty)], graphed, pieces, concurrent)
 
 
 def floor(case: Case, layout: str) -> Contender:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import itertools
 import os
 import threading
@@ -154,6 +155,9 @@ class GraphedStep:
     ``loss`` may be several functions, the terms of a sum: each is differentiated before the next is computed, so that
     what they keep for their backward passes is never in memory together.
 
+    ``concurrent``: a recording runs them side by side instead, each on a stream of its own, so that one uses what
+    another leaves idle; what they keep is then in memory together. Gradients are added in the same order.
+
     ``pieces``: the batch is taken in as many pieces (at most: of ⌈B / pieces⌉ samples each, the last may be smaller),
     one after the other, so that memory is needed for one piece at a time. Each adds its share of the batch times its
     gradients, and the mean loss of the batch is returned, all within one recording. That is the loss of the whole
@@ -177,10 +181,11 @@ class GraphedStep:
         loss: Callable[..., Tensor] | Sequence[Callable[..., Tensor]],
         parameters: Iterable[Tensor],
         pieces: int = 1,
+        concurrent: bool = False,
     ) -> None:
         self.terms = (loss,) if callable(loss) else tuple(loss)
         self.parameters = [p for p in parameters if p.requires_grad]
-        self.pieces = pieces
+        self.pieces, self.concurrent = pieces, concurrent
         if not self.parameters:
             raise ValueError("None of the parameters requires a gradient: there is nothing to train.")
         if not self.terms:
@@ -234,8 +239,7 @@ class GraphedStep:
             return self._run(*tensors)
         graph.fill(tensors)
         graph.replay()
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient
+        self._set_gradients(gradients)
         return graph.outputs.clone()
 
     def _record(self, graph: Graph) -> None:
@@ -249,11 +253,33 @@ class GraphedStep:
             ) from error
 
     def _run(self, *tensors: Tensor) -> Tensor:
-        for parameter in self.parameters:
-            parameter.grad = None
+        self._set_gradients([None] * len(self.parameters))
+        side_by_side = self.concurrent and torch.cuda.is_current_stream_capturing()
+        differentiate = self._side_by_side if side_by_side else self._in_turn
         with _recorded_as_a_whole():
-            losses = [_differentiate(term, piece, share) for piece, share in self._cut(tensors) for term in self.terms]
+            losses = [loss for piece, share in self._cut(tensors) for loss in differentiate(piece, share)]
         return losses[0] if len(losses) == 1 else torch.stack([loss.reshape(()) for loss in losses]).sum()
+
+    def _in_turn(self, tensors: Sequence[Tensor], share: float) -> list[Tensor]:
+        return [_differentiate(term, tensors, share) for term in self.terms]
+
+    def _side_by_side(self, tensors: Sequence[Tensor], share: float) -> list[Tensor]:
+        here, streams = torch.cuda.current_stream(), [torch.cuda.Stream() for _ in self.terms]
+        losses, gradients = [], [[p.grad for p in self.parameters]]  # of the pieces before
+        for term, stream in zip(self.terms, streams, strict=True):
+            self._set_gradients([None] * len(self.parameters))
+            stream.wait_stream(here)
+            with torch.cuda.stream(stream):
+                losses.append(_differentiate(term, tensors, share))
+            gradients.append([p.grad for p in self.parameters])
+        for stream in streams:
+            here.wait_stream(stream)
+        self._set_gradients(_sum(*of_parameter) for of_parameter in zip(*gradients, strict=True))
+        return losses
+
+    def _set_gradients(self, gradients: Iterable[Tensor | None]) -> None:
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
 
     def _cut(self, tensors: Sequence[Tensor]) -> list[tuple[Sequence[Tensor], float]]:
         """The pieces of the batch, and the share of it that each is."""
@@ -273,6 +299,11 @@ def _differentiate(term: Callable[..., Tensor], tensors: Sequence[Tensor], share
             loss = share * loss
         loss.backward()
     return loss.detach()
+
+
+def _sum(*gradients: Tensor | None) -> Tensor | None:
+    given = [gradient for gradient in gradients if gradient is not None]
+    return functools.reduce(torch.add, given) if given else None
 
 
 def _check_can_be_cut(tensors: Sequence[Tensor]) -> None:

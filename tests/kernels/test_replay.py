@@ -405,8 +405,9 @@ def test_pieces_add_up_to_the_batch(device, steps, monkeypatch, pieces, sizes):
     assert len(steps) == 1
 
 
+@pytest.mark.parametrize("concurrent", [False, True])
 @pytest.mark.parametrize("pieces", [1, 2])
-def test_terms_add_up_to_the_loss_and_each_is_differentiated_before_the_next(device, steps, pieces):
+def test_terms_add_up_to_the_loss_and_each_is_differentiated_before_the_next(device, steps, pieces, concurrent):
     model, x, target = case(device)
     model, x, eps = model.double(), x.double(), torch.tensor(0.05, device=device)
     seen = []
@@ -424,7 +425,7 @@ def test_terms_add_up_to_the_loss_and_each_is_differentiated_before_the_next(dev
         lambda x, y, eps: F.cross_entropy(model(x), y),
         lambda x, y, eps: explanation_width(model, x, y, eps, clip=(0.0, 1.0)),
     )
-    step = GraphedStep([watched(term) for term in terms], model.parameters(), pieces)
+    step = GraphedStep([watched(term) for term in terms], model.parameters(), pieces, concurrent)
     for k in range(5):
         tensors = (x + 0.1 * k) % 1, target, eps
         value, gradients = step(*tensors), [p.grad.clone() for p in model.parameters()]
@@ -437,6 +438,30 @@ def test_terms_add_up_to_the_loss_and_each_is_differentiated_before_the_next(dev
     assert len(steps) == 1
     with pytest.raises(ValueError, match="loss holds no function"):
         GraphedStep([], model.parameters())
+
+
+def test_terms_side_by_side_have_the_gradients_of_terms_in_turn(device, steps, monkeypatch):
+    """To the last bit, also of a parameter that only one reads; a stream for each term and piece, and only recorded."""
+    model, x, target = case(device)
+    read_once, opened, make = nn.Parameter(torch.ones(2, device=device)), [], torch.cuda.Stream
+    terms = (
+        lambda x, y: F.cross_entropy(model(x), y),
+        lambda x, y: explanation_width(model, x, y, 0.05, clip=(0.0, 1.0)) + read_once.sum(),
+        lambda x, y: model[0].weight.square().sum(),
+    )
+    parameters = [*model.parameters(), read_once]
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *args: (opened.append(len(steps)), make(*args))[1])
+    in_turn = GraphedStep(terms, parameters, pieces=2)
+    side_by_side = GraphedStep(terms, parameters, pieces=2, concurrent=True)
+    for k in range(5):
+        results = []
+        for step in (in_turn, side_by_side):
+            opened.clear()
+            loss = step((x + 0.1 * k) % 1, target)
+            results.append([loss, *(p.grad.clone() for p in parameters)])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        assert len(opened) == (1 if k < 2 else 1 + 2 * 3 if k == 2 else 0)
+    assert len(steps) == 2
 
 
 def test_a_step_in_pieces_says_what_it_cannot_cut(device):
