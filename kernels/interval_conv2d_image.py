@@ -398,9 +398,10 @@ def image_blocks(
 def _forward_blocks(OC: int, C: int, kernel: list[int], open_rows: int, cores: bool, short: bool) -> list[Block]:
     if interpreting():
         return [Block(64, 32, 32, 4, 1)]
+    many_taps = kernel[0] * kernel[1] > 16  # of all pixels on their way, all must find place in shared memory
     if not cores:
-        return [Block(64, 64, 16, 8, 3)]
-    if kernel[0] * kernel[1] > 16:  # all taps of the pixels that are on their way must find place in shared memory
+        return [Block(64, 64, 16, 8, 1 if many_taps else 3)]
+    if many_taps:
         return [Block(64, 64, 16, 4, 2)]
     return [Block(64, 64, 16, 4, 3), Block(64, 64, 64, 4, 3), Block(128, 64, 16, 8, 3)]
 

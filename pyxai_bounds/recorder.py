@@ -245,7 +245,8 @@ class TrainingReplay:
                 graph.replay()
                 if derivative not in self._checked:
                     try:
-                        graph.check(lambda: self._differentiate(derivative, graph.inputs, self._anew()))
+                        with replay.on(self._stream):  # where the leaves were first read, or autograd warns
+                            graph.check(lambda: self._differentiate(derivative, graph.inputs, self._anew()))
                     except RuntimeError as error:
                         self._wrong = error
                         return None

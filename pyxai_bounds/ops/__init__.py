@@ -655,12 +655,28 @@ interval_max_pool2d_backward = define(
     _unpool_setup,
 )
 
+
+def _gather_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(*inputs[:6])
+    ctx.geometry = inputs[6:]
+
+
+def _gather_backward(ctx: Any, mid_grad: Tensor | None, rad_grad: Tensor | None) -> Any:
+    """Linear in (mid, rad), and only there differentiable: what autograd makes of the reference, in one piece."""
+    mid, rad, *rest = ctx.saved_tensors
+
+    def gather(mid: Tensor, rad: Tensor) -> tuple[Tensor, Tensor]:
+        return reference.interval_max_pool2d_gather(mid, rad, *rest, *ctx.geometry)
+
+    return *torch.func.vjp(gather, mid, rad)[1](_both(mid_grad, rad_grad)), *(None,) * 8
+
+
 interval_max_pool2d_gather = define(
     "interval_max_pool2d_gather(Tensor mid, Tensor rad, Tensor grad_mid, Tensor grad_rad, Tensor must, Tensor may, "
     "int[] kernel, int[] stride, int[] padding, int[] dilation) -> (Tensor, Tensor)",
     lambda mid, rad, grad_mid, *_: (_like(grad_mid), _like(grad_mid)),
-    _no_second_derivative("The derivative of interval_max_pool2d_backward"),
-    lambda ctx, inputs, output: None,
+    _gather_backward,
+    _gather_setup,
 )
 
 

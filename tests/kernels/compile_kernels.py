@@ -91,6 +91,7 @@ def gemm_variants() -> dict[str, tuple[Any, dict[str, Any], list[str], list[str]
             ["C", "OC"],
         ),
         **{f"conv2d_image_{op}": (kernel, {}, [], []) for op, kernel in image_kernels().items()},
+        "conv2d_image_forward_7x7": (image_kernels()["forward"], {}, [], []),
         "conv2d_weight_depthwise_flat": (weight, conv | {"FLAT": True, "EVEN": False}, ["CG", "OG"], ["C", "OC"]),
     }
 
@@ -106,13 +107,16 @@ def image_kernels() -> dict[str, Any]:
 IMAGE = ([1, 1], [1, 1], [1, 1])  # stride, padding, dilation of the layer that they are compiled for
 
 
-def image_weight(dtype: str) -> torch.Tensor:
-    return torch.empty(64, 3, 3, 3, dtype=DTYPES[dtype])
+def image_variant(variant: str, dtype: str) -> tuple[str, torch.Tensor]:
+    """What is done, and the weight that it is compiled for."""
+    op, _, size = variant.removeprefix("conv2d_image_").partition("_")
+    return op, torch.empty(64, 3, *(int(side) for side in (size or "3x3").split("x")), dtype=DTYPES[dtype])
 
 
-def image_flags(op: str, dtype: str, block: Block) -> dict[str, Any]:
+def image_flags(variant: str, dtype: str, block: Block) -> dict[str, Any]:
     """Constants of a kernel at images of 32 × 32."""
-    weight, (stride, padding, dilation) = image_weight(dtype).shape, IMAGE
+    (op, tensor), (stride, padding, dilation) = image_variant(variant, dtype), IMAGE
+    weight = tensor.shape
     if op == "backward":
         return interval_conv2d_image.strip_sizes(weight, (32, 32), (32, 32), stride, padding, dilation, block)
     sizes = interval_conv2d_image.window_sizes(weight, DTYPES[dtype], (32, 32), stride, dilation)
@@ -152,8 +156,8 @@ def elementwise_kernels() -> dict[str, tuple[Any, dict[str, Any]]]:
 def blocks_of(variant: str, dtype: str, capability: int) -> list[Block]:
     flat, tf32, hopper = variant.endswith("flat"), dtype == "tf32", capability >= 90
     if "image" in variant:
-        op = variant.removeprefix("conv2d_image_")
-        return interval_conv2d_image.image_blocks(op, (512, 3, 32, 32), image_weight(dtype), *IMAGE, 1, tf32)
+        op, weight = image_variant(variant, dtype)
+        return interval_conv2d_image.image_blocks(op, (512, 3, 32, 32), weight, *IMAGE, 1, tf32)
     if "weight" in variant:
         return weight_blocks(DTYPES[dtype], 512, flat, tf32, hopper)
     columns = 3 if variant.endswith("narrow") else 512
@@ -241,7 +245,7 @@ def main() -> None:
             "COMPUTE": tl.float64 if dtype == "fp64" else tl.float32,
         }  # fmt: skip
         if "image" in variant:
-            flags |= image_flags(variant.removeprefix("conv2d_image_"), dtype, block)
+            flags |= image_flags(variant, dtype, block)
             flags = {name: value for name, value in flags.items() if name in kernel.arg_names}
         options = {"num_warps": block.warps, "num_stages": block.stages, "enable_fp_fusion": True}
         found = compile_one(kernel, flags, dtype, capability, ones, sixteens, options)

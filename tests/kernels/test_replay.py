@@ -395,7 +395,8 @@ def test_pieces_add_up_to_the_batch(device, steps, monkeypatch, pieces, sizes):
         assert seen == (sizes if k < 3 else [])
         model.zero_grad()
         (expected := loss(*tensors)).backward()
-        torch.testing.assert_close(value, expected.detach(), rtol=1e-13, atol=0)
+        expected = expected.detach()  # no loss with its graph may be alive when a step is recorded
+        torch.testing.assert_close(value, expected, rtol=1e-13, atol=0)
         for found, p in zip(gradients, model.parameters(), strict=True):
             torch.testing.assert_close(found, p.grad, rtol=1e-11, atol=1e-13)
         monkeypatch.setenv("PYXAI_BOUNDS_CUDA_GRAPHS", "0")
@@ -432,7 +433,8 @@ def test_terms_add_up_to_the_loss_and_each_is_differentiated_before_the_next(dev
         assert seen == ["computed", "differentiated"] * 2 * pieces * min(k + 1, 3)
         model.zero_grad()
         (expected := terms[0](*tensors) + terms[1](*tensors)).backward()
-        torch.testing.assert_close(value, expected.detach(), rtol=1e-13, atol=0)
+        expected = expected.detach()
+        torch.testing.assert_close(value, expected, rtol=1e-13, atol=0)
         for found, p in zip(gradients, model.parameters(), strict=True):
             torch.testing.assert_close(found, p.grad, rtol=1e-11, atol=1e-13)
     assert len(steps) == 1
@@ -450,7 +452,7 @@ def test_terms_side_by_side_have_the_gradients_of_terms_in_turn(device, steps, m
         lambda x, y: model[0].weight.square().sum(),
     )
     parameters = [*model.parameters(), read_once]
-    monkeypatch.setattr(torch.cuda, "Stream", lambda *args: (opened.append(len(steps)), make(*args))[1])
+    monkeypatch.setattr(torch.cuda, "Stream", lambda **how: (opened.append(how), make(**how))[1])
     in_turn = GraphedStep(terms, parameters, pieces=2)
     side_by_side = GraphedStep(terms, parameters, pieces=2, concurrent=True)
     for k in range(5):
@@ -799,8 +801,10 @@ def test_a_recording_for_training_that_gives_something_else_is_dropped(device, t
             found = gradients_of(loss_on(bounded(box, target)), model)
             with launched():
                 assert all_equal(found, gradients_of(loss_on(bounded(box, target)), model))
-    assert len(warned) == 1 and "replayed" not in turns
-    assert turns == ["call", "run", "call", *(["left"] if what == "derivative" else [])]
+    assert len(warned) == 1, [str(one.message) for one in warned]
+    # To record computes nothing on a GPU, but the imitation does: there the first replay leaves what is right.
+    first = ["call", "run"] if what == "derivative" or device == "cpu" else []
+    assert turns == [*first, "call", *(["left"] if what == "derivative" else [])]
 
 
 def test_a_derivative_is_compared_with_one_of_the_same_call(device, turns):

@@ -75,6 +75,16 @@ def test_gradients_are_the_rules(case):
         assert torch.allclose(a, e, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("case", CASES[:6])
+def test_second_derivatives(case):
+    image, grad = boxes(case)
+    bits = reference.interval_first_maximum(*image, list(grad[0].shape[2:]), *case[1:5])
+    size, inputs = list(case[0][2:]), leaves(*grad)
+    assert torch.autograd.gradgradcheck(
+        lambda *box: ops.interval_max_pool2d_backward(*box, *bits, size, *case[1:5]), inputs
+    )
+
+
 def test_bits_name_the_elements():
     mid = torch.tensor([[1.0, 1.0], [0.0, 5.0]]).reshape(1, 1, 2, 2)
     geometry = ([2, 2], [2, 2], [0, 0], [1, 1])
