@@ -402,7 +402,7 @@ def _forward_blocks(OC: int, C: int, kernel: list[int], open_rows: int, cores: b
     if not cores:
         return [Block(64, 64, 16, 8, 1 if many_taps else 3)]
     if many_taps:
-        return [Block(64, 64, 16, 4, 2)]
+        return [Block(64, 64, 16, 4, 2 if short else 1)]
     return [Block(64, 64, 16, 4, 3), Block(64, 64, 64, 4, 3), Block(128, 64, 16, 8, 3)]
 
 

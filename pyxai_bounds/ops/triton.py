@@ -107,7 +107,9 @@ def interval_linear(
 
     def run(block: Any, mid: Tensor, rad: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
         if block is None:
-            return _finish(epilogue, *product(mid, rad, weight, bias))
+            # ReLU's kernel adds the bias: cuBLAS, where it must, takes a slower product without parts of the sum.
+            later = bias if fused else None
+            return _finish(epilogue, *product(mid, rad, weight, None if later is not None else bias), later)
         out_mid, out_rad = _contiguous(mid, problem.size)
         state = epilogue.made(out_mid) if fused else None
         _kernels("interval_linear").box_product_into(
@@ -654,7 +656,8 @@ def _in_one_kernel(
 def _finish(epilogue: Epilogue, mid: Tensor, rad: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The epilogue as a kernel of its own, which overwrites the box.
 
-    ``bias``, if given, is added before ReLU: one value for each channel of channels-last images, a multiple of 8.
+    ``bias``, if given, is added before ReLU: one value for each column, or channel of channels-last images, of which
+    there is a multiple of 8.
     """
     if epilogue.bits is not None:
         mid, rad = in_order_of(epilogue.bits, mid, rad)
@@ -833,7 +836,7 @@ def _convolution(block: Any) -> ModuleType:
 def _weight_blocks(mid: Tensor, rows: int, tf32: bool, channels: int | None = None) -> list[Any]:
     launch = _kernels("launch")
     flat = channels is not None and launch.is_flat(channels)
-    return launch.weight_blocks(mid.dtype, rows, flat, tf32, _is_hopper(mid))
+    return launch.weight_blocks(mid.dtype, rows, flat, tf32, _is_hopper(mid), linear=channels is None)
 
 
 def _tf32(t: Tensor) -> tuple[bool, bool]:

@@ -159,7 +159,7 @@ def blocks_of(variant: str, dtype: str, capability: int) -> list[Block]:
         op, weight = image_variant(variant, dtype)
         return interval_conv2d_image.image_blocks(op, (512, 3, 32, 32), weight, *IMAGE, 1, tf32)
     if "weight" in variant:
-        return weight_blocks(DTYPES[dtype], 512, flat, tf32, hopper)
+        return weight_blocks(DTYPES[dtype], 512, flat, tf32, hopper, linear=variant.startswith("linear"))
     columns = 3 if variant.endswith("narrow") else 512
     if flat:
         return [block for block in few_channels_blocks(DTYPES[dtype], columns, 1, tf32, hopper) if block.flat]

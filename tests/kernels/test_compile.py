@@ -29,7 +29,7 @@ def test_every_kernel_type_and_architecture_is_there(compiled):
 
     products = {entry["kernel"] for entry in compiled if entry["block"]}
     assert {entry["kernel"] for entry in compiled} - products == set(elementwise_kernels())
-    assert len(products) == 20
+    assert len(products) == 21
     for kernel in products:
         seen = {(entry["dtype"], entry["sm"]) for entry in compiled if entry["kernel"] == kernel}
         others = {(d, 90) for d in ("bf16", "fp16", "fp32", "tf32")} | {("bf16", 80), ("fp32", 80)}

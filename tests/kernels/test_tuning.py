@@ -95,6 +95,7 @@ def linear(tuning, monkeypatch):
         write(block, REFERENCE(mid, rad, weight, bias, state is not None), out_mid, out_rad, state)
 
     def relu_into(mid, rad, out_mid, out_rad, state, bias):
+        mid = mid if bias is None else mid + bias
         write(None, reference.interval_relu(mid, rad), out_mid, out_rad, state)
 
     monkeypatch.setattr(triton, "_problems", {})
@@ -103,7 +104,9 @@ def linear(tuning, monkeypatch):
     monkeypatch.setattr(triton._kernels("interval_relu"), "relu_into", relu_into)
     monkeypatch.setattr(triton._kernels("launch"), "box_blocks", lambda *a: [block for block in made_of if block])
     g = torch.Generator().manual_seed(1)
-    mid, rad, weight, bias = (torch.randn(size, generator=g) for size in ((9, 400), (9, 400), (16, 400), (16,)))
+    sizes = (9, 400), (9, 400), (16, 400), (16,)
+    # Quarters: sums are exact, in whatever order, with the bias first or last.
+    mid, rad, weight, bias = ((4 * torch.randn(size, generator=g)).round() / 4 for size in sizes)
     return made_of, lambda ops=triton.measured: ops.interval_linear(mid, rad.abs(), weight, bias, True)
 
 
