@@ -156,7 +156,8 @@ class GraphedStep:
     what they keep for their backward passes is never in memory together.
 
     ``concurrent``: a recording runs them side by side instead, each on a stream of its own, so that one uses what
-    another leaves idle; what they keep is then in memory together. Gradients are added in the same order.
+    another leaves idle; what they keep is then in memory together. Gradients are added in the same order. No term may
+    write what another reads, as batch norm in training mode writes the statistics that bounds read.
 
     ``pieces``: the batch is taken in as many pieces (at most: of ⌈B / pieces⌉ samples each, the last may be smaller),
     one after the other, so that memory is needed for one piece at a time. Each adds its share of the batch times its
