@@ -56,9 +56,10 @@ class Certificate:
 
     def __repr__(self) -> str:
         count = f"{int(self.holds.sum())} of {len(self.holds)}"
+        refuted = f", refuted for {int(self.refuted.sum())}" if self.refuted.any() else ""
         endless = int((~flat(self.bounds.isfinite()).all(1)).sum()) if len(self.holds) else 0
         without = f", {endless} have no finite bounds" if endless else ""
-        return f"Certificate(holds for {count}{without}, rounding={self.rounding!r})"
+        return f"Certificate(holds for {count}{refuted}{without}, rounding={self.rounding!r})"
 
 
 def certify(

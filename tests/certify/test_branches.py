@@ -55,6 +55,7 @@ def test_a_network_with_one_hidden_layer_is_decided_as_it_is(seed: int) -> None:
     assert torch.equal(found.holds, truth)
     assert (plain.holds & ~truth).sum() == 0 and (found.holds & ~plain.holds).any() and not truth.all()
     assert torch.equal(found.refuted, ~truth)  # an input was found wherever there is one
+    assert f"holds for {int(truth.sum())} of {len(truth)}, refuted for {int((~truth).sum())}, " in repr(found)
     for i, gradients in enumerate(points):
         assert all(found.bounds[i : i + 1].contains(g).all() for g in gradients)
 
