@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from pyxai_bounds import ops
-from pyxai_bounds.errors import on_gpu
+from pyxai_bounds.errors import capturing, on_gpu
 
 
 class Graph:
@@ -255,7 +255,7 @@ class GraphedStep:
 
     def _run(self, *tensors: Tensor) -> Tensor:
         self._set_gradients([None] * len(self.parameters))
-        side_by_side = self.concurrent and torch.cuda.is_current_stream_capturing()
+        side_by_side = self.concurrent and capturing(self.parameters[0])
         differentiate = self._side_by_side if side_by_side else self._in_turn
         with _recorded_as_a_whole():
             losses = [loss for piece, share in self._cut(tensors) for loss in differentiate(piece, share)]
