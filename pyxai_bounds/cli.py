@@ -236,6 +236,9 @@ class Certify:
             console.print(
                 f"{refuted} refuted: an input within {self.eps:g} was found with another top {self.k}", highlight=False
             )
+        if open_ := samples - count - refuted:
+            further = "" if self.branches > 1 else "; --branches 64 decides most"
+            console.print(f"{open_} open: neither proved nor refuted{further}", highlight=False)
         console.print(
             f"margins: median {certificate.margin.median():.4g}; rounding: {certificate.rounding}", highlight=False
         )

@@ -210,10 +210,12 @@ def test_certify_and_report_take_other_explanations(capsys, runs, tmp_path):
 
 
 def test_certify_prints_text_or_json(capsys, runs):
-    code, out, err = call(capsys, "certify", runs / "fc-128", "--eps", 0.05, "--k", 3)
-    assert code == 0 and err == "" and "of 39 certified" in out and "rounding: " in out
+    code, text, err = call(capsys, "certify", runs / "fc-128", "--eps", 0.05, "--k", 3)
+    assert code == 0 and err == "" and "of 39 certified" in text and "rounding: " in text
     code, out, err = call(capsys, "certify", runs / "fc-128", "--eps", 0.05, "--k", 3, "--json")
     result = json.loads(out)
+    open_ = 39 - result["certified"] - sum(result["refuted"])
+    assert open_ > 0 and f"{open_} open: neither proved nor refuted; --branches 64" in text
     assert code == 0 and err == ""
     assert (result["data"], result["eps"], result["k"], result["samples"]) == ("wine", 0.05, 3, 39)
     assert result["certified"] == sum(result["holds"]) and len(result["margin"]) == 39
