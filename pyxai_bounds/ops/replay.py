@@ -43,8 +43,11 @@ class Graph:
         graph = torch.cuda.CUDAGraph()
         # On a stream of this device; other threads (those that load data) may allocate meanwhile.
         stream, pool = stream or torch.cuda.Stream(), None if before is None else before._graph.pool()
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            self.outputs = fn(*self.inputs)
+        recording = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+        with torch.cuda.stream(torch.cuda.current_stream()):  # where ending it fails, PyTorch leaves its stream current
+            recording.__enter__()
+            with _and_then(lambda: recording.__exit__(None, None, None)):
+                self.outputs = fn(*self.inputs)
         self._graph = graph
 
     def replay(self) -> None:
@@ -83,10 +86,22 @@ _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 @contextlib.contextmanager
 def on(stream: Any) -> Iterator[None]:
     """Run the block on another stream, which first waits for the current one; that waits for it afterwards."""
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    here = torch.cuda.current_stream()
+    stream.wait_stream(here)
+    with _and_then(lambda: here.wait_stream(stream)), torch.cuda.stream(stream):
         yield
-    torch.cuda.current_stream().wait_stream(stream)
+
+
+@contextlib.contextmanager
+def _and_then(end: Callable[[], object]) -> Iterator[None]:
+    """Call ``end`` after the block, also if it fails; its error is then that of the block, which came first."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(RuntimeError):
+            end()
+        raise
+    end()
 
 
 class Replay:
@@ -246,7 +261,10 @@ class GraphedStep:
     def _record(self, graph: Graph) -> None:
         try:
             graph.record(self._run)
-        except RuntimeError as error:
+        except Exception as error:
+            self._set_gradients([None] * len(self.parameters))  # which nothing has computed
+            if not isinstance(error, RuntimeError):
+                raise
             raise RuntimeError(
                 f"This training step cannot be recorded as a CUDA graph ({first_line(error)}). Its loss must not look "
                 "at values on the host (.item(), an if on a tensor) nor copy from the CPU, and no loss of an earlier "
@@ -256,7 +274,9 @@ class GraphedStep:
     def _run(self, *tensors: Tensor) -> Tensor:
         self._set_gradients([None] * len(self.parameters))
         side_by_side = self.concurrent and capturing(self.parameters[0])
-        differentiate = self._side_by_side if side_by_side else self._in_turn
+        # For all pieces the same: what one piece has used up on a stream is used again by the next one there.
+        streams = [torch.cuda.Stream() for _ in self.terms] if side_by_side else []
+        differentiate = functools.partial(self._side_by_side, streams) if side_by_side else self._in_turn
         with _recorded_as_a_whole():
             losses = [loss for piece, share in self._cut(tensors) for loss in differentiate(piece, share)]
         return losses[0] if len(losses) == 1 else torch.stack([loss.reshape(()) for loss in losses]).sum()
@@ -264,17 +284,18 @@ class GraphedStep:
     def _in_turn(self, tensors: Sequence[Tensor], share: float) -> list[Tensor]:
         return [_differentiate(term, tensors, share) for term in self.terms]
 
-    def _side_by_side(self, tensors: Sequence[Tensor], share: float) -> list[Tensor]:
-        here, streams = torch.cuda.current_stream(), [torch.cuda.Stream() for _ in self.terms]
+    def _side_by_side(self, streams: Sequence[Any], tensors: Sequence[Tensor], share: float) -> list[Tensor]:
+        here = torch.cuda.current_stream()
         losses, gradients = [], [[p.grad for p in self.parameters]]  # of the pieces before
-        for term, stream in zip(self.terms, streams, strict=True):
-            self._set_gradients([None] * len(self.parameters))
-            stream.wait_stream(here)
-            with torch.cuda.stream(stream):
-                losses.append(_differentiate(term, tensors, share))
-            gradients.append([p.grad for p in self.parameters])
         for stream in streams:
-            here.wait_stream(stream)
+            stream.wait_stream(here)
+        with _and_then(lambda: [here.wait_stream(stream) for stream in streams]):  # or the recording could not end
+            for term, stream in zip(self.terms, streams, strict=True):
+                self._set_gradients([None] * len(self.parameters))
+                torch.clear_autocast_cache()  # or a term would read the weights that another one has yet to convert
+                with torch.cuda.stream(stream):
+                    losses.append(_differentiate(term, tensors, share))
+                gradients.append([p.grad for p in self.parameters])
         self._set_gradients(_sum(*of_parameter) for of_parameter in zip(*gradients, strict=True))
         return losses
 

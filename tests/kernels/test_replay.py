@@ -443,7 +443,8 @@ def test_terms_add_up_to_the_loss_and_each_is_differentiated_before_the_next(dev
 
 
 def test_terms_side_by_side_have_the_gradients_of_terms_in_turn(device, steps, monkeypatch):
-    """To the last bit, also of a parameter that only one reads; a stream for each term and piece, and only recorded."""
+    """To the last bit, also of a parameter that only one reads; a stream for each term, for all pieces the same (memory
+    is used again on its own stream alone), and only recorded."""
     model, x, target = case(device)
     read_once, opened, make = nn.Parameter(torch.ones(2, device=device)), [], torch.cuda.Stream
     terms = (
@@ -463,8 +464,63 @@ def test_terms_side_by_side_have_the_gradients_of_terms_in_turn(device, steps, m
             results.append([loss, *(p.grad.clone() for p in parameters)])
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
         made = [how for how in opened if not how]  # others stand for the current one
-        assert len(made) == (1 if k < 2 else 1 + 2 * 3 if k == 2 else 0)
+        assert len(made) == (1 if k < 2 else 1 + 3 if k == 2 else 0)
     assert len(steps) == 2
+
+
+def test_terms_side_by_side_share_no_weights_that_autocast_converted(device, steps):
+    """It keeps them: a term would read what another one has yet to write, on a stream that it does not wait for."""
+    if device == "cuda":
+        pytest.skip("looks into the recording, as only the imitation can")
+    model, x = nn.Linear(4, 3), torch.rand(2, 4)
+    step = GraphedStep([lambda x: model(x).sum(), lambda x: model(x).square().sum()], model.parameters(), 1, True)
+    for _ in range(3):
+        with torch.autocast("cpu", torch.bfloat16):
+            step(x)
+    converted = [args[0] for function, args, *_ in steps[0]._graph.done if function is torch.ops.aten._to_copy.default]
+    assert sum(t.shape == model.weight.shape and t.dtype is torch.float32 for t in converted) == 2
+
+
+@pytest.mark.parametrize("looks", [False, True])
+def test_what_fails_while_terms_are_recorded_is_what_is_said(device, monkeypatch, looks):
+    """As on a GPU, a recording cannot end with streams apart nor after a look at values. Nothing of it stays."""
+    if device == "cuda":
+        pytest.skip("a recording that failed may leave random numbers unusable for the tests after it")
+    model, x, _ = case(device)
+    apart, looked = set(), []
+
+    class Stream:
+        def wait_stream(self, other):
+            refuse_if(looked)
+            if Recording.active:
+                (apart.discard if self is here else apart.add)(other if self is here else self)
+
+    class Ending(Recording):
+        def __exit__(self, *error):
+            super().__exit__(*error)
+            refuse_if(looked or apart)
+
+    def refuse_if(wrong):
+        if wrong:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def fails(x):
+        if Recording.active and not looks:
+            raise ValueError("once it is recorded")
+        if Recording.active:
+            looked.append(x)
+            x.max().item()
+        return model(x).square().mean()
+
+    here = Stream()
+    for name, imitation in {"CUDAGraph": Ending, "Stream": Stream, "current_stream": lambda: here}.items():
+        monkeypatch.setattr(torch.cuda, name, imitation)
+    step = GraphedStep([lambda x: model(x).mean(), fails], model.parameters(), concurrent=True)
+    for _ in range(2):
+        step(x)
+    with pytest.raises(RuntimeError if looks else ValueError, match=r"\(operation not permitted|once it is recorded"):
+        step(x)
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_a_step_in_pieces_says_what_it_cannot_cut(device):
