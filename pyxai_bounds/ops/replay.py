@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from pyxai_bounds import ops
+from pyxai_bounds import identity, ops
 from pyxai_bounds.errors import capturing, on_gpu
 
 
@@ -172,7 +172,8 @@ class GraphedStep:
 
     ``concurrent``: a recording runs them side by side instead, each on a stream of its own, so that one uses what
     another leaves idle; what they keep is then in memory together. Gradients are added in the same order. No term may
-    write what another reads, as batch norm in training mode writes the statistics that bounds read.
+    write what another reads, as batch norm in training mode writes the statistics that bounds read; for parameters and
+    buffers of modules that the functions refer to, this is checked.
 
     ``pieces``: the batch is taken in as many pieces (at most: of ⌈B / pieces⌉ samples each, the last may be smaller),
     one after the other, so that memory is needed for one piece at a time. Each adds its share of the batch times its
@@ -188,8 +189,9 @@ class GraphedStep:
     stream, and no loss of an earlier step may be alive with its graph (keep ``loss.detach()``).
 
     ``loss`` must return one number, not look at values on the host and not be wrapped in DistributedDataParallel.
-    Raises TypeError for an argument that is no tensor, ValueError for one on another device or that cannot be cut,
-    RuntimeError where recording fails. Source: PyTorch's notes on CUDA semantics, "Whole-network capture".
+    Raises TypeError for an argument that is no tensor, ValueError for one on another device or that cannot be cut and
+    for terms that must not run side by side, RuntimeError where recording fails. Source: PyTorch's notes on CUDA
+    semantics, "Whole-network capture".
     """
 
     def __init__(
@@ -287,13 +289,18 @@ class GraphedStep:
     def _side_by_side(self, streams: Sequence[Any], tensors: Sequence[Tensor], share: float) -> list[Tensor]:
         here = torch.cuda.current_stream()
         losses, gradients = [], [[p.grad for p in self.parameters]]  # of the pieces before
+
+        def join() -> None:  # or the recording could not end
+            for stream in streams:
+                here.wait_stream(stream)
+
         for stream in streams:
             stream.wait_stream(here)
-        with _and_then(lambda: [here.wait_stream(stream) for stream in streams]):  # or the recording could not end
+        with _and_then(join):
             for term, stream in zip(self.terms, streams, strict=True):
                 self._set_gradients([None] * len(self.parameters))
                 torch.clear_autocast_cache()  # or a term would read the weights that another one has yet to convert
-                with torch.cuda.stream(stream):
+                with torch.cuda.stream(stream), _writing_nothing_of(self.terms, term):
                     losses.append(_differentiate(term, tensors, share))
                 gradients.append([p.grad for p in self.parameters])
         self._set_gradients(_sum(*of_parameter) for of_parameter in zip(*gradients, strict=True))
@@ -321,6 +328,21 @@ def _differentiate(term: Callable[..., Tensor], tensors: Sequence[Tensor], share
             loss = share * loss
         loss.backward()
     return loss.detach()
+
+
+@contextlib.contextmanager
+def _writing_nothing_of(terms: Sequence[Callable], writer: Callable) -> Iterator[None]:
+    """Raises ValueError if the block, in which one term runs, writes a parameter or buffer that another one reaches."""
+    reached = {id(t) for term in terms if term is not writer for t in identity.tensors_of(term)}
+    shared = [t for t in identity.tensors_of(writer) if id(t) in reached and not t.is_inference()]
+    before = [t._version for t in shared]
+    yield
+    if before != [t._version for t in shared]:
+        raise ValueError(
+            "A term of the loss writes what another one may read, as batch norm in training mode writes the statistics "
+            "that bounds read. Side by side it would be read before or after, by chance: leave concurrent=True out, or "
+            "put such layers in evaluation mode."
+        )
 
 
 def _sum(*gradients: Tensor | None) -> Tensor | None:

@@ -523,6 +523,23 @@ def test_what_fails_while_terms_are_recorded_is_what_is_said(device, monkeypatch
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_terms_side_by_side_must_not_write_what_others_read(device):
+    model, x, target = case(device)
+    terms = (
+        lambda x, y: F.cross_entropy(model(x), y),
+        lambda x, y: explanation_width(model, x, y, 0.05, clip=(0.0, 1.0)),
+    )
+    model.train()
+    side_by_side = GraphedStep(terms, model.parameters(), concurrent=True)
+    in_turn = GraphedStep(terms, model.parameters())
+    for _ in range(2):
+        assert torch.isfinite(side_by_side(x, target) + in_turn(x, target))
+    with pytest.raises(ValueError, match="batch norm in training mode"):
+        side_by_side(x, target)
+    model.eval()
+    assert torch.equal(side_by_side(x, target), in_turn(x, target))
+
+
 def test_a_step_in_pieces_says_what_it_cannot_cut(device):
     model, x, target = case(device)
     eps = torch.tensor(0.05, device=device)
