@@ -116,9 +116,11 @@ def test_every_job_can_be_done() -> None:
 
 
 def test_contenders_are_measured_as_the_table_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU passed off as a GPU: each contender certifies, and trains where it can; peaks without a CUDA graph."""
+    """The CPU passed off as a GPU: each contender certifies, and trains where it can.
+
+    Peaks are those without a CUDA graph, but where terms run side by side.
+    """
     small = measure.make_case("small", gpu.models.n4, 2, measure.IMAGE)
-    peaks = []
     monkeypatch.setattr(gpu, "make_case", lambda *place: small)
     monkeypatch.setattr(gpu, "seconds", lambda step, budget: (step(), [1.0] * 5)[1])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "one")
@@ -126,7 +128,9 @@ def test_contenders_are_measured_as_the_table_says(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 100)
     monkeypatch.setattr(
-        torch.cuda, "max_memory_allocated", lambda: peaks.append(os.environ.get("PYXAI_BOUNDS_CUDA_GRAPHS")) or 350
+        torch.cuda,
+        "max_memory_allocated",
+        lambda: 350 if name.endswith("-concurrent") != ("PYXAI_BOUNDS_CUDA_GRAPHS" in os.environ) else 0,
     )
     imitate(monkeypatch)  # of CUDA graphs; under it nothing can be compiled, which test_compile.py does
     monkeypatch.setattr(measure, "_compiled", lambda function: function)
@@ -141,7 +145,7 @@ def test_contenders_are_measured_as_the_table_says(monkeypatch: pytest.MonkeyPat
         small.model.zero_grad(set_to_none=True)
     both = [name for name in gpu.GRAPHED if "graphed" in name for _ in range(2)]
     assert recorded == ["engine-graphed", *both, *gpu.STEPS]
-    assert set(peaks) == {"0"} and "PYXAI_BOUNDS_CUDA_GRAPHS" not in os.environ
+    assert "PYXAI_BOUNDS_CUDA_GRAPHS" not in os.environ
 
 
 SLOW = """
