@@ -107,9 +107,7 @@ def interval_linear(
 
     def run(block: Any, mid: Tensor, rad: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
         if block is None:
-            # ReLU's kernel adds the bias: cuBLAS, where it must, takes a slower product without parts of the sum.
-            later = bias if fused else None
-            return _finish(epilogue, *product(mid, rad, weight, None if later is not None else bias), later)
+            return _by_library(product, epilogue, mid, rad, weight, bias, fused)
         out_mid, out_rad = _contiguous(mid, problem.size)
         state = epilogue.made(out_mid) if fused else None
         _kernels("interval_linear").box_product_into(
@@ -531,10 +529,8 @@ def _convolve(
 
     def run(block: Any, mid: Tensor, rad: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
         if block is None:
-            # cuDNN adds a bias in a pass of its own. ReLU's kernel adds it on the way, if the outputs are channels-last
-            # and a multiple of 8.
-            later = bias if epilogue.kind == "relu" and order is torch.channels_last and outputs % 8 == 0 else None
-            return _finish(epilogue, *product(mid, rad, weight, None if later is not None else bias), later)
+            in_rows = epilogue.kind == "relu" and order is torch.channels_last and outputs % 8 == 0
+            return _by_library(product, epilogue, mid, rad, weight, bias, in_rows)
         if block is HOPPER:
             return _hopper(problem, epilogue, mid, rad, weight, bias, args, False)
         return _in_one_kernel(
@@ -651,6 +647,24 @@ def _in_one_kernel(
         return out_mid, out_rad, made
     launch(out_mid, out_rad, "none", None, None)
     return _finish(epilogue, out_mid.contiguous(memory_format=order), out_rad.contiguous(memory_format=order))
+
+
+def _by_library(
+    product: Callable[..., tuple[Tensor, Tensor]],
+    epilogue: Epilogue,
+    mid: Tensor,
+    rad: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_rows: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The library's product, then the epilogue as a kernel of its own.
+
+    ``in_rows``: ReLU's kernel can add the bias (see ``_finish``) and does, on the way. cuDNN takes a pass for it, and
+    cuBLAS a slower product, which does not split the sum.
+    """
+    first, later = (None, bias) if in_rows else (bias, None)
+    return _finish(epilogue, *product(mid, rad, weight, first), later)
 
 
 def _finish(epilogue: Epilogue, mid: Tensor, rad: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
